@@ -1,0 +1,109 @@
+"""Which code runs an operation, decided in one place for every file of this folder.
+
+======================================  ===========================================================
+tensors on CUDA                         the Triton kernel
+tensors on the CPU                      the reference, plain PyTorch
+tensors on the CPU, TRITON_INTERPRET=1  the Triton kernel, in Triton's interpreter (for its numerics)
+inside ``reference_only()``             the reference, everywhere: is a kernel to blame?
+======================================  ===========================================================
+
+An operation's public function checks its arguments, asks ``runs_kernel``, and calls one or the other. Kernels start
+through ``launch``, which counts them: a test that compares a kernel with its reference asserts the count, so it cannot
+pass on the reference alone.
+"""
+
+import os
+from collections import Counter
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+# Triton reads the variable when it decorates a kernel, that is at import: later changes would split the two of us.
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+launches: Counter[str] = Counter()  # kernel name -> launches since the test that counts cleared it
+_reference_only = False
+_checks_cuda_values = False
+
+
+def runs_kernel(x: Tensor) -> bool:
+    """Whether an operation on ``x`` runs its Triton kernel (True) or its reference (False)."""
+    return not _reference_only and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
+    """``kernel[grid](*args, **constants)`` on the device of its first argument, counted in ``launches``.
+
+    The device guard is needed because Triton launches on the *current* device, whatever the tensors say.
+    """
+    launches[kernel.__name__] += 1
+    device = args[0].device
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constants)
+    else:
+        kernel[grid](*args, **constants)
+
+
+def set_reference_only(enabled: bool) -> None:
+    """The one switch: with True every operation of halny runs its reference, until switched back."""
+    global _reference_only
+    _reference_only = enabled
+
+
+@contextmanager
+def reference_only(enabled: bool = True):
+    """``set_reference_only`` for the length of a with block."""
+    before = _reference_only
+    set_reference_only(enabled)
+    try:
+        yield
+    finally:
+        set_reference_only(before)
+
+
+def set_debug_checks(enabled: bool) -> None:
+    """With True, checks that must read values (label ranges, positions, cu_seqlens) run on CUDA tensors as well.
+
+    Off by default, because each of them makes the host wait for the GPU. On CPU tensors they always run.
+    """
+    global _checks_cuda_values
+    _checks_cuda_values = enabled
+
+
+def can_check_values(x: Tensor) -> bool:
+    """Whether the values of ``x`` may be read for a check: not while tracing, not at the price of a GPU stall."""
+    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta or x.numel() == 0:
+        return False
+    return x.device.type == "cpu" or _checks_cuda_values
+
+
+def upcast(x: Tensor) -> Tensor:
+    """x in the dtype that references compute in: fp32, or fp64 for fp64 (which makes them a test's truth)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_floating(name: str, x: Tensor) -> None:
+    """TypeError unless ``x`` is a floating-point tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {x.dtype}")
+
+
+def check_integer(name: str, x: Tensor) -> None:
+    """TypeError unless ``x`` is an integer tensor (bool is none)."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise TypeError(f"{name} must be an integer tensor, got {x.dtype}")
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """ValueError unless all tensors are on one device; names the first that is elsewhere."""
+    (first_name, first), *rest = tensors.items()
+    for name, x in rest:
+        if x.device != first.device:
+            raise ValueError(f"{name} is on {x.device}, but {first_name} is on {first.device}")

@@ -1,0 +1,38 @@
+"""Packaging: the repository's folders become the namespace package ``halny``.
+
+``kernels/`` is imported as ``halny.kernels`` and ``model/`` as ``halny.model``. Neither may be a top-level package of
+its own, and neither holds an ``__init__.py``: Hugging Face publishes a package whose import name is ``kernels``, and
+transformers imports from it when it is there (tests/test_packaging.py guards this).
+"""
+
+from setuptools import setup
+
+CORE = [
+    "torch>=2.11,<2.14",
+    "triton>=3.6; platform_system == 'Linux'",
+    "transformers>=5,<6",
+    "safetensors>=0.5",
+    "numpy>=1.26",
+    "tqdm>=4.66",
+    "matplotlib>=3.8",
+    # the Mistral-7B-v0.1 tokenizer: mistral-common ships its file, sentencepiece reads it
+    "mistral-common>=1.8",
+    "sentencepiece>=0.2",
+    "protobuf>=4",
+]
+EXTRAS = {
+    "test": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.8"],
+    "flash": ["flash-attn-4; platform_system == 'Linux'"],
+}
+
+setup(
+    name="halny",
+    version="0.1.0",
+    description="Mistral-class training at the speed of a Hopper GPU: Triton kernels, a lean model, one FSDP trainer",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["halny.kernels", "halny.model"],
+    package_dir={"halny.kernels": "kernels", "halny.model": "model"},
+    install_requires=CORE,
+    extras_require=EXTRAS,
+)
