@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from halny.kernels.dispatch import can_check_values, check_floating, check_same_device, runs_kernel, upcast
+from halny.kernels.dispatch import can_check_values, check_floating, check_same_device, is_reference_only, upcast
 
 BACKENDS = ("auto", "sdpa", "reference")
 
@@ -80,7 +80,7 @@ def attention(
     plain_causal = cu_seqlens is None and (window is None or window >= T)
     if backend == "sdpa" and not plain_causal:
         raise ValueError(f"backend 'sdpa' has neither documents nor a window below T = {T}; use 'auto'")
-    if backend == "sdpa" or (backend == "auto" and plain_causal and q.is_cuda and runs_kernel(q)):
+    if not is_reference_only() and (backend == "sdpa" or (backend == "auto" and plain_causal and q.is_cuda)):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     return attention_reference(q, k, v, window=window, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
@@ -99,6 +99,8 @@ def _check(q, k, v, window, cu_seqlens, max_seqlen, backend) -> None:
         raise ValueError(f"k and v must have one shape, got {tuple(k.shape)} and {tuple(v.shape)}")
     if k.shape[:2] != (B, T) or k.shape[3] != head_dim:
         raise ValueError(f"k must match q {tuple(q.shape)} in all but the heads, got {tuple(k.shape)}")
+    if head_dim == 0:
+        raise ValueError("q's head_dim must be positive, got 0")
     if k.shape[2] == 0 or H % k.shape[2]:
         raise ValueError(f"q's {H} heads must be a multiple of k's {k.shape[2]}")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):

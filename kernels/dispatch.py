@@ -38,13 +38,20 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
 
     The device guard is needed because Triton launches on the *current* device, whatever the tensors say.
     """
-    launches[kernel.__name__] += 1
+    named = kernel
+    while not hasattr(named, "__name__"):  # heuristics and autotuners wrap the function in ``fn``
+        named = named.fn
+    launches[named.__name__] += 1
     device = args[0].device
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constants)
     else:
         kernel[grid](*args, **constants)
+
+
+def is_reference_only() -> bool:
+    return _reference_only
 
 
 def set_reference_only(enabled: bool) -> None:

@@ -14,7 +14,7 @@ from halny.kernels.dispatch import check_floating, check_same_device
 
 
 class LinearCrossEntropy(NamedTuple):
-    """loss: fp32. n_tokens, n_correct: int64 scalars on the same device; no gradient flows through them."""
+    """loss: fp32 (fp64 for fp64 inputs). n_tokens, n_correct: int64 scalars on the same device, without gradient."""
 
     loss: Tensor
     n_tokens: Tensor
@@ -25,6 +25,7 @@ def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> LinearCrossEntropy:
     """The definition of ``linear_cross_entropy``, in plain PyTorch."""
+    labels = labels.long()
     logits = hidden @ weight.T
     loss = cross_entropy_reference(logits, labels, ignore_index=ignore_index, reduction=reduction)
     counted = labels != ignore_index

@@ -58,5 +58,5 @@ def _check(x: Tensor, weight: Tensor, eps: float) -> None:
         raise ValueError("x must have at least one dimension")
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must have shape ({x.shape[-1]},) to match x's last one, got {tuple(weight.shape)}")
-    if not eps >= 0:
-        raise ValueError(f"eps must be zero or positive, got {eps}")
+    if not isinstance(eps, int | float) or not 0 <= eps < float("inf"):
+        raise ValueError(f"eps must be a finite number, zero or positive, got {eps!r}")

@@ -20,12 +20,12 @@ def rope_tables(max_len: int, head_dim: int, theta: float, device=None) -> tuple
     Computed on the CPU and then moved, so that every device holds the same bits (and the bits Hugging Face uses).
     Raises ValueError for max_len < 1, an odd head_dim, or theta <= 0.
     """
-    if max_len < 1:
-        raise ValueError(f"max_len must be at least 1, got {max_len}")
-    if head_dim < 2 or head_dim % 2:
-        raise ValueError(f"head_dim must be even and positive, got {head_dim}")
-    if not theta > 0:
-        raise ValueError(f"theta must be positive, got {theta}")
+    if not isinstance(max_len, int) or max_len < 1:
+        raise ValueError(f"max_len must be an integer of at least 1, got {max_len!r}")
+    if not isinstance(head_dim, int) or head_dim < 2 or head_dim % 2:
+        raise ValueError(f"head_dim must be an even, positive integer, got {head_dim!r}")
+    if not isinstance(theta, int | float) or not 0 < theta < float("inf"):
+        raise ValueError(f"theta must be a positive number, got {theta!r}")
     inverse_frequency = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim))
     angle = torch.arange(max_len, dtype=torch.float32, device="cpu")[:, None] * inverse_frequency
     return angle.cos().to(device), angle.sin().to(device)
@@ -36,8 +36,8 @@ def rope_qkv_reference(
 ) -> Tensor:
     """The definition of ``rope_qkv``, in plain PyTorch."""
     T = qkv.shape[1]
-    cos = (cos[:T] if positions is None else cos[positions])[..., None, :]  # [(B,) T, 1, head_dim / 2]
-    sin = (sin[:T] if positions is None else sin[positions])[..., None, :]
+    rows = slice(T) if positions is None else positions.long()
+    cos, sin = cos[rows][..., None, :], sin[rows][..., None, :]  # [(B,) T, 1, head_dim / 2]
     qk, v = qkv.split([n_heads + n_kv_heads, n_kv_heads], dim=2)
     x1, x2 = upcast(qk).chunk(2, dim=-1)
     rotated = torch.cat([x1 * cos - x2 * sin, x2 * cos + x1 * sin], dim=-1)
@@ -72,16 +72,17 @@ def _check(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int,
     check_floating("cos", cos)
     check_floating("sin", sin)
     check_same_device(qkv=qkv, cos=cos, sin=sin)
-    if n_heads < 1 or n_kv_heads < 1:
-        raise ValueError(f"n_heads and n_kv_heads must be at least 1, got {n_heads} and {n_kv_heads}")
+    for name, n in (("n_heads", n_heads), ("n_kv_heads", n_kv_heads)):
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {n!r}")
     if qkv.ndim != 4 or qkv.shape[2] != n_heads + 2 * n_kv_heads:
         raise ValueError(
             f"qkv must be [B, T, n_heads + 2 * n_kv_heads = {n_heads + 2 * n_kv_heads}, head_dim], "
             f"got {tuple(qkv.shape)}"
         )
     B, T, _, head_dim = qkv.shape
-    if head_dim % 2:
-        raise ValueError(f"qkv's head_dim must be even, got {head_dim}")
+    if head_dim < 2 or head_dim % 2:
+        raise ValueError(f"qkv's head_dim must be even and positive, got {head_dim}")
     if cos.shape != sin.shape or cos.ndim != 2 or cos.shape[1] != head_dim // 2:
         raise ValueError(
             f"cos and sin must both be [max_len, head_dim // 2 = {head_dim // 2}], "
@@ -96,6 +97,6 @@ def _check(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int,
     if positions.shape != (B, T):
         raise ValueError(f"positions must be [B, T] = {(B, T)}, got {tuple(positions.shape)}")
     if can_check_values(positions):
-        low, high = int(positions.min()), int(positions.max())
+        low, high = int(positions.long().min()), int(positions.long().max())
         if low < 0 or high >= cos.shape[0]:
             raise ValueError(f"positions must lie in 0 .. {cos.shape[0] - 1} (the table), got {low} .. {high}")

@@ -40,8 +40,8 @@ class MistralConfig:
     max_seq_len: int = 32768
     rope_theta: float = 10000.0
     norm_eps: float = 1e-5
-    bos_id: int = 1
-    eos_id: int = 2
+    bos_id: int | None = 1  # of the tokenizer; the model itself does not use them
+    eos_id: int | None = 2
 
     def __post_init__(self):
         for name in ("vocab_size", "dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "hidden_dim", "max_seq_len"):
@@ -52,11 +52,13 @@ class MistralConfig:
             raise ValueError(f"n_heads ({self.n_heads}) must be a multiple of n_kv_heads ({self.n_kv_heads})")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
-        if self.window is not None and (not isinstance(self.window, int) or self.window < 1):
+        if self.window is not None and (
+            isinstance(self.window, bool) or not isinstance(self.window, int) or self.window < 1
+        ):
             raise ValueError(f"window must be None or a positive integer, got {self.window!r}")
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise ValueError(f"{name} must be a positive number, got {value!r}")
 
 
@@ -129,7 +131,7 @@ class Block(nn.Module):
 
     def forward(self, x_btd, cos, sin, positions_bt, cu_seqlens, max_seqlen):
         attended_btd = self.attention(self.attention_norm(x_btd), cos, sin, positions_bt, cu_seqlens, max_seqlen)
-        normed_btd, x_btd = self.mlp_norm.add(attended_btd, x_btd)
+        normed_btd, x_btd = self.mlp_norm.add(attended_btd.to(x_btd.dtype), x_btd)  # they differ under autocast only
         return x_btd + self.mlp(normed_btd)
 
 
@@ -166,7 +168,7 @@ class Mistral(nn.Module):
         n_correct)`` with the SUM of the losses over the targets, fp32. Raises ValueError for a T beyond
         config.max_seq_len, token ids or labels outside the vocabulary, or cu_seqlens that do not fit.
         """
-        self._check(tokens, cu_seqlens, max_seqlen)
+        tokens = self._check(tokens, cu_seqlens, max_seqlen)
         B, T = tokens.shape
         positions_bt = None
         if cu_seqlens is not None:
@@ -181,8 +183,10 @@ class Mistral(nn.Module):
             return self.head(x_btd)
         return linear_cross_entropy(x_btd, self.head.weight, labels, reduction="sum")
 
-    def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> None:
+    def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
+        """The tokens as int64, or an error that names what is wrong."""
         check_integer("tokens", tokens)
+        tokens = tokens.long()
         if tokens.ndim != 2:
             raise ValueError(f"tokens must be [B, T], got {tuple(tokens.shape)}")
         B, T = tokens.shape
@@ -193,6 +197,7 @@ class Mistral(nn.Module):
             raise ValueError(f"tokens must lie in 0 .. {self.config.vocab_size - 1} (the vocabulary), got {wrong}")
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, B, T, max_seqlen)
+        return tokens
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

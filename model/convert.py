@@ -1,0 +1,604 @@
+"""Hugging Face safetensors folders <-> halny's Mistral.
+
+TABLE below is the whole mapping: ours is Hugging Face's with q, k, v (and gate, up) written one below the other, so a
+row of ours is a row of exactly one tensor of theirs. Everything here follows from that.
+
+Loading. FSDP shards rows, so a rank's part of a packed matrix is a few row ranges of q, k and v, and ``safe_open``
+reads just those: no process ever holds the model, nor even one packed matrix. Everything that can be wrong with a
+folder is found in config.json and the safetensors headers, before the first byte of a weight is copied.
+
+Saving. Which tensor goes into which file follows from the shapes, so rank 0 knows every file name beforehand and holds
+one file's tensors at a time; parameters are gathered one by one, and the other ranks drop what they gather. When rank 0
+fails it goes on gathering, because the others would wait for it forever, and all raise together at the end.
+
+A save is whole or absent. It grows under ``.NAME.partial-HOST-PID`` beside its target, is synced to disk and then
+renamed into place. An older export is renamed to ``.NAME.replaced-HOST-PID`` first and deleted last; a process killed
+between the two renames leaves the old one under that name, and the next save puts it back before it begins.
+"""
+
+import json
+import os
+import re
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import reduce
+from itertools import groupby
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from halny.model.mistral import Mistral, MistralConfig, local_rows
+
+# Ours: Hugging Face's, whose rows follow one another in ours, each with its shape. v vocabulary, d model width,
+# q channels of all query heads, k channels of all key (or value) heads, f MLP width.
+TABLE: dict[str, dict[str, str]] = {
+    "embed.weight": {"model.embed_tokens.weight": "vd"},
+    "layers.{i}.attention_norm.weight": {"model.layers.{i}.input_layernorm.weight": "d"},
+    "layers.{i}.attention.qkv.weight": {
+        "model.layers.{i}.self_attn.q_proj.weight": "qd",
+        "model.layers.{i}.self_attn.k_proj.weight": "kd",
+        "model.layers.{i}.self_attn.v_proj.weight": "kd",
+    },
+    "layers.{i}.attention.out.weight": {"model.layers.{i}.self_attn.o_proj.weight": "dq"},
+    "layers.{i}.mlp_norm.weight": {"model.layers.{i}.post_attention_layernorm.weight": "d"},
+    "layers.{i}.mlp.gate_up.weight": {
+        "model.layers.{i}.mlp.gate_proj.weight": "fd",
+        "model.layers.{i}.mlp.up_proj.weight": "fd",
+    },
+    "layers.{i}.mlp.down.weight": {"model.layers.{i}.mlp.down_proj.weight": "df"},
+    "norm.weight": {"model.norm.weight": "d"},
+    "head.weight": {"lm_head.weight": "vd"},
+}
+IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer that old versions of transformers exported
+
+# MistralConfig's fields: the key of config.json, and what transformers takes where it is absent.
+FIELDS: dict[str, tuple[str, int | float | None]] = {
+    "vocab_size": ("vocab_size", 32000),
+    "dim": ("hidden_size", 4096),
+    "n_layers": ("num_hidden_layers", 32),
+    "n_heads": ("num_attention_heads", 32),
+    "n_kv_heads": ("num_key_value_heads", 8),  # null: n_heads
+    "head_dim": ("head_dim", None),  # null: dim // n_heads
+    "hidden_dim": ("intermediate_size", 14336),
+    "window": ("sliding_window", 4096),
+    "max_seq_len": ("max_position_embeddings", 131072),
+    "norm_eps": ("rms_norm_eps", 1e-6),
+    "bos_id": ("bos_token_id", 1),
+    "eos_id": ("eos_token_id", 2),
+    "rope_theta": ("rope_theta", 10000.0),  # in transformers 5 inside rope_parameters
+}
+# Keys of config.json under which the computation is Mistral's for these values only. Absent is fine.
+ONLY = {
+    "hidden_act": ("silu",),
+    "tie_word_embeddings": (False, None),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "attention_dropout": (0, None),
+    "rope_scaling": (None, {}),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # either is a tokenizer; the rest below only accompany one
+TOKENIZER_FILES = (
+    *TOKENIZERS,
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+)
+EXPORT_FILES = {SINGLE, INDEX, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES}  # and SHARD: all that save_hf ever writes
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+
+
+class Piece(NamedTuple):
+    """A Hugging Face tensor, and the row of our parameter at which it begins."""
+
+    hf_name: str
+    shape: tuple[int, ...]
+    first_row: int
+
+
+def pieces(config: MistralConfig) -> Iterator[tuple[str, list[Piece]]]:
+    """TABLE written out for a config: (the name of our parameter, its pieces in order), layer by layer."""
+    sizes = {
+        "v": config.vocab_size,
+        "d": config.dim,
+        "q": config.n_heads * config.head_dim,
+        "k": config.n_kv_heads * config.head_dim,
+        "f": config.hidden_dim,
+    }
+    entries = [(i, ours) for ours in TABLE for i in (range(config.n_layers) if "{i}" in ours else [-1])]
+    for i, ours in sorted(entries, key=lambda entry: entry[0]):
+        placed, row = [], 0
+        for hf_name, letters in TABLE[ours].items():
+            placed.append(Piece(hf_name.format(i=i), tuple(sizes[letter] for letter in letters), row))
+            row += placed[-1].shape[0]
+        yield ours.format(i=i), placed
+
+
+# ---- loading
+
+
+def read_hf_config(path: str | Path) -> MistralConfig:
+    """``transformers.MistralConfig.from_pretrained(path)`` as a MistralConfig, without transformers.
+
+    Reads the old top-level ``rope_theta`` and transformers 5's ``rope_parameters``; absent keys take transformers'
+    defaults. Of several end-of-sequence ids the first is kept.
+
+    Raises ValueError, naming the file, key and value, for a folder or config.json that is missing or not JSON, and for
+    what is not plain Mistral: another model type, architecture or activation, RoPE scaling, tied embeddings, biases,
+    attention dropout, layers of differing kinds, quantisation.
+    """
+    if not Path(path).is_dir():
+        raise ValueError(f"{path} is not a folder")
+    file = Path(path) / CONFIG
+    if not file.is_file():
+        raise ValueError(f"{path} has no {CONFIG}, so it is not a Hugging Face model folder")
+    hf = _read_json(file)
+
+    def refuse(key: str, why: str = "halny does not support that"):
+        raise ValueError(f"{file}: {key} is {hf.get(key)!r}; {why}")
+
+    if hf.get("model_type") != "mistral":
+        refuse("model_type", "it must be 'mistral'")
+    if hf.get("architectures") not in (None, ["MistralForCausalLM"]):
+        refuse("architectures", "it must be ['MistralForCausalLM']")
+    for key, allowed in ONLY.items():
+        if key in hf and hf[key] not in allowed:
+            refuse(key)
+    rope = hf.get("rope_parameters") or {}
+    plain = isinstance(rope, dict) and rope.keys() <= {"rope_type", "rope_theta"}
+    if not plain or rope.get("rope_type", "default") != "default":
+        refuse("rope_parameters", "halny has no RoPE scaling: only rope_type 'default' with a rope_theta")
+
+    fields = {ours: hf.get(key, default) for ours, (key, default) in FIELDS.items()}
+    if rope.get("rope_theta") is not None:
+        if "rope_theta" in hf and hf["rope_theta"] != rope["rope_theta"]:
+            refuse("rope_theta", f"but in rope_parameters it is {rope['rope_theta']!r}")
+        fields["rope_theta"] = rope["rope_theta"]
+    dim, n_heads = fields["dim"], fields["n_heads"]
+    if fields["n_kv_heads"] is None:
+        fields["n_kv_heads"] = n_heads
+    if fields["head_dim"] is None and isinstance(dim, int) and isinstance(n_heads, int) and n_heads:
+        fields["head_dim"] = dim // n_heads
+    if isinstance(fields["eos_id"], list) and fields["eos_id"]:
+        fields["eos_id"] = fields["eos_id"][0]
+    try:
+        config = MistralConfig(**fields)
+    except ValueError as error:  # with the file's own names
+        message = re.sub(r"\w+", lambda word: FIELDS.get(word[0], word)[0], str(error))
+        raise ValueError(f"{file}: {message}") from None
+    kind = "full_attention" if config.window is None else "sliding_attention"
+    if hf.get("layer_types") not in (None, [kind] * config.n_layers):
+        refuse("layer_types", f"with sliding_window {config.window} each of {config.n_layers} must be {kind!r}")
+    return config
+
+
+def load_hf(path: str | Path, dtype: torch.dtype | None = None) -> Mistral:
+    """``AutoModelForCausalLM.from_pretrained(path, dtype=dtype)`` for Mistral, on the CPU.
+
+    dtype None keeps the stored one; where the folder holds several, all take the one they promote to. The RoPE tables
+    are fp32 whatever the dtype.
+
+    Raises what ``read_hf_config`` and ``load_hf_weights`` raise, and TypeError if dtype is not a floating-point one.
+    """
+    _check_dtype(dtype)
+    config = read_hf_config(path)
+    headers = _read_headers(path, config)
+    dtype = dtype or reduce(torch.promote_types, (header.dtype for header in headers.values()))
+    with torch.device("meta"):
+        model = Mistral(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.to_empty(device="cpu")
+    model.init_buffers()
+    _copy_weights(model, headers, None)
+    return model
+
+
+def load_hf_weights(model: Mistral, path: str | Path, progress: Callable[[int, int], None] | None = None) -> None:
+    """``model.load_state_dict(...)`` from a Hugging Face folder, in place; plain or sharded by FSDP2 along rows.
+
+    The folder is ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names. Each rank reads
+    only the rows that it owns, cast to its parameters' dtype; there is no collective. ``progress(done, total)`` is
+    called after each read with bytes of this rank. Only parameters are loaded: after ``to_empty``, call
+    ``model.init_buffers()`` yourself.
+
+    Raises ValueError before anything is copied: as ``read_hf_config``; for a config that differs from model.config in
+    more than window, max_seq_len, bos_id and eos_id (a different rope_theta fits every shape and means something else);
+    for tensors missing, unexpected, misshapen or not of a floating-point dtype, files missing, truncated or corrupt, an
+    index that does not match its files or names any outside the folder; for a model still on the meta device.
+    """
+    config = read_hf_config(path)
+    for name, ours in asdict(model.config).items():
+        theirs = getattr(config, name)
+        if name not in ("window", "max_seq_len", "bos_id", "eos_id") and theirs != ours:
+            raise ValueError(f"{path} has {name} {theirs}, but the model was built with {ours}")
+    _reshard(model)
+    _check_materialised(model)
+    _copy_weights(model, _read_headers(path, config), progress)
+
+
+def check_hf_weights(path: str | Path) -> MistralConfig:
+    """The config of a folder whose weights can be loaded; reads config.json and headers, no weight.
+
+    Raises what ``load_hf_weights`` would raise for the folder, before there is a model to load it into.
+    """
+    config = read_hf_config(path)
+    _read_headers(path, config)
+    return config
+
+
+class _Header(NamedTuple):
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _read_headers(path: str | Path, config: MistralConfig) -> dict[str, _Header]:
+    """Where each tensor of the folder is, after checking that they are exactly those of config."""
+    folder, headers, problems = Path(path), {}, []
+    for file, indexed in _list_files(folder).items():
+        with _opened(file) as opened:
+            held = {name for name in opened.keys() if not IGNORED.fullmatch(name)}  # noqa: SIM118, it is no dict
+            if indexed is not None and held != indexed:
+                wrong = _few(indexed - held) if indexed - held else _few(held - indexed)
+                verb = "lacks" if indexed - held else "holds"
+                raise ValueError(f"{file} {verb} {wrong}, against what {INDEX} says")
+            for name in sorted(held):
+                tensor = opened.get_slice(name)
+                if tensor.get_dtype() not in DTYPES:
+                    raise ValueError(
+                        f"{file}: {name} has dtype {tensor.get_dtype()}; weights must be one of {', '.join(DTYPES)}"
+                    )
+                headers[name] = _Header(file, tuple(tensor.get_shape()), DTYPES[tensor.get_dtype()])
+
+    expected = {piece.hf_name: piece.shape for _, placed in pieces(config) for piece in placed}
+    if missing := expected.keys() - headers.keys():
+        problems.append(f"missing {_few(missing)}")
+    if extra := headers.keys() - expected.keys():
+        problems.append(f"unexpected {_few(extra)}")
+    if wrong := {
+        f"{name} is {list(headers[name].shape)} and not {list(shape)}"
+        for name, shape in expected.items()
+        if name in headers and headers[name].shape != shape
+    }:
+        problems.append(f"misshapen {_few(wrong)}")
+    if problems:
+        raise ValueError(f"{path} does not hold the tensors that its {CONFIG} describes: {'; '.join(problems)}")
+    return headers
+
+
+def _list_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The folder's safetensors files, each with the names that the index puts there (None without an index)."""
+    if (folder / SINGLE).is_file():
+        return {folder / SINGLE: None}
+    if not (folder / INDEX).is_file():
+        if pickles := sorted(folder.glob("pytorch_model*.bin")):
+            raise ValueError(
+                f"{folder} holds only {pickles[0].name}, a pickle, which can run code when it is read; "
+                "convert it to safetensors first (transformers' save_pretrained does)"
+            )
+        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
+    weight_map = _read_json(folder / INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / INDEX} has no weight_map")
+    files: dict[Path, set[str]] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
+            raise ValueError(f"{folder / INDEX} puts {name} into {file!r}, which is not a file of this folder")
+        files.setdefault(folder / file, set())
+        if not IGNORED.fullmatch(name):
+            files[folder / file].add(name)
+    if absent := {file.name for file in files if not file.is_file()}:
+        raise ValueError(f"{folder / INDEX} names files that are not there: {_few(absent)}")
+    return files
+
+
+def _copy_weights(model: Mistral, headers: dict[str, _Header], progress: Callable[[int, int], None] | None) -> None:
+    parameters = dict(model.named_parameters())
+    reads = []  # (file, Hugging Face name, from row, to row, where to)
+    for name, placed in pieces(model.config):
+        local, start = local_rows(parameters[name])
+        end = start + local.shape[0]
+        for hf_name, shape, first_row in placed:
+            low, high = max(start, first_row), min(end, first_row + shape[0])
+            if low < high:
+                rows = (low - first_row, high - first_row)
+                reads.append((headers[hf_name].file, hf_name, *rows, local[low - start : high - start]))
+    reads.sort(key=lambda read: read[0])
+    done, total = 0, sum(target.numel() * headers[hf_name].dtype.itemsize for _, hf_name, _, _, target in reads)
+    for file, in_file in groupby(reads, key=lambda read: read[0]):
+        with _opened(file) as opened:
+            for _, hf_name, low, high, target in in_file:
+                rows = opened.get_slice(hf_name)[low:high]
+                target.copy_(rows)
+                done += rows.nbytes
+                if progress is not None:
+                    progress(done, total)
+
+
+@contextmanager
+def _opened(file: Path):
+    try:
+        with safe_open(file, framework="pt") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise ValueError(f"{file} is truncated, corrupt or not a safetensors file ({error})") from None
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON and of UTF-8 alike
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+# ---- saving
+
+
+def save_hf(
+    model: Mistral,
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    tokenizer: str | Path | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    group: dist.ProcessGroup | None = None,
+) -> None:
+    """``MistralForCausalLM.save_pretrained(path)``, whole or not at all: what transformers 4 and 5 load as it is.
+
+    Writes ``model.safetensors`` (or numbered files of at most max_shard_bytes, a larger tensor having one to itself,
+    and their index), config.json, generation_config.json, and the tokenizer's files from the folder ``tokenizer``.
+    dtype None writes each parameter in its own. An export that is there already is replaced only once the new one is
+    complete.
+
+    A collective if the model is sharded: every rank calls it, with equal arguments, and rank 0 writes, holding one
+    file's tensors at a time. ``group`` is the process group over which rank 0 tells the others how it went (default:
+    the default one). A model that is not sharded is written by whichever process calls.
+
+    Raises ValueError for a path that holds anything but an earlier export, a tokenizer folder without a tokenizer, a
+    max_shard_bytes below 1 or a model on the meta device; TypeError for a dtype that is not a floating-point one; what
+    the file system raises. What goes wrong on rank 0 is raised on every rank, elsewhere as ValueError or RuntimeError,
+    and leaves ``path`` as it was.
+    """
+    _check_dtype(dtype)
+    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes must be a positive integer, got {max_shard_bytes!r}")
+    _reshard(model)
+    _check_materialised(model)
+    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    target, partial = Path(os.path.realpath(path)), None
+    writes = not sharded or dist.get_rank() == 0
+
+    error = None
+    if writes:
+        try:
+            partial = _begin(target, tokenizer)
+        except Exception as caught:
+            error = caught
+    _raise_everywhere(error, sharded, group)
+
+    tensors = _whole_tensors(model, dtype)
+    try:
+        if writes:
+            _write(model, dtype, tensors, partial, tokenizer, max_shard_bytes)
+            _move_into_place(partial, target)
+    except Exception as caught:
+        error = caught
+    finally:
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)  # renamed away by now, if all went well
+    for _ in tensors:  # the part that other ranks play; and rank 0 after a failure, for their sake
+        pass
+    _raise_everywhere(error, sharded, group)
+
+
+def _whole_tensors(model: Mistral, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, tensor) one after another; one collective for each of our parameters that is sharded."""
+    parameters = dict(model.named_parameters())
+    for name, placed in pieces(model.config):
+        whole = parameters[name].detach()
+        whole = whole.to(dtype or whole.dtype)  # before it travels
+        if isinstance(whole, DTensor):
+            whole = whole.full_tensor()
+        for hf_name, shape, first_row in placed:
+            yield hf_name, whole[first_row : first_row + shape[0]]
+
+
+def _raise_everywhere(error: Exception | None, sharded: bool, group: dist.ProcessGroup | None) -> None:
+    """Raise rank 0's error, if there is one, on every rank."""
+    if sharded:
+        told = [error and (isinstance(error, ValueError), f"rank 0 could not save: {error}")]
+        dist.broadcast_object_list(told, src=0, group=group)
+        if error is None and told[0] is not None:
+            refused, message = told[0]
+            raise (ValueError if refused else RuntimeError)(message)
+    if error is not None:
+        raise error
+
+
+def _write(model, dtype, tensors, partial: Path, tokenizer: str | Path | None, max_shard_bytes: int) -> None:
+    stored = {name: dtype or parameter.dtype for name, parameter in model.named_parameters()}
+    numbers, total, size, n_files = {}, 0, 0, 1
+    for name, placed in pieces(model.config):
+        for piece in placed:
+            n_bytes = prod(piece.shape) * stored[name].itemsize
+            if size and size + n_bytes > max_shard_bytes:
+                n_files, size = n_files + 1, 0
+            numbers[piece.hf_name] = n_files
+            size, total = size + n_bytes, total + n_bytes
+
+    def file_of(hf_name: str) -> str:
+        return SINGLE if n_files == 1 else f"model-{numbers[hf_name]:05}-of-{n_files:05}.safetensors"
+
+    _write_json(partial / CONFIG, _hf_config(model.config, reduce(torch.promote_types, stored.values())))
+    ids = {"bos_token_id": model.config.bos_id, "eos_token_id": model.config.eos_id}
+    _write_json(partial / GENERATION_CONFIG, {"_from_model_config": True, **ids})
+    for file, in_file in groupby(tensors, key=lambda item: file_of(item[0])):
+        # transformers refuses a file whose metadata does not name the format
+        held = {hf_name: tensor.cpu().contiguous() for hf_name, tensor in in_file}
+        save_file(held, partial / file, metadata={"format": "pt"})
+        shutil.copymode(partial / CONFIG, partial / file)  # save_file makes files that only their owner may read
+        _sync(partial / file)
+        del held  # before the next file's are gathered
+    if n_files > 1:
+        weight_map = {hf_name: file_of(hf_name) for hf_name in sorted(numbers)}
+        _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name in _tokenizer_files(tokenizer):
+        shutil.copyfile(Path(tokenizer) / name, partial / name)
+        _sync(partial / name)
+    _sync(partial)
+
+
+def _hf_config(config: MistralConfig, dtype: torch.dtype) -> dict:
+    """config.json, with the keys of transformers 4 (rope_theta, torch_dtype) and 5 (rope_parameters, dtype)."""
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        **{key: getattr(config, ours) for ours, (key, _) in FIELDS.items()},
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu",
+        "attention_dropout": 0.0,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": name,
+        "torch_dtype": name,
+    }
+
+
+def _begin(target: Path, tokenizer: str | Path | None) -> Path:
+    """Check that target may be written, tidy up after dead processes, and make the partial folder."""
+    _tokenizer_files(tokenizer)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    leftover = re.compile(re.escape(f".{target.name}.") + r"(partial|replaced)-(.+)-(\d+)")
+    for entry in sorted(target.parent.iterdir()):
+        match = leftover.fullmatch(entry.name)
+        if match is None or _is_alive(match[2], int(match[3])):
+            continue
+        if match[1] == "replaced" and not target.exists():
+            os.rename(entry, target)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+    _check_replaceable(target)
+    partial = _sibling(target, "partial")
+    partial.mkdir()
+    return partial
+
+
+def _move_into_place(partial: Path, target: Path) -> None:
+    if target.exists():
+        _check_replaceable(target)  # again: writing took a while
+        replaced = _sibling(target, "replaced")
+        os.rename(target, replaced)
+        try:
+            os.rename(partial, target)
+        except BaseException:
+            os.rename(replaced, target)
+            raise
+        _sync(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.rename(partial, target)
+        _sync(target.parent)
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
+
+
+def _is_alive(host: str, pid: int) -> bool:
+    """Whether another process may still be at work; of other hosts' we cannot tell."""
+    if host != socket.gethostname():
+        return True
+    if pid == os.getpid():
+        return False  # an earlier process that had our number, as in a restarted container
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ValueError(f"{target} is a file, so no export can be written there")
+    with os.scandir(target) as entries:
+        strangers = {
+            entry.name
+            for entry in entries
+            if not (entry.name in EXPORT_FILES or SHARD.fullmatch(entry.name))
+            or not entry.is_file(follow_symlinks=False)
+        }
+    if strangers:
+        raise ValueError(f"{target} is not replaced: it holds {_few(strangers)}, which is no part of an export")
+
+
+def _tokenizer_files(tokenizer: str | Path | None) -> list[str]:
+    if tokenizer is None:
+        return []
+    found = [name for name in TOKENIZER_FILES if (Path(tokenizer) / name).is_file()]
+    if not set(found) & set(TOKENIZERS):
+        raise ValueError(f"tokenizer {tokenizer} is not a folder with a {' or a '.join(TOKENIZERS)}")
+    return found
+
+
+def _write_json(file: Path, content: dict) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _sync(file)
+
+
+def _sync(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ---- both
+
+
+def _reshard(model: Mistral) -> None:
+    """Put back FSDP's shards: after a forward pass without backward its root shows gathered compute-dtype copies."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _check_materialised(model: Mistral) -> None:
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model is on the meta device, without memory for weights; call its to_empty() first")
+
+
+def _check_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in DTYPES.values():
+        raise TypeError(f"dtype must be None or one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
+
+
+def _few(names: set[str]) -> str:
+    """At most three names, and how many more."""
+    first, rest = sorted(names)[:3], len(names) - 3
+    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")

@@ -1,0 +1,258 @@
+"""The arithmetic of a training step: parameters, FLOPs, bytes, memory, and the peaks of the machines that run it.
+
+Everything that quotes such a number (the trainer's start-up print, its MFU, the benches) takes it from here. Pure
+Python; ``config`` is a ``halny.model.mistral.MistralConfig``. In the formulas: L layers, d model width, H query heads,
+K key/value heads, c channels of a head, f MLP width, V vocabulary, s sequence length, b bytes of the compute dtype.
+One FLOP is one addition or one multiplication, so a matrix product of [m, k] by [k, n] is 2 m k n of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # mistral.py imports torch; the trainer's --help does not want to wait for it
+    from halny.model.mistral import MistralConfig
+
+FP32_BYTES = 4
+
+# ------------------------------------------------------------------------------------------------ parameters and FLOPs
+
+
+def layer_matmul_parameters(config: MistralConfig) -> int:
+    """Weights of one layer's matrices: qkv d (H + 2K) c, out H c d, gate_up 2 d f, down f d."""
+    qkv = config.dim * (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    out = config.n_heads * config.head_dim * config.dim
+    return qkv + out + 3 * config.dim * config.hidden_dim
+
+
+def layer_parameters(config: MistralConfig) -> int:
+    """All weights of one layer: its matrices and its two norms."""
+    return layer_matmul_parameters(config) + 2 * config.dim
+
+
+def root_parameters(config: MistralConfig) -> int:
+    """Weights outside the layers: embedding, head (they are not tied) and final norm."""
+    return 2 * config.vocab_size * config.dim + config.dim
+
+
+def parameters(config: MistralConfig) -> int:
+    """All weights. Mistral-7B: 7,241,732,096."""
+    return config.n_layers * layer_parameters(config) + root_parameters(config)
+
+
+def matmul_parameters(config: MistralConfig) -> int:
+    """The weights that are multiplied: the layers' matrices and the head, no embedding, no norms. 7B: 7,110,393,856."""
+    return config.n_layers * layer_matmul_parameters(config) + config.vocab_size * config.dim
+
+
+def keys_per_query(seq_len: int, window: int | None) -> float:
+    """Mean number of keys that a query of one causal sequence sees through a window of w = min(window, s) keys.
+
+    The first w queries see 1, 2, .. w keys, the other s - w see w each: (w (w + 1) / 2 + (s - w) w) / s.
+    """
+    w = seq_len if window is None else min(window, seq_len)
+    return (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
+
+
+def attention_flops_per_token(config: MistralConfig, seq_len: int) -> float:
+    """12 L H c x (keys a query sees), forward and backward: 2 products (q k^T, weights v) x 2 FLOP x 3.
+
+    The 3 is one forward and two gradients a product. What FlashAttention recomputes in its backward is not counted.
+    """
+    keys = keys_per_query(seq_len, config.window)
+    return 12 * config.n_layers * config.n_heads * config.head_dim * keys
+
+
+def flops_per_token(config: MistralConfig, seq_len: int) -> float:
+    """FLOPs a token, forward and backward, counting only what the mask admits: 6 x matmul weights + attention.
+
+    6 = 2 FLOP a weight x (forward, gradient to the input, gradient to the weight). 7B at 4096: 45.88e9.
+    Documents inside a sequence shorten attention further; this counts sequences of one document.
+    """
+    return 6 * matmul_parameters(config) + attention_flops_per_token(config, seq_len)
+
+
+def palm_flops_per_token(config: MistralConfig, seq_len: int) -> float:
+    """The same by PaLM's convention, which others' MFU use: 6 x all weights + 12 L (H c) s. 7B at 4096: 49.89e9.
+
+    Chowdhery et al. 2022, appendix B (https://arxiv.org/abs/2204.02311): attention as if every query saw every key,
+    and here the embedding counted as if it were multiplied, as most frameworks do.
+    """
+    return 6 * parameters(config) + 12 * config.n_layers * config.n_heads * config.head_dim * seq_len
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def shard_numel(config: MistralConfig, world_size: int) -> int:
+    """Weights a rank owns under FSDP; the padding of a dimension that world_size does not divide is left out."""
+    return -(-parameters(config) // world_size)
+
+
+def parameter_bytes(config: MistralConfig, world_size: int = 1) -> int:
+    """A rank's share of the fp32 master weights."""
+    return FP32_BYTES * shard_numel(config, world_size)
+
+
+def gradient_bytes(config: MistralConfig, world_size: int = 1) -> int:
+    """A rank's share of the fp32 gradients."""
+    return FP32_BYTES * shard_numel(config, world_size)
+
+
+def optimizer_bytes(config: MistralConfig, world_size: int = 1) -> int:
+    """A rank's share of AdamW's two fp32 moments. With the master weights: 12 B a weight; with gradients too: 16 B."""
+    return 2 * FP32_BYTES * shard_numel(config, world_size)
+
+
+def gathered_parameter_bytes(config: MistralConfig, compute_bytes: int = 2) -> int:
+    """Whole weights in the compute dtype that FSDP2 holds at the worst moment, whatever the world size.
+
+    The root group (embedding, head, final norm) stays gathered; of the layers one computes and the next arrives.
+    """
+    layers_in_flight = min(2, config.n_layers)
+    return compute_bytes * (root_parameters(config) + layers_in_flight * layer_parameters(config))
+
+
+def saved_activations(config: MistralConfig, compute_bytes: int = 2) -> dict[str, int]:
+    """What one layer keeps for its backward: name -> bytes a token. 7B in bf16: 139,400 B.
+
+    The rows marked "remade" are dropped in lean mode and recomputed from their neighbours, which costs one pass over
+    memory and no matrix product. 7B in bf16 keeps 94,344 B then.
+    """
+    b, d, f = compute_bytes, config.dim, config.hidden_dim
+    q = config.n_heads * config.head_dim
+    qkv = q + 2 * config.n_kv_heads * config.head_dim
+    return {
+        "attention norm: input": b * d,
+        "attention norm: rstd, fp32": FP32_BYTES,
+        "attention norm: output (remade)": b * d,
+        "packed q, k, v after RoPE": b * qkv,
+        "attention: output": b * q,
+        "attention: log-sum-exp, fp32": FP32_BYTES * config.n_heads,
+        "residual after attention, the MLP norm's input": b * d,
+        "MLP norm: rstd, fp32": FP32_BYTES,
+        "MLP norm: output (remade)": b * d,
+        "packed gate, up": b * 2 * f,
+        "SwiGLU: output (remade)": b * f,
+    }
+
+
+def activation_bytes_per_token(config: MistralConfig, compute_bytes: int = 2, lean: bool = False) -> int:
+    """Bytes a token that all layers keep for the backward; ``saved_activations`` x L."""
+    saved = saved_activations(config, compute_bytes)
+    return config.n_layers * sum(n for name, n in saved.items() if not (lean and name.endswith("(remade)")))
+
+
+def logits_bytes(config: MistralConfig, n_rows: int, compute_bytes: int = 2, chunk_rows: int | None = None) -> int:
+    """Peak bytes of the head's logits and of the loss made from n_rows of them.
+
+    With chunk_rows = None what PyTorch's cross-entropy needs at its worst, in its backward: three fp32 [n_rows, V]
+    (log-probabilities, their gradient, the logits' gradient). In chunks: one buffer in the compute dtype, overwritten
+    by its own gradient, and the fp32 sum of the head's weight gradient.
+    """
+    if chunk_rows is None:
+        return 3 * FP32_BYTES * n_rows * config.vocab_size
+    buffer = compute_bytes * min(chunk_rows, n_rows) * config.vocab_size
+    return buffer + FP32_BYTES * config.vocab_size * config.dim
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """A rank's memory at the peak of a step, in bytes."""
+
+    parameters: int  # fp32 master weights, sharded
+    gradients: int  # fp32, sharded
+    optimizer: int  # AdamW's two fp32 moments, sharded
+    gathered_parameters: int  # compute dtype, whole: root group and two layers
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+def memory_estimate(
+    config: MistralConfig,
+    world_size: int,
+    micro_batch: int,
+    seq_len: int,
+    compute_bytes: int = 2,
+    lean: bool = False,
+    logits_chunk_rows: int | None = None,
+) -> MemoryEstimate:
+    """The parts of a rank's memory for micro_batch sequences of seq_len, under FSDP2 with AdamW.
+
+    An estimate from below: the CUDA context, whole gradients on their way into a reduce-scatter, a layer's working
+    memory and the allocator's fragments (some 3 GB at 7B) come on top, and so does the [s, s] score matrix of the
+    reference attention.
+    """
+    n_tokens = micro_batch * seq_len
+    return MemoryEstimate(
+        parameters=parameter_bytes(config, world_size),
+        gradients=gradient_bytes(config, world_size),
+        optimizer=optimizer_bytes(config, world_size),
+        gathered_parameters=gathered_parameter_bytes(config, compute_bytes),
+        activations=n_tokens * activation_bytes_per_token(config, compute_bytes, lean),
+        logits=logits_bytes(config, n_tokens, compute_bytes, logits_chunk_rows),
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------- machines
+
+
+@dataclass(frozen=True)
+class GPU:
+    bf16_flops: float  # dense tensor-core peak, FLOP/s
+    hbm_bytes_per_second: float
+    memory_bytes: int
+
+
+def _gpu(bf16_tflops: float, hbm_gb_per_second: float, memory_mib: int) -> GPU:
+    return GPU(bf16_tflops * 1e12, hbm_gb_per_second * 1e9, memory_mib * 2**20)
+
+
+# torch.cuda.get_device_name() -> peaks. Names are the driver's own (the list of supported chips in its README). FLOP/s
+# and bytes/s are from NVIDIA's data sheets; those since Hopper print the rate with 2:4 sparsity, so half of it stands
+# here. Memory is the total that nvidia-smi reports. The GH200's "120GB" and "480GB" are its LPDDR; both have 96 GB of
+# HBM3.
+GPUS: dict[str, GPU] = {
+    # A100 data sheet, June 2021: 312 TFLOP/s; 1,555, 2,039 and (80 GB PCIe) 1,935 GB/s
+    "NVIDIA A100-SXM4-40GB": _gpu(312, 1555, 40960),
+    "NVIDIA A100-SXM4-80GB": _gpu(312, 2039, 81920),
+    "NVIDIA A100-PCIE-40GB": _gpu(312, 1555, 40960),
+    "NVIDIA A100 80GB PCIe": _gpu(312, 1935, 81920),
+    # H100 data sheets: SXM 1,979 sparse, 3.35 TB/s; PCIe 1,513 sparse, 2 TB/s; NVL 1,671 sparse a GPU, 3.9 TB/s
+    "NVIDIA H100 80GB HBM3": _gpu(989.5, 3350, 81559),
+    "NVIDIA H100 PCIe": _gpu(756.5, 2000, 81559),
+    "NVIDIA H100 NVL": _gpu(835.5, 3900, 95830),
+    # H200 data sheet: SXM 1,979 sparse, NVL 1,671 sparse; 4.8 TB/s both
+    "NVIDIA H200": _gpu(989.5, 4800, 143771),
+    "NVIDIA H200 NVL": _gpu(835.5, 4800, 143771),
+    # GH200 data sheet: 1,979 sparse; 4 TB/s with 96 GB of HBM3, 4.9 TB/s with 144 GB of HBM3e
+    "NVIDIA GH200 120GB": _gpu(989.5, 4000, 97871),
+    "NVIDIA GH200 480GB": _gpu(989.5, 4000, 97871),
+    "NVIDIA GH200 144G HBM3e": _gpu(989.5, 4900, 146831),
+    # Blackwell architecture brief, HGX B200 at 1,000 W: 4,500 sparse, 8 TB/s
+    "NVIDIA B200": _gpu(2250, 8000, 183359),
+}
+
+
+def peak_flops(device_name: str, override_tflops: float | None = None) -> float | None:
+    """bf16 FLOP/s of the device that torch.cuda.get_device_name calls so; override_tflops if given; None if unknown.
+
+    Never a guess by part of a name: frameworks that take the "A100"-like branch for a GH200 print an MFU 3.2 times too
+    high. Raises ValueError for an override that is not a positive finite number.
+    """
+    if override_tflops is not None:
+        if not 0 < override_tflops < float("inf"):
+            raise ValueError(f"override_tflops must be a positive number, got {override_tflops}")
+        return override_tflops * 1e12
+    gpu = GPUS.get(device_name)
+    return None if gpu is None else gpu.bf16_flops
+
+
+def mfu(tokens_per_second: float, flops_per_token: float, peak: float | None) -> float | None:
+    """Model FLOPs utilisation of one GPU, 1.0 at its peak; None where the peak is unknown."""
+    return None if peak is None else tokens_per_second * flops_per_token / peak

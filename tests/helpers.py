@@ -1,0 +1,36 @@
+"""Plain functions for tests: what "equal" means here."""
+
+import torch
+from torch import Tensor
+
+from halny.kernels.dispatch import INTERPRETED
+
+
+def assert_close_to_truth(
+    ours: Tensor, torch_same_dtype: Tensor, truth: Tensor, *, roundings: float = 1.0, name: str = "result"
+) -> None:
+    """|ours - truth| <= 2 |torch_same_dtype - truth| + roundings x eps x |truth|, each | | the largest over the tensor.
+
+    truth: what PyTorch makes in fp64 of the same (already rounded) inputs; torch_same_dtype: what it makes in ours'
+    dtype, which sets the scale of an honest error; eps: of ours' dtype. Raising ``roundings`` is for operations that
+    round more often than PyTorch's does, and needs a reason. Infinities must agree in place and sign, NaNs in place.
+    """
+    assert ours.dtype == torch_same_dtype.dtype, f"{name}: dtype {ours.dtype}, PyTorch's is {torch_same_dtype.dtype}"
+    shapes = [tuple(x.shape) for x in (ours, torch_same_dtype, truth)]
+    assert shapes[0] == shapes[1] == shapes[2], f"{name}: shapes of ours, PyTorch's and the truth differ: {shapes}"
+    finite = truth.isfinite()
+    assert torch.equal(ours.isfinite(), finite), f"{name}: not finite where the truth is, or finite where it is not"
+    torch.testing.assert_close(
+        ours[~finite].double(), truth[~finite].double(), rtol=0, atol=0, equal_nan=True, msg=f"{name}: wrong inf or NaN"
+    )
+    truth = truth[finite].double()
+    if truth.numel() == 0:
+        return
+    if INTERPRETED and ours.dtype == torch.bfloat16:
+        # Triton's interpreter truncates fp32 to bf16 instead of rounding, at the end and wherever a kernel rounds on
+        # the way. Delete when it rounds.
+        roundings += 2
+    error = (ours[finite].double() - truth).abs().max().item()
+    torch_error = (torch_same_dtype[finite].double() - truth).abs().max().item()
+    bound = 2 * torch_error + roundings * torch.finfo(ours.dtype).eps * truth.abs().max().item()
+    assert error <= bound, f"{name}: error {error:.3g} above the bound {bound:.3g} (PyTorch's own is {torch_error:.3g})"

@@ -1,0 +1,138 @@
+"""model/roofline.py against published figures, brute-force counts and PyTorch's own FLOP counter."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from halny.model import roofline
+from halny.model.mistral import PRESETS, Mistral, MistralConfig
+
+MISTRAL_7B = PRESETS["mistral-7b"]
+
+
+def mask_count(seq_len: int, window: int | None) -> int:
+    return sum(1 for i in range(seq_len) for j in range(seq_len) if j <= i and (window is None or i - window < j))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_are_those_of_the_model(name):
+    config = PRESETS[name]
+    with torch.device("meta"):
+        model = Mistral(config)
+    assert roofline.parameters(config) == sum(p.numel() for p in model.parameters())
+    multiplied = (p for n, p in model.named_parameters() if "norm" not in n and "embed" not in n)
+    assert roofline.matmul_parameters(config) == sum(p.numel() for p in multiplied)
+
+
+def test_published_figures_of_mistral_7b():
+    assert roofline.parameters(MISTRAL_7B) == 7_241_732_096
+    assert roofline.matmul_parameters(MISTRAL_7B) == 7_110_393_856
+    assert roofline.flops_per_token(MISTRAL_7B, 4096) == pytest.approx(45.884e9, rel=1e-4)
+    assert roofline.palm_flops_per_token(MISTRAL_7B, 4096) == pytest.approx(49.893e9, rel=1e-4)
+    # 9,200 tokens/s on a GH200 = 422 TFLOP/s = 42.7 % of the data sheet's peak
+    peak = roofline.peak_flops("NVIDIA GH200 120GB")
+    assert roofline.mfu(9200, roofline.flops_per_token(MISTRAL_7B, 4096), peak) == pytest.approx(0.427, abs=5e-4)
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 7, 64])
+@pytest.mark.parametrize("window", [None, 1, 2, 6, 7, 8, 63, 64, 65])
+def test_keys_per_query_counts_the_mask(seq_len, window):
+    assert roofline.keys_per_query(seq_len, window) == mask_count(seq_len, window) / seq_len
+
+
+@pytest.mark.parametrize("window", [None, 5, 32])
+def test_attention_flops_count_the_mask(window):
+    config = MistralConfig(dim=24, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=10, window=window)
+    pairs = mask_count(32, window) * config.n_heads * config.n_layers  # (query, key) pairs of one sequence
+    forward = pairs * 2 * (2 * config.head_dim)  # q . k and weight * v: a multiply and an add a channel each
+    assert roofline.attention_flops_per_token(config, 32) * 32 == pytest.approx(3 * forward)
+    without = roofline.flops_per_token(config, 32) - roofline.attention_flops_per_token(config, 32)
+    assert without == 6 * roofline.matmul_parameters(config)
+
+
+@pytest.mark.parametrize("preset", ["test", "tiny"])
+def test_flops_are_those_that_pytorch_counts(preset):
+    config, B, T = PRESETS[preset], 2, 48
+    model = Mistral(config)
+    tokens = torch.randint(config.vocab_size, (B, T))
+    with FlopCounterMode(display=False) as counter:
+        model(tokens, tokens).loss.backward()
+    # The reference attention multiplies the whole square and masks afterwards: PaLM's attention, without the embedding.
+    embedding = 6 * (roofline.parameters(config) - roofline.matmul_parameters(config))
+    assert counter.get_total_flops() == B * T * (roofline.palm_flops_per_token(config, T) - embedding)
+
+
+def test_activation_bytes_of_mistral_7b():
+    assert sum(roofline.saved_activations(MISTRAL_7B).values()) == 139_400
+    assert roofline.activation_bytes_per_token(MISTRAL_7B) == 32 * 139_400
+    assert roofline.activation_bytes_per_token(MISTRAL_7B, lean=True) == 32 * 94_344
+    rstd_and_lse = 4 + 4 + 4 * MISTRAL_7B.n_heads  # fp32 whatever the compute dtype
+    assert sum(roofline.saved_activations(MISTRAL_7B, 4).values()) == 2 * (139_400 - rstd_and_lse) + rstd_and_lse
+
+
+def test_memory_of_mistral_7b():
+    one = roofline.memory_estimate(MISTRAL_7B, 1, 1, 4096, lean=True, logits_chunk_rows=2048)
+    assert one.parameters + one.gradients + one.optimizer == 16 * 7_241_732_096  # the 116e9 that one H200 holds
+    assert one.activations == pytest.approx(12.4e9, rel=5e-3)
+    assert one.logits == 2048 * 32000 * 2 + 32000 * 4096 * 4  # a chunk and the fp32 weight gradient: under 0.7 GB
+    assert one.gathered_parameters == 2 * (2 * 32000 * 4096 + 4096 + 2 * (218_103_808 + 2 * 4096))
+    parts = one.parameters, one.gradients, one.optimizer, one.gathered_parameters, one.activations, one.logits
+    assert one.total == sum(parts) < roofline.GPUS["NVIDIA H200"].memory_bytes
+
+    many = roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096, lean=True, logits_chunk_rows=2048)
+    assert many.parameters + many.gradients + many.optimizer == pytest.approx(0.4526e9, rel=1e-3)
+    assert many.activations == pytest.approx(49.46e9, rel=1e-3)
+    assert many.gathered_parameters == one.gathered_parameters
+    whole = roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096)
+    assert whole.logits == 3 * 4 * 16384 * 32000
+    assert whole.activations == pytest.approx(73.1e9, rel=1e-3)
+
+
+def test_memory_at_the_edges():
+    config = PRESETS["test"]
+    n = roofline.parameters(config)
+    assert roofline.parameter_bytes(config, 7) == 4 * ((n + 6) // 7)  # rounded up: the fullest rank
+    assert roofline.gradient_bytes(config, 1) == 4 * n
+    assert roofline.optimizer_bytes(config, 1) == 8 * n
+    one_layer = MistralConfig(n_layers=1)  # no second layer to gather
+    assert roofline.gathered_parameter_bytes(one_layer, 4) == 4 * roofline.parameters(one_layer)
+    assert roofline.logits_bytes(config, 10, 2, chunk_rows=2048) == 2 * 10 * 256 + 4 * 256 * 48
+
+
+def test_peaks_are_matched_by_exact_name_only():
+    assert roofline.peak_flops("NVIDIA H100 80GB HBM3") == 989.5e12
+    assert roofline.peak_flops("NVIDIA H100 PCIe") == 756.5e12
+    assert roofline.peak_flops("NVIDIA A100-SXM4-80GB") == 312e12
+    for grace_hopper in ("NVIDIA GH200 120GB", "NVIDIA GH200 480GB", "NVIDIA GH200 144G HBM3e"):
+        assert roofline.peak_flops(grace_hopper) == 989.5e12
+    for unknown in ("", "H100", "NVIDIA H100", "NVIDIA A100", "nvidia h200", "NVIDIA H200 ", "NVIDIA GH200", "cpu"):
+        assert roofline.peak_flops(unknown) is None
+
+
+def test_peak_override():
+    assert roofline.peak_flops("anything", 500) == 500e12
+    assert roofline.peak_flops("NVIDIA H200", override_tflops=700.5) == 700.5e12
+    for wrong in (0, -1, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="override_tflops"):
+            roofline.peak_flops("NVIDIA H200", wrong)
+    assert roofline.mfu(9200, 45.9e9, None) is None
+    assert roofline.mfu(1000, 50e9, 100e12) == 0.5
+
+
+def test_gpu_table_is_plausible():
+    """Against slips of a digit or of a sparse peak: bandwidth, memory and FLOP/s of each generation in their range."""
+    for name, gpu in roofline.GPUS.items():
+        assert name.startswith("NVIDIA ")
+        low, high = {"A100": (312, 312), "B200": (2250, 2250)}.get(name.split()[1].split("-")[0], (750, 990))
+        assert low <= gpu.bf16_flops / 1e12 <= high, name
+        assert 1.5e12 <= gpu.hbm_bytes_per_second <= 8e12, name
+        assert 39e9 <= gpu.memory_bytes <= 193e9, name
+        assert 150 <= gpu.bf16_flops / gpu.hbm_bytes_per_second <= 400, name  # FLOPs a byte at the ridge
+
+
+def test_importing_needs_no_torch():
+    code = "import sys, halny.model.roofline; assert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,631 @@
+"""train.py: its recipe and arithmetic as functions, and whole runs as the processes a user would start."""
+
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from halny.model.convert import load_hf, save_hf
+from halny.model.mistral import PRESETS as MODELS
+from halny.model.mistral import Mistral
+from halny.model.prepare_data import Dataset, write_dataset
+
+REPO = Path(train.__file__).parent
+CPU = torch.device("cpu")
+
+
+def world(rank: int = 0, size: int = 1) -> train.World:
+    return train.World(rank, size, CPU, mesh=None)
+
+
+# ---------------------------------------------------------------------------------------------------- recipe and plan
+
+
+def test_command_line_preset_then_file_then_flags(tmp_path):
+    assert train.command_line([]) == train.Recipe(run_dir=Path("runs/tiny"))
+    bielik = train.command_line(["bielik-7b", "--data", "d"])
+    assert (bielik.steps, bielik.lr, bielik.min_lr, bielik.batch_tokens) == (17_350, 3e-5, 2e-5, 4_194_304)
+    assert bielik.run_dir == Path("runs/bielik-7b") and bielik.data == Path("d")
+
+    file = tmp_path / "mine.toml"
+    file.write_text('preset = "bielik-7b"\nseq-len = 2048\nlr = 1e-4\nresume = false\n')
+    mine = train.command_line([str(file), "--lr", "1", "--lr", "2e-4"])
+    assert (mine.model, mine.seq_len, mine.lr, mine.resume) == ("mistral-7b", 2048, 2e-4, False)
+    assert mine.run_dir == Path("runs/mine")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--steps", "x"], ["--steps", "'x'"]),
+        (["--steps", "0"], ["--steps", "0"]),
+        (["--steps", "-5"], ["--steps", "-5"]),
+        (["--steps", "1.5"], ["--steps", "1.5"]),
+        (["--steps"], ["--steps"]),
+        (["--lr", "nan"], ["--lr", "nan"]),
+        (["--lr", "inf"], ["--lr", "inf"]),
+        (["--lr", "0"], ["--lr", "0"]),
+        (["--beta2", "1"], ["--beta2", "1"]),
+        (["--dtype", "fp16"], ["--dtype", "fp16", "bf16, fp32"]),
+        (["--data", ""], ["--data", "''"]),
+        (["--stepz", "4"], ["--stepz", "--steps"]),
+        (["bielik"], ["bielik", "bielik-7b"]),
+        (["tiny", "extra"], ["extra"]),
+        (["none.toml"], ["none.toml"]),
+    ],
+)
+def test_command_line_refuses_naming_flag_and_value(arguments, words):
+    with pytest.raises(train.Refused) as refusal:
+        train.command_line(arguments)
+    message = str(refusal.value)
+    assert all(word in message for word in words) and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("stepz = 4", ["stepz", "steps"]),
+        ('steps = "many"', ["steps", "many"]),
+        ("steps = 1.0", ["steps", "1.0"]),
+        ("steps = true", ["steps", "True"]),
+        ("resume = 1", ["resume", "1"]),
+        ("lr = nan", ["lr", "nan"]),
+        ('preset = "huge"', ["huge"]),
+        ("steps 4", ["TOML"]),
+        ("[optimizer]\nlr = 1.0", ["optimizer"]),
+    ],
+)
+def test_toml_refuses_naming_file_key_and_value(tmp_path, text, words):
+    file = tmp_path / "bad.toml"
+    file.write_text(text)
+    with pytest.raises(train.Refused) as refusal:
+        train.command_line([str(file)])
+    assert all(word in str(refusal.value) for word in [*words, "bad.toml"])
+
+
+def test_help_needs_neither_torch_nor_three_seconds():
+    code = (
+        "import runpy, sys\nsys.argv = ['train.py', '--help']\n"
+        "try:\n    runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit as end:\n    assert end.code == 0\n"
+        "assert not {'torch', 'transformers', 'numpy'} & sys.modules.keys()"
+    )
+    start = time.perf_counter()
+    shown = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True).stdout
+    assert time.perf_counter() - start < 3
+    assert all(train.flag(name) in shown for name in train.SETTINGS) and "bielik-7b" in shown
+
+
+def test_resolve_divides_the_batch():
+    plan = train.resolve(train.command_line(["--batch-tokens", "16384"]), world(size=4))
+    assert (plan.samples_a_step, plan.recipe.micro_batch, plan.accumulation) == (64, 8, 2)
+    plan = train.resolve(train.command_line(["bielik-7b"]), world(size=256))
+    assert (plan.samples_a_step, plan.recipe.micro_batch, plan.accumulation) == (1024, 4, 1)
+    assert plan.n_parameters == 7_241_732_096 and plan.recipe.dtype == "fp32"
+
+
+@pytest.mark.parametrize(
+    "arguments, size, words",
+    [
+        (["--batch-tokens", "1000"], 1, ["--batch-tokens 1000", "768 or 1024"]),
+        ([], 3, ["--batch-tokens 2048", "3 rank"]),
+        (["--micro-batch", "3"], 1, ["--micro-batch 3", "divisor of 8"]),
+        (["--seq-len", "2048", "--batch-tokens", "2048"], 1, ["--seq-len 2048", "1024"]),
+        (["--steps", "5", "--warmup-steps", "6"], 1, ["--warmup-steps 6", "--steps 5"]),
+        (["--schedule", "wsd", "--steps", "9", "--warmup-steps", "5", "--decay-steps", "5"], 1, ["--decay-steps 5"]),
+        (["--decay-steps", "5"], 1, ["--decay-steps 5", "wsd"]),
+        (["--lr", "1e-3", "--min-lr", "1e-2"], 1, ["--min-lr 0.01", "--lr 0.001"]),
+        (["--model", "mistral-8b"], 1, ["--model mistral-8b", "mistral-7b"]),
+    ],
+)
+def test_resolve_refuses_what_cannot_be(arguments, size, words):
+    with pytest.raises(train.Refused) as refusal:
+        train.resolve(train.command_line(arguments), world(size=size))
+    assert all(word in str(refusal.value) for word in words)
+
+
+def test_learning_rate_schedules():
+    def rates(*arguments):
+        recipe = train.resolve(train.command_line(["--lr", "1e-3", "--min-lr", "1e-4", *arguments]), world()).recipe
+        return [train.learning_rate(recipe, step) for step in range(1, recipe.steps + 1)]
+
+    cosine = rates("--steps", "110", "--warmup-steps", "10")
+    assert cosine[0] == pytest.approx(1e-4) and cosine[9] == 1e-3 and cosine[-1] == 1e-4
+    assert cosine[59] == pytest.approx((1e-3 + 1e-4) / 2)  # half way down
+    assert all(a >= b for a, b in itertools.pairwise(cosine[9:]))
+    linear = rates("--steps", "110", "--warmup-steps", "10", "--schedule", "linear")
+    assert linear[84] == pytest.approx(1e-3 - 0.75 * 9e-4) and linear[-1] == pytest.approx(1e-4)
+    wsd = rates("--steps", "100", "--schedule", "wsd", "--warmup-steps", "0", "--decay-steps", "10")
+    assert set(wsd[:90]) == {1e-3} and wsd[94] == pytest.approx(1e-3 - 0.5 * 9e-4) and wsd[-1] == pytest.approx(1e-4)
+    assert set(rates("--steps", "7", "--schedule", "constant", "--warmup-steps", "1")) == {1e-3}
+    assert train.learning_rate(train.resolve(train.command_line([]), world()).recipe, 1) > 0
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 4097])
+def test_sample_order_is_a_new_permutation_every_epoch(n):
+    epochs = [train.sample_order(np.arange(e * n, (e + 1) * n), n, seed=7).tolist() for e in range(3)]
+    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+    if n >= 64:
+        other_seed = train.sample_order(np.arange(n), n, seed=8).tolist()
+        assert len({tuple(x) for x in [*epochs, other_seed, range(n)]}) == 5
+        for order in (*epochs, other_seed):  # no trace of the order it came from: rank correlation within 4 sigma
+            assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 4 / math.sqrt(n)
+
+
+def test_sample_order_is_a_function_of_the_number_alone():
+    n, numbers = 1000, np.random.default_rng(0).integers(0, 5000, 300)
+    alone = [int(train.sample_order(np.array([i]), n, seed=3)[0]) for i in numbers]
+    assert train.sample_order(numbers, n, seed=3).tolist() == alone
+    assert train.sample_order(np.array([2**40, 2**62]), 2**33 + 1, seed=3).max() < 2**33 + 1
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A data folder of 255 + 1 token ids whose fourth and last sample of 64 has only 9 targets."""
+    rng = np.random.default_rng(0)
+
+    def documents(n_tokens):  # a noisy cycle through 40 tokens: something to learn
+        return [(np.arange(n_tokens) * 7 % 40 + rng.integers(0, 3, n_tokens)).astype(np.int64)]
+
+    out = tmp_path_factory.mktemp("data") / "small"
+    write_dataset(documents(3 * 64 + 10), out, vocab_size=256, val_documents=documents(150))
+    return out
+
+
+def test_samples_cover_the_stream_and_end_in_ignored_labels(small):
+    stream = Dataset(small).split("train")
+    assert train.n_samples(stream, 64) == 4
+    tokens, labels = train.read_samples(stream, np.array([0, 1, 2, 3, -1]), 64)
+    whole = stream.read(0, len(stream))
+    assert tokens[:3].flatten().tolist() == whole[:192].tolist()
+    assert labels[:3].flatten().tolist() == whole[1:193].tolist()
+    assert labels[3, :9].tolist() == whole[193:].tolist() and (labels[3, 9:] == -100).all()
+    assert (labels[4] == -100).all()
+
+
+@pytest.mark.parametrize("size, micro_batch", [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2)])
+def test_every_division_of_the_batch_sees_the_same_samples(size, micro_batch):
+    plan = train.resolve(train.command_line(["--micro-batch", str(micro_batch)]), world(size=size))
+    for step in (1, 2, 77):
+        parts = [train.step_samples(plan, world(rank, size), step, n=50).ravel() for rank in range(size)]
+        expected = train.sample_order(np.arange((step - 1) * 8, step * 8), 50, seed=0)
+        assert sorted(np.concatenate(parts).tolist()) == sorted(expected.tolist())
+
+
+def test_loader_gives_the_steps_in_order_and_passes_errors_on(small):
+    plan = train.resolve(train.command_line(["--model", "test", "--seq-len", "64", "--batch-tokens", "256"]), world())
+    stream = Dataset(small).split("train")
+    loader = train.Loader(plan, world(), stream, first=3, last=5)
+    for step in (3, 4, 5):
+        tokens, labels = next(loader)
+        expected = train.read_samples(stream, train.step_samples(plan, world(), step, 4).ravel(), 64)
+        assert torch.equal(tokens.view(4, 64), expected[0]) and torch.equal(labels.view(4, 64), expected[1])
+
+    class Broken:
+        def __len__(self):
+            return 1000
+
+        def read(self, start, length):
+            raise OSError("the shard is gone")
+
+    with pytest.raises(OSError, match="the shard is gone"):
+        next(train.Loader(plan, world(), Broken(), 1, 1))
+
+
+# --------------------------------------------------------------------------------------------------------- whole runs
+
+
+def start(*arguments, ranks: int | None = None, cwd: Path, **options) -> subprocess.Popen:
+    """train.py as a user starts it: under torchrun with so many ranks, or (None) as a plain process."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
+    command = [sys.executable, *launcher, str(REPO / "train.py"), *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes, **options)
+
+
+def run(*arguments, ranks: int | None = None, cwd: Path, code: int | None = 0) -> subprocess.CompletedProcess:
+    process = start(*arguments, ranks=ranks, cwd=cwd)
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert code is None or process.returncode == code, out + err
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line]
+
+
+def column(run_dir: Path, *names: str) -> list[tuple]:
+    return [tuple(line[name] for name in names) for line in metrics(run_dir)]
+
+
+def status(run_dir: Path) -> dict:
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def checkpoint(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors, put together by hand from the safetensors files of all ranks."""
+    from safetensors import safe_open
+
+    parts: dict[str, list] = {}
+    for path in (run_dir / f"checkpoints/step-{step:08d}").glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            offsets = json.loads(file.metadata()["DCP_SHARDING_INFO"])
+            for name in file.keys():  # noqa: SIM118  (not a dictionary)
+                parts.setdefault(name, []).append((offsets[name]["saved_offsets"], file.get_tensor(name)))
+    return {name: torch.cat([x for _, x in sorted(p, key=lambda part: part[0])]) for name, p in parts.items()}
+
+
+SMALL = ["--model", "test", "--seq-len", "64", "--batch-tokens", "256", "--dtype", "fp32", "--export-dtype", "fp32"]
+
+
+def plain_loop(data: Path, steps: int) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each step, by the shortest single-process training loop there is."""
+    stream, model = Dataset(data).split("train"), Mistral(MODELS["test"])
+    model.init_weights(seed=0)
+    norms = [p for p in model.parameters() if p.ndim == 1]
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=False)
+    history = []
+    for step in range(steps):
+        indices = train.sample_order(np.arange(4 * step, 4 * step + 4), 4, seed=0)
+        tokens, labels = train.read_samples(stream, indices, 64)
+        logits = model(tokens)
+        loss = torch.nn.functional.cross_entropy(logits.view(-1, 256), labels.view(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        history.append((loss.item(), norm.item()))
+    return history
+
+
+@pytest.mark.parametrize("ranks, micro_batch", [(1, 4), (1, 1), (2, 2), (2, 1), (4, 1)])
+def test_losses_equal_a_plain_loop_on_any_division_of_the_batch(small, tmp_path, ranks, micro_batch):
+    """Samples have 64, 64, 64 and 9 targets, so a mean of means would show in the first digit."""
+    flags = ["--data", small, "--steps", 8, "--micro-batch", micro_batch, "--run-dir", "r"]
+    flags += ["--lr", "1e-3", "--schedule", "constant", "--warmup-steps", "0", "--eval-every", "4"]
+    run(*SMALL, *flags, ranks=ranks, cwd=tmp_path)
+    ours, plain = column(tmp_path / "r", "loss", "grad_norm"), plain_loop(small, 8)
+    assert len(ours) == 8
+    np.testing.assert_allclose(ours, plain, rtol=2e-5)
+    assert ours[0][0] - ours[-1][0] > 0.05
+
+    lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    held_out = [line for line in lines if "val_loss" in line]
+    assert [line["step"] for line in held_out] == [4, 8] and "loss" not in held_out[0]
+    tokens, labels = train.read_samples(Dataset(small).split("val"), np.arange(3), 64)
+    loss, n_tokens, n_correct = load_hf(tmp_path / "r/export")(tokens, labels)
+    assert n_tokens == 149
+    assert held_out[-1]["val_loss"] == pytest.approx(loss.item() / 149, rel=1e-5)
+    assert held_out[-1]["val_accuracy"] == pytest.approx(n_correct.item() / 149)
+    assert status(tmp_path / "r") | {"state": "finished", "step": 8} == status(tmp_path / "r")
+
+
+def test_metrics_lines_say_what_they_should(small, tmp_path):
+    run(*SMALL, "--data", small, "--steps", 3, "--run-dir", "r", "--peak-tflops", "0.1", cwd=tmp_path)
+    line = metrics(tmp_path / "r")[-1]
+    assert line.keys() == {
+        "step", "loss", "perplexity", "accuracy", "lr", "grad_norm", "tokens", "tokens_per_second_per_gpu", "mfu",
+        "peak_memory_gib", "data_wait_s",
+    }  # fmt: skip
+    assert line["step"] == 3 and line["tokens"] == 3 * 256
+    assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
+    flops = train.roofline.flops_per_token(MODELS["test"], 64)
+    assert line["mfu"] == pytest.approx(line["tokens_per_second_per_gpu"] * flops / 1e11)
+    assert (tmp_path / "r/curves.png").stat().st_size > 10_000
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    assert config["recipe"]["steps"] == 3 and config["recipe"]["save_every"] == 1 and config["model"]["dim"] == 48
+
+
+def test_bf16_trains_close_to_fp32(small, tmp_path):
+    flags = ["--data", small, "--steps", 20, "--lr", "3e-3"]
+    run(*SMALL, *flags, "--run-dir", "fp32", cwd=tmp_path)
+    run(*SMALL, *flags, "--dtype", "bf16", "--run-dir", "bf16", ranks=2, cwd=tmp_path)
+    fp32, bf16 = (np.array(column(tmp_path / name, "loss"))[:, 0] for name in ("fp32", "bf16"))
+    assert fp32[0] - fp32[-1] > 0.5
+    np.testing.assert_allclose(bf16, fp32, rtol=0.02)
+    assert (bf16 != fp32).all()
+    assert {x.dtype for x in checkpoint(tmp_path / "bf16", 20).values()} == {torch.float32}
+
+
+# ------------------------------------------------------------------------------------------ stopping, killing, resuming
+
+LONG = [*SMALL, "--steps", "150", "--save-every", "20", "--lr", "1e-3", "--eval-every", "0"]
+
+
+def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    deadline = time.time() + 120
+    while time.time() < deadline:
+        if (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").read_text().count("\n") >= step:
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
+    raise AssertionError(f"no step {step} within two minutes")
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """Process ids of the ranks below a torchrun, in order of rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
+    return sorted(environments, key=lambda pid: int(re.search(rb"\0RANK=(\d+)", environments[pid])[1]))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small, tmp_path_factory) -> Path:
+    cwd = tmp_path_factory.mktemp("uninterrupted")
+    run(*LONG, "--data", small, "--run-dir", "r", ranks=2, cwd=cwd)
+    return cwd / "r"
+
+
+def test_killed_stopped_and_resumed_equals_uninterrupted_bitwise(small, uninterrupted, tmp_path):
+    command = [*LONG, "--data", small, "--run-dir", "r"]
+    run_dir = tmp_path / "r"
+
+    process = start(*command, ranks=2, cwd=tmp_path)
+    wait_for_step(process, run_dir, 45)
+    ranks = ranks_of(process)
+    process.kill()  # the launcher alone; the ranks die with it
+    process.wait()
+    deadline = time.time() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.time() < deadline:
+        time.sleep(0.01)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 46, "lo')  # a line torn by the kill
+    (run_dir / "checkpoints/.step-00000060.partial").mkdir()
+
+    process = start(*command, ranks=2, cwd=tmp_path)
+    wait_for_step(process, run_dir, 70)
+    os.kill(ranks_of(process)[1], signal.SIGUSR1)  # one rank is told; all stop
+    out, _ = process.communicate(timeout=60)
+    assert re.search(r"resuming after step (40|60)", out) and "stopped by SIGUSR1" in out
+    stopped = status(run_dir)
+    assert stopped["state"] == "stopped" and stopped["reason"] == "SIGUSR1" and stopped["step"] >= 70
+    assert len(metrics(run_dir)) == stopped["step"]
+    assert not list((run_dir / "checkpoints").glob(".*"))
+
+    process = start(*command, ranks=2, cwd=tmp_path)
+    wait_for_step(process, run_dir, 110)
+    process.send_signal(signal.SIGTERM)  # to torchrun, which passes it on
+    process.communicate(timeout=60)
+    assert status(run_dir)["state"] == "stopped" and 110 <= status(run_dir)["step"] < 150
+
+    run(*command, ranks=2, cwd=tmp_path)
+    names = ("step", "loss", "accuracy", "grad_norm", "lr", "tokens")
+    assert column(run_dir, *names) == column(uninterrupted, *names)
+    ours, theirs = checkpoint(run_dir, 150), checkpoint(uninterrupted, 150)
+    assert ours.keys() == theirs.keys() and len(ours) == 3 * len(list(Mistral(MODELS["test"]).parameters()))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-00000140", "step-00000150"]
+
+
+def test_resume_on_another_number_of_ranks_consumes_the_same_samples(small, uninterrupted, tmp_path):
+    command = [*LONG, "--data", small, "--run-dir", "r"]
+    process = start(*command, ranks=4, cwd=tmp_path)
+    wait_for_step(process, tmp_path / "r", 30)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    at = status(tmp_path / "r")["step"]
+    assert 30 <= at < 150
+    out = run(*command, ranks=2, cwd=tmp_path).stdout
+    assert f"resuming after step {at}" in out
+    np.testing.assert_allclose(column(tmp_path / "r", "loss"), column(uninterrupted, "loss"), rtol=1e-3)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_exit_code_75_of_a_stopped_process(small, tmp_path, number):
+    process = start(*LONG, "--steps", 5000, "--data", small, "--run-dir", "r", cwd=tmp_path)
+    wait_for_step(process, tmp_path / "r", 3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == train.STOPPED, out + err
+    assert "Traceback" not in err and status(tmp_path / "r")["reason"] == number.name
+    assert (tmp_path / "r/curves.png").exists()
+
+
+def test_a_finished_run_says_so_and_remakes_what_is_missing(small, tmp_path):
+    command = [*SMALL, "--data", small, "--steps", 4, "--run-dir", "r"]
+    run(*command, cwd=tmp_path)
+    before = (tmp_path / "r/metrics.jsonl").read_bytes()
+    weights = (tmp_path / "r/export/model.safetensors").read_bytes()
+    shutil.rmtree(tmp_path / "r/export")
+    (tmp_path / "r/curves.png").unlink()
+    out = run(*command, cwd=tmp_path).stdout
+    assert "finished" in out and (tmp_path / "r/curves.png").exists()
+    assert (tmp_path / "r/export/model.safetensors").read_bytes() == weights
+    assert (tmp_path / "r/metrics.jsonl").read_bytes() == before and status(tmp_path / "r")["state"] == "finished"
+
+
+@pytest.mark.parametrize("damage", ["bit", "truncated", "empty", "missing", "manifest", "extra"])
+def test_a_damaged_checkpoint_is_passed_over(small, uninterrupted, tmp_path, damage):
+    run_dir = tmp_path / "r"
+    shutil.copytree(uninterrupted, run_dir)
+    newest = run_dir / "checkpoints/step-00000150"
+    shard = max(newest.glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    if damage == "bit":
+        with shard.open("r+b") as file:
+            file.seek(-100, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(-100, os.SEEK_END)
+            file.write(bytes([byte ^ 1]))
+    elif damage == "truncated":
+        os.truncate(shard, shard.stat().st_size - 8)
+    elif damage == "empty":
+        os.truncate(shard, 0)
+    elif damage == "missing":
+        shard.unlink()
+    elif damage == "manifest":
+        (newest / "manifest.json").write_text('{"format": 1')
+    elif damage == "extra":
+        (newest / "other.safetensors").write_bytes(b"")
+    out = run(*LONG, "--data", small, "--run-dir", "r", cwd=tmp_path).stdout
+    assert "step-00000150 is damaged" in out and "resuming after step 140" in out
+    np.testing.assert_allclose(column(run_dir, "loss"), column(uninterrupted, "loss"), rtol=1e-3)
+
+
+def test_not_finite_on_one_rank_stops_all_before_the_update(small, tmp_path):
+    """A poisoned embedding row that only some samples reach: the weights stay those of the step before."""
+    rare = 41  # a token of the corpus that a sample or two hold
+    stream = Dataset(small).split("train")
+    rows, _ = train.read_samples(stream, np.arange(4), 64)
+    model = Mistral(MODELS["test"])
+    model.init_weights(seed=0)
+    with torch.no_grad():
+        holders = (rows == rare).any(1)
+        assert 0 < holders.sum() < 4
+        model.embed.weight[rare] = float("nan")
+    save_hf(model, tmp_path / "hf")
+    first_bad = 1 + min(i for i in range(8) if holders[int(train.sample_order(np.array([i]), 4, seed=0)[0])]) // 2
+    flags = ["--batch-tokens", 128, "--steps", 30, "--save-every", 1, "--init-from", "hf", "--run-dir", "r"]
+    failed = run(*SMALL, *flags, "--data", small, ranks=2, cwd=tmp_path, code=1)
+    after = status(tmp_path / "r")
+    assert after["state"] == "failed" and f"step {first_bad}" in after["reason"] and "nan" in after["reason"]
+    assert "stopped: step" in failed.stderr
+    assert len(metrics(tmp_path / "r")) == first_bad - 1
+    kept = [p.name for p in (tmp_path / "r/checkpoints").glob("step-*")] if first_bad > 1 else []
+    assert all(int(name[5:]) < first_bad for name in kept)
+
+
+# ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.fixture(scope="module")
+def finished(small, tmp_path_factory) -> Path:
+    cwd = tmp_path_factory.mktemp("finished")
+    run(*SMALL, "--data", small, "--steps", 4, "--run-dir", "r", cwd=cwd)
+    return cwd
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--data", "nowhere"], ["nowhere"]),
+        (["--data", "corrupt"], ["corrupt", "manifest"]),
+        (["--data", "other-vocabulary"], ["--data other-vocabulary", "4000", "256"]),
+        (["--init-from", "nowhere"], ["nowhere"]),
+        (["--init-from", "truncated"], ["truncated", "model.safetensors"]),
+        (["--lr", "3e-3"], ["--lr was 0.002 and is 0.003", "--no-resume"]),
+        (["--seq-len", "32"], ["--seq-len was 64 and is 32"]),
+        (["--dtype", "bf16"], ["--dtype was fp32 and is bf16"]),
+        (["--data", "changed"], ["data fingerprint"]),
+        (["--resume", "--run-dir", "new"], ["--resume", "no checkpoint", "new"]),
+        (["--run-dir", "a-file/r"], ["--run-dir a-file/r"]),
+        (["--batch-tokens", "100"], ["--batch-tokens 100"]),
+    ],
+)
+def test_refused_in_one_line_with_nothing_written(small, finished, flags, words):
+    rng = np.random.default_rng(1)
+    if not (finished / "corrupt").exists():
+        shutil.copytree(small, finished / "corrupt")
+        (finished / "corrupt/manifest.json").write_text("{")
+        write_dataset([rng.integers(0, 4000, 500)], finished / "other-vocabulary", vocab_size=4000)
+        write_dataset([rng.integers(0, 256, 500)], finished / "changed", vocab_size=256)
+        (finished / "a-file").write_text("")
+        shutil.copytree(finished / "r/export", finished / "truncated")
+        weights = finished / "truncated/model.safetensors"
+        os.truncate(weights, weights.stat().st_size // 2)
+    before = snapshot(finished)
+    refused = run(*SMALL, "--data", small, "--steps", 4, "--run-dir", "r", *flags, cwd=finished, code=train.REFUSED)
+    assert refused.stderr.count("\n") == 1 and refused.stderr.startswith("train.py: "), refused.stderr
+    assert all(word in refused.stderr for word in words), refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert snapshot(finished) == before
+
+
+def test_every_rank_refuses_and_one_speaks(small, tmp_path):
+    refused = run(*SMALL, "--data", small, "--batch-tokens", 64, ranks=2, cwd=tmp_path, code=1)
+    assert refused.stderr.count("train.py: --batch-tokens 64") == 1
+    assert "exitcode  : 2" in refused.stderr and not (tmp_path / "runs").exists()
+
+
+def test_a_run_folder_in_use_is_refused_and_left_alone(small, tmp_path):
+    process = start(*LONG, "--steps", 5000, "--data", small, "--run-dir", "r", cwd=tmp_path)
+    try:
+        wait_for_step(process, tmp_path / "r", 1)
+        refused = run(*LONG, "--steps", 5000, "--data", small, "--run-dir", "r", cwd=tmp_path, code=train.REFUSED)
+        assert "--run-dir r is in use" in refused.stderr
+        assert process.poll() is None and status(tmp_path / "r")["state"] == "running"
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_no_resume_sets_the_earlier_run_aside(small, tmp_path):
+    command = [*SMALL, "--data", small, "--steps", 4, "--run-dir", "r"]
+    run(*command, cwd=tmp_path)
+    before = snapshot(tmp_path / "r")
+    out = run(*command, "--no-resume", "--lr", "1e-3", cwd=tmp_path).stdout
+    assert "r.old-1" in out and snapshot(tmp_path / "r.old-1") == before
+    assert len(metrics(tmp_path / "r")) == 4
+
+
+# ------------------------------------------------------------------------------------------------- Hugging Face, README
+
+
+def test_init_from_hugging_face_is_exact_and_keeps_its_sizes(small, tmp_path):
+    torch.manual_seed(1)
+    model = Mistral(MODELS["test"])
+    save_hf(model, tmp_path / "hf")
+    run(*SMALL, "--data", small, "--init-from", "hf", "--steps", 1, "--run-dir", "r", ranks=2, cwd=tmp_path)
+    tokens, labels = train.read_samples(Dataset(small).split("train"), np.arange(4), 64)
+    loss, n_tokens, _ = model(tokens, labels)
+    assert column(tmp_path / "r", "loss")[0][0] == pytest.approx((loss / n_tokens).item(), rel=1e-5)
+
+
+def readme_commands() -> list[str]:
+    return re.findall(r"<!-- \w+ command -->\n```\w*\n(.*?)```", (REPO / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.slow
+def test_readme_main_job_as_written(tmp_path):
+    """The first command's second half (the first half installed what runs this test), in a folder with train.py."""
+    install, job = readme_commands()[0].strip().split(" && ")
+    assert install == "pip install -e ."
+    (tmp_path / "train.py").symlink_to(REPO / "train.py")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    out = subprocess.run(job, shell=True, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True)
+    run_dir = tmp_path / "runs/tiny"
+    losses = [loss for (loss,) in column(run_dir, "loss")]
+    assert losses[0] - np.mean(losses[-20:]) > 2, out.stdout
+    assert status(run_dir)["state"] == "finished"
+    for name in ("config.json", "curves.png", "sample.txt", "export/tokenizer.json"):
+        assert (run_dir / name).stat().st_size > 0
+
+    from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+    model = AutoModelForCausalLM.from_pretrained(run_dir / "export")
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "export")
+    assert model.dtype == torch.bfloat16 and len(tokenizer) == model.config.vocab_size == 32_000
+    generated = pipeline("text-generation", model=model, tokenizer=tokenizer)("The value of", max_new_tokens=8)
+    assert generated[0]["generated_text"].startswith("The value of")
+    stream = Dataset(run_dir / "data").split("val")
+    tokens = torch.from_numpy(stream.read(0, 129))[None]
+    with torch.no_grad():
+        loss = model.float()(tokens[:, :-1], labels=None).logits
+    loss = torch.nn.functional.cross_entropy(loss[0], tokens[0, 1:]).item()
+    assert loss < losses[0] - 2
