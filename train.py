@@ -62,13 +62,13 @@ class Recipe:
 
     data: Path | None = setting("data", None,
         "folder made by python -m halny.model.prepare_data [built in: the Python language reference]")
-    seq_len: int = setting("data", 256, "tokens in a sample", minimum=1)
-    batch_tokens: int = setting("data", 2048, "tokens in an optimizer step, over all ranks", minimum=1)
+    seq_len: int = setting("data", 128, "tokens in a sample", minimum=1)
+    batch_tokens: int = setting("data", 1024, "tokens in an optimizer step, over all ranks", minimum=1)
     micro_batch: int | None = setting("data", None,
         "samples a rank computes at once; it accumulates gradients over its share [the most that divides it, up to 8]",
         minimum=1)
 
-    steps: int = setting("optimizer", 300, "optimizer steps in the whole run", minimum=1)
+    steps: int = setting("optimizer", 200, "optimizer steps in the whole run", minimum=1)
     lr: float = setting("optimizer", 2e-3, "peak learning rate", above=0)
     min_lr: float | None = setting("optimizer", None, "learning rate of the last step [a tenth of --lr]", minimum=0)
     schedule: str = setting("optimizer", "cosine",
@@ -265,6 +265,8 @@ def begin(arguments: list[str]) -> Recipe:
     """What need not wait for torch: signals, dying with torchrun, and the command line."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, ask_to_stop)
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on the CPU, huge pages for the logits: a quarter off a step
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # on a GPU, less fragmentation
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # A killed torchrun (kill -9) cannot end its ranks; the kernel does it, so that they do not hold GPUs and locks.
         PR_SET_PDEATHSIG = 1

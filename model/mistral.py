@@ -70,7 +70,7 @@ PRESETS: dict[str, MistralConfig] = {
     ),
     # for the first run: trains on two CPU cores in a minute with the real 32,000-token vocabulary
     "tiny": MistralConfig(
-        dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=384, window=128, max_seq_len=1024
+        dim=128, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=32, hidden_dim=384, window=64, max_seq_len=1024
     ),
     # for one small GPU: 1.11 billion parameters
     "mistral-1b": MistralConfig(dim=2048, n_layers=18, n_heads=16, n_kv_heads=4, hidden_dim=7168),

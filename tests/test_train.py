@@ -109,7 +109,7 @@ def test_help_needs_neither_torch_nor_three_seconds():
 
 
 def test_resolve_divides_the_batch():
-    plan = train.resolve(train.command_line(["--batch-tokens", "16384"]), world(size=4))
+    plan = train.resolve(train.command_line(["--batch-tokens", "8192"]), world(size=4))
     assert (plan.samples_a_step, plan.recipe.micro_batch, plan.accumulation) == (64, 8, 2)
     plan = train.resolve(train.command_line(["bielik-7b"]), world(size=256))
     assert (plan.samples_a_step, plan.recipe.micro_batch, plan.accumulation) == (1024, 4, 1)
@@ -119,8 +119,8 @@ def test_resolve_divides_the_batch():
 @pytest.mark.parametrize(
     "arguments, size, words",
     [
-        (["--batch-tokens", "1000"], 1, ["--batch-tokens 1000", "768 or 1024"]),
-        ([], 3, ["--batch-tokens 2048", "3 rank"]),
+        (["--batch-tokens", "1000"], 1, ["--batch-tokens 1000", "896 or 1024"]),
+        ([], 3, ["--batch-tokens 1024", "3 rank", "768 or 1152"]),
         (["--micro-batch", "3"], 1, ["--micro-batch 3", "divisor of 8"]),
         (["--seq-len", "2048", "--batch-tokens", "2048"], 1, ["--seq-len 2048", "1024"]),
         (["--steps", "5", "--warmup-steps", "6"], 1, ["--warmup-steps 6", "--steps 5"]),
