@@ -20,6 +20,7 @@ The file reads from top to bottom:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import difflib
 import math
@@ -55,7 +56,8 @@ class Recipe:
     model: str = setting("model", "tiny", "model preset, or a Hugging Face folder whose config.json gives the sizes")
     init_from: Path | None = setting("model", None,
         "Hugging Face folder to start from: its sizes and its weights [fresh weights]")
-    seed: int = setting("model", 0, "fixes the fresh weights and the order of the samples", minimum=0)
+    seed: int = setting("model", 0, "fixes the fresh weights and the order of the samples", minimum=0,
+        below=2**63)
     kernels: str = setting("model", "auto",
         "auto, or reference: plain PyTorch everywhere, to find out whether a kernel is to blame",
         choices=("auto", "reference"))
@@ -115,8 +117,11 @@ PRESETS: dict[str, dict] = {
 }
 # fmt: on
 
-# What a resumed run may change; everything else changes the loss of a later step.
-FREE_TO_CHANGE = ("run_dir", "resume", "micro_batch", "save_every", "keep", "eval_every", "export_dtype", "peak_tflops")
+# What a resumed run may change; everything else changes what is computed. (Data may move: its fingerprint may not.)
+FREE_TO_CHANGE = (
+    *("run_dir", "resume", "data", "micro_batch", "kernels"),
+    *("save_every", "keep", "eval_every", "export_dtype", "peak_tflops"),
+)
 
 SETTINGS = {f.name: f for f in fields(Recipe)}
 KINDS = {  # the type of each setting, without its "| None"
@@ -303,12 +308,13 @@ from tqdm import tqdm  # noqa: E402
 
 from halny.kernels.dispatch import set_reference_only  # noqa: E402
 from halny.model import roofline  # noqa: E402
-from halny.model.convert import check_hf_weights, load_hf_weights, read_hf_config, save_hf  # noqa: E402
+from halny.model.convert import check_hf_weights, check_replaceable, load_hf_weights, read_hf_config, save_hf  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
 from halny.model.prepare_data import DataError, Dataset, TokenStream, prepare_builtin  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
 IGNORED = -100  # the label of a position that has no target
 
 
@@ -372,8 +378,9 @@ def on_main(world: World, action: Callable, *arguments):
 
 def say(world: World, text: str) -> None:
     if world.is_main:
-        tqdm.write(text)
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # a reader that left ("| head") is no reason to stop training
+            tqdm.write(text)
+            sys.stdout.flush()
 
 
 # --------------------------------------------------------------------------------------------------------- 3 the plan
@@ -422,6 +429,11 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     r = recipe
     if r.seq_len > model.max_seq_len:
         raise Refused(f"--seq-len {r.seq_len} is beyond the model's limit of {model.max_seq_len} positions")
+    if r.data is None and model.vocab_size != BUILTIN_VOCAB_SIZE:
+        raise Refused(
+            f"--data is needed: the built-in corpus has a vocabulary of {BUILTIN_VOCAB_SIZE}, but the model's is of "
+            f"{model.vocab_size}"
+        )
 
     if r.batch_tokens % (r.seq_len * world.size):
         unit = r.seq_len * world.size
@@ -752,8 +764,7 @@ def save_checkpoint(run: RunFolder, step: int, model: Mistral, optimizer: torch.
     final = run.checkpoints / f"step-{step:08d}"
     partial = run.checkpoints / f".{final.name}.partial"
     if world.is_main:
-        for path in (partial, final):  # a leftover, or a damaged checkpoint that resuming fell back from
-            shutil.rmtree(path, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
 
@@ -771,10 +782,12 @@ def save_checkpoint(run: RunFolder, step: int, model: Mistral, optimizer: torch.
     if world.is_main:
         write_json(partial / "manifest.json", {"format": 1, "step": step, "world_size": world.size, "files": listed})
         fsync_folder(partial)
+        if final.exists():  # a damaged one, which resuming passed over
+            run.delete_checkpoint(final)
         partial.rename(final)
         fsync_folder(run.checkpoints)
         for old in run.complete_checkpoints()[: -run.keep]:
-            shutil.rmtree(old)
+            run.delete_checkpoint(old)
     dist.barrier()
 
 
@@ -856,6 +869,7 @@ class RunFolder:
         self.path, self.keep = path, keep
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.step = 0  # the last one that status.json names
         self._lock = None
 
     def open(self, resume: bool | None) -> None:
@@ -867,6 +881,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._take_lock()
             if existed and resume is False and any(p.name != ".lock" for p in self.path.iterdir()):
+                if not (self.path / "config.json").exists():
+                    raise Refused(f"--no-resume: {self.path} holds no run that could be set aside; choose another")
                 aside = next(
                     aside
                     for n in range(1, 10_000)
@@ -876,6 +892,7 @@ class RunFolder:
                 tqdm.write(f"the earlier run is now {aside}")
                 self.path.mkdir()
                 self._take_lock()
+            check_replaceable(self.path / "export")
             for leftover in self.checkpoints.glob(".*.partial"):
                 shutil.rmtree(leftover)
         except OSError as error:
@@ -891,6 +908,12 @@ class RunFolder:
     def complete_checkpoints(self) -> list[Path]:
         """Folders that were renamed into place, oldest first."""
         return sorted(p.parent for p in self.checkpoints.glob("step-*/manifest.json"))
+
+    def delete_checkpoint(self, folder: Path) -> None:
+        """Under another name first: a kill in the middle leaves no half of it under its own."""
+        doomed = folder.with_name(f".{folder.name}.old.partial")
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
 
     def check_config(self, config: dict) -> None:
         """Refuse to continue a run that differs in anything its losses depend on."""
@@ -1239,7 +1262,8 @@ def run_to_exit_code(recipe: Recipe) -> int:
         print(f"train.py: rank {os.environ.get('RANK', '0')} on {socket.gethostname()} failed", file=sys.stderr)
         traceback.print_exc()
     if active_run is not None:
-        active_run.status("failed", getattr(active_run, "step", 0), failure)
+        with contextlib.suppress(OSError):  # a full disk may be what ended the run
+            active_run.status("failed", active_run.step, failure)
     return FAILED
 
 

@@ -50,6 +50,24 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
         kernel[grid](*args, **constants)
 
 
+_library = torch.library.Library("halny", "FRAGMENT")
+
+
+def register_operator(schema: str, implementation, fake):
+    """Register ``torch.ops.halny.NAME`` and return it, for schema "NAME(Tensor x, ...) -> Tensor".
+
+    A registered operator is what selective checkpointing can save, torch.compile keeps whole and profilers name.
+    implementation launches the kernels; fake makes outputs of the right shape, dtype and strides without data.
+    Autograd stays outside, in an autograd.Function that calls operators in both directions (the cheapest on the host).
+    """
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, implementation, "CUDA")
+    _library.impl(name, implementation, "CPU")  # for the interpreter
+    torch.library.register_fake(f"halny::{name}", fake, lib=_library)
+    return getattr(torch.ops.halny, name).default
+
+
 def is_reference_only() -> bool:
     return _reference_only
 

@@ -497,7 +497,7 @@ def _begin(target: Path, tokenizer: str | Path | None) -> Path:
             os.rename(entry, target)
         else:
             shutil.rmtree(entry, ignore_errors=True)
-    _check_replaceable(target)
+    check_replaceable(target)
     partial = _sibling(target, "partial")
     partial.mkdir()
     return partial
@@ -505,7 +505,7 @@ def _begin(target: Path, tokenizer: str | Path | None) -> Path:
 
 def _move_into_place(partial: Path, target: Path) -> None:
     if target.exists():
-        _check_replaceable(target)  # again: writing took a while
+        check_replaceable(target)  # again: writing took a while
         replaced = _sibling(target, "replaced")
         os.rename(target, replaced)
         try:
@@ -539,7 +539,8 @@ def _is_alive(host: str, pid: int) -> bool:
     return True
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path) -> None:
+    """ValueError unless ``save_hf`` may write there: nothing, an empty folder, or an earlier export and no more."""
     if not target.exists():
         return
     if not target.is_dir():

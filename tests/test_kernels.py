@@ -338,6 +338,17 @@ assert torch.equal(y, 2 * x) and dispatch.launches == {"double_kernel": 1}, disp
     run_toy(tmp_path, code, interpreted=True)
 
 
+def test_register_operator():
+    def implementation(x):
+        return 2 * x
+
+    double = dispatch.register_operator("test_double(Tensor x) -> Tensor", implementation, torch.empty_like)
+    x = torch.randn(3)
+    assert torch.equal(double(x), 2 * x) and double(x.to("meta")).shape == (3,)
+    torch.library.opcheck(double, (x,))
+    assert torch.equal(torch.compile(double, fullgraph=True, backend="eager")(x), 2 * x)
+
+
 def test_value_checks_never_read_a_traced_or_meta_tensor():
     x = torch.zeros(3, dtype=torch.long)
     assert dispatch.can_check_values(x)

@@ -127,6 +127,7 @@ def test_resolve_divides_the_batch():
         (["--schedule", "wsd", "--steps", "9", "--warmup-steps", "5", "--decay-steps", "5"], 1, ["--decay-steps 5"]),
         (["--decay-steps", "5"], 1, ["--decay-steps 5", "wsd"]),
         (["--lr", "1e-3", "--min-lr", "1e-2"], 1, ["--min-lr 0.01", "--lr 0.001"]),
+        (["--model", "test"], 1, ["--data", "32000", "256"]),
         (["--model", "mistral-8b"], 1, ["--model mistral-8b", "mistral-7b"]),
     ],
 )
@@ -208,7 +209,9 @@ def test_every_division_of_the_batch_sees_the_same_samples(size, micro_batch):
 
 
 def test_loader_gives_the_steps_in_order_and_passes_errors_on(small):
-    plan = train.resolve(train.command_line(["--model", "test", "--seq-len", "64", "--batch-tokens", "256"]), world())
+    plan = train.resolve(
+        train.command_line(["--model", "test", "--data", "d", "--seq-len", "64", "--batch-tokens", "256"]), world()
+    )
     stream = Dataset(small).split("train")
     loader = train.Loader(plan, world(), stream, first=3, last=5)
     for step in (3, 4, 5):
@@ -534,6 +537,8 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["--dtype", "bf16"], ["--dtype was fp32 and is bf16"]),
         (["--data", "changed"], ["data fingerprint"]),
         (["--resume", "--run-dir", "new"], ["--resume", "no checkpoint", "new"]),
+        (["--no-resume", "--run-dir", "notes"], ["--no-resume", "notes"]),
+        (["--run-dir", "kept"], ["kept/export", "mine.txt"]),
         (["--run-dir", "a-file/r"], ["--run-dir a-file/r"]),
         (["--batch-tokens", "100"], ["--batch-tokens 100"]),
     ],
@@ -546,6 +551,10 @@ def test_refused_in_one_line_with_nothing_written(small, finished, flags, words)
         write_dataset([rng.integers(0, 4000, 500)], finished / "other-vocabulary", vocab_size=4000)
         write_dataset([rng.integers(0, 256, 500)], finished / "changed", vocab_size=256)
         (finished / "a-file").write_text("")
+        for stranger in ("notes/mine.txt", "kept/export/mine.txt"):
+            (finished / stranger).parent.mkdir(parents=True)
+            (finished / stranger).write_text("keep me")
+            (finished / stranger.partition("/")[0] / ".lock").write_text("")
         shutil.copytree(finished / "r/export", finished / "truncated")
         weights = finished / "truncated/model.safetensors"
         os.truncate(weights, weights.stat().st_size // 2)
