@@ -22,7 +22,8 @@ CORE = [
 ]
 EXTRAS = {
     "test": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.8"],
-    "flash": ["flash-attn-4; platform_system == 'Linux'"],
+    "flash": ["flash-attn-4>=4.0.0b36; platform_system == 'Linux'"],  # FlashAttention for Hopper and Blackwell
+    "log": ["tensorboard>=2.16", "wandb>=0.17"],
 }
 
 setup(

@@ -88,7 +88,7 @@ class Recipe:
         "dtype of the computation; master weights and reductions are fp32 [bf16 on a GPU, fp32 on the CPU]",
         choices=("bf16", "fp32"))
 
-    run_dir: Path | None = setting("run", None, "folder of the run [runs/PRESET]")
+    run_dir: Path | None = setting("run", None, "folder of the run, on a file system that all nodes see [runs/PRESET]")
     resume: bool | None = setting("run", None,
         "--resume insists on a checkpoint to continue from; --no-resume sets an earlier run aside and starts anew "
         "[continue if there is a checkpoint]")
@@ -1005,8 +1005,8 @@ class Progress:
             f"  {m['peak_memory_gib']:.2f} GiB"
         )
         if self.bar is not None:
-            self.bar.update(m["step"] - self.bar.n)
             self.bar.set_postfix_str(figures, refresh=False)
+            self.bar.update(m["step"] - self.bar.n)
         elif m["step"] % self.every == 0 or m["step"] in (self.first, self.plan.recipe.steps):
             done, left = m["step"] - self.first + 1, self.plan.recipe.steps - m["step"]
             eta = int((time.perf_counter() - self.start) / done * left)
@@ -1193,7 +1193,8 @@ def main(recipe: Recipe) -> int:
     set_reference_only(recipe.kernels == "reference")
 
     run = RunFolder(recipe.run_dir, recipe.keep)
-    on_main(world, run.open, recipe.resume)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, so --no-resume has had its turn
+    on_main(world, run.open, None if restarted else recipe.resume)
     global active_run  # so that whatever ends the run can say so in status.json
     active_run = run if world.is_main else None
     if dataset is None:
