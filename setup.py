@@ -18,10 +18,10 @@ CORE = [
     # the Mistral-7B-v0.1 tokenizer: mistral-common ships its file, sentencepiece reads it
     "mistral-common>=1.8",
     "sentencepiece>=0.2",
-    "protobuf>=4",
 ]
 EXTRAS = {
-    "test": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.8"],
+    # kernels: Hugging Face's, whose import name ours must leave alone
+    "test": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.8", "kernels>=0.10"],
     "flash": ["flash-attn-4>=4.0.0b36; platform_system == 'Linux'"],  # FlashAttention for Hopper and Blackwell
     "log": ["tensorboard>=2.16", "wandb>=0.17"],
 }
