@@ -25,6 +25,7 @@ import ctypes
 import difflib
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -65,13 +66,13 @@ class Recipe:
     data: Path | None = setting("data", None,
         "folder made by python -m halny.model.prepare_data [built in: the Python language reference]")
     seq_len: int = setting("data", 128, "tokens in a sample", minimum=1)
-    batch_tokens: int = setting("data", 1024, "tokens in an optimizer step, over all ranks", minimum=1)
+    batch_tokens: int = setting("data", 1024, "tokens in an optimizer step, over all ranks", minimum=1, below=2**32)
     micro_batch: int | None = setting("data", None,
         "samples a rank computes at once; it accumulates gradients over its share [the most that divides it, up to 8]",
         minimum=1)
 
-    steps: int = setting("optimizer", 200, "optimizer steps in the whole run", minimum=1)
-    lr: float = setting("optimizer", 2e-3, "peak learning rate", above=0)
+    steps: int = setting("optimizer", 200, "optimizer steps in the whole run", minimum=1, below=2**32)
+    lr: float = setting("optimizer", 2e-3, "peak learning rate", above=0, below=100)
     min_lr: float | None = setting("optimizer", None, "learning rate of the last step [a tenth of --lr]", minimum=0)
     schedule: str = setting("optimizer", "cosine",
         "after the warm-up: constant, or down to --min-lr by cosine, linear or wsd (linear over --decay-steps only)",
@@ -135,6 +136,10 @@ class Refused(Exception):
     """Something the user can put right: one line, exit code 2, nothing written."""
 
 
+class Failed(Exception):
+    """The end of a run that has begun, on all ranks alike: one line, exit code 1."""
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -151,11 +156,11 @@ def convert(name: str, value, where: str):
     wrong = Refused(f"{where} must be {KIND_NAMES[kind]}, got {value!r}")
     if isinstance(value, bool) != (kind is bool) or (kind in (str, Path, int) and isinstance(value, float)):
         raise wrong
-    if kind in (str, Path) and not (isinstance(value, str) and value):
+    if kind in (str, Path) and not (isinstance(value, str) and value and "\0" not in value):
         raise wrong
     try:
         value = kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise wrong from None
     if kind is float and not math.isfinite(value):
         raise Refused(f"{where} must be finite, got {value}")
@@ -177,16 +182,18 @@ def read_toml(path: Path) -> dict:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise Refused(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"{path} is not valid TOML: {error}") from None
     preset = table.pop("preset", "tiny")
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise unknown("preset", f"{preset} in {path}", PRESETS)
     values = {}
     for key, value in table.items():
         name = key.replace("-", "_")
         if name not in SETTINGS:
             raise unknown(f"key in {path}:", key, SETTINGS)
+        if name in values:
+            raise Refused(f"{name} is named twice in {path}, with - and with _")
         values[name] = convert(name, value, f"{key} in {path}")
     return PRESETS[preset] | values
 
@@ -209,6 +216,7 @@ def command_line(arguments: list[str]) -> Recipe:
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110),
     )
+    parser._negative_number_matcher = re.compile(r"-\.?\d|-(inf|nan)")  # argparse takes -1e-3 for a flag otherwise
     parser.add_argument("preset", nargs="?", default="tiny", metavar="PRESET", help="preset or recipe file [tiny]")
     groups = {}
     for name, s in SETTINGS.items():
@@ -262,12 +270,14 @@ def refuse(message: object) -> typing.NoReturn:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: os._exit(REFUSED))
         time.sleep(10)
-    sys.stdout.flush()
     os._exit(REFUSED)
 
 
 def begin(arguments: list[str]) -> Recipe:
-    """What need not wait for torch: signals, dying with torchrun, and the command line."""
+    """What need not wait for torch: streams, signals, dying with torchrun, and the command line."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by whoever started us
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, ask_to_stop)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on the CPU, huge pages for the logits: a quarter off a step
@@ -310,7 +320,7 @@ from halny.kernels.dispatch import set_reference_only  # noqa: E402
 from halny.model import roofline  # noqa: E402
 from halny.model.convert import check_hf_weights, check_replaceable, load_hf_weights, read_hf_config, save_hf  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
-from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
+from halny.model.mistral import Mistral, MistralConfig, local_rows  # noqa: E402
 from halny.model.prepare_data import DataError, Dataset, TokenStream, prepare_builtin  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -376,9 +386,15 @@ def on_main(world: World, action: Callable, *arguments):
     return everywhere(agreed(action if world.is_main else lambda *_: None, *arguments))[0]
 
 
+def stop_requested_anywhere() -> tuple[Tensor, dist.Work]:
+    """Ask all ranks, on the CPU and without waiting, whether one of them has been told to stop."""
+    asked = torch.tensor(int(stop_signal is not None), dtype=torch.int32)
+    return asked, dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True)
+
+
 def say(world: World, text: str) -> None:
     if world.is_main:
-        with contextlib.suppress(BrokenPipeError):  # a reader that left ("| head") is no reason to stop training
+        with contextlib.suppress(OSError):  # a reader that left ("| head"), a full disk: no reason to stop training
             tqdm.write(text)
             sys.stdout.flush()
 
@@ -464,8 +480,14 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         raise Refused(f"--min-lr {min_lr} is above --lr {r.lr}")
 
     device_name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    if r.resume is False:
+        for name in ("data", "init_from", "model"):
+            value = getattr(r, name)
+            if value and Path(value).exists() and Path(value).resolve().is_relative_to(r.run_dir.resolve()):
+                raise Refused(f"--no-resume would set aside {flag(name)} {value}, which lies in --run-dir {r.run_dir}")
     recipe = replace(
         recipe,
+        model=str(r.init_from or r.model),
         micro_batch=micro_batch,
         warmup_steps=warmup_steps,
         decay_steps=decay_steps,
@@ -719,18 +741,26 @@ def train_step(model: Mistral, optimizer: torch.optim.AdamW, tokens: Tensor, lab
 
 
 @torch.no_grad()
-def evaluate(model: Mistral, stream: TokenStream, plan: Plan, world: World) -> dict[str, float]:
-    """Loss, perplexity and accuracy a target over a whole split, each sample once whatever the world size."""
+def evaluate(model: Mistral, stream: TokenStream, plan: Plan, world: World) -> dict[str, float] | None:
+    """Loss, perplexity and accuracy a target over a whole split, each sample once whatever the world size.
+
+    None if a rank was told to stop in the middle of it.
+    """
     n, micro_batch = n_samples(stream, plan.recipe.seq_len), plan.recipe.micro_batch
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+    stopping = False
     for first in range(0, n, world.size * micro_batch):  # the same number of forward passes on every rank
+        asked, asking = stop_requested_anywhere()
         indices = first + world.rank * micro_batch + np.arange(micro_batch)
         tokens, labels = read_samples(stream, np.where(indices < n, indices, -1), plan.recipe.seq_len)
         loss, n_tokens, n_correct = model(tokens.to(world.device), labels.to(world.device))
         totals += torch.stack([loss.double(), n_tokens.double(), n_correct.double()])
+        asking.wait()
+        if stopping := bool(asked.item()):
+            break
     model.reshard()  # without a backward pass the root's parameters stay gathered, and are not those of the optimizer
     dist.all_reduce(totals)
-    return loss_metrics(*totals.tolist())
+    return None if stopping else loss_metrics(*totals.tolist())
 
 
 def loss_metrics(loss_sum: float, n_targets: float, n_correct: float) -> dict[str, float]:
@@ -759,8 +789,13 @@ def checkpoint_state(model: Mistral, optimizer: torch.optim.AdamW) -> dict[str, 
 
 
 def save_checkpoint(run: RunFolder, step: int, model: Mistral, optimizer: torch.optim.AdamW, world: World) -> None:
-    """Write checkpoints/step-NNNNNNNN, every rank its shards, then delete all but the newest ``keep``."""
+    """Write checkpoints/step-NNNNNNNN, every rank its shards, then delete all but the newest ``keep``.
+
+    Raises Failed, with the earlier checkpoints as they were, if it cannot be written or a weight is not finite.
+    """
     state = checkpoint_state(model, optimizer)
+    if not all(everywhere(all(bool(p.isfinite().all()) for p, _ in map(local_rows, model.parameters())))):
+        raise Failed(f"step {step}: a weight is not finite, so no checkpoint was written")
     final = run.checkpoints / f"step-{step:08d}"
     partial = run.checkpoints / f".{final.name}.partial"
     if world.is_main:
@@ -773,17 +808,17 @@ def save_checkpoint(run: RunFolder, step: int, model: Mistral, optimizer: torch.
         files[name] = 1 + written // (BYTES_A_FILE * world.size)
         written += x.numel() * x.element_size()
     writer = dcp.HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=files, save_distributed=True)
-    dcp.save(state, storage_writer=writer)
+    with one_line(f"the checkpoint of step {step} could not be written, earlier ones are as they were"):
+        dcp.save(state, storage_writer=writer)
     dist.barrier()
 
     names = sorted(p.name for p in partial.iterdir())[world.rank :: world.size]
     listed = {name: {"bytes": (partial / name).stat().st_size, "sha256": sha256(partial / name)} for name in names}
     listed = {name: entry for part in everywhere(listed) for name, entry in sorted(part.items())}
     if world.is_main:
-        write_json(partial / "manifest.json", {"format": 1, "step": step, "world_size": world.size, "files": listed})
+        manifest = {"format": 1, "step": step, "world_size": world.size, "config": run.config, "files": listed}
+        write_json(partial / "manifest.json", manifest)
         fsync_folder(partial)
-        if final.exists():  # a damaged one, which resuming passed over
-            run.delete_checkpoint(final)
         partial.rename(final)
         fsync_folder(run.checkpoints)
         for old in run.complete_checkpoints()[: -run.keep]:
@@ -791,14 +826,30 @@ def save_checkpoint(run: RunFolder, step: int, model: Mistral, optimizer: torch.
     dist.barrier()
 
 
+@contextlib.contextmanager
+def one_line(what_failed: str):
+    """DCP's exception, which holds a traceback of every rank and is no Exception, as a Failed."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise Failed(f"{what_failed}: rank {rank}: {' '.join(str(cause).split())}") from None
+
+
 def newest_checkpoint(run: RunFolder, world: World) -> Path | None:
-    """The newest complete and undamaged checkpoint, all its checksums verified; None if there never was one."""
+    """The newest complete and undamaged checkpoint, all its checksums verified; None if there never was one.
+
+    Damaged ones that are newer get another name, so that they neither count as kept nor are in the way.
+    """
     candidates = on_main(world, run.complete_checkpoints)
+    damaged = []
     for folder in reversed(candidates):
         problems = [p for p in everywhere(damage(folder, world)) if p]
         if not problems:
+            on_main(world, run.put_aside, damaged)
             return folder
         say(world, f"checkpoint {folder.name} is damaged ({problems[0]}); falling back to the one before")
+        damaged.append(folder)
     if candidates:
         raise Refused(
             f"every checkpoint in {run.checkpoints} is damaged; --no-resume sets the run aside and starts anew"
@@ -825,14 +876,13 @@ def damage(folder: Path, world: World) -> str | None:
     return None
 
 
-def load_checkpoint(folder: Path, model: Mistral, optimizer: torch.optim.AdamW) -> int:
-    """Fill model and optimizer from a checkpoint, whatever number of ranks wrote it; returns its step."""
-    dcp.load(checkpoint_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
+def load_checkpoint(folder: Path, step: int, model: Mistral, optimizer: torch.optim.AdamW) -> None:
+    """Fill model and optimizer from the checkpoint of a step, whatever number of ranks wrote it."""
+    with one_line(f"{folder} could not be read"):
+        dcp.load(checkpoint_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
     model.init_buffers()
-    step = json.loads((folder / "manifest.json").read_text())["step"]
     for state in optimizer.state.values():
         state["step"].fill_(step)
-    return step
 
 
 def sha256(path: Path) -> str:
@@ -850,7 +900,7 @@ def fsync_folder(path: Path) -> None:
 
 def write_json(path: Path, value) -> None:
     """Replace a JSON file in one step: a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with partial.open("w") as file:
         json.dump(value, file, indent=2, default=str)
         file.write("\n")
@@ -869,45 +919,66 @@ class RunFolder:
         self.path, self.keep = path, keep
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
-        self.step = 0  # the last one that status.json names
+        self.step = 0  # the last one that is finished or saved, for status.json
+        self.config: dict = {}
         self._lock = None
 
     def open(self, resume: bool | None) -> None:
         """Create and lock the folder; with resume=False set an earlier run aside first. Refused if that cannot be."""
+        if resume is True and not self.complete_checkpoints():
+            raise Refused(f"--resume: no checkpoint in {self.checkpoints}; leave the flag out to start a new run")
         try:
-            existed = self.path.is_dir()
-            if resume is True and not self.complete_checkpoints():
-                raise Refused(f"--resume: no checkpoint in {self.checkpoints}; leave the flag out to start a new run")
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._take_lock()
-            if existed and resume is False and any(p.name != ".lock" for p in self.path.iterdir()):
-                if not (self.path / "config.json").exists():
-                    raise Refused(f"--no-resume: {self.path} holds no run that could be set aside; choose another")
-                aside = next(
-                    aside
-                    for n in range(1, 10_000)
-                    if not (aside := self.path.with_name(f"{self.path.name}.old-{n}")).exists()
-                )
-                self.path.rename(aside)
-                tqdm.write(f"the earlier run is now {aside}")
-                self.path.mkdir()
-                self._take_lock()
+            present = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
+            aside = resume is False and present - {".lock"}
+            if aside and not present & {"config.json", "data", ".data.partial"}:
+                raise Refused(f"--no-resume: {self.path} holds no run that could be set aside; choose another")
             check_replaceable(self.path / "export")
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = self._take_lock()
+            if aside:
+                self._set_aside()
+                lock, earlier_lock = self._take_lock(), lock
+                earlier_lock.close()
+            self._lock = lock
             for leftover in self.checkpoints.glob(".*.partial"):
                 shutil.rmtree(leftover)
         except OSError as error:
             raise Refused(f"--run-dir {self.path} cannot be written: {error.strerror}") from None
 
-    def _take_lock(self) -> None:
-        self._lock = (self.path / ".lock").open("a")  # held until the process ends, however it ends
+    def _take_lock(self):
+        """The locked file, to be held until the process ends, however it ends."""
+        in_use = Refused(f"--run-dir {self.path} is in use by another run; wait for it or choose another")
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Refused(f"--run-dir {self.path} is in use by another run; wait for it or choose another") from None
+            lock = (self.path / ".lock").open("a")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.fileno()).st_ino == (self.path / ".lock").stat().st_ino:
+                return lock
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        raise in_use  # held by another, or the folder was set aside by another between the two lines above
+
+    def _set_aside(self) -> None:
+        real = Path(os.path.realpath(self.path))  # a link to a run stays a link, to the new one
+        if Path.cwd().is_relative_to(real):
+            raise Refused(f"--no-resume: {self.path} is the current folder and cannot be set aside; leave it first")
+        aside = self.free_name(real.parent, f"{real.name}.old")
+        real.rename(aside)
+        with contextlib.suppress(FileExistsError):  # by a run that started this instant, and is then found in use
+            real.mkdir()
+        with contextlib.suppress(OSError):
+            tqdm.write(f"the earlier run is now {aside}")
+
+    @staticmethod
+    def free_name(folder: Path, name: str) -> Path:
+        return next(path for n in range(1, 100_000) if not (path := folder / f"{name}-{n}").exists())
 
     def complete_checkpoints(self) -> list[Path]:
         """Folders that were renamed into place, oldest first."""
         return sorted(p.parent for p in self.checkpoints.glob("step-*/manifest.json"))
+
+    def put_aside(self, damaged: list[Path]) -> None:
+        for folder in damaged:
+            folder.rename(self.free_name(self.checkpoints, f"damaged-{folder.name}"))
 
     def delete_checkpoint(self, folder: Path) -> None:
         """Under another name first: a kill in the middle leaves no half of it under its own."""
@@ -918,16 +989,22 @@ class RunFolder:
     def check_config(self, config: dict) -> None:
         """Refuse to continue a run that differs in anything its losses depend on."""
         path = self.path / "config.json"
-        if not path.exists():
-            return
+        checkpoints = self.complete_checkpoints()
         try:
-            earlier = json.loads(path.read_text())
+            if path.exists():
+                earlier = json.loads(path.read_text())
+            elif checkpoints:
+                earlier = json.loads((checkpoints[-1] / "manifest.json").read_text())["config"]
+            else:
+                return
             recipe = {k: v for k, v in config["recipe"].items() if k not in FREE_TO_CHANGE}
             pairs = [(flag(k), earlier["recipe"].get(k), v) for k, v in recipe.items()]
             pairs += [(f"model {k}", earlier["model"].get(k), v) for k, v in config["model"].items()]
             pairs += [("data fingerprint", earlier["data"], config["data"])]
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             raise Refused(f"{path} is not readable; --no-resume sets the run aside and starts anew") from None
+        if not checkpoints and not (self.metrics.exists() and self.metrics.stat().st_size):
+            return  # nothing was done yet under the earlier settings
         different = [f"{name} was {old} and is {new}" for name, old, new in pairs if str(old) != str(new)]
         if different:
             raise Refused(
@@ -935,10 +1012,9 @@ class RunFolder:
                 "--run-dir, or set it aside with --no-resume"
             )
 
-    def status(self, state: str, step: int, reason: str = "") -> None:
-        self.step = step
+    def status(self, state: str, reason: str = "") -> None:
         write_json(self.path / "status.json", {
-            "state": state, "step": step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "state": state, "step": self.step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(), "pid": os.getpid(),
         })  # fmt: skip
 
@@ -956,6 +1032,10 @@ class RunFolder:
         partial = self.metrics.with_name(".metrics.jsonl.partial")
         partial.write_text("".join(kept))
         partial.replace(self.metrics)
+
+    def has_evaluation(self, step: int) -> bool:
+        lines = map(json.loads, self.metrics.read_text().splitlines() if self.metrics.exists() else [])
+        return any("val_loss" in line and line["step"] == step for line in lines)
 
     def log(self, line: dict) -> None:
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
@@ -1018,10 +1098,6 @@ class Progress:
             self.bar.close()
 
 
-class NotFinite(Exception):
-    """A loss or gradient norm was not finite; no rank has changed its weights since."""
-
-
 @dataclass
 class InFlight:
     """A step whose metrics are still on the device: read one step late, so that the host never waits for the device."""
@@ -1042,12 +1118,12 @@ class InFlight:
         return cls(step, host, ready, lr, data_wait_s)
 
     def metrics(self, plan: Plan, world: World, seconds_since: Callable[[], float]) -> dict:
-        """The metrics line of this step. Raises NotFinite."""
+        """The metrics line of this step. Raises Failed if it was not finite."""
         if self.ready is not None:
             self.ready.synchronize()
         *sums, grad_norm, bad = self.values.tolist()
         if bad:
-            raise NotFinite(
+            raise Failed(
                 f"step {self.step}: loss {sums[0] / max(sums[1], 1)}, gradient norm {grad_norm}; the weights are those "
                 f"of step {self.step - 1}"
             )
@@ -1071,18 +1147,11 @@ def peak_memory_bytes(world: World) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def stop_requested_anywhere() -> tuple[Tensor, dist.Work]:
-    """Ask all ranks, on the CPU and without waiting, whether one of them has been told to stop."""
-    asked = torch.tensor(int(stop_signal is not None), dtype=torch.int32)
-    return asked, dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True)
-
-
-def train(plan: Plan, world: World, run: RunFolder, dataset: Dataset, model, optimizer, first: int) -> int:
-    """Steps first .. steps; returns the last one finished, earlier than the plan's if a signal asked to stop."""
+def train(plan: Plan, world: World, run: RunFolder, dataset: Dataset, model: Mistral, optimizer) -> bool:
+    """The steps after run.step up to the plan's last, each ending in run.step; whether a signal stopped them."""
     recipe = plan.recipe
-    train_stream, val_stream = dataset.split("train"), dataset.split("val")
-    loader = Loader(plan, world, train_stream, first, recipe.steps)
-    progress = Progress(plan, world, first)
+    loader = Loader(plan, world, dataset.split("train"), run.step + 1, recipe.steps)
+    progress = Progress(plan, world, run.step + 1)
     clock = time.perf_counter()
     in_flight: InFlight | None = None
 
@@ -1103,10 +1172,10 @@ def train(plan: Plan, world: World, run: RunFolder, dataset: Dataset, model, opt
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection in the middle of a step on one rank is a pause on all of them
-    step = first - 1
+    stopping = False
     try:
-        while step < recipe.steps:
-            step += 1
+        while run.step < recipe.steps and not stopping:
+            step = run.step + 1
             asked, asking = stop_requested_anywhere()
             tokens, labels = next(loader)
             lr = learning_rate(recipe, step)
@@ -1115,42 +1184,53 @@ def train(plan: Plan, world: World, run: RunFolder, dataset: Dataset, model, opt
             in_flight = InFlight.after(step, values, lr, loader.waited)
             if in_flight.ready is None:  # on the CPU there is nothing to wait for
                 settle()
+            run.step = step
 
             asking.wait()
             stopping = bool(asked.item())
-            last = step == recipe.steps
-            if recipe.eval_every and len(val_stream) > 1 and (last or step % recipe.eval_every == 0) and not stopping:
+            if evaluation_is_due(plan, dataset, step) and not stopping:
                 settle()
-                scores = evaluate(model, val_stream, plan, world)
-                if world.is_main:
-                    run.log({"step": step} | {f"val_{name}": value for name, value in scores.items()})
-                say(world, f"held out at step {step}: loss {scores['loss']:.4f}  ppl {scores['perplexity']:,.1f}  "
-                    f"acc {scores['accuracy']:.2%}")  # fmt: skip
-            if stopping or last or step % recipe.save_every == 0:
+                stopping = not log_evaluation(plan, world, run, dataset, model)
+            if stopping or step == recipe.steps or step % recipe.save_every == 0:
                 settle()
                 save_checkpoint(run, step, model, optimizer, world)
                 if world.is_main:
-                    run.status("running", step)
+                    run.status("running")
                 gc.collect()
-            if stopping:
-                break
     finally:
         progress.close()
         gc.enable()
-    return step
+    return stopping
+
+
+def evaluation_is_due(plan: Plan, dataset: Dataset, step: int) -> bool:
+    every, last = plan.recipe.eval_every, step == plan.recipe.steps
+    return bool(every) and len(dataset.split("val")) > 1 and step > 0 and (last or step % every == 0)
+
+
+def log_evaluation(plan: Plan, world: World, run: RunFolder, dataset: Dataset, model: Mistral) -> bool:
+    """Evaluate after run.step; False if a signal came in between, and nothing is logged."""
+    scores = evaluate(model, dataset.split("val"), plan, world)
+    if scores is None:
+        return False
+    if world.is_main:
+        run.log({"step": run.step} | {f"val_{name}": value for name, value in scores.items()})
+    say(world, f"held out at step {run.step}: loss {scores['loss']:.4f}  ppl {scores['perplexity']:,.1f}  "
+        f"acc {scores['accuracy']:.2%}")  # fmt: skip
+    return True
 
 
 def leave_results(plan: Plan, world: World, run: RunFolder, dataset: Dataset, model: Mistral, again: bool) -> None:
     """The Hugging Face export, the curves and a sample of text; with ``again`` only those that are missing."""
     export = run.path / "export"
-    if not (again and (export / "config.json").exists()):
+    if not (again and on_main(world, is_complete_export, export)):
         tokenizer = dataset.tokenizer or (plan.recipe.init_from if has_tokenizer(plan.recipe.init_from) else None)
         save_hf(model, export, dtype=DTYPES[plan.recipe.export_dtype], tokenizer=tokenizer)
         say(world, f"export     {export}")
     if world.is_main and not (again and (run.path / "curves.png").exists()):
         run.plot_curves()
         say(world, f"curves     {run.path / 'curves.png'}")
-    if dataset.tokenizer and not (again and (run.path / "sample.txt").exists()):
+    if dataset.tokenizer and not (again and on_main(world, (run.path / "sample.txt").exists)):
         source = dataset.split("val") if len(dataset.split("val")) >= 16 else dataset.split("train")
         prompt = torch.from_numpy(source.read(0, min(16, len(source))))
         ids = model.generate(prompt[None].to(world.device), 48, temperature=0.7, seed=plan.recipe.seed)[0].tolist()
@@ -1159,6 +1239,14 @@ def leave_results(plan: Plan, world: World, run: RunFolder, dataset: Dataset, mo
             begins, text = decode(dataset.tokenizer, ids[: len(prompt)]), decode(dataset.tokenizer, ids)
             (run.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
             say(world, f"prompt     {begins!r}\ncontinued  {text[len(begins) :]!r}")
+
+
+def is_complete_export(folder: Path) -> bool:
+    try:
+        check_hf_weights(folder)
+    except ValueError:
+        return False
+    return True
 
 
 def has_tokenizer(folder: Path | None) -> bool:
@@ -1195,8 +1283,6 @@ def main(recipe: Recipe) -> int:
     run = RunFolder(recipe.run_dir, recipe.keep)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, so --no-resume has had its turn
     on_main(world, run.open, None if restarted else recipe.resume)
-    global active_run  # so that whatever ends the run can say so in status.json
-    active_run = run if world.is_main else None
     if dataset is None:
         folder = run.path / "data"
         if world.is_main and not folder.exists():
@@ -1204,42 +1290,47 @@ def main(recipe: Recipe) -> int:
         on_main(world, lambda: folder.exists() or prepare_builtin(folder))
         dataset = agreed(open_data, folder)
         agreed(check_data, plan, dataset)
-    config = {"recipe": asdict(plan.recipe), "model": asdict(plan.model), "data": dataset.fingerprint}
-    on_main(world, run.check_config, config)
-    folder = newest_checkpoint(run, world)
+    agreed(dataset.verify, world.rank, world.size)
+    run.config = {"recipe": asdict(plan.recipe), "model": asdict(plan.model), "data": dataset.fingerprint}
+    on_main(world, run.check_config, run.config)
+    checkpoint = newest_checkpoint(run, world)
+
+    global active_run  # from here on, what ends the run is told in its status.json
+    active_run = run
+    run.step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
     if world.is_main:
         versions = {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}
-        write_json(run.path / "config.json", config | {"world_size": world.size, "versions": versions})
-        run.status("running", 0)
+        write_json(run.path / "config.json", run.config | {"world_size": world.size, "versions": versions})
+        run.keep_metrics_until(run.step)
+        run.status("running")
     say(world, describe(plan, world, dataset))
 
     model = build_model(plan, world)
     optimizer = build_optimizer(model, plan.recipe)
-    done = 0
-    if folder:
-        done = load_checkpoint(folder, model, optimizer)
-        say(world, f"resuming after step {done} from {folder}")
+    if checkpoint:
+        load_checkpoint(checkpoint, run.step, model, optimizer)
+        say(world, f"resuming after step {run.step} from {checkpoint}")
     else:
         fill_model(model, plan, world)
-    if world.is_main:
-        run.keep_metrics_until(done)
-        run.status("running", done)
 
-    again = done == plan.recipe.steps
+    again = run.step == plan.recipe.steps
     if again:
-        say(world, f"this run is finished: {done} steps in {run.path}")
-    else:
-        done = train(plan, world, run, dataset, model, optimizer, first=done + 1)
-    if done < plan.recipe.steps:
-        reason = next((s for s in everywhere(stop_signal) if s), "a signal")
+        say(world, f"this run is finished: {run.step} steps in {run.path}")
+    stopped = False
+    if evaluation_is_due(plan, dataset, run.step) and not on_main(world, run.has_evaluation, run.step):
+        stopped = not log_evaluation(plan, world, run, dataset, model)  # a signal had cut it short
+    if not again and not stopped:
+        stopped = train(plan, world, run, dataset, model, optimizer)
+    if stopped:
+        reason = next(filter(None, everywhere(stop_signal)), "a signal")
         if world.is_main:
             run.plot_curves()
-            run.status("stopped", done, reason)
-        say(world, f"stopped by {reason} after step {done}; the same command again continues")
+            run.status("stopped", reason)
+        say(world, f"stopped by {reason} after step {run.step}; the same command again continues")
         return STOPPED
     leave_results(plan, world, run, dataset, model, again)
     if world.is_main:
-        run.status("finished", done)
+        run.status("finished")
     return FINISHED
 
 
@@ -1248,28 +1339,35 @@ active_run: RunFolder | None = None
 
 def run_to_exit_code(recipe: Recipe) -> int:
     """``main`` with its failures turned into one line, a status and an exit code."""
+    rank, host = int(os.environ.get("RANK", "0")), socket.gethostname()
     try:
         code = main(recipe)
         dist.barrier()  # torchrun ends everyone when the first rank exits with an error: let all get here
         return code
     except Refused as refusal:
         refuse(refusal)
-    except NotFinite as error:
-        failure = f"stopped: {error}"
-        if os.environ.get("RANK", "0") == "0":
-            print(f"train.py: {failure}", file=sys.stderr)
-    except Exception as error:
-        failure = f"{type(error).__name__}: {error}"
-        print(f"train.py: rank {os.environ.get('RANK', '0')} on {socket.gethostname()} failed", file=sys.stderr)
+    except Failed as failure:
+        reason, is_first = str(failure), rank == 0
+        if rank == 0:
+            print(f"train.py: stopped: {reason}", file=sys.stderr)
+    except BaseException as error:
+        reason = f"rank {rank} on {host}: {type(error).__name__}: {error}"
+        print(f"train.py: rank {rank} on {host} failed", file=sys.stderr)
         traceback.print_exc()
+        # A rank that lost its connection has seen another one die: that one's reason is the one to keep.
+        is_first = not isinstance(error, dist.DistError) and "gloo" not in str(error).lower()
     if active_run is not None:
-        with contextlib.suppress(OSError):  # a full disk may be what ended the run
-            active_run.status("failed", active_run.step, failure)
+        with contextlib.suppress(OSError, ValueError):  # a full disk may be what ended the run
+            if not is_first:
+                time.sleep(1)
+            if is_first or json.loads((active_run.path / "status.json").read_text())["state"] != "failed":
+                active_run.status("failed", reason)
     return FAILED
 
 
 if __name__ == "__main__":
     code = run_to_exit_code(RECIPE)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
     os._exit(code)  # not sys.exit: gloo's threads now and then abort the interpreter's tear-down, and spoil the code

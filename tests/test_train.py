@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -57,7 +58,10 @@ def test_command_line_preset_then_file_then_flags(tmp_path):
         (["--lr", "nan"], ["--lr", "nan"]),
         (["--lr", "inf"], ["--lr", "inf"]),
         (["--lr", "0"], ["--lr", "0"]),
+        (["--lr", "-1e-3"], ["--lr", "-0.001"]),
         (["--beta2", "1"], ["--beta2", "1"]),
+        (["--batch-tokens", "1" + "0" * 30], ["--batch-tokens"]),
+        (["--seed", str(2**63)], ["--seed"]),
         (["--dtype", "fp16"], ["--dtype", "fp16", "bf16, fp32"]),
         (["--data", ""], ["--data", "''"]),
         (["--stepz", "4"], ["--stepz", "--steps"]),
@@ -85,6 +89,11 @@ def test_command_line_refuses_naming_flag_and_value(arguments, words):
         ('preset = "huge"', ["huge"]),
         ("steps 4", ["TOML"]),
         ("[optimizer]\nlr = 1.0", ["optimizer"]),
+        ('preset = ["tiny"]', ["preset", "tiny"]),
+        ("seq_len = 8\nseq-len = 9", ["seq_len"]),
+        ("lr = 1" + "0" * 400, ["lr"]),
+        ("steps = 1" + "0" * 5000, ["TOML"]),
+        ('run_dir = "a\\u0000b"', ["run_dir"]),
     ],
 )
 def test_toml_refuses_naming_file_key_and_value(tmp_path, text, words):
@@ -358,13 +367,16 @@ LONG = [*SMALL, "--steps", "150", "--save-every", "20", "--lr", "1e-3", "--eval-
 
 
 def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
+    lines = run_dir / "metrics.jsonl"
+    wait_until(process, lambda: lines.exists() and lines.read_text().count("\n") >= step)
+
+
+def wait_until(process: subprocess.Popen, happened) -> None:
     deadline = time.time() + 120
-    while time.time() < deadline:
-        if (run_dir / "metrics.jsonl").exists() and (run_dir / "metrics.jsonl").read_text().count("\n") >= step:
-            return
+    while not happened():
         assert process.poll() is None, process.communicate()
+        assert time.time() < deadline, "nothing for two minutes"
         time.sleep(0.005)
-    raise AssertionError(f"no step {step} within two minutes")
 
 
 def ranks_of(process: subprocess.Popen) -> list[int]:
@@ -452,12 +464,18 @@ def test_a_finished_run_says_so_and_remakes_what_is_missing(small, tmp_path):
     run(*command, cwd=tmp_path)
     before = (tmp_path / "r/metrics.jsonl").read_bytes()
     weights = (tmp_path / "r/export/model.safetensors").read_bytes()
-    shutil.rmtree(tmp_path / "r/export")
+    (tmp_path / "r/export/model.safetensors").unlink()
     (tmp_path / "r/curves.png").unlink()
     out = run(*command, cwd=tmp_path).stdout
     assert "finished" in out and (tmp_path / "r/curves.png").exists()
     assert (tmp_path / "r/export/model.safetensors").read_bytes() == weights
     assert (tmp_path / "r/metrics.jsonl").read_bytes() == before and status(tmp_path / "r")["state"] == "finished"
+
+
+def flip_a_bit(path: Path, offset: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("damage", ["bit", "truncated", "empty", "missing", "manifest", "extra"])
@@ -467,11 +485,7 @@ def test_a_damaged_checkpoint_is_passed_over(small, uninterrupted, tmp_path, dam
     newest = run_dir / "checkpoints/step-00000150"
     shard = max(newest.glob("*.safetensors"), key=lambda p: p.stat().st_size)
     if damage == "bit":
-        with shard.open("r+b") as file:
-            file.seek(-100, os.SEEK_END)
-            byte = file.read(1)[0]
-            file.seek(-100, os.SEEK_END)
-            file.write(bytes([byte ^ 1]))
+        flip_a_bit(shard, -100)
     elif damage == "truncated":
         os.truncate(shard, shard.stat().st_size - 8)
     elif damage == "empty":
@@ -487,6 +501,52 @@ def test_a_damaged_checkpoint_is_passed_over(small, uninterrupted, tmp_path, dam
     np.testing.assert_allclose(column(run_dir, "loss"), column(uninterrupted, "loss"), rtol=1e-3)
 
 
+def test_a_damaged_newer_checkpoint_never_displaces_a_good_one(small, uninterrupted, tmp_path):
+    run_dir = tmp_path / "r"
+    shutil.copytree(uninterrupted, run_dir)
+    flip_a_bit(max((run_dir / "checkpoints/step-00000150").glob("*.safetensors"), key=lambda p: p.stat().st_size), -9)
+    command = [*LONG, "--data", small, "--run-dir", "r", "--keep", 1, "--save-every", 1]
+    process = start(*command, cwd=tmp_path)
+    wait_until(process, lambda: list((run_dir / "checkpoints").glob("step-0000014[2-9]")))
+    process.kill()
+    process.communicate()
+    kept = sorted(p.name for p in (run_dir / "checkpoints").glob("[!.]*"))
+    assert kept[0] == "damaged-step-00000150-1" and 140 < int(kept[-1].removeprefix("step-")) <= 150, kept
+    run(*command, cwd=tmp_path)
+    assert status(run_dir)["state"] == "finished" and (run_dir / "checkpoints/step-00000150").exists()
+
+
+def test_a_checkpoint_that_cannot_be_written_fails_in_one_line_and_loses_nothing(small, tmp_path):
+    """A file-size limit stands in for a full disk: the write fails with an OSError either way."""
+    command = [*SMALL, "--data", small, "--steps", 20, "--save-every", 4, "--run-dir", "r"]
+    process = start(*command, cwd=tmp_path)
+    wait_for_step(process, tmp_path / "r", 9)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == train.FAILED and err.count("\n") == 1 and "could not be written" in err, err
+    after = status(tmp_path / "r")
+    assert after["state"] == "failed" and "could not be written" in after["reason"] and 4 < after["step"] <= 20
+    assert "resuming after step" in run(*command, cwd=tmp_path).stdout and status(tmp_path / "r")["state"] == "finished"
+
+
+def test_an_evaluation_cut_short_by_a_signal_is_made_up_for(small, tmp_path):
+    command = [*SMALL, "--data", small, "--steps", 4, "--eval-every", 2, "--run-dir", "r"]
+    run(*command, cwd=tmp_path)
+    lines = (tmp_path / "r/metrics.jsonl").read_text()
+    assert '"val_loss"' in lines.splitlines()[-1]
+    (tmp_path / "r/metrics.jsonl").write_text("\n".join(lines.splitlines()[:-1]) + "\n")
+    run(*command, cwd=tmp_path)
+    again = (tmp_path / "r/metrics.jsonl").read_text().splitlines()
+    assert json.loads(again[-1]) == pytest.approx(json.loads(lines.splitlines()[-1])) and len(again) == 6
+
+
+def test_closed_streams_and_a_full_log_stop_nothing(small, tmp_path):
+    line = f"exec {sys.executable} {REPO}/train.py {' '.join(SMALL)} --data {small} --steps 3 --run-dir"
+    for name, redirection in (("closed", ">&- 2>&-"), ("full", "> /dev/full")):
+        subprocess.run(f"{line} {name} {redirection}", shell=True, cwd=tmp_path, check=True)
+        assert status(tmp_path / name)["state"] == "finished"
+
+
 def test_not_finite_on_one_rank_stops_all_before_the_update(small, tmp_path):
     """A poisoned embedding row that only some samples reach: the weights stay those of the step before."""
     rare = 41  # a token of the corpus that a sample or two hold
@@ -500,14 +560,15 @@ def test_not_finite_on_one_rank_stops_all_before_the_update(small, tmp_path):
         model.embed.weight[rare] = float("nan")
     save_hf(model, tmp_path / "hf")
     first_bad = 1 + min(i for i in range(8) if holders[int(train.sample_order(np.array([i]), 4, seed=0)[0])]) // 2
-    flags = ["--batch-tokens", 128, "--steps", 30, "--save-every", 1, "--init-from", "hf", "--run-dir", "r"]
-    failed = run(*SMALL, *flags, "--data", small, ranks=2, cwd=tmp_path, code=1)
+    command = [*SMALL, "--batch-tokens", 128, "--steps", 30, "--init-from", "hf", "--run-dir", "r", "--data", small]
+    failed = run(*command, "--save-every", 30, ranks=2, cwd=tmp_path, code=1)
     after = status(tmp_path / "r")
     assert after["state"] == "failed" and f"step {first_bad}" in after["reason"] and "nan" in after["reason"]
     assert "stopped: step" in failed.stderr
     assert len(metrics(tmp_path / "r")) == first_bad - 1
-    kept = [p.name for p in (tmp_path / "r/checkpoints").glob("step-*")] if first_bad > 1 else []
-    assert all(int(name[5:]) < first_bad for name in kept)
+    assert first_bad > 1 and not (tmp_path / "r/checkpoints").exists()
+    failed = run(*command, "--save-every", 1, cwd=tmp_path, code=1)  # and weights that are not finite are never saved
+    assert "a weight is not finite" in failed.stderr and not list((tmp_path / "r/checkpoints").glob("step-*"))
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -539,6 +600,9 @@ def snapshot(folder: Path) -> dict[str, bytes]:
         (["--resume", "--run-dir", "new"], ["--resume", "no checkpoint", "new"]),
         (["--no-resume", "--run-dir", "notes"], ["--no-resume", "notes"]),
         (["--run-dir", "kept"], ["kept/export", "mine.txt"]),
+        (["--no-resume", "--init-from", "r/export"], ["--init-from r/export", "--run-dir r"]),
+        (["--data", "flipped"], ["flipped", "train-00000.npy"]),
+        (["--run-dir", "no-config", "--seed", "9"], ["--seed was 0 and is 9"]),
         (["--run-dir", "a-file/r"], ["--run-dir a-file/r"]),
         (["--batch-tokens", "100"], ["--batch-tokens 100"]),
     ],
@@ -551,6 +615,10 @@ def test_refused_in_one_line_with_nothing_written(small, finished, flags, words)
         write_dataset([rng.integers(0, 4000, 500)], finished / "other-vocabulary", vocab_size=4000)
         write_dataset([rng.integers(0, 256, 500)], finished / "changed", vocab_size=256)
         (finished / "a-file").write_text("")
+        shutil.copytree(small, finished / "flipped")
+        flip_a_bit(finished / "flipped/train-00000.npy", -5)
+        shutil.copytree(finished / "r", finished / "no-config")
+        (finished / "no-config/config.json").unlink()
         for stranger in ("notes/mine.txt", "kept/export/mine.txt"):
             (finished / stranger).parent.mkdir(parents=True)
             (finished / stranger).write_text("keep me")
