@@ -71,7 +71,7 @@ class Recipe:
         "samples a rank computes at once; it accumulates gradients over its share [the most that divides it, up to 8]",
         minimum=1)
 
-    steps: int = setting("optimizer", 200, "optimizer steps in the whole run", minimum=1, below=2**32)
+    steps: int = setting("optimizer", 200, "optimizer steps in the whole run", minimum=1, below=10**8)
     lr: float = setting("optimizer", 2e-3, "peak learning rate", above=0, below=100)
     min_lr: float | None = setting("optimizer", None, "learning rate of the last step [a tenth of --lr]", minimum=0)
     schedule: str = setting("optimizer", "cosine",
