@@ -156,15 +156,20 @@ def as_rows(x: Tensor) -> Tensor:
 TileTable = dict[int, list[tuple[int, dict[str, int]]]]
 
 
-def tile(table: TileTable, n_columns: int, device: torch.device) -> dict[str, int]:
-    """The launch constants of a table for rows of n_columns."""
-    rows = table.get(_generation(device), table[0])
+def tile(table: TileTable, n_columns: int, generation: int) -> dict[str, int]:
+    """The launch constants of a table for rows of n_columns on a GPU of that generation."""
+    rows = table.get(generation, table[0])
     return next((constants for limit, constants in rows if n_columns <= limit), rows[-1][1])
+
+
+def generation_of(x: Tensor) -> int:
+    """The GPU generation of x's device, 0 on the CPU."""
+    return _generation(x.device) if x.is_cuda else 0
 
 
 @functools.cache
 def _generation(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return torch.cuda.get_device_capability(device)[0]
 
 
 @functools.cache

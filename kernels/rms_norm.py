@@ -13,9 +13,9 @@ with the addition 4MNb (x, residual, s, y); backward 3MNb (x, dy, dx), with the 
 that serves both branches, because d(x + residual) is the same for either). A row stays in registers between the
 reduction and its use, hence one block a row. Saved for the backward: x (or s) and one fp32 rstd a row.
 
-**dweight** is a sum over rows, the other way than everything else. The backward's grid is persistent, a few programs an
-SM, each adding up its rows in registers and writing one fp32 row of partials; [programs, N] is then summed once. Atomics
-would be slower and would not give the same bits twice.
+**dweight** is a sum over rows, the other way than everything else. The backward's grid is persistent: a few programs
+an SM, each adding up its rows in registers and writing one fp32 row of partials; [programs, N] is then summed once.
+Atomics would be slower and would not give the same bits twice.
 """
 
 import torch
@@ -29,6 +29,7 @@ from halny.kernels.dispatch import (
     as_rows,
     check_floating,
     check_same_device,
+    generation_of,
     launch,
     multiprocessors,
     register_operator,
@@ -159,7 +160,7 @@ def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, rstd: Te
     if x.numel():
         rows, N = as_rows(x), x.shape[-1]
         residual_rows = rows if residual is None else as_rows(residual)
-        constants = tile(FORWARD_TILES, N, x.device)
+        constants = tile(FORWARD_TILES, N, generation_of(x))
         launch(
             rms_norm_forward_kernel, (triton.cdiv(rows.shape[0], constants["ROWS"]),),
             rows, residual_rows, weight.contiguous(), y, y if s is None else s, rstd,
@@ -191,7 +192,7 @@ def _backward(
     rows, N = as_rows(x), x.shape[-1]
     dy_rows = as_rows(dy)
     ds_rows = dy_rows if ds is None else as_rows(ds)
-    constants = dict(tile(BACKWARD_TILES, N, x.device))
+    constants = dict(tile(BACKWARD_TILES, N, generation_of(x)))
     n_programs = min(constants.pop("PROGRAMS") * multiprocessors(x.device), triton.cdiv(len(rows), constants["ROWS"]))
     partials = torch.empty((n_programs if needs_dw else 0, N), dtype=torch.float32, device=x.device)
     launch(
@@ -273,7 +274,7 @@ class AddRMSNorm(torch.autograd.Function):
         return dx if needs_dx else None, dx if needs_dresidual else None, dw if needs_dw else None, None
 
 
-def aot_cases(N: int = 4096, device: torch.device = torch.device("cpu")) -> list[AotCase]:
+def aot_cases(N: int = 4096) -> list[AotCase]:
     """Every kernel at Mistral-7B's width, as a training step launches it."""
     cases = []
     for dtype in ("bf16", "fp32"):
@@ -283,7 +284,7 @@ def aot_cases(N: int = 4096, device: torch.device = torch.device("cpu")) -> list
             "rstd_ptr": "*fp32:16"
         }
         strides = {"x_stride": "i32:16", "residual_stride": "i32:16", "eps": "fp32"}
-        constants = dict(tile(FORWARD_TILES, N, device))
+        constants = dict(tile(FORWARD_TILES, N, 9))
         num_warps = constants.pop("num_warps")
         for name, flags in (
             ("rms_norm forward", {"ADD": False, "REMAKE": False}),
@@ -297,7 +298,7 @@ def aot_cases(N: int = 4096, device: torch.device = torch.device("cpu")) -> list
         pointers = dict.fromkeys(("dy_ptr", "ds_ptr", "x_ptr", "weight_ptr"), t)
         pointers |= {"rstd_ptr": "*fp32:16", "dx_ptr": t, "dw_ptr": "*fp32:16"}
         strides = {"dy_stride": "i32:16", "ds_stride": "i32:16", "x_stride": "i32:16"}
-        constants = dict(tile(BACKWARD_TILES, N, device))
+        constants = dict(tile(BACKWARD_TILES, N, 9))
         num_warps = constants.pop("num_warps")
         del constants["PROGRAMS"]
         for name, has_ds in (("rms_norm backward", False), ("add_rms_norm backward", True)):

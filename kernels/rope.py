@@ -9,12 +9,12 @@ Face; the rotation is computed in fp32 and rounded once, which is closer to the 
 A rotation is orthogonal, so its backward is the rotation by -a: no activation is saved, nothing but the tables.
 
 **Bytes.** For M tokens, D = head_dim, elements of b bytes: in place 2M(Hq + Hkv)Db, v being left alone; out of place
-2M(Hq + 2 Hkv)Db, v being copied; the tables stay in the L2 cache. The backward is given dq, dk and dv apart, as attention
-makes them. Left to autograd, they would be written into one zeroed packed tensor and read again to be rotated; here
-one kernel reads the three where they lie and writes the packed gradient, 2M(Hq + 2 Hkv)Db once more.
+2M(Hq + 2 Hkv)Db, v being copied; the tables stay in the L2 cache. The backward is given dq, dk and dv apart, as
+attention makes them. Left to autograd, they would be written into one zeroed packed tensor and read again to be
+rotated; here one kernel reads the three where they lie and writes the packed gradient, 2M(Hq + 2 Hkv)Db once more.
 
-So there is one kernel: it reads three tensors, whatever their strides, and writes a packed one. In the forward the three
-are views of the packed input.
+So there is one kernel: it reads three tensors, whatever their strides, and writes a packed one. In the forward the
+three are views of the packed input.
 """
 
 import torch
@@ -29,6 +29,7 @@ from halny.kernels.dispatch import (
     check_floating,
     check_integer,
     check_same_device,
+    generation_of,
     launch,
     register_operator,
     runs_kernel,
@@ -90,13 +91,13 @@ def rope_kernel(
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HALF: tl.constexpr, WITH_V: tl.constexpr,
     HAS_POSITIONS: tl.constexpr, CONJUGATE: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """Program: HEADS of the packed heads of one token. May be in place: a program writes only what it alone has read."""
+    """Program: HEADS packed heads of one token. May be in place: a program writes only what it alone has read."""
     N_ROTATED: tl.constexpr = N_HEADS + N_KV_HEADS
     N_PACKED: tl.constexpr = N_ROTATED + N_KV_HEADS if WITH_V else N_ROTATED
     PIECES: tl.constexpr = (N_PACKED + HEADS - 1) // HEADS
     i_token = tl.program_id(0) // PIECES
     i_batch, i_position = (i_token // n_positions).to(tl.int64), (i_token % n_positions).to(tl.int64)
-    i_head = tl.program_id(0) % PIECES * HEADS + tl.arange(0, HEADS)
+    i_head = tl.program_id(0) % PIECES * HEADS + tl.arange(0, HEADS).to(tl.int64)
     i_half = tl.arange(0, BLOCK_HALF)
     m_half = i_half < HALF
     m = (i_head < N_PACKED)[:, None] & m_half[None, :]
@@ -110,16 +111,24 @@ def rope_kernel(
     if CONJUGATE:
         b_sin = 0.0 - b_sin
 
-    p_q = q_ptr + i_batch * q_batch_stride + i_position * q_position_stride + i_head * q_head_stride
+    # Three masked loads and a choice of values: a choice of pointers would be one load, but Triton then forgets that
+    # they are aligned and makes it 16 scalar ones. Lanes that a mask turns off move nothing.
     i_k, i_v = i_head - N_HEADS, i_head - N_ROTATED
-    p_k = k_ptr + i_batch * k_batch_stride + i_position * k_position_stride + i_k * k_head_stride
-    p_v = v_ptr + i_batch * v_batch_stride + i_position * v_position_stride + i_v * v_head_stride
-    p_from = tl.where(i_head < N_HEADS, p_q, tl.where(i_head < N_ROTATED, p_k, p_v))[:, None] + i_half[None, :]
-    b_x1 = tl.load(p_from, mask=m, other=0.0).to(tl.float32)
-    b_x2 = tl.load(p_from + HALF, mask=m, other=0.0).to(tl.float32)
-    m_rotated = (i_head < N_ROTATED)[:, None]
-    b_y1 = tl.where(m_rotated, b_x1 * b_cos - b_x2 * b_sin, b_x1)
-    b_y2 = tl.where(m_rotated, b_x2 * b_cos + b_x1 * b_sin, b_x2)
+    m_q, m_v = (i_head < N_HEADS)[:, None] & m, (i_head >= N_ROTATED)[:, None] & m
+    m_k = (i_head >= N_HEADS)[:, None] & (i_head < N_ROTATED)[:, None] & m
+    p_q = q_ptr + i_batch * q_batch_stride + i_position * q_position_stride
+    p_k = k_ptr + i_batch * k_batch_stride + i_position * k_position_stride
+    p_q += (i_head * q_head_stride)[:, None] + i_half[None, :]
+    p_k += (i_k * k_head_stride)[:, None] + i_half[None, :]
+    b_x1 = tl.where(m_q, tl.load(p_q, mask=m_q, other=0.0), tl.load(p_k, mask=m_k, other=0.0)).to(tl.float32)
+    b_x2 = tl.where(m_q, tl.load(p_q + HALF, mask=m_q, other=0.0), tl.load(p_k + HALF, mask=m_k, other=0.0))
+    b_x2 = b_x2.to(tl.float32)
+    b_y1, b_y2 = b_x1 * b_cos - b_x2 * b_sin, b_x2 * b_cos + b_x1 * b_sin
+    if WITH_V:
+        p_v = v_ptr + i_batch * v_batch_stride + i_position * v_position_stride
+        p_v += (i_v * v_head_stride)[:, None] + i_half[None, :]
+        b_y1 = tl.where(m_v, tl.load(p_v, mask=m_v, other=0.0).to(tl.float32), b_y1)
+        b_y2 = tl.where(m_v, tl.load(p_v + HALF, mask=m_v, other=0.0).to(tl.float32), b_y2)
 
     p_token = packed_ptr + i_batch * packed_batch_stride + i_position * packed_position_stride
     p_to = p_token + i_head[:, None] * packed_head_stride + i_half[None, :]
@@ -137,7 +146,7 @@ def _launch(q, k, v, packed, cos, sin, positions, conjugate: bool, with_v: bool)
         return
     # heads are read where they lie, but each in one piece: a stride inside it costs a copy
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    constants = tile(TILES, head_dim, packed.device)
+    constants = tile(TILES, head_dim, generation_of(packed))
     n_packed = n_heads + (2 if with_v else 1) * n_kv_heads
     launch(
         rope_kernel, (B * T * triton.cdiv(n_packed, constants["HEADS"]),),
@@ -226,10 +235,8 @@ class RopeSplit(torch.autograd.Function):
         return rope_rotate(dq, dk, dv, *ctx.saved_tensors, True), None, None, None, None, None
 
 
-def aot_cases(
-    n_heads: int = 32, n_kv_heads: int = 8, head_dim: int = 128, device: torch.device = torch.device("cpu")
-) -> list[AotCase]:
-    """The kernel at Mistral-7B's heads, as a training step launches it, and at an odd head_dim's table of positions."""
+def aot_cases(n_heads: int = 32, n_kv_heads: int = 8, head_dim: int = 128) -> list[AotCase]:
+    """The kernel at Mistral-7B's heads, as a training step launches it."""
     cases = []
     for dtype in ("bf16", "fp32"):
         pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "packed_ptr"), f"*{dtype}:16")
@@ -237,7 +244,7 @@ def aot_cases(
         kinds = ("batch", "position", "head")
         strides = {f"{x}_{kind}_stride": "i32:16" for x in ("q", "k", "v", "packed") for kind in kinds}
         strides |= {"positions_batch_stride": "i32:16", "positions_position_stride": "i32"}
-        constants = dict(tile(TILES, head_dim, device))
+        constants = dict(tile(TILES, head_dim, 9))
         num_warps = constants.pop("num_warps")
         shape = {
             "N_HEADS": n_heads, "N_KV_HEADS": n_kv_heads,

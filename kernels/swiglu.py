@@ -6,9 +6,9 @@ gate and up are the two halves of one matrix product, so they lie side by side i
 
     dgate = dh * up * s * (1 + gate * (1 - s)),   dup = dh * gate * s
 
-**Bytes.** For M rows of N = F elements of b bytes: forward 3MNb (gate, up, h), backward 5MNb (dh, gate, up, dgate, dup).
-Saved for the backward: the input only; s is cheaper to compute again than to read. On request the backward also writes
-h, 6MNb: for the weight gradient of the projection after it, which then need not have kept h.
+**Bytes.** For M rows of N = F elements of b bytes: forward 3MNb (gate, up, h), backward 5MNb (dh, gate, up, dgate,
+dup). Saved for the backward: the input only; s is cheaper to compute again than to read. On request the backward also
+writes h, 6MNb: for the weight gradient of the projection after it, which then need not have kept h.
 
 Arithmetic is fp32 with one rounding at the end, where PyTorch rounds silu(gate) on the way: nearer to the truth.
 """
@@ -24,6 +24,7 @@ from halny.kernels.dispatch import (
     TileTable,
     as_rows,
     check_floating,
+    generation_of,
     launch,
     register_operator,
     runs_kernel,
@@ -99,7 +100,7 @@ def _forward(gate_up: Tensor) -> Tensor:
     h = _forward_fake(gate_up)
     if h.numel():
         rows, F = as_rows(gate_up), h.shape[-1]
-        constants = tile(TILES, F, gate_up.device)
+        constants = tile(TILES, F, generation_of(gate_up))
         launch(
             swiglu_forward_kernel, (len(rows) * triton.cdiv(F, constants["BLOCK_F"]),),
             rows, h, rows.stride(0), F=F, **constants,
@@ -115,7 +116,7 @@ def _backward(dh: Tensor, gate_up: Tensor, emit_h: bool) -> tuple[Tensor, Tensor
     d_gate_up, h = _backward_fake(dh, gate_up, emit_h)
     if dh.numel():
         rows, dh_rows, F = as_rows(gate_up), as_rows(dh), dh.shape[-1]
-        constants = tile(TILES, F, gate_up.device)
+        constants = tile(TILES, F, generation_of(gate_up))
         launch(
             swiglu_backward_kernel, (len(rows) * triton.cdiv(F, constants["BLOCK_F"]),),
             dh_rows, rows, d_gate_up, h, dh_rows.stride(0), rows.stride(0), F=F, EMIT_H=emit_h, **constants,
@@ -145,11 +146,11 @@ class SwiGLU(torch.autograd.Function):
         return swiglu_backward(dh, *ctx.saved_tensors, False)[0]
 
 
-def aot_cases(F: int = 14336, device: torch.device = torch.device("cpu")) -> list[AotCase]:
+def aot_cases(F: int = 14336) -> list[AotCase]:
     """Every kernel at Mistral-7B's width, as a training step launches it."""
     cases = []
     for dtype in ("bf16", "fp32"):
-        t, constants = f"*{dtype}:16", dict(tile(TILES, F, device))
+        t, constants = f"*{dtype}:16", dict(tile(TILES, F, 9))
         num_warps = constants.pop("num_warps")
         forward = {"gate_up_ptr": t, "h_ptr": t, "gate_up_stride": "i32:16"}
         backward = dict.fromkeys(("dh_ptr", "gate_up_ptr", "d_gate_up_ptr", "h_ptr"), t)
