@@ -1,0 +1,420 @@
+"""RMSNorm, RoPE and SwiGLU as Triton kernels: what test_kernels.py does not ask of an operation, whoever runs it.
+
+Here every test runs kernels: in Triton's interpreter (TRITON_INTERPRET=1), or on a GPU. Without either they are skipped
+by name, and test_interpreted.py runs this file in a process that has the variable.
+"""
+
+from itertools import chain
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_close_to_truth
+from test_kernels import LAYOUTS, compare, hf_rope, hf_swiglu, outputs_and_gradients, torch_add_rms_norm
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from halny.kernels import dispatch, rms_norm, rope, swiglu
+from halny.kernels.rms_norm import add_rms_norm, rms_norm_reference
+from halny.kernels.rope import rope_qkv, rope_qkv_, rope_split_qkv, rope_tables
+
+EPS = 1e-5
+DEVICE = "cpu" if dispatch.INTERPRETED or not torch.cuda.is_available() else "cuda"
+on_the_cpu = pytest.mark.skipif(not dispatch.INTERPRETED, reason="needs TRITON_INTERPRET=1 (see test_interpreted.py)")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+norm = rms_norm.rms_norm
+
+
+def half_norm(x, w):
+    return norm(x, w, EPS)
+
+
+def torch_norm(x, w):
+    return rms_norm_reference(x, w, EPS) if w.dtype != x.dtype else F.rms_norm(x, x.shape[-1:], w, EPS)
+
+
+def row_operations(dtype=torch.float32, rows=5):
+    """name -> (operation, its PyTorch, inputs), small and of odd sizes."""
+    cos, sin = rope_tables(9, 12, 1e4)
+    positions = lambda x: torch.tensor([[3, 0, 8, 8, 1]]).expand(len(x), 5)  # noqa: E731
+    x = torch.randn(rows, 123, dtype=dtype)
+    qkv = torch.randn(2, 5, 8, 12, dtype=dtype)
+    return {
+        "rms_norm": (half_norm, torch_norm, [x, torch.randn(123, dtype=dtype)]),
+        "add_rms_norm": (
+            lambda x, r, w: add_rms_norm(x, r, w, EPS),
+            torch_add_rms_norm,
+            [x, torch.randn_like(x), torch.randn(123, dtype=dtype)],
+        ),
+        "rope": (
+            lambda x: rope_qkv(x, cos, sin, 4, 2, positions(x)),
+            lambda x: hf_rope(x, cos, sin, 4, 2, positions(x)),
+            [qkv],
+        ),
+        "rope_split": (
+            lambda x: rope_split_qkv(x, cos, sin, 4, 2, positions(x)),
+            lambda x: hf_rope(x, cos, sin, 4, 2, positions(x)).split([4, 2, 2], dim=2),
+            [qkv],
+        ),
+        "swiglu": (swiglu.swiglu, hf_swiglu, [torch.randn(rows, 246, dtype=dtype)]),
+    }
+
+
+each_operation = pytest.mark.parametrize("name", row_operations())
+KERNELS = {
+    "rms_norm": ("rms_norm_forward_kernel", "rms_norm_backward_kernel"),
+    "add_rms_norm": ("rms_norm_forward_kernel", "rms_norm_backward_kernel"),
+    "rope": ("rope_kernel", "rope_kernel"),
+    "rope_split": ("rope_kernel", "rope_kernel"),
+    "swiglu": ("swiglu_forward_kernel", "swiglu_backward_kernel"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------------- numerics
+
+
+@on_the_cpu
+@each_operation
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numerics_and_one_launch_each_way(name, dtype, launches):
+    ours, theirs, inputs = row_operations(dtype)[name]
+    compare(ours, theirs, *inputs)
+    forward, backward = KERNELS[name]
+    # one forward; two backward passes, which compare holds against each other bit for bit
+    assert launches == ({forward: 3} if forward == backward else {forward: 1, backward: 2})
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, N", [(1, 760), (3, 4097), (133, 41), (2, 3), (1, 1030)])
+def test_rms_norm_sizes(rows, N, dtype, launches):
+    """One row, more rows than programs of the backward's grid, every kind of tile and an incomplete last one."""
+    x, w = 3 * torch.randn(rows, N, dtype=dtype), torch.randn(N, dtype=dtype)
+    compare(half_norm, torch_norm, x, w)
+    compare(lambda x, r, w: add_rms_norm(x, r, w, EPS), torch_add_rms_norm, x, torch.randn_like(x), w)
+    assert launches == {"rms_norm_forward_kernel": 2, "rms_norm_backward_kernel": 4}
+
+
+@on_the_cpu
+@pytest.mark.parametrize("x_dtype", DTYPES)
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+def test_rms_norm_weight_of_another_dtype(x_dtype, weight_dtype, launches):
+    x, w = torch.randn(5, 123, dtype=x_dtype), torch.randn(123, dtype=weight_dtype)
+    compare(half_norm, torch_norm, x, w, truth=lambda x, w: F.rms_norm(x, (123,), w, EPS))
+    assert sum(launches.values()) == 3
+
+
+@on_the_cpu
+@pytest.mark.parametrize(
+    "head_dim, n_heads, n_kv_heads", [(64, 32, 8), (92, 8, 1), (128, 3, 3), (130, 2, 1), (2, 1, 1)]
+)
+def test_rope_heads(head_dim, n_heads, n_kv_heads, launches):
+    cos, sin = rope_tables(6, head_dim, 1e4)
+    heads = (n_heads, n_kv_heads)
+    qkv = torch.randn(2, 3, n_heads + 2 * n_kv_heads, head_dim)
+    compare(
+        lambda x: rope_split_qkv(x, cos, sin, *heads),
+        lambda x: hf_rope(x, cos, sin, *heads, torch.arange(3).expand(2, 3)).split([*heads, n_kv_heads], dim=2),
+        qkv,
+    )
+    assert torch.equal(rope_qkv_(qkv.clone(), cos, sin, *heads), rope_qkv(qkv, cos, sin, *heads))
+    assert launches == {"rope_kernel": 5}
+
+
+@on_the_cpu
+@pytest.mark.parametrize("F_", [1, 123, 600, 2049])
+def test_swiglu_sizes(F_, launches):
+    compare(swiglu.swiglu, hf_swiglu, 3 * torch.randn(2, 2 * F_))
+    assert launches == {"swiglu_forward_kernel": 1, "swiglu_backward_kernel": 2}
+
+
+@on_the_cpu
+@each_operation
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(name, layout, launches):
+    ours, theirs, inputs = row_operations()[name]
+    compare(ours, theirs, *inputs, layout=layout)
+    assert launches
+
+
+@on_the_cpu
+@each_operation
+def test_expanded_inputs_and_gradients(name, launches):
+    """Stride 0 everywhere, as ``.sum()`` makes upstream gradients; the bits are those of contiguous tensors."""
+    ours, _, inputs = row_operations()[name]
+    inputs = [x if x.ndim == 1 else x[:1].expand(3, *x.shape[1:]) for x in inputs]
+
+    def gradients(inputs, contiguous):
+        inputs = [x.detach().requires_grad_() for x in inputs]
+        outputs = ours(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        upstream = [torch.full((), 0.5).expand(y.shape) for y in outputs]
+        upstream = [g.contiguous() if contiguous else g for g in upstream]
+        return [*outputs, *torch.autograd.grad(outputs, inputs, upstream)]
+
+    expanded = gradients(inputs, contiguous=False)
+    for a, b in zip(expanded, gradients([x.contiguous() for x in inputs], contiguous=True), strict=True):
+        assert torch.equal(a, b)
+    assert launches
+
+
+@on_the_cpu
+@each_operation
+def test_no_output_element_is_left_unwritten(name, monkeypatch, launches):
+    """Whatever torch.empty returns is NaN here, and stays NaN where no kernel writes."""
+    ours, theirs, inputs = row_operations()[name]
+    with torch.no_grad():
+        like = theirs(*inputs)
+    like = like if isinstance(like, tuple) else (like,)
+    upstream = [torch.randn_like(y) for y in like]
+    clean = outputs_and_gradients(ours, inputs, upstream)
+    for function in ("empty", "empty_like"):
+        real = getattr(torch, function)
+
+        def poisoned(*arguments, real=real, **keywords):
+            y = real(*arguments, **keywords)
+            return y.fill_(float("nan")) if y.is_floating_point() else y
+
+        monkeypatch.setattr(torch, function, poisoned)
+    launches.clear()
+    for a, b in zip(chain(*outputs_and_gradients(ours, inputs, upstream)), chain(*clean), strict=True):
+        assert not a.isnan().any() and torch.equal(a, b)
+    assert sum(launches.values()) == 3
+
+
+@on_the_cpu
+@each_operation
+def test_empty_tensors_launch_nothing(name, launches):
+    ours, _, inputs = row_operations()[name]
+    inputs = [x if x.ndim == 1 else x[:0] for x in inputs]
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    outputs = ours(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    gradients = torch.autograd.grad(sum(y.sum() for y in outputs), inputs)
+    assert all(torch.equal(g, torch.zeros_like(x)) for g, x in zip(gradients, inputs, strict=True))
+    assert not launches
+
+
+@on_the_cpu
+@each_operation
+def test_fp64_runs_the_reference(name, launches):
+    ours, _, inputs = row_operations(torch.float64)[name]
+    ours(*inputs)
+    assert not launches
+
+
+@on_the_cpu
+def test_offsets_are_64_bit_rms_norm_rope_swiglu(launches):
+    """Rows 2^30 elements apart: the third begins where a 32-bit offset wraps. The memory between is never touched."""
+    stride = 2**30
+    far = torch.empty(2 * stride + 4096, dtype=torch.float16)
+
+    def rows(*shape):
+        x = far.as_strided((3, *shape), (stride, *torch.empty(shape).stride()))
+        return x.copy_(torch.randn(x.shape))
+
+    x, w = rows(64), torch.randn(64).half()
+    near = x.clone()
+    assert torch.equal(norm(x, w, EPS), norm(near, w, EPS))
+    assert torch.equal(add_rms_norm(near, x, w, EPS)[1], near + near)
+    rstd = torch.rand(3)
+    for a, b in zip(
+        rms_norm.rms_norm_backward(x, x, x, w, rstd, True, True),
+        rms_norm.rms_norm_backward(near, near, near, w, rstd, True, True),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    assert torch.equal(swiglu.swiglu(x), swiglu.swiglu(near))
+    assert torch.equal(
+        swiglu.swiglu_backward(x[:, :32], x, True)[0], swiglu.swiglu_backward(near[:, :32], near, True)[0]
+    )
+    qkv, (cos, sin) = rows(4, 16).unsqueeze(1), rope_tables(3, 16, 1e4)
+    for apart in (qkv, qkv.transpose(0, 1)):  # far batches, far positions
+        want = rope_qkv(apart.clone(), cos, sin, 2, 1)
+        assert torch.equal(rope_qkv(apart, cos, sin, 2, 1), want)
+        in_place = apart.clone()
+        apart.copy_(rope_qkv_(apart, cos, sin, 2, 1))
+        assert torch.equal(apart, want)
+        apart.copy_(in_place)
+    assert sum(launches.values()) == 15
+
+
+# ----------------------------------------------------------------------------------------------- what each one promises
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_is_remade_bit_for_bit(dtype, launches):
+    x, w = torch.randn(7, 123, dtype=dtype), torch.randn(123, dtype=dtype)
+    y, rstd = rms_norm.rms_norm_forward(x, w, EPS)
+    assert torch.equal(rms_norm.rms_norm_remake(x, w, rstd), y)
+    assert rstd.dtype == torch.float32 and rstd.shape == (7,) and launches == {"rms_norm_forward_kernel": 2}
+
+
+@on_the_cpu
+def test_rms_norm_skips_the_gradients_nobody_asked_for(launches):
+    x, w = torch.randn(7, 123), torch.randn(123)
+    _, rstd = rms_norm.rms_norm_forward(x, w, EPS)
+    both = rms_norm.rms_norm_backward(x, None, x, w, rstd, True, True)
+    dx, dw = rms_norm.rms_norm_backward(x, None, x, w, rstd, True, False)
+    assert torch.equal(dx, both[0]) and dw.numel() == 0
+    dx, dw = rms_norm.rms_norm_backward(x, None, x, w, rstd, False, True)
+    assert torch.equal(dw, both[1]) and dx.numel() == 0
+
+
+@on_the_cpu
+def test_add_rms_norm_adds_the_upstream_gradient_of_s_after_the_norm(launches):
+    """With s along the norm's null direction the norm contributes nothing, and ds must arrive whole and unscaled."""
+    x, residual, w = torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)
+    x, residual = x.requires_grad_(), residual.requires_grad_()
+    y, s = add_rms_norm(x, residual, w, EPS)
+    ds = torch.randn(3, 64)
+    dx, dresidual = torch.autograd.grad([y, s], [x, residual], [torch.zeros_like(y), ds], retain_graph=True)
+    assert torch.equal(dx, ds) and torch.equal(dresidual, ds)
+    assert torch.equal(torch.autograd.grad(s, x, ds, retain_graph=True)[0], ds)  # y unused: no kernel at all
+    assert launches == {"rms_norm_forward_kernel": 1, "rms_norm_backward_kernel": 1}
+    dx, dresidual = torch.autograd.grad(y, [x, residual], ds)
+    assert dx.data_ptr() == dresidual.data_ptr()  # one tensor for both branches
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_leaves_v_bit_for_bit(dtype, launches):
+    cos, sin = rope_tables(4, 8, 1e4)
+    qkv = torch.randn(1, 4, 4, 8, dtype=dtype)
+    qkv[..., 3, :4] = torch.tensor([-0.0, 0.0, float("inf"), float("nan")])
+    y = rope_qkv(qkv, cos, sin, 2, 1)
+    bits = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    assert torch.equal(y[..., 3, :].contiguous().view(bits), qkv[..., 3, :].contiguous().view(bits))
+    assert launches == {"rope_kernel": 1}
+
+
+class Recorded(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.names.append(str(function))
+        return function(*arguments, **(keywords or {}))
+
+
+@on_the_cpu
+@pytest.mark.parametrize("order", ["as q, k, v", "heads before positions", "heads expanded"])
+def test_rope_backward_packs_three_gradients_in_one_pass(order, launches):
+    """No copy, no zeros, no concat: attention's gradients in whatever order they lie, one kernel, one new tensor."""
+    cos, sin = rope_tables(5, 16, 1e4)
+    qkv = torch.randn(2, 5, 8, 16, requires_grad=True)
+    upstream = [torch.randn(2, 5, n, 16) for n in (4, 2, 2)]
+    if order == "heads before positions":
+        upstream = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in upstream]
+    elif order == "heads expanded":
+        upstream = [g[:, :, :1].expand(g.shape) for g in upstream]
+    before = [g.clone() for g in upstream]
+    outputs = rope_split_qkv(qkv, cos, sin, 4, 2)
+    with Recorded() as recorded:
+        (got,) = torch.autograd.grad(outputs, qkv, upstream)
+    made = [name for name in recorded.names if "detach" not in name]
+    assert made == ["halny.rope_rotate.default"] and launches == {"rope_kernel": 2}
+    assert got.is_contiguous() and all(torch.equal(g, b) for g, b in zip(upstream, before, strict=True))
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        x = qkv.detach().to(dtype).requires_grad_()
+        y = hf_rope(x, cos.to(dtype), sin.to(dtype), 4, 2, torch.arange(5).expand(2, 5))
+        gradients += torch.autograd.grad(y, x, torch.cat(upstream, dim=2).to(dtype))
+    assert_close_to_truth(got, *gradients)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("unused", [0, 1, 2])
+def test_rope_split_with_an_output_that_has_no_gradient(unused):
+    cos, sin = rope_tables(5, 16, 1e4)
+    qkv = torch.randn(2, 5, 8, 16)
+    compare(
+        lambda x: rope_split_qkv(x, cos, sin, 4, 2),
+        lambda x: hf_rope(x, cos, sin, 4, 2, torch.arange(5).expand(2, 5)).split([4, 2, 2], dim=2),
+        qkv,
+        unused=(unused,),
+    )
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_backward_remakes_h_bit_for_bit(dtype, launches):
+    gate_up, dh = 3 * torch.randn(5, 246, dtype=dtype), torch.randn(5, 123, dtype=dtype)
+    d_gate_up, h = swiglu.swiglu_backward(dh, gate_up, True)
+    assert torch.equal(h, swiglu.swiglu_forward(gate_up))
+    alone, nothing = swiglu.swiglu_backward(dh, gate_up, False)
+    assert torch.equal(alone, d_gate_up) and nothing.numel() == 0
+
+
+@on_the_cpu
+@each_operation
+def test_saves_what_it_says(name):
+    """RMSNorm its input, weight and one fp32 a row; RoPE the tables and positions; SwiGLU its input."""
+    ours, _, inputs = row_operations()[name]
+    inputs = [x.requires_grad_() for x in inputs]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        outputs = ours(*inputs)
+    shapes = sorted(tuple(x.shape) for x in saved)
+    want = {
+        "rms_norm": [(5,), (5, 123), (123,)],
+        "add_rms_norm": [(5,), (5, 123), (123,)],
+        "rope": [(2, 5), (9, 6), (9, 6)],
+        "rope_split": [(2, 5), (9, 6), (9, 6)],
+        "swiglu": [(5, 246)],
+    }
+    assert shapes == sorted(want[name])
+    del outputs
+
+
+@on_the_cpu
+def test_opcheck_of_every_rms_norm_rope_and_swiglu_operator():
+    x, w, rstd = torch.randn(5, 41), torch.randn(41), torch.rand(5)
+    cos, sin = rope_tables(9, 12, 1e4)
+    q, k, v = torch.randn(2, 5, 8, 12).split([4, 2, 2], dim=2)
+    positions = torch.randint(9, (2, 5))
+    for operator, arguments in (
+        (rms_norm.rms_norm_forward, (x, w, EPS)),
+        (rms_norm.rms_norm_forward, (x[:0], w, EPS)),
+        (rms_norm.add_rms_norm_forward, (x.bfloat16(), x.bfloat16(), w, EPS)),
+        (rms_norm.rms_norm_remake, (x.T.contiguous().T, w, rstd)),
+        (rms_norm.rms_norm_backward, (x, None, x, w, rstd, True, True)),
+        (rms_norm.rms_norm_backward, (x, x, x, w.half(), rstd, False, True)),
+        (rms_norm.rms_norm_backward, (x, x, x, w, rstd, True, False)),
+        (rope.rope_rotate, (q, k, v, cos, sin, None, False)),
+        (rope.rope_rotate, (q, k, v, cos, sin, positions, True)),
+        (rope.rope_rotate_, (torch.randn(2, 5, 8, 12), cos, sin, 4, 2, positions.int())),
+        (swiglu.swiglu_forward, (torch.randn(2, 3, 82),)),
+        (swiglu.swiglu_backward, (x, torch.randn(5, 82), True)),
+        (swiglu.swiglu_backward, (x, torch.randn(5, 82), False)),
+    ):
+        torch.library.opcheck(operator, arguments)
+
+
+@on_the_cpu
+def test_rope_split_compiles_without_a_graph_break():
+    cos, sin = rope_tables(9, 12, 1e4)
+    qkv = torch.randn(2, 5, 8, 12, requires_grad=True)
+    f = lambda x: torch.cat(rope_split_qkv(x, cos, sin, 4, 2), dim=2).sin()  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")(qkv)
+    assert torch.equal(compiled, f(qkv))
+    (a,), (b,) = (torch.autograd.grad(y.sum(), qkv) for y in (compiled, f(qkv)))
+    assert torch.equal(a, b)
+
+
+@on_the_cpu
+@each_operation
+def test_activation_checkpointing(name, launches):
+    ours, _, inputs = row_operations()[name]
+    inputs = [x.requires_grad_() for x in inputs]
+    upstream = None
+    gradients = []
+    for f in (ours, lambda *x: torch.utils.checkpoint.checkpoint(ours, *x, use_reentrant=False)):
+        outputs = f(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        upstream = upstream or [torch.randn_like(y) for y in outputs]
+        gradients.append(torch.autograd.grad(outputs, inputs, upstream))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert sum(launches.values()) == 5  # forward, backward; forward, again, backward
