@@ -322,8 +322,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Saves x, weight and fp32 rstd [...]. fp64 and D > 32768 run the reference. Copies x or dy where ``as_rows`` must.
     Raises TypeError for tensors that are not floating-point, ValueError for shapes, devices or an eps that do not fit.
     """
-    _check(x, weight, eps)
-    if not _runs_kernel(x, weight):
+    check_rms_norm(x, weight, eps)
+    if not norm_runs_kernel(x, weight):
         return rms_norm_reference(x, weight, eps)
     return RMSNorm.apply(x, weight, eps)
 
@@ -336,17 +336,17 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     Raises as ``rms_norm``.
     """
     check_add_rms_norm(x, residual, weight, eps)
-    if not _runs_kernel(x, weight):
+    if not norm_runs_kernel(x, weight):
         return add_rms_norm_reference(x, residual, weight, eps)
     return AddRMSNorm.apply(x, residual, weight, eps)
 
 
-def _runs_kernel(x: Tensor, weight: Tensor) -> bool:
+def norm_runs_kernel(x: Tensor, weight: Tensor) -> bool:
     return runs_kernel(x) and torch.float64 not in (x.dtype, weight.dtype) and x.shape[-1] <= MAX_COLUMNS
 
 
 def check_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
-    _check(x, weight, eps)
+    check_rms_norm(x, weight, eps)
     check_floating("residual", residual)
     check_same_device(x=x, residual=residual)
     if residual.shape != x.shape:
@@ -355,7 +355,7 @@ def check_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
         raise TypeError(f"residual must have x's dtype {x.dtype}, got {residual.dtype}")
 
 
-def _check(x: Tensor, weight: Tensor, eps: float) -> None:
+def check_rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
     check_floating("x", x)
     check_floating("weight", weight)
     check_same_device(x=x, weight=weight)

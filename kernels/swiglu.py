@@ -174,9 +174,17 @@ def swiglu(gate_up: Tensor) -> Tensor:
     fp64 runs the reference. Copies gate_up or dh where ``as_rows`` must.
     Raises TypeError if gate_up is not floating-point, ValueError if its last dimension is odd.
     """
+    check_swiglu(gate_up)
+    if not swiglu_runs_kernel(gate_up):
+        return swiglu_reference(gate_up)
+    return SwiGLU.apply(gate_up)
+
+
+def swiglu_runs_kernel(gate_up: Tensor) -> bool:
+    return runs_kernel(gate_up) and gate_up.dtype != torch.float64
+
+
+def check_swiglu(gate_up: Tensor) -> None:
     check_floating("gate_up", gate_up)
     if gate_up.ndim == 0 or gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up must be [..., 2F] with an even last dimension, got {tuple(gate_up.shape)}")
-    if not runs_kernel(gate_up) or gate_up.dtype == torch.float64:
-        return swiglu_reference(gate_up)
-    return SwiGLU.apply(gate_up)
