@@ -4,18 +4,20 @@ Here every test runs kernels: in Triton's interpreter (TRITON_INTERPRET=1), or o
 by name, and test_interpreted.py runs this file in a process that has the variable.
 """
 
-from itertools import chain
+from itertools import chain, combinations
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import assert_close_to_truth
 from test_kernels import LAYOUTS, compare, hf_rope, hf_swiglu, outputs_and_gradients, torch_add_rms_norm
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from halny.kernels import dispatch, rms_norm, rope, swiglu
+from halny.kernels import dispatch, lean_linear, rms_norm, rope, swiglu
 from halny.kernels.rms_norm import add_rms_norm, rms_norm_reference
 from halny.kernels.rope import rope_qkv, rope_qkv_, rope_split_qkv, rope_tables
+from halny.model import mistral, roofline
 
 EPS = 1e-5
 DEVICE = "cpu" if dispatch.INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -418,3 +420,213 @@ def test_activation_checkpointing(name, launches):
         gradients.append(torch.autograd.grad(outputs, inputs, upstream))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert sum(launches.values()) == 5  # forward, backward; forward, again, backward
+
+
+# ----------------------------------------------------------------------------------------------------- the lean linears
+
+
+def lean_operations(dtype=torch.float32):
+    x, w = torch.randn(5, 123, dtype=dtype), torch.randn(123, dtype=dtype)
+    return {
+        "rms_norm_linear": (
+            lambda x, n, w: lean_linear.rms_norm_linear(x, n, w, EPS),
+            lambda x, n, w: F.linear(torch_norm(x, n), w),
+            [x, w, torch.randn(7, 123, dtype=dtype)],
+            [(5,), (5, 123), (123,), (7, 123)],
+        ),
+        "add_rms_norm_linear": (
+            lambda x, r, n, w: lean_linear.add_rms_norm_linear(x, r, n, w, EPS),
+            lambda x, r, n, w: (lambda y, s: (F.linear(y, w), s))(*torch_add_rms_norm(x, r, n)),
+            [x, torch.randn_like(x), w, torch.randn(7, 123, dtype=dtype)],
+            [(5,), (5, 123), (123,), (7, 123)],
+        ),
+        "swiglu_linear": (
+            lean_linear.swiglu_linear,
+            lambda x, w: F.linear(hf_swiglu(x), w),
+            [torch.randn(5, 246, dtype=dtype), torch.randn(7, 123, dtype=dtype)],
+            [(5, 246), (7, 123)],
+        ),
+    }
+
+
+each_lean = pytest.mark.parametrize("name", lean_operations())
+
+
+@on_the_cpu
+@each_lean
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lean_numerics(name, dtype, launches):
+    ours, theirs, inputs, _ = lean_operations(dtype)[name]
+    # a matrix product rounds its input and sums in another order than the one of another process
+    compare(ours, theirs, *inputs, roundings=4)
+    compare(ours, theirs, *inputs, roundings=4, layout=LAYOUTS[1])
+    assert sum(launches.values()) == (6 if name == "swiglu_linear" else 10)  # the norms' outputs are made twice
+
+
+@on_the_cpu
+@each_lean
+def test_lean_equals_the_composition_and_any_input_may_be_frozen(name):
+    ours, _, inputs, _ = lean_operations()[name]
+    plain = getattr(lean_linear, f"{name}_reference")
+    arguments = () if name == "swiglu_linear" else (EPS,)
+
+    def gradients(f, wanted):
+        leaves = [x.clone().requires_grad_(i in wanted) for i, x in enumerate(inputs)]
+        outputs = f(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        loss = sum(y.sin().sum() for y in outputs)
+        return [*outputs, *torch.autograd.grad(loss, [leaves[i] for i in wanted])]
+
+    for r in range(1, len(inputs) + 1):
+        for wanted in combinations(range(len(inputs)), r):
+            got = gradients(ours, wanted)
+            for a, b in zip(got, gradients(lambda *x: plain(*x, *arguments), wanted), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        y = ours(*(x.requires_grad_() for x in inputs))
+    assert not (y if torch.is_tensor(y) else y[0]).requires_grad
+
+
+@on_the_cpu
+@each_lean
+def test_lean_saves_what_it_says(name):
+    ours, _, inputs, want = lean_operations()[name]
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        ours(*(x.requires_grad_() for x in inputs))
+    assert sorted(tuple(x.shape) for x in saved) == sorted(want)
+
+
+@on_the_cpu
+@each_lean
+def test_lean_compiles_without_a_graph_break(name):
+    ours, _, inputs, _ = lean_operations()[name]
+    inputs = [x.requires_grad_() for x in inputs]
+    torch._dynamo.reset()
+    results = []
+    for f in (ours, torch.compile(ours, fullgraph=True, backend="aot_eager")):
+        outputs = f(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        results.append([*outputs, *torch.autograd.grad(sum(y.sin().sum() for y in outputs), inputs)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@on_the_cpu
+@each_lean
+def test_lean_under_autocast_and_checkpointing(name):
+    """Autocast runs the product in bf16 and leaves weights and their gradients fp32, as for the plain composition."""
+    ours, _, inputs, _ = lean_operations()[name]
+    plain = getattr(lean_linear, f"{name}_reference")
+    arguments = () if name == "swiglu_linear" else (EPS,)
+    inputs = [x.requires_grad_() for x in inputs]
+    results = []
+    for f in (
+        lambda *x: plain(*x, *arguments),
+        ours,
+        lambda *x: torch.utils.checkpoint.checkpoint(ours, *x, use_reentrant=False),
+    ):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = f(*inputs)
+        y = y[0] if isinstance(y, tuple) else y
+        assert y.dtype == torch.bfloat16
+        results.append([y, *torch.autograd.grad(y.float().sin().sum(), inputs)])
+    for got in results[1:]:
+        for a, b in zip(got, results[0], strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=0.02, atol=0.05)
+
+
+@pytest.mark.parametrize("wrong", [torch.randn(7, 122), torch.randn(123), torch.ones(7, 123, dtype=torch.int32)])
+def test_lean_linears_refuse_a_weight_that_does_not_fit_rms_norm_swiglu(wrong):
+    x, n = torch.randn(5, 123), torch.randn(123)
+    for call in (
+        lambda: lean_linear.rms_norm_linear(x, n, wrong, EPS),
+        lambda: lean_linear.add_rms_norm_linear(x, x, n, wrong, EPS),
+        lambda: lean_linear.swiglu_linear(torch.randn(5, 246), wrong),
+    ):
+        with pytest.raises((ValueError, TypeError), match="weight"):
+            call()
+
+
+# ------------------------------------------------------------------------------------------------------ the whole model
+
+
+class CountedAttention(torch.autograd.Function):
+    """What an attention kernel keeps: q, k, v, its output, and one fp32 log-sum-exp a head and position."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        ctx.save_for_backward(q, k, v, out, torch.empty(q.shape[:3], dtype=torch.float32))
+        return out
+
+
+def kept_bytes(config, lean: bool, B: int = 1, T: int = 4096) -> tuple[int, int]:
+    """Bytes a token that one layer keeps for its backward in bf16, and attention's own share (output, log-sum-exp).
+
+    Fake tensors have shapes and storages but no memory, so the shapes are the real ones. Each storage is counted once,
+    weights and tables left out; the layer's input counts, its output (the next layer's input) does not.
+    """
+    with FakeTensorMode():
+        layer = mistral.Block(config, lean)
+        tables = [torch.empty(T, config.head_dim // 2, dtype=torch.float32) for _ in range(2)]
+        x = torch.empty(B, T, config.dim, dtype=torch.bfloat16, requires_grad=True)
+        not_counted = {y.untyped_storage()._cdata for y in (*layer.parameters(), *tables)}
+        kept = {}
+
+        def pack(y):
+            storage = y.untyped_storage()
+            if storage._cdata not in not_counted:
+                kept[storage._cdata] = (storage.nbytes(), storage)  # held, so that no other takes its address
+            return y
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
+            layer(x, *tables, None, None, None)
+    heads = 2 * config.n_heads * config.head_dim + 4 * config.n_heads
+    return sum(size for size, _ in kept.values()) // (B * T), heads
+
+
+@on_the_cpu
+@pytest.mark.parametrize("lean, most", [(True, 95_000), (False, 140_000)])
+def test_bytes_kept_a_token_a_layer_at_7b_rms_norm_rope_swiglu(lean, most, monkeypatch):
+    monkeypatch.setattr(mistral, "attention", lambda q, k, v, **_: CountedAttention.apply(q, k, v))
+    config = mistral.PRESETS["mistral-7b"]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        kept, attention = kept_bytes(config, lean)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    print(f"7B, bf16, lean={lean}: {kept:,} B a token a layer; {attention:,} B of it attention's (out, log-sum-exp)")
+    assert kept <= most
+    assert kept == roofline.activation_bytes_per_token(config, lean=lean) // config.n_layers
+
+
+@on_the_cpu
+@pytest.mark.parametrize("lean", [True, False])
+def test_the_model_equals_its_reference_rms_norm_rope_swiglu(lean, launches):
+    """Loss and every gradient, with and without documents, at twice the error of the reference against fp64."""
+    config = mistral.PRESETS["test"]
+    model = mistral.Mistral(config, lean)
+    model.init_weights(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    wide = mistral.Mistral(config).double()
+    wide.load_state_dict(model.state_dict())
+    tokens, labels = torch.randint(256, (2, 24)), torch.randint(256, (2, 24))
+    documents = torch.tensor([0, 10, 11, 24, 48], dtype=torch.int32)
+
+    def run(model, reference):
+        model.zero_grad()
+        with dispatch.reference_only(reference):
+            loss = model(tokens, labels, cu_seqlens=documents).loss
+            loss.backward()
+        return [loss.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    ours, same, truth = run(model, False), run(model, True), run(wide, True)
+    for a, b, c in zip(ours, same, truth, strict=True):
+        errors = [((x - c).norm() / c.norm()).item() for x in (a, b)]
+        assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(torch.float32).eps
+    assert launches["rope_kernel"] == 4 and launches["rms_norm_backward_kernel"] == 5
+    assert launches["rms_norm_forward_kernel"] == (9 if lean else 5)
