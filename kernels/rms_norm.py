@@ -68,12 +68,13 @@ FORWARD_TILES: TileTable = {
         (MAX_COLUMNS, {"ROWS": 1, "num_warps": 32}),
     ]
 }
-# PROGRAMS an SM: as many as its registers hold at once, so that the grid is a single wave
+# PROGRAMS an SM: as many as its registers hold at once, so that the grid is a single wave. Beyond 8192 columns spills
+# begin (sm_90, 107 bytes at 16384).
 BACKWARD_TILES: TileTable = {
     0: [
         (128, {"ROWS": 16, "num_warps": 4, "PROGRAMS": 6}),
-        (512, {"ROWS": 4, "num_warps": 4, "PROGRAMS": 6}),
-        (1024, {"ROWS": 1, "num_warps": 4, "PROGRAMS": 6}),
+        (512, {"ROWS": 4, "num_warps": 4, "PROGRAMS": 5}),
+        (1024, {"ROWS": 1, "num_warps": 4, "PROGRAMS": 8}),
         (4096, {"ROWS": 1, "num_warps": 8, "PROGRAMS": 3}),
         (8192, {"ROWS": 1, "num_warps": 16, "PROGRAMS": 1}),
         (MAX_COLUMNS, {"ROWS": 1, "num_warps": 32, "PROGRAMS": 1}),

@@ -76,7 +76,7 @@ TILES: TileTable = {
         (32, {"HEADS": 16, "num_warps": 1}),
         (64, {"HEADS": 16, "num_warps": 2}),
         (128, {"HEADS": 16, "num_warps": 4}),
-        (2**62, {"HEADS": 4, "num_warps": 4}),
+        (2**62, {"HEADS": 8, "num_warps": 4}),
     ]
 }
 

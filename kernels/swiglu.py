@@ -43,7 +43,7 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 # By F. A program takes a piece of one row: a block for all 14,336 columns would be 16,384 wide and waste an eighth.
 TILES: TileTable = {
     0: [
-        (128, {"BLOCK_F": 128, "num_warps": 1}),
+        (256, {"BLOCK_F": 256, "num_warps": 1}),
         (512, {"BLOCK_F": 512, "num_warps": 2}),
         (2**62, {"BLOCK_F": 1024, "num_warps": 4}),
     ]

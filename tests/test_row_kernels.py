@@ -1,7 +1,7 @@
 """RMSNorm, RoPE and SwiGLU as Triton kernels: what test_kernels.py does not ask of an operation, whoever runs it.
 
-Here every test runs kernels: in Triton's interpreter (TRITON_INTERPRET=1), or on a GPU. Without either they are skipped
-by name, and test_interpreted.py runs this file in a process that has the variable.
+Here every test runs kernels: small ones in Triton's interpreter (TRITON_INTERPRET=1), full-size ones on a GPU. Without
+either they are skipped by name; test_interpreted.py runs this file in a process that has the variable.
 """
 
 from itertools import chain, combinations
@@ -20,7 +20,6 @@ from halny.kernels.rope import rope_qkv, rope_qkv_, rope_split_qkv, rope_tables
 from halny.model import mistral, roofline
 
 EPS = 1e-5
-DEVICE = "cpu" if dispatch.INTERPRETED or not torch.cuda.is_available() else "cuda"
 on_the_cpu = pytest.mark.skipif(not dispatch.INTERPRETED, reason="needs TRITON_INTERPRET=1 (see test_interpreted.py)")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 norm = rms_norm.rms_norm
@@ -630,3 +629,110 @@ def test_the_model_equals_its_reference_rms_norm_rope_swiglu(lean, launches):
         assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(torch.float32).eps
     assert launches["rope_kernel"] == 4 and launches["rms_norm_backward_kernel"] == 5
     assert launches["rms_norm_forward_kernel"] == (9 if lean else 5)
+
+
+# -------------------------------------------------------------------------------------------------- full size, on a GPU
+
+on_a_gpu = pytest.mark.gpu
+BIG = 16_384  # tokens
+
+
+def full_size(dtype):
+    """name -> (operation, its PyTorch, inputs) at Mistral-7B's sizes."""
+    cos, sin = rope_tables(4096, 128, 1e4, "cuda")
+    cuda = {"dtype": dtype, "device": "cuda"}
+    wide = lambda x: torch.arange(x.shape[1], device="cuda").expand(x.shape[:2])  # noqa: E731
+    return {
+        "rms_norm": (half_norm, torch_norm, lambda M: [torch.randn(M, 4096, **cuda), torch.randn(4096, **cuda)]),
+        "add_rms_norm": (
+            lambda x, r, w: add_rms_norm(x, r, w, EPS),
+            torch_add_rms_norm,
+            lambda M: [torch.randn(M, 4096, **cuda), torch.randn(M, 4096, **cuda), torch.randn(4096, **cuda)],
+        ),
+        "rope": (
+            lambda x: rope_qkv(x, cos, sin, 32, 8),
+            lambda x: hf_rope(x, cos, sin, 32, 8, wide(x)),
+            lambda M: [torch.randn(max(M // 4096, 1), min(M, 4096), 48, 128, **cuda)],
+        ),
+        "rope_split": (
+            lambda x: rope_split_qkv(x, cos, sin, 32, 8),
+            lambda x: hf_rope(x, cos, sin, 32, 8, wide(x)).split([32, 8, 8], dim=2),
+            lambda M: [torch.randn(max(M // 4096, 1), min(M, 4096), 48, 128, **cuda)],
+        ),
+        "swiglu": (swiglu.swiglu, hf_swiglu, lambda M: [torch.randn(M, 28_672, **cuda)]),
+    }
+
+
+@on_a_gpu
+@each_operation
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("M", [1, 133, 4096])
+def test_numerics_at_full_width(name, dtype, M, launches):
+    """4,096 rows at once: the fp64 truth of more does not fit beside them."""
+    ours, theirs, inputs = full_size(dtype)[name]
+    compare(ours, theirs, *inputs(M))
+    forward, backward = KERNELS[name]
+    assert launches == ({forward: 3} if forward == backward else {forward: 1, backward: 2})
+
+
+@on_a_gpu
+@each_operation
+def test_a_hundred_repeats_are_bitwise_equal(name):
+    ours, _, inputs = full_size(torch.bfloat16)[name]
+    inputs = [x.requires_grad_() for x in inputs(BIG)]
+
+    def once():
+        outputs = ours(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return [*outputs, *torch.autograd.grad(outputs, inputs, [y.detach().cos() for y in outputs])]
+
+    first = once()
+    for _ in range(99):
+        assert all(torch.equal(a, b) for a, b in zip(once(), first, strict=True))
+
+
+@on_a_gpu
+@each_operation
+def test_tensors_beyond_two_to_the_31_elements(name):
+    """Their last rows, forward and backward, are bit for bit those of the same rows alone."""
+    if torch.cuda.get_device_properties(0).total_memory < 60e9:
+        pytest.skip("needs 60 GB of GPU memory")
+    ours, _, inputs = full_size(torch.bfloat16)[name]
+    columns = {"swiglu": 28_672, "rope": 6144, "rope_split": 6144}.get(name, 4096)
+    rows = 4096 * (2**31 // columns // 4096 + 1)
+    inputs = [x.requires_grad_() for x in inputs(rows)]
+    assert inputs[0].numel() > 2**31
+
+    def tail(x):
+        return x if x.ndim == 1 else x[-1:] if x.ndim == 4 else x[-4096:]
+
+    def outputs_and_dx(inputs):
+        outputs = ours(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        # the gradients of rows; those of weights sum over other rows here and there
+        wanted = [x for x in inputs if x.ndim > 1]
+        return [tail(y).clone() for y in (*outputs, *torch.autograd.grad(outputs, wanted, outputs))]
+
+    whole = outputs_and_dx(inputs)
+    alone = outputs_and_dx([tail(x).detach().clone().requires_grad_() for x in inputs])
+    assert all(torch.equal(a, b) for a, b in zip(whole, alone, strict=True))
+
+
+@on_a_gpu
+@each_operation
+def test_on_another_stream_and_device(name):
+    ours, _, inputs = full_size(torch.bfloat16)[name]
+    inputs = inputs(133)
+    want = ours(*inputs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10**8)  # a launch on the default stream would overtake this and read what is not written yet
+        copies = [x.clone() for x in inputs]
+        got = ours(*copies)
+    stream.synchronize()
+    as_list = lambda y: y if isinstance(y, tuple) else (y,)  # noqa: E731
+    assert all(torch.equal(a, b) for a, b in zip(as_list(got), as_list(want), strict=True))
+    if torch.cuda.device_count() > 1 and "rope" not in name:  # its tables are on device 0
+        there = ours(*(x.to("cuda:1") for x in inputs))
+        assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(as_list(there), as_list(want), strict=True))
