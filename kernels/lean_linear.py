@@ -20,6 +20,7 @@ gathered again before the backward, as it is for torch.nn.functional.linear.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from halny.kernels.dispatch import check_floating, check_same_device
@@ -79,6 +80,7 @@ class NormLinear(torch.autograd.Function):
         return out if residual is None else (out, s)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out, ds=None):
         s, norm_weight, rstd, weight = ctx.saved_tensors
         needs_x, needs_residual, needs_norm_weight, needs_weight, _ = ctx.needs_input_grad
@@ -109,6 +111,7 @@ class SwiGLULinear(torch.autograd.Function):
         return linear(swiglu_forward(gate_up), weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out):
         gate_up, weight = ctx.saved_tensors
         needs_gate_up, needs_weight = ctx.needs_input_grad

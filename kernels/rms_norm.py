@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from halny.kernels.dispatch import (
     AotCase,
@@ -252,6 +253,7 @@ class RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy):
         needs_dx, needs_dw, _ = ctx.needs_input_grad
         dx, dw = rms_norm_backward(dy, None, *ctx.saved_tensors, needs_dx, needs_dw)
@@ -267,6 +269,7 @@ class AddRMSNorm(torch.autograd.Function):
         return y, s
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dy, ds):
         needs_dx, needs_dresidual, needs_dw, _ = ctx.needs_input_grad
         if dy is None:  # only s was used

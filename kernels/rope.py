@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from halny.kernels.dispatch import (
     AotCase,
@@ -206,6 +207,7 @@ class RopeQKV(torch.autograd.Function):
         return rope_rotate(*_split(qkv, n_heads, n_kv_heads), cos, sin, positions, False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_qkv):
         return rope_rotate(*_split(d_qkv, *ctx.heads), *ctx.saved_tensors, True), None, None, None, None, None
 
@@ -231,6 +233,7 @@ class RopeSplit(torch.autograd.Function):
         return _split(rope_rotate(*_split(qkv, n_heads, n_kv_heads), cos, sin, positions, False), n_heads, n_kv_heads)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dq, dk, dv):
         return rope_rotate(dq, dk, dv, *ctx.saved_tensors, True), None, None, None, None, None
 

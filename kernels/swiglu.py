@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from halny.kernels.dispatch import (
@@ -142,6 +143,7 @@ class SwiGLU(torch.autograd.Function):
         return swiglu_forward(gate_up)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, dh):
         return swiglu_backward(dh, *ctx.saved_tensors, False)[0]
 
