@@ -152,13 +152,19 @@ def rms_norm_backward_kernel(
 # ------------------------------------------------------------------------------------------------------------ operators
 
 
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _rstd_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+
+
 def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, rstd: Tensor | None, eps: float):
     """(y, s or None, rstd); with rstd given, y is remade from it."""
     remake = rstd is not None
-    y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    s = None if residual is None else torch.empty_like(y)
-    if rstd is None:
-        rstd = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    y, s = _contiguous_like(x), None if residual is None else _contiguous_like(x)
+    rstd = rstd if remake else _rstd_like(x)
     if x.numel():
         rows, N = as_rows(x), x.shape[-1]
         residual_rows = rows if residual is None else as_rows(residual)
@@ -212,14 +218,6 @@ def _backward(
 def _backward_fake(dy, ds, x, weight, rstd, needs_dx, needs_dw):
     dx = torch.empty(x.shape if needs_dx else (0,), dtype=x.dtype, device=x.device)
     return dx, torch.empty(weight.shape if needs_dw else (0,), dtype=weight.dtype, device=x.device)
-
-
-def _contiguous_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
-def _rstd_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
 
 
 rms_norm_forward = register_operator(
@@ -280,40 +278,31 @@ class AddRMSNorm(torch.autograd.Function):
 
 def aot_cases(N: int = 4096) -> list[AotCase]:
     """Every kernel at Mistral-7B's width, as a training step launches it."""
-    cases = []
-    for dtype in ("bf16", "fp32"):
-        t, sizes = f"*{dtype}:16", {"n_rows": "i32"}
-        shape = {"N": N, "BLOCK_N": triton.next_power_of_2(N)}
-        pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "s_ptr"), t) | {
-            "rstd_ptr": "*fp32:16"
-        }
-        strides = {"x_stride": "i32:16", "residual_stride": "i32:16", "eps": "fp32"}
-        constants = dict(tile(FORWARD_TILES, N, 9))
-        num_warps = constants.pop("num_warps")
-        for name, flags in (
-            ("rms_norm forward", {"ADD": False, "REMAKE": False}),
-            ("add_rms_norm forward", {"ADD": True, "REMAKE": False}),
-            ("rms_norm remake", {"ADD": False, "REMAKE": True}),
-        ):
-            signature = pointers | sizes | strides
-            cases.append(
-                AotCase(f"{name} {N} {dtype}", rms_norm_forward_kernel, signature, shape | flags | constants, num_warps)
-            )
-        pointers = dict.fromkeys(("dy_ptr", "ds_ptr", "x_ptr", "weight_ptr"), t)
-        pointers |= {"rstd_ptr": "*fp32:16", "dx_ptr": t, "dw_ptr": "*fp32:16"}
-        strides = {"dy_stride": "i32:16", "ds_stride": "i32:16", "x_stride": "i32:16"}
-        constants = dict(tile(BACKWARD_TILES, N, 9))
-        num_warps = constants.pop("num_warps")
-        del constants["PROGRAMS"]
-        for name, has_ds in (("rms_norm backward", False), ("add_rms_norm backward", True)):
-            flags = {"HAS_DS": has_ds, "NEEDS_DX": True, "NEEDS_DW": True}
-            signature = pointers | sizes | strides
-            cases.append(
-                AotCase(
-                    f"{name} {N} {dtype}", rms_norm_backward_kernel, signature, shape | flags | constants, num_warps
-                )
-            )
-    return cases
+
+    def case(name, dtype, kernel, pointers, others, table, flags):
+        signature = dict.fromkeys(pointers, f"*{dtype}:16") | others | {"rstd_ptr": "*fp32:16", "n_rows": "i32"}
+        constants = {"N": N, "BLOCK_N": triton.next_power_of_2(N)} | flags | tile(table, N, 9)
+        constants.pop("PROGRAMS", None)
+        return AotCase(f"{name} {N} {dtype}", kernel, signature, constants, constants.pop("num_warps"))
+
+    pointers = ("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "s_ptr")
+    others = {"x_stride": "i32:16", "residual_stride": "i32:16", "eps": "fp32"}
+    forward = (rms_norm_forward_kernel, pointers, others, FORWARD_TILES)
+    pointers = ("dy_ptr", "ds_ptr", "x_ptr", "weight_ptr", "dx_ptr")
+    others = {"dw_ptr": "*fp32:16", "dy_stride": "i32:16", "ds_stride": "i32:16", "x_stride": "i32:16"}
+    backward = (rms_norm_backward_kernel, pointers, others, BACKWARD_TILES)
+    both = {"NEEDS_DX": True, "NEEDS_DW": True}
+    return [
+        case(name, dtype, *launched, flags)
+        for dtype in ("bf16", "fp32")
+        for name, launched, flags in (
+            ("rms_norm forward", forward, {"ADD": False, "REMAKE": False}),
+            ("add_rms_norm forward", forward, {"ADD": True, "REMAKE": False}),
+            ("rms_norm remake", forward, {"ADD": False, "REMAKE": True}),
+            ("rms_norm backward", backward, {"HAS_DS": False} | both),
+            ("add_rms_norm backward", backward, {"HAS_DS": True} | both),
+        )
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- public functions

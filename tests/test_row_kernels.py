@@ -4,6 +4,7 @@ Here every test runs kernels: small ones in Triton's interpreter (TRITON_INTERPR
 either they are skipped by name; test_interpreted.py runs this file in a process that has the variable.
 """
 
+from functools import partial
 from itertools import chain, combinations
 
 import pytest
@@ -13,6 +14,7 @@ from helpers import assert_close_to_truth
 from test_kernels import LAYOUTS, compare, hf_rope, hf_swiglu, outputs_and_gradients, torch_add_rms_norm
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from halny.kernels import dispatch, lean_linear, rms_norm, rope, swiglu
 from halny.kernels.rms_norm import add_rms_norm, rms_norm_reference
@@ -205,7 +207,10 @@ def test_fp64_runs_the_reference(name, launches):
 
 @on_the_cpu
 def test_offsets_are_64_bit_rms_norm_rope_swiglu(launches):
-    """Rows 2^30 elements apart: the third begins where a 32-bit offset wraps. The memory between is never touched."""
+    """Rows 2^30 elements apart: the third begins where a 32-bit offset wraps, which then ends in a segmentation fault.
+
+    The memory between the rows is reserved, never touched.
+    """
     stride = 2**30
     far = torch.empty(2 * stride + 4096, dtype=torch.float16)
 
@@ -412,7 +417,7 @@ def test_activation_checkpointing(name, launches):
     inputs = [x.requires_grad_() for x in inputs]
     upstream = None
     gradients = []
-    for f in (ours, lambda *x: torch.utils.checkpoint.checkpoint(ours, *x, use_reentrant=False)):
+    for f in (ours, lambda *x: checkpoint(ours, *x, use_reentrant=False)):
         outputs = f(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         upstream = upstream or [torch.randn_like(y) for y in outputs]
@@ -523,7 +528,7 @@ def test_lean_under_autocast_and_checkpointing(name):
     for f in (
         lambda *x: plain(*x, *arguments),
         ours,
-        lambda *x: torch.utils.checkpoint.checkpoint(ours, *x, use_reentrant=False),
+        lambda *x: checkpoint(ours, *x, use_reentrant=False),
     ):
         with torch.autocast("cpu", torch.bfloat16):
             y = f(*inputs)
@@ -629,6 +634,33 @@ def test_the_model_equals_its_reference_rms_norm_rope_swiglu(lean, launches):
         assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(torch.float32).eps
     assert launches["rope_kernel"] == 4 and launches["rms_norm_backward_kernel"] == 5
     assert launches["rms_norm_forward_kernel"] == (9 if lean else 5)
+
+
+@on_the_cpu
+@pytest.mark.parametrize("lean", [True, False])
+def test_a_checkpointed_block_rms_norm_rope_swiglu(lean, launches):
+    """Whole, and selectively: the norms' operators saved by name, so that they are not launched again."""
+    config = mistral.PRESETS["test"]
+    block = mistral.Block(config, lean)
+    x = torch.randn(1, 6, config.dim, requires_grad=True)
+    tables = rope_tables(6, config.head_dim, 1e4)
+    saved = [rms_norm.rms_norm_forward, rms_norm.add_rms_norm_forward]
+    select = partial(create_selective_checkpoint_contexts, saved)
+    gradients, counts = [], []
+    for wrap in (
+        lambda *x: block(*x),
+        lambda *x: checkpoint(block, *x, use_reentrant=False),
+        lambda *x: checkpoint(block, *x, use_reentrant=False, context_fn=select),
+    ):
+        launches.clear()
+        y = wrap(x, *tables, None, None, None)
+        gradients.append(torch.autograd.grad(y.sin().sum(), [x, *block.parameters()]))
+        counts.append(dict(launches))
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+    remade = 2 if lean else 0
+    assert [count["rms_norm_forward_kernel"] for count in counts] == [2 + remade, 4 + remade, 2 + remade]
+    assert [count["rope_kernel"] for count in counts] == [2, 3, 3]
 
 
 # -------------------------------------------------------------------------------------------------- full size, on a GPU
