@@ -125,7 +125,9 @@ def rms_norm_backward_kernel(
     m_column = i_column < N
     b_weight = tl.load(weight_ptr + i_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
     b_dw = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
-    for i_tile in range(i_program, tl.cdiv(n_rows, ROWS), tl.num_programs(0)):
+    i_tile = i_program  # 32 bits: rows are fewer than 2^31, and 64 would cost registers for three programs an SM
+    # not a range: triton 3.6's interpreter cannot take its bounds from numpy >= 2.4; delete when 3.9 is the least
+    while i_tile * ROWS < n_rows:
         i_row = i_tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         m_row = i_row < n_rows
         m = m_row[:, None] & m_column[None, :]
@@ -145,6 +147,7 @@ def rms_norm_backward_kernel(
                 b_dx += tl.load(p_ds, mask=m, other=0.0).to(tl.float32)
             p_dx = dx_ptr + i_row[:, None] * N + i_column[None, :]
             tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m)
+        i_tile += tl.num_programs(0)
     if NEEDS_DW:
         tl.store(dw_ptr + i_program.to(tl.int64) * N + i_column, tl.sum(b_dw, axis=0), mask=m_column)
 
