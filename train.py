@@ -522,7 +522,10 @@ def describe(plan: Plan, world: World, dataset: Dataset) -> str:
     """Everything derived, for the log, before the first step."""
     r, tokens, gib = plan.recipe, len(dataset.split("train")), 2**30
     samples = n_samples(dataset.split("train"), r.seq_len)
-    memory = roofline.memory_estimate(plan.model, world.size, r.micro_batch, r.seq_len, 4 if r.dtype == "fp32" else 2)
+    lean = world.device.type == "cuda" and r.kernels != "reference"  # kernels/lean_linear.py
+    memory = roofline.memory_estimate(
+        plan.model, world.size, r.micro_batch, r.seq_len, 4 if r.dtype == "fp32" else 2, lean
+    )
     parts = ", ".join(f"{name.replace('_', ' ')} {size / gib:.2f}" for name, size in asdict(memory).items())
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     peak = "unknown, so no MFU (--peak-tflops)" if plan.peak_flops is None else f"{plan.peak_flops / 1e12:,.0f} TFLOP/s"

@@ -12,9 +12,12 @@ through ``launch``, which counts them: a test that compares a kernel with its re
 pass on the reference alone.
 """
 
+import functools
 import os
 from collections import Counter
+from collections.abc import Callable
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,3 +135,54 @@ def check_same_device(**tensors: Tensor) -> None:
     for name, x in rest:
         if x.device != first.device:
             raise ValueError(f"{name} is on {x.device}, but {first_name} is on {first.device}")
+
+
+# ------------------------------------------------------------------------------------------------- what launchers share
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """x [..., N] as [rows, N] with one stride between rows and unit stride inside them; a copy only where it must be.
+
+    Kernels of row operations take any row stride, 0 of an expanded row included. Copied are a last dimension that is
+    not contiguous and leading dimensions that no single stride describes, such as those of ``y[:, :5]``.
+    """
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        return x.contiguous().view(-1, x.shape[-1])
+    return x.reshape(-1, x.shape[-1])
+
+
+# By GPU generation (the major number of the compute capability; 0 for those not listed): rows of (columns up to which
+# it holds, the launch constants). bench/tiles.py searches for better rows and prints them.
+TileTable = dict[int, list[tuple[int, dict[str, int]]]]
+
+
+def tile(table: TileTable, n_columns: int, generation: int) -> dict[str, int]:
+    """The launch constants of a table for rows of n_columns on a GPU of that generation."""
+    rows = table.get(generation, table[0])
+    return next((constants for limit, constants in rows if n_columns <= limit), rows[-1][1])
+
+
+def generation_of(x: Tensor) -> int:
+    """The GPU generation of x's device, 0 on the CPU."""
+    return _generation(x.device) if x.is_cuda else 0
+
+
+@functools.cache
+def _generation(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """SMs of a GPU; in the interpreter 1, so that a persistent grid there is a few programs that loop."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+class AotCase(NamedTuple):
+    """A kernel as bench/aot.py compiles it ahead of time; every kernel module lists its own in ``aot_cases()``."""
+
+    name: str  # what it is and its shape: "rms_norm forward 4096"
+    kernel: Callable
+    signature: dict[str, str]  # argument -> Triton type, ":16" where a launch would find it divisible by 16
+    constants: dict[str, object]
+    num_warps: int

@@ -3,12 +3,41 @@
     y = x / sqrt(mean(x^2) + eps) * weight                      Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467
 
 Rounding follows Hugging Face's Mistral: mean and reciprocal root in fp32, x-hat rounded to x's dtype, then the weight.
+
+With g = dy * weight, x-hat = x * rstd and rstd = 1 / sqrt(mean(x^2) + eps), all of one row of N:
+
+    dx = rstd * (g - x-hat * mean(g * x-hat)),   dweight = sum over rows of dy * x-hat
+
+**Bytes.** Memory sets the time, so no tensor passes twice. For M rows of N elements of b bytes: forward 2MNb (x, y),
+with the addition 4MNb (x, residual, s, y); backward 3MNb (x, dy, dx), with the addition 4MNb (ds as well, and one dx
+that serves both branches, because d(x + residual) is the same for either). A row stays in registers between the
+reduction and its use, hence one block a row. Saved for the backward: x (or s) and one fp32 rstd a row.
+
+**dweight** is a sum over rows, the other way than everything else. The backward's grid is persistent: a few programs
+an SM, each adding up its rows in registers and writing one fp32 row of partials; [programs, N] is then summed once.
+Atomics would be slower and would not give the same bits twice.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from halny.kernels.dispatch import check_floating, check_same_device, upcast
+from halny.kernels.dispatch import (
+    AotCase,
+    TileTable,
+    as_rows,
+    check_floating,
+    check_same_device,
+    generation_of,
+    launch,
+    multiprocessors,
+    register_operator,
+    runs_kernel,
+    tile,
+    upcast,
+)
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -24,33 +53,305 @@ def add_rms_norm_reference(x: Tensor, residual: Tensor, weight: Tensor, eps: flo
     return rms_norm_reference(s, weight, eps), s
 
 
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+MAX_COLUMNS = 32768  # a row is one block; beyond, the reference runs
+
+# ROWS a program takes at once: several where one row is too little work for its warps
+FORWARD_TILES: TileTable = {
+    0: [
+        (128, {"ROWS": 16, "num_warps": 4}),
+        (512, {"ROWS": 4, "num_warps": 4}),
+        (1024, {"ROWS": 2, "num_warps": 4}),
+        (4096, {"ROWS": 1, "num_warps": 4}),
+        (8192, {"ROWS": 1, "num_warps": 8}),
+        (16384, {"ROWS": 1, "num_warps": 16}),
+        (MAX_COLUMNS, {"ROWS": 1, "num_warps": 32}),
+    ]
+}
+# PROGRAMS an SM: as many as its registers hold at once, so that the grid is a single wave. Beyond 8192 columns spills
+# begin (sm_90, 107 bytes at 16384).
+BACKWARD_TILES: TileTable = {
+    0: [
+        (128, {"ROWS": 16, "num_warps": 4, "PROGRAMS": 6}),
+        (512, {"ROWS": 4, "num_warps": 4, "PROGRAMS": 5}),
+        (1024, {"ROWS": 1, "num_warps": 4, "PROGRAMS": 8}),
+        (4096, {"ROWS": 1, "num_warps": 8, "PROGRAMS": 3}),
+        (8192, {"ROWS": 1, "num_warps": 16, "PROGRAMS": 1}),
+        (MAX_COLUMNS, {"ROWS": 1, "num_warps": 32, "PROGRAMS": 1}),
+    ]
+}
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def rms_norm_forward_kernel(
+    x_ptr, residual_ptr, weight_ptr, y_ptr, s_ptr, rstd_ptr,
+    n_rows, x_stride, residual_stride, eps,
+    N: tl.constexpr, ADD: tl.constexpr, REMAKE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """REMAKE: y once more from x and the rstd of an earlier launch, which is read instead of written."""
+    i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    i_column = tl.arange(0, BLOCK_N)
+    m_row = i_row < n_rows
+    m = m_row[:, None] & (i_column < N)[None, :]
+    o_out = i_row[:, None] * N + i_column[None, :]
+
+    b_x = tl.load(x_ptr + i_row[:, None] * x_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
+    if ADD:
+        p_residual = residual_ptr + i_row[:, None] * residual_stride + i_column[None, :]
+        b_s = (b_x + tl.load(p_residual, mask=m, other=0.0).to(tl.float32)).to(s_ptr.dtype.element_ty)
+        tl.store(s_ptr + o_out, b_s, mask=m)
+        b_x = b_s.to(tl.float32)  # what is normalised is what the next layer reads, rounding included
+    if REMAKE:
+        b_rstd = tl.load(rstd_ptr + i_row, mask=m_row, other=0.0)
+    else:
+        b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) / N + eps)
+        tl.store(rstd_ptr + i_row, b_rstd, mask=m_row)
+
+    b_weight = tl.load(weight_ptr + i_column, mask=i_column < N, other=0.0).to(tl.float32)
+    b_x_hat = (b_x * b_rstd[:, None]).to(y_ptr.dtype.element_ty).to(tl.float32)
+    tl.store(y_ptr + o_out, (b_x_hat * b_weight[None, :]).to(y_ptr.dtype.element_ty), mask=m)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def rms_norm_backward_kernel(
+    dy_ptr, ds_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr,
+    n_rows, dy_stride, ds_stride, x_stride,
+    N: tl.constexpr, HAS_DS: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    i_program = tl.program_id(0)
+    i_column = tl.arange(0, BLOCK_N)
+    m_column = i_column < N
+    b_weight = tl.load(weight_ptr + i_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+    b_dw = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
+    i_tile = i_program  # 32 bits: rows are fewer than 2^31, and 64 would cost registers for three programs an SM
+    # not a range: triton 3.6's interpreter cannot take its bounds from numpy >= 2.4; delete when 3.9 is the least
+    while i_tile * ROWS < n_rows:
+        i_row = i_tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        m_row = i_row < n_rows
+        m = m_row[:, None] & m_column[None, :]
+        b_x = tl.load(x_ptr + i_row[:, None] * x_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
+        b_dy = tl.load(dy_ptr + i_row[:, None] * dy_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
+        b_rstd = tl.load(rstd_ptr + i_row, mask=m_row, other=0.0)[:, None]
+        if NEEDS_DW:
+            b_dw += b_dy * (b_x * b_rstd)
+        if NEEDS_DX:
+            b_g = b_dy * b_weight
+            # mean(g x-hat) rstd^2, multiplied in the order that keeps rows of 1e18 and of 1e-18 in range
+            b_c = tl.sum(b_g * b_x, axis=1)[:, None] * b_rstd / N * b_rstd * b_rstd
+            b_dx = b_g * b_rstd - b_x * b_c
+            if HAS_DS:
+                # s feeds the norm and the residual stream: the stream's gradient joins after the norm's backward
+                p_ds = ds_ptr + i_row[:, None] * ds_stride + i_column[None, :]
+                b_dx += tl.load(p_ds, mask=m, other=0.0).to(tl.float32)
+            p_dx = dx_ptr + i_row[:, None] * N + i_column[None, :]
+            tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m)
+        i_tile += tl.num_programs(0)
+    if NEEDS_DW:
+        tl.store(dw_ptr + i_program.to(tl.int64) * N + i_column, tl.sum(b_dw, axis=0), mask=m_column)
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _rstd_like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+
+
+def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, rstd: Tensor | None, eps: float):
+    """(y, s or None, rstd); with rstd given, y is remade from it."""
+    remake = rstd is not None
+    y, s = _contiguous_like(x), None if residual is None else _contiguous_like(x)
+    rstd = rstd if remake else _rstd_like(x)
+    if x.numel():
+        rows, N = as_rows(x), x.shape[-1]
+        residual_rows = rows if residual is None else as_rows(residual)
+        constants = tile(FORWARD_TILES, N, generation_of(x))
+        launch(
+            rms_norm_forward_kernel, (triton.cdiv(rows.shape[0], constants["ROWS"]),),
+            rows, residual_rows, weight.contiguous(), y, y if s is None else s, rstd,
+            rows.shape[0], rows.stride(0), residual_rows.stride(0), eps,
+            N=N, ADD=residual is not None, REMAKE=remake, BLOCK_N=triton.next_power_of_2(N), **constants,
+        )  # fmt: skip
+    return y, s, rstd
+
+
+def _forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    y, _, rstd = _launch_forward(x, None, weight, None, eps)
+    return y, rstd
+
+
+def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch_forward(x, residual, weight, None, eps)
+
+
+def _remake(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+    return _launch_forward(x, None, weight, rstd, 0.0)[0]
+
+
+def _backward(
+    dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, needs_dx: bool, needs_dw: bool
+) -> tuple[Tensor, Tensor]:
+    dx, dw = _backward_fake(dy, ds, x, weight, rstd, needs_dx, needs_dw)
+    if not x.numel():
+        return dx, dw.zero_()
+    rows, N = as_rows(x), x.shape[-1]
+    dy_rows = as_rows(dy)
+    ds_rows = dy_rows if ds is None else as_rows(ds)
+    constants = dict(tile(BACKWARD_TILES, N, generation_of(x)))
+    n_programs = min(constants.pop("PROGRAMS") * multiprocessors(x.device), triton.cdiv(len(rows), constants["ROWS"]))
+    partials = torch.empty((n_programs if needs_dw else 0, N), dtype=torch.float32, device=x.device)
+    launch(
+        rms_norm_backward_kernel, (n_programs,),
+        dy_rows, ds_rows, rows, weight.contiguous(), rstd, dx, partials,
+        len(rows), dy_rows.stride(0), ds_rows.stride(0), rows.stride(0),
+        N=N, HAS_DS=ds is not None, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw,
+        BLOCK_N=triton.next_power_of_2(N), **constants,
+    )  # fmt: skip
+    if needs_dw:
+        dw.copy_(partials.sum(0))
+    return dx, dw
+
+
+def _backward_fake(dy, ds, x, weight, rstd, needs_dx, needs_dw):
+    dx = torch.empty(x.shape if needs_dx else (0,), dtype=x.dtype, device=x.device)
+    return dx, torch.empty(weight.shape if needs_dw else (0,), dtype=weight.dtype, device=x.device)
+
+
+rms_norm_forward = register_operator(
+    "rms_norm_forward(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _forward,
+    lambda x, weight, eps: (_contiguous_like(x), _rstd_like(x)),
+)
+add_rms_norm_forward = register_operator(
+    "add_rms_norm_forward(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)",
+    _add_forward,
+    lambda x, residual, weight, eps: (_contiguous_like(x), _contiguous_like(x), _rstd_like(x)),
+)
+rms_norm_remake = register_operator(
+    "rms_norm_remake(Tensor x, Tensor weight, Tensor rstd) -> Tensor",
+    _remake,
+    lambda x, weight, rstd: _contiguous_like(x),
+)
+rms_norm_backward = register_operator(  # a gradient that is not needed comes back empty
+    "rms_norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor rstd, bool needs_dx, bool needs_dw)"
+    " -> (Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+class RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y, rstd = rms_norm_forward(x, weight, eps)
+        ctx.save_for_backward(x, weight, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        needs_dx, needs_dw, _ = ctx.needs_input_grad
+        dx, dw = rms_norm_backward(dy, None, *ctx.saved_tensors, needs_dx, needs_dw)
+        return dx if needs_dx else None, dw if needs_dw else None, None
+
+
+class AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, weight, eps):
+        y, s, rstd = add_rms_norm_forward(x, residual, weight, eps)
+        ctx.save_for_backward(s, weight, rstd)
+        ctx.set_materialize_grads(False)
+        return y, s
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, ds):
+        needs_dx, needs_dresidual, needs_dw, _ = ctx.needs_input_grad
+        if dy is None:  # only s was used
+            return ds if needs_dx else None, ds if needs_dresidual else None, None, None
+        dx, dw = rms_norm_backward(dy, ds, *ctx.saved_tensors, needs_dx or needs_dresidual, needs_dw)
+        return dx if needs_dx else None, dx if needs_dresidual else None, dw if needs_dw else None, None
+
+
+def aot_cases(N: int = 4096) -> list[AotCase]:
+    """Every kernel at Mistral-7B's width, as a training step launches it."""
+
+    def case(name, dtype, kernel, pointers, others, table, flags):
+        signature = dict.fromkeys(pointers, f"*{dtype}:16") | others | {"rstd_ptr": "*fp32:16", "n_rows": "i32"}
+        constants = {"N": N, "BLOCK_N": triton.next_power_of_2(N)} | flags | tile(table, N, 9)
+        constants.pop("PROGRAMS", None)
+        return AotCase(f"{name} {N} {dtype}", kernel, signature, constants, constants.pop("num_warps"))
+
+    pointers = ("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "s_ptr")
+    others = {"x_stride": "i32:16", "residual_stride": "i32:16", "eps": "fp32"}
+    forward = (rms_norm_forward_kernel, pointers, others, FORWARD_TILES)
+    pointers = ("dy_ptr", "ds_ptr", "x_ptr", "weight_ptr", "dx_ptr")
+    others = {"dw_ptr": "*fp32:16", "dy_stride": "i32:16", "ds_stride": "i32:16", "x_stride": "i32:16"}
+    backward = (rms_norm_backward_kernel, pointers, others, BACKWARD_TILES)
+    both = {"NEEDS_DX": True, "NEEDS_DW": True}
+    return [
+        case(name, dtype, *launched, flags)
+        for dtype in ("bf16", "fp32")
+        for name, launched, flags in (
+            ("rms_norm forward", forward, {"ADD": False, "REMAKE": False}),
+            ("add_rms_norm forward", forward, {"ADD": True, "REMAKE": False}),
+            ("rms_norm remake", forward, {"ADD": False, "REMAKE": True}),
+            ("rms_norm backward", backward, {"HAS_DS": False} | both),
+            ("add_rms_norm backward", backward, {"HAS_DS": True} | both),
+        )
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------- public functions
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)``, rounded as Hugging Face's Mistral rounds.
 
-    x [..., D], weight [D], any floating dtypes -> y [..., D] in x's dtype. Statistics in fp32.
+    x [..., D], weight [D], any floating dtypes -> y [..., D] in x's dtype. Statistics and gradients in fp32.
+    Saves x, weight and fp32 rstd [...]. fp64 and D > 32768 run the reference. Copies x or dy where ``as_rows`` must.
     Raises TypeError for tensors that are not floating-point, ValueError for shapes, devices or an eps that do not fit.
     """
-    _check(x, weight, eps)
-    return rms_norm_reference(x, weight, eps)
+    check_rms_norm(x, weight, eps)
+    if not norm_runs_kernel(x, weight):
+        return rms_norm_reference(x, weight, eps)
+    return RMSNorm.apply(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """``s = x + residual; return rms_norm(s, weight, eps), s``.
 
     x and residual [..., D] of one dtype, weight [D] -> (y, s), both [..., D] in x's dtype. s is rounded to x's dtype
-    before it is normalised. Raises as ``rms_norm``.
+    before it is normalised. x and residual get one and the same gradient tensor. Saves s, weight and fp32 rstd [...].
+    Raises as ``rms_norm``.
     """
-    _check(x, weight, eps)
+    check_add_rms_norm(x, residual, weight, eps)
+    if not norm_runs_kernel(x, weight):
+        return add_rms_norm_reference(x, residual, weight, eps)
+    return AddRMSNorm.apply(x, residual, weight, eps)
+
+
+def norm_runs_kernel(x: Tensor, weight: Tensor) -> bool:
+    return runs_kernel(x) and torch.float64 not in (x.dtype, weight.dtype) and x.shape[-1] <= MAX_COLUMNS
+
+
+def check_add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> None:
+    check_rms_norm(x, weight, eps)
     check_floating("residual", residual)
     check_same_device(x=x, residual=residual)
     if residual.shape != x.shape:
         raise ValueError(f"residual must have x's shape {tuple(x.shape)}, got {tuple(residual.shape)}")
     if residual.dtype != x.dtype:
         raise TypeError(f"residual must have x's dtype {x.dtype}, got {residual.dtype}")
-    return add_rms_norm_reference(x, residual, weight, eps)
 
 
-def _check(x: Tensor, weight: Tensor, eps: float) -> None:
+def check_rms_norm(x: Tensor, weight: Tensor, eps: float) -> None:
     check_floating("x", x)
     check_floating("weight", weight)
     check_same_device(x=x, weight=weight)

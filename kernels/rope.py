@@ -6,12 +6,37 @@ For each pair (x1, x2) = (x[i], x[i + d/2]) of a head and position p, with angle
 
 This is the half-split pairing of Hugging Face and GPT-NeoX. Angles are the fp32 product of fp32 factors, as in Hugging
 Face; the rotation is computed in fp32 and rounded once, which is closer to the truth than rounding cos and sin first.
+A rotation is orthogonal, so its backward is the rotation by -a: no activation is saved, nothing but the tables.
+
+**Bytes.** For M tokens, D = head_dim, elements of b bytes: in place 2M(Hq + Hkv)Db, v being left alone; out of place
+2M(Hq + 2 Hkv)Db, v being copied; the tables stay in the L2 cache. The backward is given dq, dk and dv apart, as
+attention makes them. Left to autograd, they would be written into one zeroed packed tensor and read again to be
+rotated; here one kernel reads the three where they lie and writes the packed gradient, 2M(Hq + 2 Hkv)Db once more.
+
+So there is one kernel: it reads three tensors, whatever their strides, and writes a packed one. In the forward the
+three are views of the packed input.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from halny.kernels.dispatch import can_check_values, check_floating, check_integer, check_same_device, upcast
+from halny.kernels.dispatch import (
+    AotCase,
+    TileTable,
+    can_check_values,
+    check_floating,
+    check_integer,
+    check_same_device,
+    generation_of,
+    launch,
+    register_operator,
+    runs_kernel,
+    tile,
+    upcast,
+)
 
 
 def rope_tables(max_len: int, head_dim: int, theta: float, device=None) -> tuple[Tensor, Tensor]:
@@ -44,19 +69,222 @@ def rope_qkv_reference(
     return torch.cat([rotated.to(qkv.dtype), v], dim=2)
 
 
+# --------------------------------------------------------------------------------------------------------------- kernel
+
+# By head_dim: HEADS of one token that a program takes
+TILES: TileTable = {
+    0: [
+        (32, {"HEADS": 16, "num_warps": 1}),
+        (64, {"HEADS": 16, "num_warps": 2}),
+        (128, {"HEADS": 16, "num_warps": 4}),
+        (2**62, {"HEADS": 8, "num_warps": 4}),
+    ]
+}
+
+
+@triton.jit(do_not_specialize=["n_positions"])
+def rope_kernel(
+    q_ptr, k_ptr, v_ptr, packed_ptr, cos_ptr, sin_ptr, positions_ptr,
+    n_positions,
+    q_batch_stride, q_position_stride, q_head_stride, k_batch_stride, k_position_stride, k_head_stride,
+    v_batch_stride, v_position_stride, v_head_stride, packed_batch_stride, packed_position_stride, packed_head_stride,
+    positions_batch_stride, positions_position_stride,
+    N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HALF: tl.constexpr, WITH_V: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, CONJUGATE: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    """Program: HEADS packed heads of one token. May be in place: a program writes only what it alone has read."""
+    N_ROTATED: tl.constexpr = N_HEADS + N_KV_HEADS
+    N_PACKED: tl.constexpr = N_ROTATED + N_KV_HEADS if WITH_V else N_ROTATED
+    PIECES: tl.constexpr = (N_PACKED + HEADS - 1) // HEADS
+    i_token = tl.program_id(0) // PIECES
+    i_batch, i_position = (i_token // n_positions).to(tl.int64), (i_token % n_positions).to(tl.int64)
+    i_head = tl.program_id(0) % PIECES * HEADS + tl.arange(0, HEADS).to(tl.int64)
+    i_half = tl.arange(0, BLOCK_HALF)
+    m_half = i_half < HALF
+    m = (i_head < N_PACKED)[:, None] & m_half[None, :]
+
+    i_angle = i_position
+    if HAS_POSITIONS:
+        p_position = positions_ptr + i_batch * positions_batch_stride + i_position * positions_position_stride
+        i_angle = tl.load(p_position).to(tl.int64)
+    b_cos = tl.load(cos_ptr + i_angle * HALF + i_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
+    b_sin = tl.load(sin_ptr + i_angle * HALF + i_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
+    if CONJUGATE:
+        b_sin = 0.0 - b_sin
+
+    # Three masked loads and a choice of values: a choice of pointers would be one load, but Triton then forgets that
+    # they are aligned and makes it 16 scalar ones. Lanes that a mask turns off move nothing.
+    i_k, i_v = i_head - N_HEADS, i_head - N_ROTATED
+    m_q, m_v = (i_head < N_HEADS)[:, None] & m, (i_head >= N_ROTATED)[:, None] & m
+    m_k = (i_head >= N_HEADS)[:, None] & (i_head < N_ROTATED)[:, None] & m
+    p_q = q_ptr + i_batch * q_batch_stride + i_position * q_position_stride
+    p_k = k_ptr + i_batch * k_batch_stride + i_position * k_position_stride
+    p_q += (i_head * q_head_stride)[:, None] + i_half[None, :]
+    p_k += (i_k * k_head_stride)[:, None] + i_half[None, :]
+    b_x1 = tl.where(m_q, tl.load(p_q, mask=m_q, other=0.0), tl.load(p_k, mask=m_k, other=0.0)).to(tl.float32)
+    b_x2 = tl.where(m_q, tl.load(p_q + HALF, mask=m_q, other=0.0), tl.load(p_k + HALF, mask=m_k, other=0.0))
+    b_x2 = b_x2.to(tl.float32)
+    b_y1, b_y2 = b_x1 * b_cos - b_x2 * b_sin, b_x2 * b_cos + b_x1 * b_sin
+    if WITH_V:
+        p_v = v_ptr + i_batch * v_batch_stride + i_position * v_position_stride
+        p_v += (i_v * v_head_stride)[:, None] + i_half[None, :]
+        b_y1 = tl.where(m_v, tl.load(p_v, mask=m_v, other=0.0).to(tl.float32), b_y1)
+        b_y2 = tl.where(m_v, tl.load(p_v + HALF, mask=m_v, other=0.0).to(tl.float32), b_y2)
+
+    p_token = packed_ptr + i_batch * packed_batch_stride + i_position * packed_position_stride
+    p_to = p_token + i_head[:, None] * packed_head_stride + i_half[None, :]
+    tl.store(p_to, b_y1.to(packed_ptr.dtype.element_ty), mask=m)
+    tl.store(p_to + HALF, b_y2.to(packed_ptr.dtype.element_ty), mask=m)
+
+
+# ------------------------------------------------------------------------------------------------------------ operators
+
+
+def _launch(q, k, v, packed, cos, sin, positions, conjugate: bool, with_v: bool) -> None:
+    B, T, n_heads, head_dim = q.shape
+    n_kv_heads = k.shape[2]
+    if not packed.numel():
+        return
+    # heads are read where they lie, but each in one piece: a stride inside it costs a copy
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    constants = tile(TILES, head_dim, generation_of(packed))
+    n_packed = n_heads + (2 if with_v else 1) * n_kv_heads
+    launch(
+        rope_kernel, (B * T * triton.cdiv(n_packed, constants["HEADS"]),),
+        q, k, v, packed, cos.contiguous(), sin.contiguous(), cos if positions is None else positions,
+        T,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *packed.stride()[:3],
+        *((0, 0) if positions is None else positions.stride()),
+        N_HEADS=n_heads, N_KV_HEADS=n_kv_heads, HALF=head_dim // 2, WITH_V=with_v,
+        HAS_POSITIONS=positions is not None, CONJUGATE=conjugate,
+        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), **constants,
+    )  # fmt: skip
+
+
+def _split(qkv: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    return qkv.split([n_heads, n_kv_heads, n_kv_heads], dim=2)
+
+
+def _rotate(q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, positions: Tensor | None, conjugate: bool):
+    packed = _rotate_fake(q, k, v, cos, sin, positions, conjugate)
+    _launch(q, k, v, packed, cos, sin, positions, conjugate, with_v=True)
+    return packed
+
+
+def _rotate_fake(q, k, v, cos, sin, positions, conjugate):
+    B, T, n_heads, head_dim = q.shape
+    return torch.empty((B, T, n_heads + 2 * k.shape[2], head_dim), dtype=q.dtype, device=q.device)
+
+
+def _rotate_in_place(
+    qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, positions: Tensor | None
+) -> None:
+    in_pieces = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    _launch(*_split(in_pieces, n_heads, n_kv_heads), in_pieces, cos, sin, positions, False, with_v=False)
+    if in_pieces is not qkv:
+        qkv.copy_(in_pieces)
+
+
+rope_rotate = register_operator(
+    "rope_rotate(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor? positions, bool conjugate) -> Tensor",
+    _rotate,
+    _rotate_fake,
+)
+rope_rotate_ = register_operator(
+    "rope_rotate_(Tensor(a!) qkv, Tensor cos, Tensor sin, int n_heads, int n_kv_heads, Tensor? positions) -> ()",
+    _rotate_in_place,
+    lambda *arguments: None,
+)
+
+
+class RopeQKV(torch.autograd.Function):
+    """Packed in, packed out."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, n_heads, n_kv_heads, positions):
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.heads = n_heads, n_kv_heads
+        return rope_rotate(*_split(qkv, n_heads, n_kv_heads), cos, sin, positions, False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_qkv):
+        return rope_rotate(*_split(d_qkv, *ctx.heads), *ctx.saved_tensors, True), None, None, None, None, None
+
+
+class RopeQKVInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, n_heads, n_kv_heads, positions):
+        ctx.save_for_backward(cos, sin, positions)
+        ctx.heads = n_heads, n_kv_heads
+        ctx.mark_dirty(qkv)
+        rope_rotate_(qkv, cos, sin, n_heads, n_kv_heads, positions)
+        return qkv
+
+    backward = RopeQKV.backward
+
+
+class RopeSplit(torch.autograd.Function):
+    """Packed in, q, k and v apart, which is how their gradients come back."""
+
+    @staticmethod
+    def forward(ctx, qkv, cos, sin, n_heads, n_kv_heads, positions):
+        ctx.save_for_backward(cos, sin, positions)
+        return _split(rope_rotate(*_split(qkv, n_heads, n_kv_heads), cos, sin, positions, False), n_heads, n_kv_heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq, dk, dv):
+        return rope_rotate(dq, dk, dv, *ctx.saved_tensors, True), None, None, None, None, None
+
+
+def aot_cases(n_heads: int = 32, n_kv_heads: int = 8, head_dim: int = 128) -> list[AotCase]:
+    """The kernel at Mistral-7B's heads, as a training step launches it."""
+    cases = []
+    for dtype in ("bf16", "fp32"):
+        pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "packed_ptr"), f"*{dtype}:16")
+        pointers |= {"cos_ptr": "*fp32:16", "sin_ptr": "*fp32:16", "positions_ptr": "*i64:16"}
+        kinds = ("batch", "position", "head")
+        strides = {f"{x}_{kind}_stride": "i32:16" for x in ("q", "k", "v", "packed") for kind in kinds}
+        strides |= {"positions_batch_stride": "i32:16", "positions_position_stride": "i32"}
+        constants = dict(tile(TILES, head_dim, 9))
+        num_warps = constants.pop("num_warps")
+        shape = {
+            "N_HEADS": n_heads, "N_KV_HEADS": n_kv_heads,
+            "HALF": head_dim // 2, "BLOCK_HALF": triton.next_power_of_2(head_dim // 2),
+        }  # fmt: skip
+        for name, with_v, has_positions, conjugate in (
+            ("rope forward", True, False, False),
+            ("rope forward, positions", True, True, False),
+            ("rope in place", False, False, False),
+            ("rope backward", True, False, True),
+        ):
+            flags = {"WITH_V": with_v, "HAS_POSITIONS": has_positions, "CONJUGATE": conjugate}
+            signature = pointers | {"n_positions": "i32"} | strides
+            name = f"{name} {n_heads}/{n_kv_heads}x{head_dim} {dtype}"
+            cases.append(AotCase(name, rope_kernel, signature, shape | flags | constants, num_warps))
+    return cases
+
+
+# ----------------------------------------------------------------------------------------------------- public functions
+
+
 def rope_qkv(
     qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, positions: Tensor | None = None
 ) -> Tensor:
     """Rotate the queries and keys of a packed projection by their positions; values pass through unchanged.
 
     qkv [B, T, n_heads + 2 * n_kv_heads, head_dim]; cos and sin [max_len, head_dim // 2] from ``rope_tables``;
-    positions int [B, T] (default: 0 .. T - 1 in every row) -> a new tensor like qkv. Arithmetic in fp32.
+    positions int [B, T] (default: 0 .. T - 1 in every row) -> a new tensor like qkv. Arithmetic in fp32. Saves the
+    tables and positions. fp64 runs the reference. Any strides; a head that is not contiguous in itself costs a copy.
 
     Raises TypeError for wrong kinds of tensors, ValueError for shapes or devices that do not fit, a table shorter than
     T, or positions outside the table (on CUDA tensors only under ``dispatch.set_debug_checks``).
     """
     _check(qkv, cos, sin, n_heads, n_kv_heads, positions)
-    return rope_qkv_reference(qkv, cos, sin, n_heads, n_kv_heads, positions)
+    if not _runs_kernel(qkv):
+        return rope_qkv_reference(qkv, cos, sin, n_heads, n_kv_heads, positions)
+    return RopeQKV.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
 
 
 def rope_qkv_(
@@ -64,7 +292,26 @@ def rope_qkv_(
 ) -> Tensor:
     """``rope_qkv`` in place: overwrites qkv and returns it. Arguments and errors are those of ``rope_qkv``."""
     _check(qkv, cos, sin, n_heads, n_kv_heads, positions)
-    return qkv.copy_(rope_qkv_reference(qkv, cos, sin, n_heads, n_kv_heads, positions))
+    if not _runs_kernel(qkv):
+        return qkv.copy_(rope_qkv_reference(qkv, cos, sin, n_heads, n_kv_heads, positions))
+    return RopeQKVInPlace.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
+
+
+def rope_split_qkv(
+    qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, positions: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``rope_qkv(...).split([n_heads, n_kv_heads, n_kv_heads], dim=2)``, whose backward takes dq, dk, dv as they are.
+
+    For attention: its three gradients, of any strides, become the packed one in one pass. Otherwise as ``rope_qkv``.
+    """
+    _check(qkv, cos, sin, n_heads, n_kv_heads, positions)
+    if not _runs_kernel(qkv):
+        return _split(rope_qkv_reference(qkv, cos, sin, n_heads, n_kv_heads, positions), n_heads, n_kv_heads)
+    return RopeSplit.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
+
+
+def _runs_kernel(qkv: Tensor) -> bool:
+    return runs_kernel(qkv) and qkv.dtype != torch.float64
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, positions: Tensor | None) -> None:
