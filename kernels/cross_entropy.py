@@ -4,8 +4,8 @@
 
 Labels equal to ``ignore_index`` give no loss and no gradient.
 
-Bytes, for M x V logits of b bytes: the gradient is made in the forward pass, while the logits are in registers, so loss
-and gradient cost one read and one write, 2 M V b, where a backward pass that came back to the logits would cost 3 M V b.
+Bytes, for M x V logits of b bytes: the gradient is made in the forward pass, while the logits are in registers, so
+loss and gradient cost one read and one write, 2 M V b; a backward pass that came back to the logits would make it 3.
 The price is that the upstream gradient is not known yet. The backward pass multiplies by it: nothing to do where it is
 1 (decided on the device: ``loss.backward()``), another 2 M V b otherwise.
 
@@ -56,6 +56,17 @@ def cross_entropy_reference(
 
 
 @triton.jit
+def _label_and_target(p_row, label, n_columns):
+    """The label's column as int32, which costs the comparisons with columns half the registers of int64, and its logit.
+
+    A label outside the vocabulary becomes -1, reads nothing and makes loss and gradient of its row NaN.
+    """
+    in_range = (label >= 0) & (label < n_columns)
+    column = tl.where(in_range, label, -1).to(tl.int32)
+    return column, tl.load(p_row + column, mask=in_range, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
 def _loss_of_row(target, largest, others):
     """(logsumexp - target, sum of exp(logits - largest)) from the sum over all columns but the target's."""
     shifted = target - largest
@@ -76,45 +87,48 @@ def one_block_kernel(
     """The row in registers: read once, written once."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    touchable = columns < n_touchable
-    p_row_gradient = p_gradient + row * gradient_stride + columns
+    p_row_gradient = p_gradient + row * gradient_stride
     label = tl.load(p_labels + row)
     if label == ignore_index:
         tl.store(p_loss + row, 0.0)
         tl.store(p_correct + row, 0)
         if WITH_GRADIENT:
-            tl.store(p_row_gradient, tl.zeros([BLOCK], p_gradient.dtype.element_ty), mask=touchable)
+            tl.store(
+                p_row_gradient + columns, tl.zeros([BLOCK], p_gradient.dtype.element_ty), mask=columns < n_touchable
+            )
     else:
         p_row = p_logits + row * logits_stride
-        b_x = tl.load(p_row + columns, mask=touchable, other=-float("inf")).to(tl.float32)
+        b_x = tl.load(p_row + columns, mask=columns < n_touchable, other=-float("inf")).to(tl.float32)
         b_x = tl.where(columns < n_columns, b_x, -float("inf"))
-        # A label outside the vocabulary reads nothing and makes its row NaN. In place, this load is ordered before the
-        # stores by the barriers of the reductions between them.
-        in_range = (label >= 0) & (label < n_columns)
-        target = tl.load(p_row + label, mask=in_range, other=float("nan")).to(tl.float32)
-        b_is_target = columns == label
+        # In place, this load is ordered before the stores by the barriers of the reductions between them.
+        column, target = _label_and_target(p_row, label, n_columns)
 
         largest = tl.max(b_x, 0)
-        first = tl.min(tl.where(b_x == largest, columns, n_columns), 0)
-        b_e = tl.exp(b_x - largest)
-        others = tl.sum(tl.where(b_is_target, 0.0, b_e), 0)
+        earlier = tl.max(((b_x == largest) & (columns < column)).to(tl.int32), 0)
+        b_e = tl.where(columns == column, 0.0, tl.exp(b_x - largest))
+        others = tl.sum(b_e, 0)
         loss, total = _loss_of_row(target, largest, others)
         tl.store(p_loss + row, loss)
-        tl.store(p_correct + row, (first == label).to(tl.int32))
+        tl.store(p_correct + row, ((target == largest) & (earlier == 0)).to(tl.int32))
         if WITH_GRADIENT:
             factor = tl.load(p_scale + row * scale_stride) / total
-            b_gradient = tl.where(b_is_target, -others, b_e) * factor
-            tl.store(p_row_gradient, b_gradient.to(p_gradient.dtype.element_ty), mask=touchable)
+            b_gradient = (b_e * factor).to(p_gradient.dtype.element_ty)
+            tl.store(p_row_gradient + columns, b_gradient, mask=columns < n_touchable)
+            # The target's own, over the 0 stored there: as a select in the block it costs 8 registers and so a spill
+            tl.debug_barrier()
+            at_target = (-others * factor).to(p_gradient.dtype.element_ty)
+            tl.store(p_row_gradient + column, at_target, mask=column >= 0)
 
 
 @triton.jit
-def two_pass_kernel(
+def online_kernel(
     p_logits, p_labels, p_scale, p_loss, p_correct, p_gradient,
     n_columns, n_touchable, ignore_index,
     logits_stride, gradient_stride, scale_stride,
     WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A row too long for registers: maximum and sum in one pass (Milakov and Gimelshein 2018), the gradient in another.
+    Without a gradient one pass is all there is, whatever the length, and nothing need be kept.
 
     The second pass reads what the first left in L2: 132 rows of 128,256 in bf16 are 34 MB.
     """
@@ -131,8 +145,7 @@ def two_pass_kernel(
                 tl.store(p_row_gradient + columns, b_zero, mask=columns < n_touchable)
     else:
         p_row = p_logits + row * logits_stride
-        in_range = (label >= 0) & (label < n_columns)
-        target = tl.load(p_row + label, mask=in_range, other=float("nan")).to(tl.float32)
+        column, target = _label_and_target(p_row, label, n_columns)
 
         largest = -float("inf")
         others = 0.0
@@ -149,11 +162,11 @@ def two_pass_kernel(
             new_largest = tl.maximum(largest, block_largest)
             shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)  # -inf - -inf is NaN
             b_e = tl.exp(b_x - shift)
-            others = others * tl.exp(largest - shift) + tl.sum(tl.where(columns == label, 0.0, b_e), 0)
+            others = others * tl.exp(largest - shift) + tl.sum(tl.where(columns == column, 0.0, b_e), 0)
             largest = new_largest
         loss, total = _loss_of_row(target, largest, others)
         tl.store(p_loss + row, loss)
-        tl.store(p_correct + row, (first == label).to(tl.int32))
+        tl.store(p_correct + row, (first == column).to(tl.int32))
         if WITH_GRADIENT:
             factor = tl.load(p_scale + row * scale_stride) / total
             for start in range(0, n_touchable, BLOCK):
@@ -162,7 +175,7 @@ def two_pass_kernel(
                     p_row + columns, mask=columns < n_touchable, other=-float("inf"), eviction_policy="evict_first"
                 ).to(tl.float32)
                 b_x = tl.where(columns < n_columns, b_x, -float("inf"))
-                b_gradient = tl.where(columns == label, -others, tl.exp(b_x - largest)) * factor
+                b_gradient = tl.where(columns == column, -others, tl.exp(b_x - largest)) * factor
                 tl.store(
                     p_row_gradient + columns,
                     b_gradient.to(p_gradient.dtype.element_ty),
@@ -195,14 +208,17 @@ def scale_kernel(
 
 # Up to here a row fits the registers of one program: 32 fp32 values for each of 1024 threads. Twice that would spill.
 ONE_BLOCK = 32_768
-TWO_PASS_BLOCK, TWO_PASS_WARPS = 16_384, 32
+ONLINE_BLOCK, ONLINE_WARPS = 16_384, 32  # one program an SM, so that the rows in flight stay in L2 for the second pass
+LOSS_BLOCK, LOSS_WARPS = 4_096, 8  # without a second pass, several programs an SM
 SCALE_BLOCK, SCALE_WARPS, SCALE_PROGRAMS = 2_048, 4, 2_048
 
 
-def _tile(vocab_size: int):
+def _tile(vocab_size: int, with_gradient: bool):
     """(kernel, BLOCK, num_warps) for a vocabulary."""
+    if not with_gradient and vocab_size > LOSS_BLOCK:
+        return online_kernel, LOSS_BLOCK, LOSS_WARPS
     if vocab_size > ONE_BLOCK:
-        return two_pass_kernel, TWO_PASS_BLOCK, TWO_PASS_WARPS
+        return online_kernel, ONLINE_BLOCK, ONLINE_WARPS
     block = max(128, triton.next_power_of_2(vocab_size))
     return one_block_kernel, block, min(32, max(4, block // 1024))
 
@@ -218,7 +234,7 @@ def launch_rows(
     n_touchable: int | None = None,
 ) -> None:
     """Fill loss and correct [M], and gradient [M, V] times scale (a scalar or [M]), which may be logits themselves."""
-    kernel, block, num_warps = _tile(logits.shape[1])
+    kernel, block, num_warps = _tile(logits.shape[1], gradient is not None)
     written = logits if gradient is None else gradient
     launch(
         kernel,
@@ -376,7 +392,9 @@ class _CrossEntropyInPlace(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream, upstream_of_logits):
         if upstream_of_logits is not None:
-            raise RuntimeError("cross_entropy_ overwrote logits with their gradient, and something used them afterwards")
+            raise RuntimeError(
+                "cross_entropy_ overwrote logits with their gradient, and something used them afterwards"
+            )
         if upstream is None:
             return None, None, None, None
         upstream = upstream.reshape(-1) if upstream.ndim else upstream
@@ -477,8 +495,8 @@ def aot_cases() -> list[dict]:
     """What to compile ahead of time: one row of 32,000 and of 131,072 bf16 logits, and the scaling of a gradient."""
     cases = []
     for vocab_size in (32_000, 131_072):
-        kernel, block, num_warps = _tile(vocab_size)
         for with_gradient in (True, False):
+            kernel, block, num_warps = _tile(vocab_size, with_gradient)
             cases.append(
                 dict(
                     name=f"cross_entropy V={vocab_size}{'' if with_gradient else ' loss only'}",

@@ -3,8 +3,8 @@
     logits = hidden @ weight.T;   loss = cross_entropy(logits, labels);   correct = (argmax(logits) == label)
 
 One operation, because at V = 32,000 the logits of a 16,384-token micro batch are a gigabyte that nobody needs twice.
-They exist a chunk of rows at a time, in one buffer that the gradient overwrites, and so all of the backward pass is done
-while a chunk is there: three matrix products and 2 V b bytes a row, nothing computed twice.
+They exist a chunk of rows at a time, in one buffer that the gradient overwrites, and so the backward pass is done while
+a chunk is there: three matrix products and 2 V b bytes a row, nothing computed twice.
 
 Per chunk: logits = hidden @ weight.T (cuBLAS); loss, argmax and gradient in place (Triton, kernels/cross_entropy.py);
 d_hidden = gradient @ weight; d_weight += gradient.T @ hidden, summed over chunks in fp32. The backward pass only
@@ -77,7 +77,7 @@ def chunk_rows(n_rows: int, vocab_size: int, element_bytes: int) -> int:
 
 
 def buffer_bytes(n_rows: int, vocab_size: int, dim: int, element_bytes: int) -> int:
-    """Peak memory of the forward pass above inputs and returned gradients: logits buffer, fp32 d_weight, row outputs."""
+    """Peak of the forward pass above inputs and returned gradients: logits buffer, fp32 d_weight, rows' outputs."""
     rows = chunk_rows(n_rows, vocab_size, element_bytes)
     summed = 4 * vocab_size * dim if rows < n_rows else 0
     return rows * padded_vocabulary(vocab_size) * element_bytes + summed + 8 * n_rows
