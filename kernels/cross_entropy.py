@@ -190,18 +190,18 @@ def scale_kernel(
     gradient_stride, out_stride, upstream_stride,
     IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out = gradient * upstream, row by row; in place it leaves a row alone whose upstream is 1."""
-    for row in range(tl.program_id(0), n_rows, tl.num_programs(0)):
-        row = tl.cast(row, tl.int64)
+    """out = gradient * upstream, row by row; in place it leaves alone what would be multiplied by 1."""
+    n_blocks = tl.cdiv(n_columns, BLOCK)
+    for tile in range(tl.program_id(0), n_rows * n_blocks, tl.num_programs(0)):
+        row = tl.cast(tile // n_blocks, tl.int64)
         upstream = tl.load(p_upstream + row * upstream_stride).to(tl.float32)
         if not IN_PLACE or upstream != 1.0:
-            for start in range(0, n_columns, BLOCK):
-                columns = start + tl.arange(0, BLOCK)
-                mask = columns < n_columns
-                b_x = tl.load(p_gradient + row * gradient_stride + columns, mask=mask).to(tl.float32)
-                # 0 stays 0 even if upstream is infinite: the rows of ignored labels have no gradient
-                b_x = tl.where(b_x == 0.0, 0.0, b_x * upstream)
-                tl.store(p_out + row * out_stride + columns, b_x.to(p_out.dtype.element_ty), mask=mask)
+            columns = tl.cast(tile % n_blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            mask = columns < n_columns
+            b_x = tl.load(p_gradient + row * gradient_stride + columns, mask=mask).to(tl.float32)
+            # 0 stays 0 even if upstream is infinite: the rows of ignored labels have no gradient
+            b_x = tl.where(b_x == 0.0, 0.0, b_x * upstream)
+            tl.store(p_out + row * out_stride + columns, b_x.to(p_out.dtype.element_ty), mask=mask)
 
 
 # ------------------------------------------------------------------------------------------------ launchers, operators
@@ -210,7 +210,7 @@ def scale_kernel(
 ONE_BLOCK = 32_768
 ONLINE_BLOCK, ONLINE_WARPS = 16_384, 32  # one program an SM, so that the rows in flight stay in L2 for the second pass
 LOSS_BLOCK, LOSS_WARPS = 4_096, 8  # without a second pass, several programs an SM
-SCALE_BLOCK, SCALE_WARPS, SCALE_PROGRAMS = 2_048, 4, 2_048
+SCALE_BLOCK, SCALE_WARPS, SCALE_PROGRAMS = 4_096, 8, 1_056  # 8 programs on each of 132 SMs
 
 
 def _tile(vocab_size: int, with_gradient: bool):
@@ -271,13 +271,17 @@ def _rows_(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int):
 
 
 def _launch_scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
+    in_place = out is gradient
+    if upstream.ndim == 0 and gradient.is_contiguous():  # out too: it is new, or the gradient
+        gradient, out = gradient.view(1, gradient.numel()), out.view(1, gradient.numel())
+    n_rows, n_columns = gradient.shape
     launch(
         scale_kernel,
-        (min(gradient.shape[0], SCALE_PROGRAMS),),
+        (min(n_rows * triton.cdiv(n_columns, SCALE_BLOCK), SCALE_PROGRAMS),),
         gradient, upstream, out,
-        gradient.shape[0], gradient.shape[1],
+        n_rows, n_columns,
         gradient.stride(0), out.stride(0), upstream.stride(0) if upstream.ndim else 0,
-        IN_PLACE=out is gradient, BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS,
+        IN_PLACE=in_place, BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS,
     )  # fmt: skip
 
 
