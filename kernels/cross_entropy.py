@@ -373,7 +373,7 @@ class _CrossEntropy(torch.autograd.Function):
 class _CrossEntropyInPlace(torch.autograd.Function):
     @staticmethod
     def forward(ctx, logits, labels, ignore_index, reduction):
-        rows, flat_labels = logits.view(-1, logits.shape[-1]), labels.reshape(-1).long()
+        rows, flat_labels = logits.view(-1, logits.shape[-1]), labels.reshape(-1).long().contiguous()
         ctx.has_kernel = runs_kernel(logits) and logits.dtype != torch.float64
         if ctx.has_kernel:
             n_tokens, scale = mean_scale(flat_labels, ignore_index, reduction)
@@ -429,7 +429,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, r
     _check(logits, labels, ignore_index, reduction)
     if not runs_kernel(logits) or logits.dtype == torch.float64:
         return cross_entropy_reference(logits, labels, ignore_index=ignore_index, reduction=reduction)
-    rows, flat_labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long()
+    rows, flat_labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long().contiguous()
     if rows.stride(1) != 1:
         rows = rows.contiguous()
     if torch.is_grad_enabled() and logits.requires_grad:

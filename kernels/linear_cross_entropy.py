@@ -70,7 +70,8 @@ def padded_vocabulary(vocab_size: int) -> int:
 
 def chunk_rows(n_rows: int, vocab_size: int, element_bytes: int) -> int:
     """Rows of a chunk: as many as LOGITS_BYTES hold, at least LEAST_ROWS, evened out so that none is left small."""
-    most = max(LEAST_ROWS, LOGITS_BYTES // (padded_vocabulary(vocab_size) * element_bytes))
+    most = LOGITS_BYTES // (padded_vocabulary(vocab_size) * element_bytes)
+    most = max(LEAST_ROWS, most // ROWS_MULTIPLE * ROWS_MULTIPLE)
     n_chunks = max(1, -(-n_rows // most))
     even = -(-n_rows // n_chunks)
     return min(most, max(1, -(-even // ROWS_MULTIPLE)) * ROWS_MULTIPLE)
@@ -79,7 +80,7 @@ def chunk_rows(n_rows: int, vocab_size: int, element_bytes: int) -> int:
 def buffer_bytes(n_rows: int, vocab_size: int, dim: int, element_bytes: int) -> int:
     """Peak of the forward pass above inputs and returned gradients: logits buffer, fp32 d_weight, rows' outputs."""
     rows = chunk_rows(n_rows, vocab_size, element_bytes)
-    summed = 4 * vocab_size * dim if rows < n_rows else 0
+    summed = 4 * vocab_size * dim if rows < n_rows and element_bytes < 4 else 0  # in fp32 the sum is what is returned
     return rows * padded_vocabulary(vocab_size) * element_bytes + summed + 8 * n_rows
 
 
@@ -252,7 +253,7 @@ def linear_cross_entropy(
     if not runs_kernel(hidden) or hidden.dtype == torch.float64:
         return linear_cross_entropy_reference(hidden, weight, labels, ignore_index=ignore_index, reduction=reduction)
 
-    rows, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long()
+    rows, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long().contiguous()
     if 1 not in weight.stride():
         weight = weight.contiguous()  # once, and not in every product
     wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
