@@ -120,9 +120,11 @@ class _FullPrecisionReductions:
 
     def __enter__(self):
         matmul = torch.backends.cuda.matmul
-        self.before = [(getattr(matmul, name), getattr(matmul, f"{name}_split_k", True)) for name in self.NAMES]
+        self.before = []
         for name in self.NAMES:
-            setattr(matmul, name, False)
+            reduced, split_k = getattr(matmul, name), getattr(matmul, f"{name}_split_k", True)
+            self.before.append(reduced if split_k else (reduced, split_k))
+            setattr(matmul, name, False if split_k else (False, split_k))
 
     def __exit__(self, *_):
         for name, before in zip(self.NAMES, self.before, strict=True):
