@@ -485,6 +485,9 @@ def test_all_ignored_and_no_rows(n, small_chunks):
         loss, *gradients = with_gradients(linear_loss(labels, reduction=reduction), [hidden, weight])
         assert loss.isnan() if reduction == "mean" else not loss.any()
         assert [tuple(g.shape) for g in gradients] == [(n, 16), (50, 16)] and not any(g.any() for g in gradients)
+        loss, gradient = with_gradients(lambda x: cross_entropy(x, labels, reduction=reduction), [randn(n, 50)])  # noqa: B023
+        assert loss.isnan() if reduction == "mean" else not loss.any()
+        assert gradient.shape == (n, 50) and not gradient.any()
 
 
 @kernel
