@@ -153,7 +153,10 @@ def online_kernel(
         for start in range(0, n_columns, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             b_x = tl.load(
-                p_row + columns, mask=columns < n_touchable, other=-float("inf"), eviction_policy="evict_last"
+                p_row + columns,
+                mask=columns < n_touchable,
+                other=-float("inf"),
+                eviction_policy="evict_last" if WITH_GRADIENT else "evict_first",
             ).to(tl.float32)
             b_x = tl.where(columns < n_columns, b_x, -float("inf"))
             block_largest = tl.max(b_x, 0)

@@ -653,6 +653,22 @@ def test_autocast():
         linear_cross_entropy(hidden.bfloat16(), weight, labels)
 
 
+@kernel
+def test_the_table_of_errors():
+    """bench/loss_error.py prints a line for each dtype, kind of target and form, ours within a few of PyTorch's."""
+    script = Path(__file__).parent.parent / "bench" / "loss_error.py"
+    command = [sys.executable, script, "--rows", "32", "--dim", "16", "--vocabulary", "50"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("fp32", "bf16", "fp16"))]
+    errors = [
+        [float(x) for x in line.split()[-3:]] for line in lines if "absent" not in line and "F.linear" not in line
+    ]
+    assert len(lines) == 18 and len(errors) == 12
+    for ours, theirs in zip(errors[::2], errors[1::2], strict=True):
+        assert all(a <= 4 * b + 1e-6 for a, b in zip(ours, theirs, strict=True)), done.stdout
+
+
 FSDP = """
 import sys, torch, torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
