@@ -454,6 +454,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, 
     version check; one that takes them afterwards computes with the gradient's values, and this function's backward
     raises if a gradient comes back from there. A softmax taken before is safe, because it saves its own output.
     A backward pass that frees the graph multiplies the same buffer by the upstream gradient and hands it to autograd.
+    torch.compile(fullgraph=True) refuses it; cross_entropy compiles.
 
     Raises as ``cross_entropy``; TypeError for fp16 logits, whose gradient may vanish before it is scaled; ValueError
     for rows that are not as above; autograd's own RuntimeError for a leaf or a view.
