@@ -1,16 +1,42 @@
 """Cross-entropy between logits and integer labels, computed in fp32 whatever the dtype of the logits.
 
-    loss = logsumexp(logits) - logits[label]
+    loss = logsumexp(logits) - logits[label];   gradient = softmax(logits) - onehot(label)
 
 Labels equal to ``ignore_index`` give no loss and no gradient.
+
+Bytes, for M x V logits of b bytes: the gradient is made in the forward pass, while the logits are in registers, so
+loss and gradient cost one read and one write, 2 M V b; a backward pass that came back to the logits would make it 3.
+The price is that the upstream gradient is not known yet. The backward pass multiplies by it: nothing to do where it is
+1 (decided on the device: ``loss.backward()``), another 2 M V b otherwise.
+
+The gradient at the target, p - 1, is computed as -(sum of the others) / (sum of all): where the target dominates, p
+rounds to 1 and the difference would be noise. The loss there is log1p(others), for the same reason.
 """
 
+import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from halny.kernels.dispatch import can_check_values, check_floating, check_integer, check_same_device, upcast
+from halny.kernels.dispatch import (
+    can_check_values,
+    check_floating,
+    check_integer,
+    check_same_device,
+    launch,
+    register_operator,
+    runs_kernel,
+    upcast,
+)
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+def minimum_bytes(n_rows: int, vocab_size: int, element_bytes: int = 2) -> int:
+    """What loss and gradient must move: one read and one write of the logits."""
+    return 2 * n_rows * vocab_size * element_bytes
 
 
 def cross_entropy_reference(
@@ -23,21 +49,437 @@ def cross_entropy_reference(
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
+# -------------------------------------------------------------------------------------------------------------- kernels
+# One program a row. b_ marks a block of values, p_ a pointer; the rest are scalars of the row. Columns n_columns ..
+# n_touchable - 1 are padding that may be read and overwritten but does not count: with n_touchable a multiple of 16 the
+# masks do not forbid 16-byte accesses where the vocabulary is odd.
+
+
+@triton.jit
+def _label_and_target(p_row, label, n_columns):
+    """The label's column as int32, which costs the comparisons with columns half the registers of int64, and its logit.
+
+    A label outside the vocabulary becomes -1, reads nothing and makes loss and gradient of its row NaN.
+    """
+    in_range = (label >= 0) & (label < n_columns)
+    column = tl.where(in_range, label, -1).to(tl.int32)
+    return column, tl.load(p_row + column, mask=in_range, other=float("nan")).to(tl.float32)
+
+
+@triton.jit
+def _loss_of_row(target, largest, others):
+    """(logsumexp - target, sum of exp(logits - largest)) from the sum over all columns but the target's."""
+    shifted = target - largest
+    total = others + tl.exp(shifted)
+    # log1p(others) by Kahan's correction: neither total's rounding nor a library function that the interpreter lacks
+    excess = tl.where(total == 1.0, 1.0, total - 1.0)
+    log1p = tl.where(total == 1.0, others, tl.log(total) * (others / excess))
+    return tl.where(shifted == 0.0, log1p, tl.log(total) - shifted), total
+
+
+@triton.jit
+def one_block_kernel(
+    p_logits, p_labels, p_scale, p_loss, p_correct, p_gradient,
+    n_columns, n_touchable, ignore_index,
+    logits_stride, gradient_stride, scale_stride,
+    WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The row in registers: read once, written once."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    p_row_gradient = p_gradient + row * gradient_stride
+    label = tl.load(p_labels + row)
+    if label == ignore_index:
+        tl.store(p_loss + row, 0.0)
+        tl.store(p_correct + row, 0)
+        if WITH_GRADIENT:
+            tl.store(
+                p_row_gradient + columns, tl.zeros([BLOCK], p_gradient.dtype.element_ty), mask=columns < n_touchable
+            )
+    else:
+        p_row = p_logits + row * logits_stride
+        b_x = tl.load(p_row + columns, mask=columns < n_touchable, other=-float("inf")).to(tl.float32)
+        b_x = tl.where(columns < n_columns, b_x, -float("inf"))
+        # In place, this load is ordered before the stores by the barriers of the reductions between them.
+        column, target = _label_and_target(p_row, label, n_columns)
+
+        largest = tl.max(b_x, 0)
+        earlier = tl.max(((b_x == largest) & (columns < column)).to(tl.int32), 0)
+        b_e = tl.where(columns == column, 0.0, tl.exp(b_x - largest))
+        others = tl.sum(b_e, 0)
+        loss, total = _loss_of_row(target, largest, others)
+        tl.store(p_loss + row, loss)
+        tl.store(p_correct + row, ((target == largest) & (earlier == 0)).to(tl.int32))
+        if WITH_GRADIENT:
+            factor = tl.load(p_scale + row * scale_stride) / total
+            b_gradient = (b_e * factor).to(p_gradient.dtype.element_ty)
+            tl.store(p_row_gradient + columns, b_gradient, mask=columns < n_touchable)
+            # The target's own, over the 0 stored there: as a select in the block it costs 8 registers and so a spill
+            tl.debug_barrier()
+            at_target = (-others * factor).to(p_gradient.dtype.element_ty)
+            tl.store(p_row_gradient + column, at_target, mask=column >= 0)
+
+
+@triton.jit
+def online_kernel(
+    p_logits, p_labels, p_scale, p_loss, p_correct, p_gradient,
+    n_columns, n_touchable, ignore_index,
+    logits_stride, gradient_stride, scale_stride,
+    WITH_GRADIENT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row too long for registers: maximum and sum in one pass (Milakov and Gimelshein 2018), the gradient in another.
+    Without a gradient one pass is all there is, whatever the length, and nothing need be kept.
+
+    The second pass reads what the first left in L2: 132 rows of 128,256 in bf16 are 34 MB.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    label = tl.load(p_labels + row)
+    p_row_gradient = p_gradient + row * gradient_stride
+    if label == ignore_index:
+        tl.store(p_loss + row, 0.0)
+        tl.store(p_correct + row, 0)
+        if WITH_GRADIENT:
+            b_zero = tl.zeros([BLOCK], p_gradient.dtype.element_ty)
+            for start in range(0, n_touchable, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                tl.store(p_row_gradient + columns, b_zero, mask=columns < n_touchable)
+    else:
+        p_row = p_logits + row * logits_stride
+        column, target = _label_and_target(p_row, label, n_columns)
+
+        largest = -float("inf")
+        others = 0.0
+        first = 0
+        for start in range(0, n_columns, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            b_x = tl.load(
+                p_row + columns,
+                mask=columns < n_touchable,
+                other=-float("inf"),
+                eviction_policy="evict_last" if WITH_GRADIENT else "evict_first",
+            ).to(tl.float32)
+            b_x = tl.where(columns < n_columns, b_x, -float("inf"))
+            block_largest = tl.max(b_x, 0)
+            block_first = tl.min(tl.where(b_x == block_largest, columns, n_columns), 0)
+            first = tl.where(block_largest > largest, block_first, first)
+            new_largest = tl.maximum(largest, block_largest)
+            shift = tl.where(new_largest == -float("inf"), 0.0, new_largest)  # -inf - -inf is NaN
+            b_e = tl.exp(b_x - shift)
+            others = others * tl.exp(largest - shift) + tl.sum(tl.where(columns == column, 0.0, b_e), 0)
+            largest = new_largest
+        loss, total = _loss_of_row(target, largest, others)
+        tl.store(p_loss + row, loss)
+        tl.store(p_correct + row, (first == column).to(tl.int32))
+        if WITH_GRADIENT:
+            factor = tl.load(p_scale + row * scale_stride) / total
+            for start in range(0, n_touchable, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                b_x = tl.load(
+                    p_row + columns, mask=columns < n_touchable, other=-float("inf"), eviction_policy="evict_first"
+                ).to(tl.float32)
+                b_x = tl.where(columns < n_columns, b_x, -float("inf"))
+                b_gradient = tl.where(columns == column, -others, tl.exp(b_x - largest)) * factor
+                tl.store(
+                    p_row_gradient + columns,
+                    b_gradient.to(p_gradient.dtype.element_ty),
+                    mask=columns < n_touchable,
+                )
+
+
+@triton.jit
+def scale_kernel(
+    p_gradient, p_upstream, p_out,
+    n_rows, n_columns,
+    gradient_stride, out_stride, upstream_stride,
+    IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out = gradient * upstream, row by row; in place it leaves alone what would be multiplied by 1."""
+    n_blocks = tl.cdiv(n_columns, BLOCK)
+    for tile in range(tl.program_id(0), n_rows * n_blocks, tl.num_programs(0)):
+        row = tl.cast(tile // n_blocks, tl.int64)
+        upstream = tl.load(p_upstream + row * upstream_stride).to(tl.float32)
+        if not IN_PLACE or upstream != 1.0:
+            columns = tl.cast(tile % n_blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            mask = columns < n_columns
+            b_x = tl.load(p_gradient + row * gradient_stride + columns, mask=mask).to(tl.float32)
+            # 0 stays 0 even if upstream is infinite: the rows of ignored labels have no gradient
+            b_x = tl.where(b_x == 0.0, 0.0, b_x * upstream)
+            tl.store(p_out + row * out_stride + columns, b_x.to(p_out.dtype.element_ty), mask=mask)
+
+
+# ------------------------------------------------------------------------------------------------ launchers, operators
+
+# Up to here a row fits the registers of one program: 32 fp32 values for each of 1024 threads, which have 64 registers.
+# bf16 rows of 32,000 take 63; fp32 rows, and a vocabulary that is no multiple of 16, spill some into L1 (ptxas, sm_90).
+ONE_BLOCK = 32_768
+ONLINE_BLOCK, ONLINE_WARPS = 16_384, 32  # one program an SM, so that the rows in flight stay in L2 for the second pass
+LOSS_BLOCK, LOSS_WARPS = 4_096, 8  # without a second pass, several programs an SM
+SCALE_BLOCK, SCALE_WARPS, SCALE_PROGRAMS = 4_096, 8, 1_056  # 8 programs on each of 132 SMs
+
+
+def _tile(vocab_size: int, with_gradient: bool):
+    """(kernel, BLOCK, num_warps) for a vocabulary."""
+    if not with_gradient and vocab_size > LOSS_BLOCK:
+        return online_kernel, LOSS_BLOCK, LOSS_WARPS
+    if vocab_size > ONE_BLOCK:
+        return online_kernel, ONLINE_BLOCK, ONLINE_WARPS
+    block = max(128, triton.next_power_of_2(vocab_size))
+    return one_block_kernel, block, min(32, max(4, block // 1024))
+
+
+def launch_rows(
+    logits: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    ignore_index: int,
+    loss: Tensor,
+    correct: Tensor,
+    gradient: Tensor | None,
+    n_touchable: int | None = None,
+) -> None:
+    """Fill loss and correct [M], and gradient [M, V] times scale (a scalar or [M]), which may be logits themselves."""
+    kernel, block, num_warps = _tile(logits.shape[1], gradient is not None)
+    written = logits if gradient is None else gradient
+    launch(
+        kernel,
+        (logits.shape[0],),
+        logits, labels, scale, loss, correct, written,
+        logits.shape[1], n_touchable or logits.shape[1], ignore_index,
+        logits.stride(0), written.stride(0), scale.stride(0) if scale.ndim else 0,
+        WITH_GRADIENT=gradient is not None, BLOCK=block, num_warps=num_warps,
+    )  # fmt: skip
+
+
+def _rows_outputs(logits: Tensor) -> tuple[Tensor, Tensor]:
+    loss = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    return loss, torch.empty(logits.shape[0], dtype=torch.int32, device=logits.device)
+
+
+def _gradient_buffer(logits: Tensor, with_gradient: bool) -> Tensor:
+    # fp16 has no range to spare for a gradient that is yet to be multiplied: p / n of a rare token would become 0
+    dtype = torch.float32 if logits.dtype == torch.float16 else logits.dtype
+    return torch.empty(logits.shape if with_gradient else (0,), dtype=dtype, device=logits.device)
+
+
+def _rows(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int, with_gradient: bool):
+    loss, correct = _rows_outputs(logits)
+    gradient = _gradient_buffer(logits, with_gradient)
+    launch_rows(logits, labels, scale, ignore_index, loss, correct, gradient if with_gradient else None)
+    return loss, correct, gradient
+
+
+def _rows_(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int):
+    loss, correct = _rows_outputs(logits)
+    launch_rows(logits, labels, scale, ignore_index, loss, correct, logits)
+    return loss, correct
+
+
+def _launch_scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
+    in_place = out is gradient
+    if upstream.ndim == 0 and gradient.is_contiguous():  # out too: it is new, or the gradient
+        gradient, out = gradient.view(1, gradient.numel()), out.view(1, gradient.numel())
+    n_rows, n_columns = gradient.shape
+    launch(
+        scale_kernel,
+        (min(n_rows * triton.cdiv(n_columns, SCALE_BLOCK), SCALE_PROGRAMS),),
+        gradient, upstream, out,
+        n_rows, n_columns,
+        gradient.stride(0), out.stride(0), upstream.stride(0) if upstream.ndim else 0,
+        IN_PLACE=in_place, BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS,
+    )  # fmt: skip
+
+
+def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
+    _launch_scale(gradient, upstream, out)
+    return out
+
+
+def _scale_(gradient: Tensor, upstream: Tensor) -> None:
+    _launch_scale(gradient, upstream, gradient)
+
+
+cross_entropy_rows = register_operator(
+    "cross_entropy_rows(Tensor logits, Tensor labels, Tensor scale, int ignore_index, bool with_gradient)"
+    " -> (Tensor loss, Tensor correct, Tensor gradient)",
+    _rows,
+    lambda logits, labels, scale, ignore_index, with_gradient: (
+        *_rows_outputs(logits),
+        _gradient_buffer(logits, with_gradient),
+    ),
+)
+cross_entropy_rows_ = register_operator(
+    "cross_entropy_rows_(Tensor(a!) logits, Tensor labels, Tensor scale, int ignore_index)"
+    " -> (Tensor loss, Tensor correct)",
+    _rows_,
+    lambda logits, labels, scale, ignore_index: _rows_outputs(logits),
+)
+scale_gradient = register_operator(
+    "scale_gradient(Tensor gradient, Tensor upstream, ScalarType dtype) -> Tensor",
+    _scaled,
+    lambda gradient, upstream, dtype: torch.empty(gradient.shape, dtype=dtype, device=gradient.device),
+)
+scale_gradient_ = register_operator(
+    "scale_gradient_(Tensor(a!) gradient, Tensor upstream) -> ()", _scale_, lambda gradient, upstream: None
+)
+
+
+def scaled_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient (2-D, private to the node that calls this in its backward) times upstream, in dtype.
+
+    If this backward pass frees the graph, nobody can ask for the gradient again, and the buffer itself is handed out:
+    multiplied in place, which the device skips where upstream is 1. If the graph is kept, the buffer stays as it is and
+    a new tensor is returned. Which of the two the engine knows; it tells torch's own compiled backward by this name.
+    """
+    if (
+        gradient.dtype == dtype
+        and not torch.compiler.is_compiling()
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    ):
+        scale_gradient_(gradient, upstream)
+        return gradient
+    return scale_gradient(gradient, upstream, dtype)
+
+
+def mean_scale(labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
+    """(number of labels that count, int64; what each row's gradient is multiplied by, fp32), scalars on the device."""
+    n_tokens = (labels != ignore_index).sum()
+    if reduction == "mean":
+        return n_tokens, n_tokens.float().reciprocal()
+    return n_tokens, torch.ones((), dtype=torch.float32, device=labels.device)
+
+
+def reduce_rows(loss: Tensor, n_tokens: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.sum() / n_tokens if reduction == "mean" else loss.sum()
+
+
+# ------------------------------------------------------------------------------------------------------------- autograd
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, ignore_index, reduction):
+        n_tokens, scale = mean_scale(labels, ignore_index, reduction)
+        loss, _, gradient = cross_entropy_rows(logits, labels, scale, ignore_index, True)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return reduce_rows(loss, n_tokens, reduction)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        (gradient,) = ctx.saved_tensors
+        return scaled_gradient(gradient, upstream, ctx.dtype), None, None, None
+
+
+class _CrossEntropyInPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits, labels, ignore_index, reduction):
+        rows, flat_labels = logits.view(-1, logits.shape[-1]), labels.reshape(-1).long().contiguous()
+        ctx.has_kernel = runs_kernel(logits) and logits.dtype != torch.float64
+        if ctx.has_kernel:
+            n_tokens, scale = mean_scale(flat_labels, ignore_index, reduction)
+            loss, _ = cross_entropy_rows_(rows, flat_labels, scale, ignore_index)
+            loss = reduce_rows(loss, n_tokens, reduction)
+        else:
+            with torch.enable_grad():
+                leaf = rows.detach().requires_grad_()
+                loss = cross_entropy_reference(leaf, flat_labels, ignore_index=ignore_index, reduction=reduction)
+                (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+            rows.copy_(gradient)
+        ctx.shape = logits.shape
+        ctx.mark_dirty(logits)
+        ctx.set_materialize_grads(False)
+        # Not save_for_backward, whose version check would find the scaling in place of the backward pass itself
+        ctx.gradient = rows.detach()
+        return loss.detach().view(labels.shape if reduction == "none" else ()), logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream, upstream_of_logits):
+        if upstream_of_logits is not None:
+            raise RuntimeError(
+                "cross_entropy_ overwrote logits with their gradient, and something used them afterwards"
+            )
+        if upstream is None:
+            return None, None, None, None
+        upstream = upstream.reshape(-1) if upstream.ndim else upstream
+        if ctx.has_kernel:
+            gradient = scaled_gradient(ctx.gradient, upstream, ctx.gradient.dtype)
+        else:
+            gradient = ctx.gradient * (upstream[:, None] if upstream.ndim else upstream).to(ctx.gradient.dtype)
+        return gradient.view(ctx.shape), None, None, None
+
+
+# ----------------------------------------------------------------------------------------------------- public functions
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     """``torch.nn.functional.cross_entropy(logits.float(), labels, ignore_index=..., reduction=...)`` over the last dim.
 
     logits [..., V] of any floating dtype, labels [...] of any integer dtype -> fp32 (fp64 for fp64 logits): a scalar
     for "mean" (NaN if every label is ignored, as in PyTorch) and "sum", [...] for "none". logits are not overwritten.
 
+    Everything is computed in fp32; the gradient is rounded once to the dtype of logits, and once more where the
+    upstream gradient is not 1 (for fp16 it is held in fp32 until then). If logits need a gradient, the forward pass
+    makes it and saves it instead of the logits: one buffer of their size. Rows of logits whose last dimension is not
+    contiguous are copied. On the kernel's path a label out of range that is not checked makes its row NaN.
+
     Raises TypeError for wrong kinds of tensors; ValueError for shapes or devices that do not fit, an unknown reduction,
     or a label outside 0 .. V - 1 that is not ignore_index (on CUDA tensors only under ``dispatch.set_debug_checks``).
     """
+    _check(logits, labels, ignore_index, reduction)
+    if not runs_kernel(logits) or logits.dtype == torch.float64:
+        return cross_entropy_reference(logits, labels, ignore_index=ignore_index, reduction=reduction)
+    rows, flat_labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long().contiguous()
+    if rows.stride(1) != 1:
+        rows = rows.contiguous()
+    if torch.is_grad_enabled() and logits.requires_grad:
+        loss = _CrossEntropy.apply(rows, flat_labels, ignore_index, reduction)
+    else:
+        n_tokens, scale = mean_scale(flat_labels, ignore_index, reduction)
+        loss = reduce_rows(cross_entropy_rows(rows, flat_labels, scale, ignore_index, False)[0], n_tokens, reduction)
+    return loss.view(labels.shape) if reduction == "none" else loss
+
+
+def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
+    """``cross_entropy``, with logits OVERWRITTEN by their gradient (times 1 / n for "mean"): no second buffer.
+
+    logits [..., V], with rows evenly spaced and contiguous, and neither a leaf that requires a gradient nor a view of
+    another tensor. If no gradient is to be made, this is ``cross_entropy`` and logits stay what they are.
+
+    Another branch that uses the logits is safe or loud: one that needs them for its own backward pass fails autograd's
+    version check; one that takes them afterwards computes with the gradient's values, and this function's backward
+    raises if a gradient comes back from there. A softmax taken before is safe, because it saves its own output.
+    A backward pass that frees the graph multiplies the same buffer by the upstream gradient and hands it to autograd.
+    torch.compile(fullgraph=True) refuses it; cross_entropy compiles.
+
+    Raises as ``cross_entropy``; TypeError for fp16 logits, whose gradient may vanish before it is scaled; ValueError
+    for rows that are not as above; autograd's own RuntimeError for a leaf or a view.
+    """
+    _check(logits, labels, ignore_index, reduction)
+    if logits.dtype == torch.float16:
+        raise TypeError("logits must not be fp16: a gradient that is scaled later would vanish in it")
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        return cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+    try:
+        rows = logits.detach().view(-1, logits.shape[-1])
+    except RuntimeError:
+        rows = None
+    if rows is None or rows.stride(1) != 1:
+        raise ValueError(f"logits must have contiguous rows at one distance to be overwritten, got {logits.stride()}")
+    loss, _ = _CrossEntropyInPlace.apply(logits, labels, ignore_index, reduction)
+    return loss
+
+
+def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> None:
     check_floating("logits", logits)
     if logits.ndim == 0:
         raise ValueError("logits must have at least one dimension, [..., V]")
     check_labels(labels, logits.shape[:-1], logits.shape[-1], ignore_index, reduction)
     check_same_device(logits=logits, labels=labels)
-    return cross_entropy_reference(logits, labels, ignore_index=ignore_index, reduction=reduction)
 
 
 def check_labels(labels: Tensor, shape: tuple[int, ...], vocab_size: int, ignore_index: int, reduction: str) -> None:
@@ -56,3 +498,38 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], vocab_size: int, ignore
             raise ValueError(
                 f"labels must lie in 0 .. {vocab_size - 1} or equal ignore_index {ignore_index}, got {int(wrong[0])}"
             )
+
+
+def aot_cases() -> list[dict]:
+    """What to compile ahead of time: one row of 32,000 and of 131,072 bf16 logits, and the scaling of a gradient."""
+    cases = []
+    for vocab_size in (32_000, 131_072):
+        for with_gradient in (True, False):
+            kernel, block, num_warps = _tile(vocab_size, with_gradient)
+            cases.append(
+                dict(
+                    name=f"cross_entropy V={vocab_size}{'' if with_gradient else ' loss only'}",
+                    kernel=kernel,
+                    signature=dict(
+                        p_logits="*bf16:16", p_labels="*i64:16", p_scale="*fp32:16", p_loss="*fp32:16",
+                        p_correct="*i32:16", p_gradient="*bf16:16", n_columns="i32:16", n_touchable="i32:16",
+                        ignore_index="i32", logits_stride="i32:16", gradient_stride="i32:16", scale_stride="i32:16",
+                    ),
+                    constants=dict(WITH_GRADIENT=with_gradient, BLOCK=block),
+                    num_warps=num_warps,
+                )
+            )  # fmt: skip
+    for source, in_place in (("bf16", True), ("fp32", False)):
+        cases.append(
+            dict(
+                name=f"scale_gradient {source} -> bf16{' in place' if in_place else ''}",
+                kernel=scale_kernel,
+                signature=dict(
+                    p_gradient=f"*{source}:16", p_upstream="*fp32:16", p_out="*bf16:16", n_rows="i32:16",
+                    n_columns="i32:16", gradient_stride="i32:16", out_stride="i32:16", upstream_stride="i32:16",
+                ),
+                constants=dict(IN_PLACE=in_place, BLOCK=SCALE_BLOCK),
+                num_warps=SCALE_WARPS,
+            )
+        )  # fmt: skip
+    return cases
