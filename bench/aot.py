@@ -6,8 +6,8 @@ A memory-bound kernel is fast if it moves the minimum of bytes in 16-byte instru
 first two show in the machine code, and the third needs few registers and no spills; so a table of these, at the shapes
 of Mistral-7B, stands in for a stopwatch where there is no GPU, and catches the change that costs a kernel its width.
 
-A module of kernels/ takes part by a function ``aot_cases()`` that returns records (``dispatch.AotCase``, or any tuple)
-of: a name that says kernel, shape and dtype, the dtype last; the @triton.jit function; its signature, argument ->
+A module of kernels/ takes part by a function ``aot_cases()`` that returns records (``dispatch.AotCase``) of:
+a name that says kernel, shape and dtype, the dtype last; the @triton.jit function; its signature, argument ->
 Triton type, with ":16" where a launch would find the pointer or integer divisible by 16 ("*bf16:16", "i32:16", "i32",
 "fp32"); its constexpr arguments; num_warps. Limits are in LIMITS below; a case without a row there fails, so that
 nothing slips in unmeasured.
@@ -61,6 +61,13 @@ LIMITS: dict[str, tuple[int, int, int]] = {
     "swiglu backward 14336 fp32": (40, 0, 0),
     "swiglu backward and h 14336 bf16": (40, 0, 0),
     "swiglu backward and h 14336 fp32": (48, 0, 0),
+    # a row's scalars: label, its logit, the scale; loss, correct, the target's gradient (once for each path)
+    "cross_entropy 32000 bf16": (64, 128, 8),  # 1024 threads have 64 registers each
+    "cross_entropy, loss only 32000 bf16": (64, 32, 6),
+    "cross_entropy 131072 bf16": (64, 128, 7),
+    "cross_entropy, loss only 131072 bf16": (64, 32, 6),
+    "scale_gradient in place bf16": (32, 0, 1),
+    "scale_gradient fp32": (32, 0, 1),
 }
 
 
@@ -128,8 +135,8 @@ def cases(only: str | None = None) -> list:
     """The records of every kernel module that has some."""
     found = []
     for module in MODULES:
-        list_cases = getattr(importlib.import_module(f"halny.kernels.{module}"), "aot_cases", list)
-        found += [case for case in list_cases() if only is None or only in case[0]]
+        listed = importlib.import_module(f"halny.kernels.{module}").aot_cases()
+        found += [case for case in listed if only is None or only in case.name]
     return found
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from halny.kernels.dispatch import (
+    AotCase,
     can_check_values,
     check_floating,
     check_integer,
@@ -500,36 +501,26 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], vocab_size: int, ignore
             )
 
 
-def aot_cases() -> list[dict]:
-    """What to compile ahead of time: one row of 32,000 and of 131,072 bf16 logits, and the scaling of a gradient."""
+def aot_cases() -> list[AotCase]:
+    """A row of 32,000 and of 131,072 bf16 logits, and the scaling of a gradient."""
     cases = []
     for vocab_size in (32_000, 131_072):
         for with_gradient in (True, False):
             kernel, block, num_warps = _tile(vocab_size, with_gradient)
-            cases.append(
-                dict(
-                    name=f"cross_entropy V={vocab_size}{'' if with_gradient else ' loss only'}",
-                    kernel=kernel,
-                    signature=dict(
-                        p_logits="*bf16:16", p_labels="*i64:16", p_scale="*fp32:16", p_loss="*fp32:16",
-                        p_correct="*i32:16", p_gradient="*bf16:16", n_columns="i32:16", n_touchable="i32:16",
-                        ignore_index="i32", logits_stride="i32:16", gradient_stride="i32:16", scale_stride="i32:16",
-                    ),
-                    constants=dict(WITH_GRADIENT=with_gradient, BLOCK=block),
-                    num_warps=num_warps,
-                )
+            signature = dict(
+                p_logits="*bf16:16", p_labels="*i64:16", p_scale="*fp32:16", p_loss="*fp32:16", p_correct="*i32:16",
+                p_gradient="*bf16:16", n_columns="i32:16", n_touchable="i32:16", ignore_index="i32",
+                logits_stride="i32:16", gradient_stride="i32:16", scale_stride="i32:16",
             )  # fmt: skip
-    for source, in_place in (("bf16", True), ("fp32", False)):
-        cases.append(
-            dict(
-                name=f"scale_gradient {source} -> bf16{' in place' if in_place else ''}",
-                kernel=scale_kernel,
-                signature=dict(
-                    p_gradient=f"*{source}:16", p_upstream="*fp32:16", p_out="*bf16:16", n_rows="i32:16",
-                    n_columns="i32:16", gradient_stride="i32:16", out_stride="i32:16", upstream_stride="i32:16",
-                ),
-                constants=dict(IN_PLACE=in_place, BLOCK=SCALE_BLOCK),
-                num_warps=SCALE_WARPS,
-            )
+            name = f"cross_entropy{'' if with_gradient else ', loss only'} {vocab_size} bf16"
+            constants = {"WITH_GRADIENT": with_gradient, "BLOCK": block}
+            cases.append(AotCase(name, kernel, signature, constants, num_warps))
+    for dtype, in_place in (("bf16", True), ("fp32", False)):
+        signature = dict(
+            p_gradient=f"*{dtype}:16", p_upstream="*fp32:16", p_out="*bf16:16", n_rows="i32:16", n_columns="i32:16",
+            gradient_stride="i32:16", out_stride="i32:16", upstream_stride="i32:16",
         )  # fmt: skip
+        constants = {"IN_PLACE": in_place, "BLOCK": SCALE_BLOCK}
+        name = f"scale_gradient{' in place' if in_place else ''} {dtype}"
+        cases.append(AotCase(name, scale_kernel, signature, constants, SCALE_WARPS))
     return cases

@@ -32,7 +32,13 @@ def test_the_row_kernels_in_the_interpreter():
 def test_ahead_of_time_limits_sm_90():
     """No spills, 16-byte accesses, registers and shared memory within bench/aot.py's LIMITS."""
     table = run("bench/aot.py", "--arch", "sm_90", interpreted=False)
-    for kernel in ("rms_norm forward", "add_rms_norm backward", "rope backward", "swiglu backward and h"):
+    for kernel in (
+        "rms_norm forward",
+        "add_rms_norm backward",
+        "rope backward",
+        "swiglu backward and h",
+        "cross_entropy",
+    ):
         assert f"\n{kernel} " in table, table
 
 
