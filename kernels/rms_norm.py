@@ -197,9 +197,9 @@ def _remake(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
 def _backward(
     dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, needs_dx: bool, needs_dw: bool
 ) -> tuple[Tensor, Tensor]:
-    dx, dw = _backward_fake(dy, ds, x, weight, rstd, needs_dx, needs_dw)
+    dx = torch.empty(x.shape if needs_dx else (0,), dtype=x.dtype, device=x.device)
     if not x.numel():
-        return dx, dw.zero_()
+        return dx, torch.zeros(weight.shape if needs_dw else (0,), dtype=weight.dtype, device=x.device)
     rows, N = as_rows(x), x.shape[-1]
     dy_rows = as_rows(dy)
     ds_rows = dy_rows if ds is None else as_rows(ds)
@@ -213,9 +213,8 @@ def _backward(
         N=N, HAS_DS=ds is not None, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw,
         BLOCK_N=triton.next_power_of_2(N), **constants,
     )  # fmt: skip
-    if needs_dw:
-        dw.copy_(partials.sum(0))
-    return dx, dw
+    dw = partials.sum(0) if needs_dw else partials.flatten()
+    return dx, dw.to(weight.dtype)
 
 
 def _backward_fake(dy, ds, x, weight, rstd, needs_dx, needs_dw):
