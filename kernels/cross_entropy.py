@@ -23,10 +23,12 @@ from torch.autograd.function import once_differentiable
 from halny.kernels.dispatch import (
     AotCase,
     can_check_values,
+    cdiv,
     check_floating,
     check_integer,
     check_same_device,
     launch,
+    next_power_of_2,
     register_operator,
     runs_kernel,
     upcast,
@@ -224,7 +226,7 @@ def _tile(vocab_size: int, with_gradient: bool):
         return online_kernel, LOSS_BLOCK, LOSS_WARPS
     if vocab_size > ONE_BLOCK:
         return online_kernel, ONLINE_BLOCK, ONLINE_WARPS
-    block = max(128, triton.next_power_of_2(vocab_size))
+    block = max(128, next_power_of_2(vocab_size))
     return one_block_kernel, block, min(32, max(4, block // 1024))
 
 
@@ -282,7 +284,7 @@ def _launch_scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
     n_rows, n_columns = gradient.shape
     launch(
         scale_kernel,
-        (min(n_rows * triton.cdiv(n_columns, SCALE_BLOCK), SCALE_PROGRAMS),),
+        (min(n_rows * cdiv(n_columns, SCALE_BLOCK), SCALE_PROGRAMS),),
         gradient, upstream, out,
         n_rows, n_columns,
         gradient.stride(0), out.stride(0), upstream.stride(0) if upstream.ndim else 0,

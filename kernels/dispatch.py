@@ -140,6 +140,15 @@ def check_same_device(**tensors: Tensor) -> None:
 # ------------------------------------------------------------------------------------------------- what launchers share
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. As next_power_of_2, not Triton's, whose wrapper costs the host 2 us a call."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
 def as_rows(x: Tensor) -> Tensor:
     """x [..., N] as [rows, N] with one stride between rows and unit stride inside them; a copy only where it must be.
 

@@ -28,11 +28,13 @@ from halny.kernels.dispatch import (
     AotCase,
     TileTable,
     as_rows,
+    cdiv,
     check_floating,
     check_same_device,
     generation_of,
     launch,
     multiprocessors,
+    next_power_of_2,
     register_operator,
     runs_kernel,
     tile,
@@ -173,10 +175,10 @@ def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, rstd: Te
         residual_rows = rows if residual is None else as_rows(residual)
         constants = tile(FORWARD_TILES, N, generation_of(x))
         launch(
-            rms_norm_forward_kernel, (triton.cdiv(rows.shape[0], constants["ROWS"]),),
+            rms_norm_forward_kernel, (cdiv(rows.shape[0], constants["ROWS"]),),
             rows, residual_rows, weight.contiguous(), y, y if s is None else s, rstd,
             rows.shape[0], rows.stride(0), residual_rows.stride(0), eps,
-            N=N, ADD=residual is not None, REMAKE=remake, BLOCK_N=triton.next_power_of_2(N), **constants,
+            N=N, ADD=residual is not None, REMAKE=remake, BLOCK_N=next_power_of_2(N), **constants,
         )  # fmt: skip
     return y, s, rstd
 
@@ -204,14 +206,14 @@ def _backward(
     dy_rows = as_rows(dy)
     ds_rows = dy_rows if ds is None else as_rows(ds)
     constants = dict(tile(BACKWARD_TILES, N, generation_of(x)))
-    n_programs = min(constants.pop("PROGRAMS") * multiprocessors(x.device), triton.cdiv(len(rows), constants["ROWS"]))
+    n_programs = min(constants.pop("PROGRAMS") * multiprocessors(x.device), cdiv(rows.shape[0], constants["ROWS"]))
     partials = torch.empty((n_programs if needs_dw else 0, N), dtype=torch.float32, device=x.device)
     launch(
         rms_norm_backward_kernel, (n_programs,),
         dy_rows, ds_rows, rows, weight.contiguous(), rstd, dx, partials,
-        len(rows), dy_rows.stride(0), ds_rows.stride(0), rows.stride(0),
+        rows.shape[0], dy_rows.stride(0), ds_rows.stride(0), rows.stride(0),
         N=N, HAS_DS=ds is not None, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw,
-        BLOCK_N=triton.next_power_of_2(N), **constants,
+        BLOCK_N=next_power_of_2(N), **constants,
     )  # fmt: skip
     dw = partials.sum(0) if needs_dw else partials.flatten()
     return dx, dw.to(weight.dtype)
@@ -283,7 +285,7 @@ def aot_cases(N: int = 4096) -> list[AotCase]:
 
     def case(name, dtype, kernel, pointers, others, table, flags):
         signature = dict.fromkeys(pointers, f"*{dtype}:16") | others | {"rstd_ptr": "*fp32:16", "n_rows": "i32"}
-        constants = {"N": N, "BLOCK_N": triton.next_power_of_2(N)} | flags | tile(table, N, 9)
+        constants = {"N": N, "BLOCK_N": next_power_of_2(N)} | flags | tile(table, N, 9)
         constants.pop("PROGRAMS", None)
         return AotCase(f"{name} {N} {dtype}", kernel, signature, constants, constants.pop("num_warps"))
 

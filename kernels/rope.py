@@ -27,11 +27,13 @@ from halny.kernels.dispatch import (
     AotCase,
     TileTable,
     can_check_values,
+    cdiv,
     check_floating,
     check_integer,
     check_same_device,
     generation_of,
     launch,
+    next_power_of_2,
     register_operator,
     runs_kernel,
     tile,
@@ -150,14 +152,14 @@ def _launch(q, k, v, packed, cos, sin, positions, conjugate: bool, with_v: bool)
     constants = tile(TILES, head_dim, generation_of(packed))
     n_packed = n_heads + (2 if with_v else 1) * n_kv_heads
     launch(
-        rope_kernel, (B * T * triton.cdiv(n_packed, constants["HEADS"]),),
+        rope_kernel, (B * T * cdiv(n_packed, constants["HEADS"]),),
         q, k, v, packed, cos.contiguous(), sin.contiguous(), cos if positions is None else positions,
         T,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *packed.stride()[:3],
         *((0, 0) if positions is None else positions.stride()),
         N_HEADS=n_heads, N_KV_HEADS=n_kv_heads, HALF=head_dim // 2, WITH_V=with_v,
         HAS_POSITIONS=positions is not None, CONJUGATE=conjugate,
-        BLOCK_HALF=triton.next_power_of_2(head_dim // 2), **constants,
+        BLOCK_HALF=next_power_of_2(head_dim // 2), **constants,
     )  # fmt: skip
 
 
@@ -251,7 +253,7 @@ def aot_cases(n_heads: int = 32, n_kv_heads: int = 8, head_dim: int = 128) -> li
         num_warps = constants.pop("num_warps")
         shape = {
             "N_HEADS": n_heads, "N_KV_HEADS": n_kv_heads,
-            "HALF": head_dim // 2, "BLOCK_HALF": triton.next_power_of_2(head_dim // 2),
+            "HALF": head_dim // 2, "BLOCK_HALF": next_power_of_2(head_dim // 2),
         }  # fmt: skip
         for name, with_v, has_positions, conjugate in (
             ("rope forward", True, False, False),

@@ -24,6 +24,7 @@ from halny.kernels.dispatch import (
     AotCase,
     TileTable,
     as_rows,
+    cdiv,
     check_floating,
     generation_of,
     launch,
@@ -103,7 +104,7 @@ def _forward(gate_up: Tensor) -> Tensor:
         rows, F = as_rows(gate_up), h.shape[-1]
         constants = tile(TILES, F, generation_of(gate_up))
         launch(
-            swiglu_forward_kernel, (len(rows) * triton.cdiv(F, constants["BLOCK_F"]),),
+            swiglu_forward_kernel, (rows.shape[0] * cdiv(F, constants["BLOCK_F"]),),
             rows, h, rows.stride(0), F=F, **constants,
         )  # fmt: skip
     return h
@@ -119,7 +120,7 @@ def _backward(dh: Tensor, gate_up: Tensor, emit_h: bool) -> tuple[Tensor, Tensor
         rows, dh_rows, F = as_rows(gate_up), as_rows(dh), dh.shape[-1]
         constants = tile(TILES, F, generation_of(gate_up))
         launch(
-            swiglu_backward_kernel, (len(rows) * triton.cdiv(F, constants["BLOCK_F"]),),
+            swiglu_backward_kernel, (rows.shape[0] * cdiv(F, constants["BLOCK_F"]),),
             dh_rows, rows, d_gate_up, h, dh_rows.stride(0), rows.stride(0), F=F, EMIT_H=emit_h, **constants,
         )  # fmt: skip
     return d_gate_up, h
