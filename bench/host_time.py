@@ -10,11 +10,11 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # so that CPU tensors take the kernels' path
 
-import time  # noqa: E402
+import time
 
-import torch  # noqa: E402
+import torch
 
-from halny.kernels import rms_norm, rope, swiglu  # noqa: E402
+from halny.kernels import rms_norm, rope, swiglu
 
 
 class Bare(torch.autograd.Function):
