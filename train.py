@@ -297,7 +297,6 @@ if __name__ == "__main__":
 
 import fcntl  # noqa: E402
 import gc  # noqa: E402
-import hashlib  # noqa: E402
 import json  # noqa: E402
 import queue  # noqa: E402
 import resource  # noqa: E402
@@ -319,6 +318,7 @@ from tqdm import tqdm  # noqa: E402
 from halny.kernels.dispatch import set_reference_only  # noqa: E402
 from halny.model import roofline  # noqa: E402
 from halny.model.convert import check_hf_weights, check_replaceable, load_hf_weights, read_hf_config, save_hf  # noqa: E402
+from halny.model.durable import sha256, sync  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig, local_rows  # noqa: E402
 from halny.model.prepare_data import DataError, Dataset, TokenStream, prepare_builtin  # noqa: E402
@@ -821,9 +821,9 @@ def save_checkpoint(run: RunFolder, step: int, model: Mistral, optimizer: torch.
     if world.is_main:
         manifest = {"format": 1, "step": step, "world_size": world.size, "config": run.config, "files": listed}
         write_json(partial / "manifest.json", manifest)
-        fsync_folder(partial)
+        sync(partial)
         partial.rename(final)
-        fsync_folder(run.checkpoints)
+        sync(run.checkpoints)
         for old in run.complete_checkpoints()[: -run.keep]:
             run.delete_checkpoint(old)
     dist.barrier()
@@ -886,19 +886,6 @@ def load_checkpoint(folder: Path, step: int, model: Mistral, optimizer: torch.op
     model.init_buffers()
     for state in optimizer.state.values():
         state["step"].fill_(step)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_json(path: Path, value) -> None:

@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from halny.model.durable import sync
 from halny.model.mistral import Mistral, MistralConfig, local_rows
 
 # Ours: Hugging Face's, whose rows follow one another in ours, each with its shape. v vocabulary, d model width,
@@ -455,15 +456,15 @@ def _write(model, dtype, tensors, partial: Path, tokenizer: str | Path | None, m
         held = {hf_name: tensor.cpu().contiguous() for hf_name, tensor in in_file}
         save_file(held, partial / file, metadata={"format": "pt"})
         shutil.copymode(partial / CONFIG, partial / file)  # save_file makes files that only their owner may read
-        _sync(partial / file)
+        sync(partial / file)
         del held  # before the next file's are gathered
     if n_files > 1:
         weight_map = {hf_name: file_of(hf_name) for hf_name in sorted(numbers)}
         _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     for name in _tokenizer_files(tokenizer):
         shutil.copyfile(Path(tokenizer) / name, partial / name)
-        _sync(partial / name)
-    _sync(partial)
+        sync(partial / name)
+    sync(partial)
 
 
 def _hf_config(config: MistralConfig, dtype: torch.dtype) -> dict:
@@ -513,11 +514,11 @@ def _move_into_place(partial: Path, target: Path) -> None:
         except BaseException:
             os.rename(replaced, target)
             raise
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     else:
         os.rename(partial, target)
-        _sync(target.parent)
+        sync(target.parent)
 
 
 def _sibling(target: Path, kind: str) -> Path:
@@ -567,16 +568,7 @@ def _tokenizer_files(tokenizer: str | Path | None) -> list[str]:
 
 def _write_json(file: Path, content: dict) -> None:
     file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _sync(file)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(file)
 
 
 # ---- both

@@ -51,6 +51,8 @@ from pathlib import Path
 
 import numpy as np
 
+from halny.model.durable import sha256, sync
+
 FORMAT, VERSION = "halny-tokens", 1
 SPLITS = ("train", "val")
 ENDINGS = (".txt", ".jsonl")
@@ -129,7 +131,7 @@ def mistral_tokenizer() -> Tokenizer:
     """Mistral-7B-v0.1's tokenizer, exact to the id, from the SentencePiece model inside mistral-common."""
     spec = importlib.util.find_spec("mistral_common")  # finds without importing: the package is slow to import
     model = Path(spec.origin).parent / "data" / "tokenizer.model.v1" if spec and spec.origin else None
-    if model is None or not model.is_file() or _sha256(model) != MISTRAL_SHA256:
+    if model is None or not model.is_file() or sha256(model) != MISTRAL_SHA256:
         raise DataError(
             f"--tokenizer {MISTRAL}: data/tokenizer.model.v1 of the package mistral-common is missing or not the one "
             "of Mistral-7B-v0.1; pip install -U mistral-common, or name a tokenizer folder"
@@ -422,9 +424,9 @@ def _new_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         try:
             yield partial
-            _sync(partial)
+            sync(partial)
             os.rename(partial, out)  # replaces an empty folder, refuses any other
-            _sync(out.parent)
+            sync(out.parent)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             with suppress(OSError):
@@ -506,8 +508,8 @@ class _Writer:
         )
 
     def _record(self, path: Path) -> dict:
-        _sync(path)
-        return {"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+        sync(path)
+        return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
     def finish(self, tokenizer: str | None, files: dict[str, bytes], document: dict, settings: dict) -> None:
         for split in list(self.open):
@@ -533,11 +535,11 @@ class _Writer:
             for name, content in files.items():
                 (folder / name).write_bytes(content)
             records = [self._record(folder / name) for name in sorted(files)]
-            sha256 = hashlib.sha256(files["tokenizer.json"]).hexdigest()
-            manifest["tokenizer"] = {"name": tokenizer, "sha256": sha256, "files": records}
-            _sync(folder)
+            digest = hashlib.sha256(files["tokenizer.json"]).hexdigest()
+            manifest["tokenizer"] = {"name": tokenizer, "sha256": digest, "files": records}
+            sync(folder)
         (self.folder / "manifest.json").write_bytes(_json(manifest, indent=1))
-        _sync(self.folder / "manifest.json")
+        sync(self.folder / "manifest.json")
 
 
 def _npy_header(dtype: np.dtype, length: int) -> bytes:
@@ -553,19 +555,6 @@ def _line(error: Exception) -> str:
 
 def _json(value: dict, indent: int | None = None) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=indent).encode() + b"\n"
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _tool_version() -> str:
@@ -643,7 +632,7 @@ class Dataset:
             records += [(self.tokenizer, record) for record in self.manifest["tokenizer"]["files"]]
         for folder, record in records[part::parts]:
             path = folder / record["name"]
-            if _sha256(path) != record["sha256"]:
+            if sha256(path) != record["sha256"]:
                 raise DataError(f"{path}: its SHA-256 is not the manifest's, the file has changed; {AGAIN}")
 
     def _read_manifest(self) -> dict:

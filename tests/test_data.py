@@ -552,7 +552,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_data, "_sync", full)
+    monkeypatch.setattr(prepare_data, "sync", full)
     with pytest.raises(DataError, match="No space left on device"):
         write_dataset([np.arange(5)], tmp_path / "out", vocab_size=9)
     assert list(tmp_path.iterdir()) == []
