@@ -280,7 +280,7 @@ def begin(arguments: list[str]) -> Recipe:
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, ask_to_stop)
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on the CPU, huge pages for the logits: a quarter off a step
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on the CPU, huge pages for the logits
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # on a GPU, less fragmentation
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # A killed torchrun (kill -9) cannot end its ranks; the kernel does it, so that they do not hold GPUs and locks.

@@ -37,11 +37,6 @@ from halny.kernels.dispatch import (
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def minimum_bytes(n_rows: int, vocab_size: int, element_bytes: int = 2) -> int:
-    """What loss and gradient must move: one read and one write of the logits."""
-    return 2 * n_rows * vocab_size * element_bytes
-
-
 def cross_entropy_reference(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
