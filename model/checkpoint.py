@@ -79,9 +79,15 @@ def read_manifest(checkpoint: Path) -> dict:
         raise ValueError(f"{Path(error.filename).name} cannot be read: {error.strerror}") from None
     if recorded != checksum_line(content):
         raise ValueError("manifest.json has the wrong checksum")
-    manifest = json.loads(content)
-    if manifest["format"] != FORMAT or f"step-{manifest['step']:08d}" != checkpoint.name:
-        raise ValueError(f"manifest.json is of another format than {FORMAT}, or of another step")
+    try:
+        manifest = json.loads(content)
+        step, files = manifest["step"], manifest["files"]
+        if manifest["format"] != FORMAT or f"step-{step:08d}" != checkpoint.name:
+            raise ValueError(f"it is of another format than {FORMAT}, or of another step")
+        if not all(type(entry["bytes"]) is int and type(entry["sha256"]) is str for entry in files.values()):
+            raise ValueError("an entry of its files is none")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"manifest.json is not one: {_line(error)}") from None
     return manifest
 
 
@@ -93,7 +99,8 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with every parts-th of a checkpoint's files (and with its manifest), or None."""
     try:
         manifest = read_manifest(checkpoint)
-        present = {path.name for path in checkpoint.iterdir()} - {"manifest.json", "manifest.json.sha256"}
+        present = {path.name for path in checkpoint.iterdir() if path.is_file()}  # a pipe would wait for a writer
+        present -= {"manifest.json", "manifest.json.sha256"}
         if present != manifest["files"].keys():
             return f"files missing or too many: {', '.join(sorted(present ^ manifest['files'].keys()))}"
         files = list(manifest["files"].items())[part::parts]
