@@ -65,8 +65,8 @@ def soak(cwd: Path, kills: int, n_ranks: int, seed: int) -> str:
     assert len(ours) == newest > 0 and ours == theirs, "the losses differ from an undisturbed run's"
     return (
         f"soak: {kills} kills of {n_ranks} rank(s), on average {statistics.mean(delays):.1f} s after the start: "
-        f"{len(resumed)} resumes, 0 steps lost beyond the last save, 0 unusable run folders, {newest} steps equal to the "
-        f"bit those of an undisturbed run; {time.monotonic() - began:.0f} s"
+        f"{len(resumed)} resumes, 0 steps lost beyond the last save, 0 unusable run folders, {newest} steps equal "
+        f"those of an undisturbed run to the bit; {time.monotonic() - began:.0f} s"
     )
 
 
