@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from halny.model import prepare_data
+from halny.model import dataset
 from halny.model.prepare_data import DataError, Dataset, held_out, is_dataset, prepare, prepare_builtin, write_dataset
 
 POLISH = "Zażółć gęślą jaźń — „Pan Tadeusz”: Litwo! Ojczyzno moja! ty jesteś jak zdrowie."
@@ -251,6 +251,9 @@ def test_read_crosses_shards(tmp_path):
     write_dataset(docs, tmp_path / "d", vocab_size=500, shard_tokens=50)
     stream, whole = Dataset(tmp_path / "d").split("train"), np.concatenate(docs)
     assert len(stream) == len(whole) and stream.n_documents == 200 and len(list((tmp_path / "d").iterdir())) > 50
+    assert all(isinstance(shard.tokens, np.memmap) and shard.ends.dtype == np.int64 for shard in stream.shards)
+    again = [ids for shard in stream.shards for ids in np.split(shard.tokens, shard.ends)[:-1]]
+    assert len(again) == 200 and all(np.array_equal(ids, doc) for ids, doc in zip(again, docs, strict=True))
     borders = np.cumsum([0] + [len(np.load(file)) for file in sorted((tmp_path / "d").glob("train-?????.npy"))])
     starts = [*borders[:-1], *(borders[1:] - 1), *rng.integers(0, len(whole), size=500)]
     for start in map(int, starts):
@@ -540,7 +543,7 @@ def test_stopped_preparation_cleans_up(tmp_path, signum, expected):
 
 def test_two_at_once_on_one_folder(tmp_path):
     (tmp_path / "a.txt").write_text("a")
-    with prepare_data._new_folder(tmp_path / "out") as folder:
+    with dataset.new_folder(tmp_path / "out") as folder:
         (folder / "mine").write_text("x")
         with pytest.raises(DataError, match="another process"):
             prepare([tmp_path / "a.txt"], tmp_path / "out", progress=False)
@@ -552,7 +555,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_data, "sync", full)
+    monkeypatch.setattr(dataset, "sync", full)
     with pytest.raises(DataError, match="No space left on device"):
         write_dataset([np.arange(5)], tmp_path / "out", vocab_size=9)
     assert list(tmp_path.iterdir()) == []
