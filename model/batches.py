@@ -1,0 +1,412 @@
+"""From token shards to the GPU: which tokens a step trains on, in which order, packed and mixed how.
+
+    sample number -> (source, number within the source) -> row of that source -> tokens, labels, documents -> GPU
+
+Every arrow but the last is a pure function of (seed, sample number). There is no state to save and no world size in
+it: the whole position of a run in its data is its step number, so a resumed run reads what it would have read, on any
+number of ranks that divides the batch. The file reads in the order of the arrows:
+
+    the order of samples    a permutation an epoch, of which nothing is stored
+    mixtures                several sources, each by its weight
+    rows                    seq_len positions: windows of the concatenated stream, or whole documents packed best-fit
+    batches                 rows as tensors, and a thread that makes them ahead
+"""
+
+import hashlib
+import json
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halny.model.dataset import DataError, Dataset, TokenStream
+
+IGNORED = -100  # the label of a position that has no target
+
+# --- the order of samples ---------------------------------------------------------------------------------------------
+
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, SplitMix64's increment
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finalizer on uint64: every input bit reaches every output bit (Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def sample_order(numbers: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """Which of the n samples each sample number stands for: number i is place i % n of epoch i // n.
+
+    Each epoch is a permutation of its own, of which nothing is stored: a Feistel network keyed by (seed, epoch)
+    permutes the smallest square power of two that holds n, and what falls outside 0 .. n - 1 is encrypted again until
+    it falls inside ("cycle walking": Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains). So the position of
+    a run in its data is its step number alone, on any number of ranks.
+    """
+    numbers = np.asarray(numbers, dtype=np.uint64)
+    epoch, place = numbers // np.uint64(n), numbers % np.uint64(n)
+    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
+    mask = (np.uint64(1) << half) - np.uint64(1)
+    key = mix(mix(np.full_like(epoch, seed) + np.uint64(GOLDEN)) ^ epoch)
+
+    def encrypt(x, key):
+        left, right = x >> half, x & mask
+        for turn in range(6):
+            left, right = right, left ^ (mix((key + np.uint64(turn * GOLDEN % 2**64)) ^ right) & mask)
+        return left << half | right
+
+    place = encrypt(place, key)
+    while (outside := place >= n).any():
+        place[outside] = encrypt(place[outside], key[outside])
+    return place.astype(np.int64)
+
+
+def step_numbers(step: int, rank: int, world_size: int, accumulation: int, micro_batch: int) -> np.ndarray:
+    """This rank's sample numbers in a step (steps count from 1): [accumulation, micro_batch]."""
+    first, n = (step - 1) * accumulation * world_size * micro_batch, accumulation * world_size * micro_batch
+    return np.arange(first, first + n).reshape(accumulation, world_size, micro_batch)[:, rank]
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------------
+
+BLOCK = 16  # sample numbers whose sources are shuffled among themselves
+
+
+def interleave(numbers: np.ndarray, weights: Sequence[int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sample number, its source and its number within that source, i.e. how many earlier samples have it too.
+
+    Fair and yet without a pattern, from two parts:
+
+    - A line of slots in which source 0 has slot p where floor(p w / W) steps up (w its weight, W the sum of all): as
+      even as whole numbers allow. The slots that are left, counted anew, are divided among the others the same way. So
+      how many of the first p slots a source has is a formula, and differs from its share of p by less than two for the
+      sources that come first and less than the number of sources for any.
+    - Within each BLOCK of sample numbers the slots are shuffled, by the permutation that ``sample_order`` gives it.
+
+    So in any window of samples, wherever it starts, a source is off its share by at most what two torn blocks hold of
+    it (at most a quarter of a block each) and the roundings. A number costs its block, whatever came before.
+    """
+    numbers = np.asarray(numbers, dtype=np.int64)
+    blocks, which = np.unique(numbers.ravel() // BLOCK, return_inverse=True)
+    first = blocks[:, None] * BLOCK
+    places = first + np.arange(BLOCK)
+    slots = first + sample_order(places.ravel(), BLOCK, seed).reshape(places.shape)
+
+    source, within = np.empty_like(slots), np.empty_like(slots)
+    free = np.ones(slots.shape, dtype=bool)  # not given to a source yet
+    for s, weight in enumerate(weights):
+        total = sum(weights[s:])
+        mine = free & (_share(slots + 1, weight, total) > _share(slots, weight, total))
+        source[mine] = s
+        within[mine] = (_share(first, weight, total) + mine.cumsum(axis=1) - 1)[mine]
+        free &= ~mine
+        slots, first = slots - _share(slots, weight, total), first - _share(first, weight, total)
+    place = which * BLOCK + numbers.ravel() % BLOCK
+    return source.ravel()[place].reshape(numbers.shape), within.ravel()[place].reshape(numbers.shape)
+
+
+def _share(p: np.ndarray, weight: int, total: int) -> np.ndarray:
+    """floor(p * weight / total), which no p overflows as long as total < 2^31."""
+    return p // total * weight + p % total * weight // total
+
+
+def parse_source(text: str) -> tuple[Path, Fraction | None]:
+    """A value of --data: DIR or DIR:WEIGHT, as (DIR, WEIGHT or None). A DIR that has a colon must exist."""
+    folder, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), None
+    try:
+        if not (folder and 1e-9 <= float(weight) <= 1e9):
+            raise ValueError
+        return Path(folder), Fraction(weight)
+    except ValueError:
+        raise DataError(
+            f"{text}: neither a folder nor FOLDER:WEIGHT with a number between 1e-9 and 1e9 for a weight, as in pl:0.7"
+        ) from None
+
+
+class Corpus:
+    """The data folders of a run, with their weights, as one: what --data names.
+
+    Sources count in the order of their fingerprints, and the fingerprint, not the place, keys a source's own order. So
+    neither the order on the command line nor a folder's path is part of the run.
+
+    datasets, weights  in that order; the weights are whole numbers without a common divisor
+    vocab_size         of all of them; fingerprint: of all of them and the weights (with one, that one's own)
+    """
+
+    def __init__(self, sources: Sequence[str], open_dataset: Callable[[Path], Dataset] = Dataset):
+        named = [parse_source(text) for text in sources]
+        for text, (_, weight) in zip(sources, named, strict=True):
+            if weight is None and len(named) > 1:
+                raise DataError(f"{text}: among several folders each needs a weight, as in {text}:0.5")
+        opened = [(open_dataset(folder), weight or Fraction(1)) for folder, weight in named]
+        opened.sort(key=lambda entry: entry[0].fingerprint)
+        self.datasets = [dataset for dataset, _ in opened]
+        for one, other in zip(self.datasets, self.datasets[1:], strict=False):
+            if one.fingerprint == other.fingerprint:
+                raise DataError(f"{one.path} and {other.path} hold the same tokens; name one, with the sum of weights")
+        for other in self.datasets[1:]:
+            _check_same_tokenizer(self.datasets[0], other)
+        scale = math.lcm(*(weight.denominator for _, weight in opened))
+        weights = [int(weight * scale) for _, weight in opened]
+        self.weights = [weight // math.gcd(*weights) for weight in weights]
+        if sum(self.weights) >= 2**31:
+            raise DataError(f"{' '.join(sources)}: the weights have too many digits; round them")
+        self.vocab_size = self.datasets[0].vocab_size
+        self.tokenizer = next((dataset.tokenizer for dataset in self.datasets if dataset.tokenizer), None)
+        self.fingerprint = self.datasets[0].fingerprint
+        if len(opened) > 1:
+            identity = [[d.fingerprint, weight] for d, weight in zip(self.datasets, self.weights, strict=True)]
+            self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        for dataset in self.datasets:
+            dataset.verify(part, parts)
+
+    def rows(self, split: str, seq_len: int, documents: bool) -> list["Rows"]:
+        """What there is to train on ("train") or to evaluate on ("val"): of each source its rows."""
+        return [(Packing if documents else Windows)(d.split(split), seq_len) for d in self.datasets]
+
+    def locate(self, numbers: np.ndarray, sources: Sequence["Rows"], seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The samples that sample numbers stand for: (sources, their rows), both of the shape of numbers."""
+        source, row = interleave(numbers, self.weights, seed)
+        for s, dataset in enumerate(self.datasets):
+            # One source keeps the order that the seed alone gives it.
+            key = _key(seed, dataset.fingerprint) if len(self.datasets) > 1 else seed
+            row[source == s] = sample_order(row[source == s], len(sources[s]), key)
+        return source, row
+
+
+def _key(seed: int, fingerprint: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {fingerprint}".encode()).digest()[:8], "big")
+
+
+def _check_same_tokenizer(one: Dataset, other: Dataset) -> None:
+    if one.vocab_size != other.vocab_size:
+        raise DataError(
+            f"{other.path} has a vocabulary of {other.vocab_size}, {one.path} of {one.vocab_size}; prepare them with "
+            "one tokenizer"
+        )
+    hashes = [d.manifest["tokenizer"]["sha256"] for d in (one, other) if d.tokenizer is not None]
+    if len(set(hashes)) > 1:
+        raise DataError(f"{other.path} was prepared with another tokenizer than {one.path}; prepare them with one")
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+class Windows:
+    """The rows of a stream, cut every seq_len positions: row i predicts tokens i seq_len + 1 .. (i + 1) seq_len.
+
+    Documents follow one another in a row and attend to each other. The last row may be short.
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int):
+        self.stream, self.seq_len = stream, seq_len
+        self.n_targets = max(0, len(stream) - 1)
+
+    def __len__(self) -> int:
+        return -(-self.n_targets // self.seq_len)
+
+    def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """(starts, lengths) of the runs of positions that make up a row: length positions take length + 1 tokens."""
+        start = row * self.seq_len
+        return np.array([start]), np.array([min(self.seq_len, self.n_targets - start)])
+
+
+class Packing:
+    """The rows of a stream with whole documents in them, best-fit: each attends to itself only, none predicts another.
+
+    A document of n tokens has n - 1 positions, and one of more than seq_len is cut into pieces that overlap by a token,
+    so every token but a document's first is predicted exactly once an epoch. Full pieces are rows; the others are
+    packed by best-fit decreasing (Ding et al. 2024, Fewer Truncations Improve Language Modeling,
+    https://arxiv.org/abs/2404.10830), AT_ONCE documents at a time. The plan is a function of the documents' lengths
+    and seq_len, and takes 12 bytes a piece and 8 a row.
+    """
+
+    AT_ONCE = 2**20
+
+    def __init__(self, stream: TokenStream, seq_len: int):
+        self.stream, self.seq_len = stream, seq_len
+        ends = _document_ends(stream)
+        documents = range(0, len(ends) - 1, self.AT_ONCE)
+        parts = [_pack(ends[first : first + self.AT_ONCE + 1], seq_len) for first in documents]
+        self._starts, self._lengths, counts = map(np.concatenate, zip(_pack(ends[:1], seq_len), *parts, strict=True))
+        self._first_piece = np.concatenate([[0], counts.cumsum()])
+        self.n_targets = int(self._lengths.sum(dtype=np.int64))
+
+    def __len__(self) -> int:
+        return len(self._first_piece) - 1
+
+    def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """As of Windows: a document or a piece of one each."""
+        pieces = slice(self._first_piece[row], self._first_piece[row + 1])
+        return self._starts[pieces], self._lengths[pieces]
+
+
+Rows = Windows | Packing
+
+
+def _document_ends(stream: TokenStream) -> np.ndarray:
+    """Where each document of a stream ends, after a 0 where the first begins."""
+    ends, start = [np.zeros(1, np.int64)], 0
+    for shard in stream.shards:
+        ends.append(shard.ends + start)
+        start += len(shard.tokens)
+    return np.concatenate(ends)
+
+
+def _pack(ends: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The rows of some documents, whose tokens are those between successive ``ends``.
+
+    Returns the pieces' starts (int64) and lengths (int32), row after row, and how many pieces each row has.
+    """
+    begins, positions = ends[:-1], np.diff(ends) - 1
+    if len(positions) and positions.min() < -1:
+        raise DataError(f"the documents' ends are not in order: {int(ends[1:][positions < -1][0])} is before another")
+    begins, positions = begins[positions > 0], positions[positions > 0]
+    n_full, rest = positions // seq_len, positions % seq_len
+    nth = np.arange(n_full.sum()) - np.repeat(n_full.cumsum() - n_full, n_full)
+    full = np.repeat(begins, n_full) + nth * seq_len
+    begins, rest = (begins + n_full * seq_len)[rest > 0], rest[rest > 0]
+    rows = best_fit_decreasing(rest, seq_len)
+    order = np.argsort(rows, kind="stable")
+    return (
+        np.concatenate([full, begins[order]]),
+        np.concatenate([np.full(len(full), seq_len), rest[order]]).astype(np.int32),
+        np.concatenate([np.ones(len(full), np.int64), np.bincount(rows)]),
+    )
+
+
+def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
+    """The bin of each item: the longest first, each into the fullest bin that still has room for it.
+
+    Bins are kept by the room they have, and items of a size are placed together: the fullest bins with room for one
+    take as many as they hold, which is where one after the other would go too. So Python works once for each pair of
+    a size and a room that meet (some thousands, whatever the number of items), and numpy does the rest. ``rooms`` has a
+    bit for each room that some bin has.
+    """
+    order = np.argsort(-sizes, kind="stable")
+    bin_of = np.empty(len(sizes), np.int64)
+    by_room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
+    rooms, n_bins, done = 0, 0, 0
+
+    def put(bins: np.ndarray, room: int) -> None:
+        nonlocal rooms
+        if len(bins):
+            by_room[room].append(bins)
+            rooms |= 1 << room
+
+    counts = np.bincount(sizes)
+    for size in np.flatnonzero(counts)[::-1].tolist():
+        left = int(counts[size])
+        while left:
+            if usable := rooms >> size:
+                room = size + (usable & -usable).bit_length() - 1
+                bins = by_room[room].pop()
+                if not by_room[room]:
+                    rooms ^= 1 << room
+            else:
+                room = capacity
+                bins = np.arange(n_bins, n_bins - (-left // (capacity // size)))
+                n_bins += len(bins)
+            each = room // size
+            n_used = min(len(bins), -(-left // each))
+            put(bins[n_used:], room)
+            placed = min(left, n_used * each)
+            bin_of[order[done : done + placed]] = np.repeat(bins[:n_used], each)[:placed]
+            n_last = placed - (n_used - 1) * each
+            put(bins[: n_used - 1], room - each * size)
+            put(bins[n_used - 1 : n_used], room - n_last * size)
+            done, left = done + placed, left - placed
+    return bin_of
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What the model computes at once: its arguments, in order."""
+
+    tokens: Tensor  # int64 [micro_batch, T]
+    labels: Tensor  # int64 [micro_batch, T]: the token that follows, or IGNORED
+    cu_seqlens: Tensor | None = None  # int32: where each document begins, and the end; None without --documents
+    max_seqlen: int | None = None  # positions of the longest
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
+
+
+def read_batch(sources: Sequence[Rows], source: np.ndarray, row: np.ndarray, pin: bool = False) -> Batch:
+    """The batch of ``row[i]`` of ``sources[source[i]]``; a row of -1 stands for no sample: nothing but ignored labels.
+
+    What a row does not fill is a document of its own whose labels are ignored.
+    """
+    seq_len = sources[0].seq_len
+    # Allocated anew for each batch: pinned memory comes from torch's caching allocator, which does not hand it out
+    # again before the copies from it are done.
+    tokens, labels = (torch.zeros(len(row), seq_len, dtype=torch.int64, pin_memory=pin) for _ in range(2))
+    documents = []
+    for i, (s, r) in enumerate(zip(source.tolist(), row.tolist(), strict=True)):
+        starts, lengths = sources[s].pieces(r) if r >= 0 else (np.zeros(0, np.int64), np.zeros(0, np.int64))
+        # Each piece is read with the token after it, which is the label of its last position and no token of its own.
+        window = sources[s].stream.gather(starts.tolist(), (lengths + 1).tolist())
+        after = (lengths + 1).cumsum() - 1
+        filled = len(window) - len(lengths)
+        tokens.numpy()[i, :filled] = np.delete(window, after)
+        labels.numpy()[i, :filled] = np.delete(window, after - lengths)
+        labels[i, filled:] = IGNORED
+        documents += [*lengths.tolist(), seq_len - filled] if filled < seq_len else lengths.tolist()
+    if isinstance(sources[0], Windows):
+        return Batch(tokens, labels)
+    cu_seqlens = torch.tensor([0, *documents]).cumsum(0, dtype=torch.int32)
+    return Batch(tokens, labels, cu_seqlens.pin_memory() if pin else cu_seqlens, max(documents))
+
+
+class Loader:
+    """The batches of successive steps on a device, read ahead by a thread: ``next(loader)`` is a step's list of them.
+
+    steps: the sample numbers of each, [accumulation, micro_batch]. next() raises what the thread raised: DataError for
+    a shard that vanished or changed. ``waited`` is how long the last call waited for the thread, in seconds.
+    """
+
+    def __init__(
+        self, corpus: Corpus, sources: Sequence[Rows], seed: int, steps: Iterable[np.ndarray], device: torch.device
+    ):
+        self.waited = 0.0
+        self._device = device
+        self._ready: queue.Queue = queue.Queue(maxsize=2)
+        threading.Thread(target=self._produce, args=(corpus, sources, seed, steps), daemon=True, name="loader").start()
+
+    def _produce(self, corpus, sources, seed, steps) -> None:
+        try:
+            pin = self._device.type == "cuda"
+            if pin:
+                torch.cuda.set_device(self._device)  # a new thread starts on device 0, and would make a context there
+            for numbers in steps:
+                located = zip(*corpus.locate(numbers, sources, seed), strict=True)
+                self._ready.put([read_batch(sources, source, row, pin) for source, row in located])
+            raise StopIteration
+        except Exception as error:
+            self._ready.put(error)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> list[Batch]:
+        start = time.perf_counter()
+        batches = self._ready.get()
+        self.waited = time.perf_counter() - start
+        if isinstance(batches, Exception):
+            self._ready.put(batches)  # the thread is gone; whoever asks again is told again
+            raise batches
+        return [batch.to(self._device) for batch in batches]
