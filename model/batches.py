@@ -9,10 +9,12 @@ number of ranks that divides the batch. The file reads in the order of the arrow
     the order of samples    a permutation an epoch, of which nothing is stored
     mixtures                several sources, each by its weight
     rows                    seq_len positions: windows of the concatenated stream, or whole documents packed best-fit
+    the corpus              what --data names, opened: sources, their weights and rows
     batches                 rows as tensors, and a thread that makes them ahead
 """
 
 import hashlib
+import itertools
 import json
 import math
 import queue
@@ -118,89 +120,6 @@ def _share(p: np.ndarray, weight: int, total: int) -> np.ndarray:
     return p // total * weight + p % total * weight // total
 
 
-def parse_source(text: str) -> tuple[Path, Fraction | None]:
-    """A value of --data: DIR or DIR:WEIGHT, as (DIR, WEIGHT or None). A DIR that has a colon must exist."""
-    folder, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), None
-    try:
-        if not (folder and 1e-9 <= float(weight) <= 1e9):
-            raise ValueError
-        return Path(folder), Fraction(weight)
-    except ValueError:
-        raise DataError(
-            f"{text}: neither a folder nor FOLDER:WEIGHT with a number between 1e-9 and 1e9 for a weight, as in pl:0.7"
-        ) from None
-
-
-class Corpus:
-    """The data folders of a run, with their weights, as one: what --data names.
-
-    Sources count in the order of their fingerprints, and the fingerprint, not the place, keys a source's own order. So
-    neither the order on the command line nor a folder's path is part of the run.
-
-    datasets, weights  in that order; the weights are whole numbers without a common divisor
-    vocab_size         of all of them; fingerprint: of all of them and the weights (with one, that one's own)
-    """
-
-    def __init__(self, sources: Sequence[str], open_dataset: Callable[[Path], Dataset] = Dataset):
-        named = [parse_source(text) for text in sources]
-        for text, (_, weight) in zip(sources, named, strict=True):
-            if weight is None and len(named) > 1:
-                raise DataError(f"{text}: among several folders each needs a weight, as in {text}:0.5")
-        opened = [(open_dataset(folder), weight or Fraction(1)) for folder, weight in named]
-        opened.sort(key=lambda entry: entry[0].fingerprint)
-        self.datasets = [dataset for dataset, _ in opened]
-        for one, other in zip(self.datasets, self.datasets[1:], strict=False):
-            if one.fingerprint == other.fingerprint:
-                raise DataError(f"{one.path} and {other.path} hold the same tokens; name one, with the sum of weights")
-        for other in self.datasets[1:]:
-            _check_same_tokenizer(self.datasets[0], other)
-        scale = math.lcm(*(weight.denominator for _, weight in opened))
-        weights = [int(weight * scale) for _, weight in opened]
-        self.weights = [weight // math.gcd(*weights) for weight in weights]
-        if sum(self.weights) >= 2**31:
-            raise DataError(f"{' '.join(sources)}: the weights have too many digits; round them")
-        self.vocab_size = self.datasets[0].vocab_size
-        self.tokenizer = next((dataset.tokenizer for dataset in self.datasets if dataset.tokenizer), None)
-        self.fingerprint = self.datasets[0].fingerprint
-        if len(opened) > 1:
-            identity = [[d.fingerprint, weight] for d, weight in zip(self.datasets, self.weights, strict=True)]
-            self.fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-    def verify(self, part: int = 0, parts: int = 1) -> None:
-        for dataset in self.datasets:
-            dataset.verify(part, parts)
-
-    def rows(self, split: str, seq_len: int, documents: bool) -> list["Rows"]:
-        """What there is to train on ("train") or to evaluate on ("val"): of each source its rows."""
-        return [(Packing if documents else Windows)(d.split(split), seq_len) for d in self.datasets]
-
-    def locate(self, numbers: np.ndarray, sources: Sequence["Rows"], seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """The samples that sample numbers stand for: (sources, their rows), both of the shape of numbers."""
-        source, row = interleave(numbers, self.weights, seed)
-        for s, dataset in enumerate(self.datasets):
-            # One source keeps the order that the seed alone gives it.
-            key = _key(seed, dataset.fingerprint) if len(self.datasets) > 1 else seed
-            row[source == s] = sample_order(row[source == s], len(sources[s]), key)
-        return source, row
-
-
-def _key(seed: int, fingerprint: str) -> int:
-    return int.from_bytes(hashlib.sha256(f"{seed} {fingerprint}".encode()).digest()[:8], "big")
-
-
-def _check_same_tokenizer(one: Dataset, other: Dataset) -> None:
-    if one.vocab_size != other.vocab_size:
-        raise DataError(
-            f"{other.path} has a vocabulary of {other.vocab_size}, {one.path} of {one.vocab_size}; prepare them with "
-            "one tokenizer"
-        )
-    hashes = [d.manifest["tokenizer"]["sha256"] for d in (one, other) if d.tokenizer is not None]
-    if len(set(hashes)) > 1:
-        raise DataError(f"{other.path} was prepared with another tokenizer than {one.path}; prepare them with one")
-
-
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +214,7 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
     a size and a room that meet (some thousands, whatever the number of items), and numpy does the rest. ``rooms`` has a
     bit for each room that some bin has.
     """
-    order = np.argsort(-sizes, kind="stable")
+    order = np.argsort((capacity - sizes).astype(np.min_scalar_type(capacity)), kind="stable")  # 16 bits: a radix sort
     bin_of = np.empty(len(sizes), np.int64)
     by_room: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
     rooms, n_bins, done = 0, 0, 0
@@ -329,6 +248,119 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
             put(bins[n_used - 1 : n_used], room - n_last * size)
             done, left = done + placed, left - placed
     return bin_of
+
+
+# --- the corpus -------------------------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    dataset: Dataset
+    weight: int
+    train: Rows
+    held_out: Rows
+
+
+class Corpus:
+    """The data of a run: one data folder or several with weights, opened and cut into rows. What --data names.
+
+    The sources come in the order of their fingerprints, and a fingerprint, not a path, keys a source's own order of
+    samples. So neither their order on the command line nor where they lie is part of the run. Weights are of samples
+    (rows), as whole numbers without a common divisor: 0.7 and 0.3 are 7 and 3.
+
+    vocab_size of all sources, and a tokenizer's folder if one has any; fingerprint of their tokens and weights.
+    Raises DataError, naming the value or the folder, for what cannot be mixed or trained on.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        seq_len: int,
+        documents: bool = False,
+        open_dataset: Callable[[Path], Dataset] = Dataset,
+    ):
+        named = [parse_source(text) for text in sources]
+        for text, (_, weight) in zip(sources, named, strict=True):
+            if weight is None and len(named) > 1:
+                raise DataError(f"{text}: among several folders each needs a weight, as in {text}:0.5")
+        scale = math.lcm(*(weight.denominator for _, weight in named if weight))
+        weights = [int((weight or 1) * scale) for _, weight in named]
+        weights = [weight // math.gcd(*weights) for weight in weights]
+        if sum(weights) >= 2**31:
+            raise DataError(f"{' '.join(sources)}: the weights have too many digits; round them")
+
+        opened = [(open_dataset(folder), weight) for (folder, _), weight in zip(named, weights, strict=True)]
+        opened.sort(key=lambda entry: entry[0].fingerprint)
+        datasets = [dataset for dataset, _ in opened]
+        for one, other in itertools.pairwise(datasets):
+            _check_goes_together(one, other)
+        cut = Packing if documents else Windows
+        self.sources = [
+            Source(dataset, weight, cut(dataset.split("train"), seq_len), cut(dataset.split("val"), seq_len))
+            for dataset, weight in opened
+        ]
+        for source in self.sources:
+            if not len(source.train):
+                raise DataError(f"{source.dataset.path} has no tokens to train on")
+        self.vocab_size = datasets[0].vocab_size
+        self.tokenizer = next((dataset.tokenizer for dataset in datasets if dataset.tokenizer), None)
+        self.fingerprint = datasets[0].fingerprint
+        if len(opened) > 1:
+            identity = json.dumps([[dataset.fingerprint, weight] for dataset, weight in opened])
+            self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    @property
+    def train(self) -> list[Rows]:
+        return [source.train for source in self.sources]
+
+    @property
+    def held_out(self) -> list[Rows]:
+        return [source.held_out for source in self.sources]
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read every parts-th file of each source: DataError where one is not what its manifest says."""
+        for source in self.sources:
+            source.dataset.verify(part, parts)
+
+    def locate(self, numbers: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The samples that sample numbers stand for: (sources, rows of theirs), both of the shape of numbers."""
+        source, row = interleave(numbers, [source.weight for source in self.sources], seed)
+        for i, (dataset, _, rows, _) in enumerate(self.sources):
+            # One source keeps the order that the seed alone gives it.
+            key = seed if len(self.sources) == 1 else _key(seed, dataset.fingerprint)
+            row[source == i] = sample_order(row[source == i], len(rows), key)
+        return source, row
+
+
+def parse_source(text: str) -> tuple[Path, Fraction | None]:
+    """A value of --data: DIR or DIR:WEIGHT, as (DIR, WEIGHT or None). A DIR that has a colon must exist."""
+    folder, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return Path(text), None
+    try:
+        if not (folder and 1e-9 <= float(weight) <= 1e9):
+            raise ValueError
+        return Path(folder), Fraction(weight)
+    except ValueError:
+        raise DataError(
+            f"{text}: neither a folder nor FOLDER:WEIGHT with a number between 1e-9 and 1e9 for a weight, as in pl:0.7"
+        ) from None
+
+
+def _key(seed: int, fingerprint: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {fingerprint}".encode()).digest()[:8], "big")
+
+
+def _check_goes_together(one: Dataset, other: Dataset) -> None:
+    if one.fingerprint == other.fingerprint:
+        raise DataError(f"{one.path} and {other.path} hold the same tokens; name one of them, with the sum of weights")
+    if one.vocab_size != other.vocab_size:
+        raise DataError(
+            f"{one.path} has a vocabulary of {one.vocab_size}, {other.path} of {other.vocab_size}; prepare them with "
+            "one tokenizer"
+        )
+    hashes = [dataset.manifest["tokenizer"]["sha256"] for dataset in (one, other) if dataset.tokenizer is not None]
+    if len(set(hashes)) > 1:
+        raise DataError(f"{one.path} and {other.path} were made by different tokenizers; prepare them with one")
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -372,6 +404,14 @@ def read_batch(sources: Sequence[Rows], source: np.ndarray, row: np.ndarray, pin
     return Batch(tokens, labels, cu_seqlens.pin_memory() if pin else cu_seqlens, max(documents))
 
 
+def read_in_turn(sources: Sequence[Rows], numbers: np.ndarray) -> Batch:
+    """The batch of rows counted through all sources, one after the other; past the last there is no sample."""
+    first = np.cumsum([0, *map(len, sources)])  # number of each source's first row, and how many there are
+    source = np.searchsorted(first, numbers, side="right") - 1
+    inside = numbers < first[-1]
+    return read_batch(sources, np.where(inside, source, 0), np.where(inside, numbers - first[source], -1))
+
+
 class Loader:
     """The batches of successive steps on a device, read ahead by a thread: ``next(loader)`` is a step's list of them.
 
@@ -379,22 +419,20 @@ class Loader:
     a shard that vanished or changed. ``waited`` is how long the last call waited for the thread, in seconds.
     """
 
-    def __init__(
-        self, corpus: Corpus, sources: Sequence[Rows], seed: int, steps: Iterable[np.ndarray], device: torch.device
-    ):
+    def __init__(self, corpus: Corpus, seed: int, steps: Iterable[np.ndarray], device: torch.device):
         self.waited = 0.0
         self._device = device
         self._ready: queue.Queue = queue.Queue(maxsize=2)
-        threading.Thread(target=self._produce, args=(corpus, sources, seed, steps), daemon=True, name="loader").start()
+        threading.Thread(target=self._produce, args=(corpus, seed, steps), daemon=True, name="loader").start()
 
-    def _produce(self, corpus, sources, seed, steps) -> None:
+    def _produce(self, corpus: Corpus, seed: int, steps: Iterable[np.ndarray]) -> None:
         try:
             pin = self._device.type == "cuda"
             if pin:
                 torch.cuda.set_device(self._device)  # a new thread starts on device 0, and would make a context there
             for numbers in steps:
-                located = zip(*corpus.locate(numbers, sources, seed), strict=True)
-                self._ready.put([read_batch(sources, source, row, pin) for source, row in located])
+                located = zip(*corpus.locate(numbers, seed), strict=True)
+                self._ready.put([read_batch(corpus.train, source, row, pin) for source, row in located])
             raise StopIteration
         except Exception as error:
             self._ready.put(error)

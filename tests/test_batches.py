@@ -24,6 +24,7 @@ from halny.model.batches import (
     best_fit_decreasing,
     interleave,
     read_batch,
+    read_in_turn,
     sample_order,
     step_numbers,
 )
@@ -46,9 +47,8 @@ def make(out: Path, lengths, val_lengths=(), shard_tokens: int = 64, vocab_size:
     return out
 
 
-def sources(*folders, seq_len: int = 16, documents: bool = False, split: str = "train"):
-    corpus = Corpus([str(folder) for folder in folders])
-    return corpus, corpus.rows(split, seq_len, documents)
+def corpus_of(*folders, seq_len: int = 16, documents: bool = False) -> Corpus:
+    return Corpus([str(folder) for folder in folders], seq_len, documents)
 
 
 def whole(rows):
@@ -178,22 +178,24 @@ def test_a_mixture_shows_no_pattern():
 
 def test_locate_gives_each_source_its_own_epochs(tmp_path):
     folders = [make(tmp_path / name, [n * 4 + 1]) for name, n in (("a", 5), ("b", 9), ("c", 31))]
-    corpus, rows = sources(f"{folders[0]}:0.5", f"{folders[1]}:0.3", f"{folders[2]}:0.2", seq_len=4)
-    sizes = {dataset.path.name: len(row) for dataset, row in zip(corpus.datasets, rows, strict=True)}
+    corpus = corpus_of(f"{folders[0]}:0.5", f"{folders[1]}:0.3", f"{folders[2]}:0.2", seq_len=4)
+    sizes = {source.dataset.path.name: len(source.train) for source in corpus.sources}
     assert sizes == {"a": 5, "b": 9, "c": 31}
-    source, row = corpus.locate(np.arange(400), rows, seed=6)
+    source, row = corpus.locate(np.arange(400), seed=6)
     seen = defaultdict(list)
     for s, r in zip(source.tolist(), row.tolist(), strict=True):
-        seen[corpus.datasets[s].path.name].append(r)
+        seen[corpus.sources[s].dataset.path.name].append(r)
     assert {name: len(found) for name, found in seen.items()} == pytest.approx({"a": 200, "b": 120, "c": 80}, abs=4)
     for name, n in sizes.items():
         epochs = [seen[name][i : i + n] for i in range(0, len(seen[name]) - n + 1, n)]
         assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) > 1
-    slow = slow_interleave(400, corpus.weights, 6)  # and the whole of it by the slow definitions
+    slow = slow_interleave(
+        400, [source.weight for source in corpus.sources], 6
+    )  # and the whole of it by the slow definitions
     for (s, k), *located in zip(slow, source.tolist(), row.tolist(), strict=True):
-        key = batches._key(6, corpus.datasets[s].fingerprint)
-        assert located == [s, slow_order(len(rows[s]), key, k // len(rows[s]))[k % len(rows[s])]]
+        key, n = batches._key(6, corpus.sources[s].dataset.fingerprint), len(corpus.sources[s].train)
+        assert located == [s, slow_order(n, key, k // n)[k % n]]
 
 
 def test_neither_order_nor_place_nor_scale_of_the_sources_matters(tmp_path):
@@ -202,8 +204,8 @@ def test_neither_order_nor_place_nor_scale_of_the_sources_matters(tmp_path):
     shutil.copytree(a, moved)
 
     def seen(*folders):
-        corpus, rows = sources(*folders)
-        located = corpus.locate(np.arange(300), rows, seed=1)
+        corpus = corpus_of(*folders)
+        located = corpus.locate(np.arange(300), seed=1)
         return corpus.fingerprint, *(x.tolist() for x in located)
 
     one = seen(f"{a}:0.7", f"{b}:0.3")
@@ -214,12 +216,11 @@ def test_neither_order_nor_place_nor_scale_of_the_sources_matters(tmp_path):
 
 def test_one_source_keeps_the_order_of_its_seed(tmp_path):
     a = make(tmp_path / "a", [1000])
-    corpus, rows = sources(a)
-    source, row = corpus.locate(np.arange(200), rows, seed=5)
-    assert not source.any() and row.tolist() == sample_order(np.arange(200), len(rows[0]), 5).tolist()
-    weighted, _ = sources(f"{a}:0.2")
-    assert corpus.fingerprint == weighted.fingerprint == corpus.datasets[0].fingerprint
-    assert weighted.locate(np.arange(200), rows, seed=5)[1].tolist() == row.tolist()
+    corpus, weighted = corpus_of(a), corpus_of(f"{a}:0.2")
+    source, row = corpus.locate(np.arange(200), seed=5)
+    assert not source.any() and row.tolist() == sample_order(np.arange(200), len(corpus.train[0]), 5).tolist()
+    assert corpus.fingerprint == weighted.fingerprint == corpus.sources[0].dataset.fingerprint
+    assert weighted.locate(np.arange(200), seed=5)[1].tolist() == row.tolist()
 
 
 @pytest.mark.parametrize(
@@ -248,8 +249,14 @@ def test_a_mixture_that_cannot_be_is_refused(tmp_path, monkeypatch, weights, wor
     make(Path("other"), [200], vocab_size=200_000)
     shutil.copytree("a", "copy")
     with pytest.raises(DataError) as refusal:
-        Corpus(weights)
+        Corpus(weights, 16)
     assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("documents, lengths", [(False, [1]), (True, [1, 1, 1])])
+def test_nothing_to_train_on_is_refused(tmp_path, documents, lengths):
+    with pytest.raises(DataError, match="a has no tokens to train on"):
+        corpus_of(make(tmp_path / "a", lengths), documents=documents)
 
 
 def test_tokenizers_of_one_vocabulary_but_different_ids_are_refused(tmp_path):
@@ -257,15 +264,15 @@ def test_tokenizers_of_one_vocabulary_but_different_ids_are_refused(tmp_path):
         (tmp_path / f"tokenizer-{name}").mkdir()
         (tmp_path / f"tokenizer-{name}/tokenizer.json").write_text(name)
         write_dataset([np.arange(n)], tmp_path / name, vocab_size=9, tokenizer=tmp_path / f"tokenizer-{name}")
-    with pytest.raises(DataError, match="another tokenizer"):
-        Corpus([f"{tmp_path}/a:1", f"{tmp_path}/b:1"])
+    with pytest.raises(DataError, match="different tokenizers"):
+        corpus_of(tmp_path / "a:1", tmp_path / "b:1")
 
 
 # --- windows and packing ----------------------------------------------------------------------------------------------
 
 
 def test_windows_cover_the_stream_and_end_in_ignored_labels(tmp_path):
-    _, [rows] = sources(make(tmp_path / "a", [100, 102]), seq_len=64)
+    [rows] = corpus_of(make(tmp_path / "a", [100, 102]), seq_len=64).train
     assert len(rows) == 4 and rows.n_targets == 201
     tokens, labels, cu_seqlens, _ = whole(rows)
     assert cu_seqlens is None and tokens.dtype == labels.dtype == torch.int64
@@ -326,17 +333,15 @@ def test_padding_is_under_one_per_cent(mean, sigma):
     assert 1 - sizes.sum() / (len(counts) * 4096) < 0.01
 
 
-@given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=30), at_once=st.integers(1, 30))
+@given(lengths=st.lists(st.integers(1, 60), max_size=30).map(lambda some: [*some, 2]), at_once=st.integers(1, 30))
 @settings(max_examples=25, deadline=None)
 def test_batches_of_documents_never_cross_a_boundary(tmp_path_factory, lengths, at_once):
     folder = make(tmp_path_factory.mktemp("documents") / "d", lengths)
     ends = list(itertools.accumulate(lengths))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Packing, "AT_ONCE", at_once)
-        _, [rows] = sources(folder, seq_len=16, documents=True)
+        [rows] = corpus_of(folder, documents=True).train
     assert isinstance(rows, Packing) and rows.n_targets == sum(lengths) - len(lengths)
-    if not len(rows):
-        return
     tokens, labels, cu_seqlens, max_seqlen = whole(rows)
     boundaries = cu_seqlens.tolist()
     assert cu_seqlens.dtype == torch.int32 and boundaries[0] == 0 and boundaries[-1] == tokens.numel()
@@ -365,7 +370,7 @@ def test_loss_of_a_packed_run_is_that_of_its_documents_alone(tmp_path):
     documents = [rng.integers(0, 256, n) for n in (30, 3, 1, 17, 17, 2, 9, 40, 33, 5)]
     write_dataset(documents, tmp_path / "d", vocab_size=256, shard_tokens=64)
     model = Mistral(PRESETS["test"])
-    _, [rows] = sources(tmp_path / "d", seq_len=40, documents=True)
+    [rows] = corpus_of(tmp_path / "d", seq_len=40, documents=True).train
     in_turn = [np.array([2, 0]), np.array([-1]), np.arange(3, len(rows)), np.array([1])]
     packed = [read_batch([rows], np.zeros(len(numbers), np.int64), numbers) for numbers in in_turn]
     with torch.no_grad():
@@ -380,9 +385,8 @@ def test_loss_of_a_packed_run_is_that_of_its_documents_alone(tmp_path):
 
 
 def load(folders, first: int, last: int, *, documents: bool, rank: int = 0, size: int = 1, micro_batch: int = 2):
-    corpus, rows = sources(*folders, documents=documents)
     steps = (step_numbers(step, rank, size, 8 // size // micro_batch, micro_batch) for step in range(first, last + 1))
-    return Loader(corpus, rows, 3, steps, CPU)
+    return Loader(corpus_of(*folders, documents=documents), 3, steps, CPU)
 
 
 def flat(step):
@@ -414,13 +418,12 @@ def test_loader_resumes_at_any_step_and_divides_over_any_ranks(tmp_path, documen
 def test_loader_gives_what_the_definitions_say(tmp_path):
     rng = np.random.default_rng(0)
     folders = [make(tmp_path / name, rng.integers(1, 60, n)) for name, n in (("a", 40), ("b", 90))]
-    corpus, rows = sources(f"{folders[0]}:2", f"{folders[1]}:1", documents=True)
-    loader = Loader(corpus, rows, 9, [np.array([[4, 0, 7], [90, 91, 2]])], CPU)
+    corpus = corpus_of(f"{folders[0]}:2", f"{folders[1]}:1", documents=True)
+    loader = Loader(corpus, 9, [np.array([[4, 0, 7], [90, 91, 2]])], CPU)
     [got] = list(loader)
     for batch, numbers in zip(got, ([4, 0, 7], [90, 91, 2]), strict=True):
         for i, number in enumerate(numbers):
-            s, r = (int(x[0]) for x in corpus.locate(np.array([number]), rows, 9))
-            expected = read_batch(rows, np.array([s]), np.array([r]))
+            expected = read_batch(corpus.train, *corpus.locate(np.array([number]), 9))
             assert torch.equal(batch.tokens[i], expected.tokens[0]) and torch.equal(batch.labels[i], expected.labels[0])
     assert loader.waited >= 0
     for _ in range(2):
@@ -479,12 +482,25 @@ def test_any_error_of_the_thread_is_raised_by_next(tmp_path, monkeypatch):
         next(load([make(tmp_path / "a", [100])], 1, 1, documents=False))
 
 
+def test_held_out_rows_are_read_in_turn(tmp_path):
+    a, b = (make(tmp_path / name, [50], val_lengths=lengths) for name, lengths in (("a", [33]), ("b", [20, 22])))
+    corpus = corpus_of(f"{a}:1", f"{b}:1")
+    n = sum(map(len, corpus.held_out))
+    batch = read_in_turn(corpus.held_out, np.arange(n + 2))
+    assert n == 5 and (batch.labels[n:] == IGNORED).all()
+    parts = [whole(rows) for rows in corpus.held_out]
+    assert torch.equal(batch.labels[:n], torch.cat([part.labels for part in parts]))
+    assert torch.equal(batch.tokens[:n], torch.cat([part.tokens for part in parts]))
+    _, labels, *_ = read_in_turn(corpus_of(make(tmp_path / "c", [50])).held_out, np.arange(3))  # nothing held out
+    assert (labels == IGNORED).all()
+
+
 @pytest.mark.gpu
 def test_loader_on_a_gpu_gives_the_same(tmp_path):
     """Many more steps than are read ahead, each looked at late: pinned memory used again too early would show."""
     folder = make(tmp_path / "a", np.random.default_rng(0).integers(1, 60, 200), shard_tokens=1000)
-    corpus, rows = sources(folder, documents=True)
+    corpus = corpus_of(folder, documents=True)
     steps = [step_numbers(step, 0, 1, 2, 4) for step in range(1, 65)]
-    on_gpu = list(Loader(corpus, rows, 3, steps, torch.device("cuda", 0)))
+    on_gpu = list(Loader(corpus, 3, steps, torch.device("cuda", 0)))
     assert all(batch.tokens.is_cuda and batch.cu_seqlens.is_cuda for step in on_gpu for batch in step)
-    assert [flat(step) for step in on_gpu] == [flat(step) for step in Loader(corpus, rows, 3, steps, CPU)]
+    assert [flat(step) for step in on_gpu] == [flat(step) for step in Loader(corpus, 3, steps, CPU)]
