@@ -316,6 +316,20 @@ class Corpus:
     def held_out(self) -> list[Rows]:
         return [source.held_out for source in self.sources]
 
+    def describe(self, n_samples: int) -> list[str]:
+        """A line a source: its size, and how often a run of so many samples goes through it."""
+        lines, total = [], sum(source.weight for source in self.sources)
+        for dataset, weight, train, held_out in self.sources:
+            line = f"{dataset.path}: {len(train.stream):,} tokens, {len(train):,} samples of {train.seq_len}"
+            if isinstance(train, Packing):
+                padding = 1 - train.n_targets / (len(train) * train.seq_len)
+                line += f" packed of {train.stream.n_documents:,} documents with {padding:.2%} padding"
+            if len(self.sources) > 1:
+                line += f", {weight / total:.2%} of the run's"
+            epochs = n_samples * weight / total / len(train)
+            lines.append(f"{line}; {epochs:.2f} epochs; held out {len(held_out.stream):,} tokens")
+        return lines
+
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Read every parts-th file of each source: DataError where one is not what its manifest says."""
         for source in self.sources:
