@@ -71,10 +71,14 @@ def sample_order(numbers: np.ndarray, n: int, seed: int) -> np.ndarray:
     return place.astype(np.int64)
 
 
-def step_numbers(step: int, rank: int, world_size: int, accumulation: int, micro_batch: int) -> np.ndarray:
-    """This rank's sample numbers in a step (steps count from 1): [accumulation, micro_batch]."""
-    first, n = (step - 1) * accumulation * world_size * micro_batch, accumulation * world_size * micro_batch
-    return np.arange(first, first + n).reshape(accumulation, world_size, micro_batch)[:, rank]
+def step_numbers(step: int, samples_a_step: int) -> np.ndarray:
+    """The numbers of a step's samples in the order of the run (steps count from 1, samples from 0)."""
+    return np.arange((step - 1) * samples_a_step, step * samples_a_step)
+
+
+def share_of(numbers: np.ndarray, rank: int, world_size: int, micro_batch: int) -> np.ndarray:
+    """A rank's share of a step's samples: [accumulation, micro_batch]."""
+    return numbers.reshape(-1, world_size, micro_batch)[:, rank]
 
 
 # --- mixtures ---------------------------------------------------------------------------------------------------------
@@ -278,17 +282,7 @@ class Corpus:
         documents: bool = False,
         open_dataset: Callable[[Path], Dataset] = Dataset,
     ):
-        named = [parse_source(text) for text in sources]
-        for text, (_, weight) in zip(sources, named, strict=True):
-            if weight is None and len(named) > 1:
-                raise DataError(f"{text}: among several folders each needs a weight, as in {text}:0.5")
-        scale = math.lcm(*(weight.denominator for _, weight in named if weight))
-        weights = [int((weight or 1) * scale) for _, weight in named]
-        weights = [weight // math.gcd(*weights) for weight in weights]
-        if sum(weights) >= 2**31:
-            raise DataError(f"{' '.join(sources)}: the weights have too many digits; round them")
-
-        opened = [(open_dataset(folder), weight) for (folder, _), weight in zip(named, weights, strict=True)]
+        opened = [(open_dataset(folder), weight) for folder, weight in parse_sources(sources)]
         opened.sort(key=lambda entry: entry[0].fingerprint)
         datasets = [dataset for dataset, _ in opened]
         for one, other in itertools.pairwise(datasets):
@@ -330,6 +324,12 @@ class Corpus:
             lines.append(f"{line}; {epochs:.2f} epochs; held out {len(held_out.stream):,} tokens")
         return lines
 
+    def place(self, source: int, row: int) -> str:
+        """Where to look for a row, in words."""
+        starts, _ = self.sources[source].train.pieces(row)
+        of = f" of {self.sources[source].dataset.path}" if len(self.sources) > 1 else ""
+        return f"from token {int(starts[0]):,}{of}"
+
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Read every parts-th file of each source: DataError where one is not what its manifest says."""
         for source in self.sources:
@@ -345,19 +345,30 @@ class Corpus:
         return source, row
 
 
-def parse_source(text: str) -> tuple[Path, Fraction | None]:
-    """A value of --data: DIR or DIR:WEIGHT, as (DIR, WEIGHT or None). A DIR that has a colon must exist."""
-    folder, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return Path(text), None
-    try:
-        if not (folder and 1e-9 <= float(weight) <= 1e9):
-            raise ValueError
-        return Path(folder), Fraction(weight)
-    except ValueError:
-        raise DataError(
-            f"{text}: neither a folder nor FOLDER:WEIGHT with a number between 1e-9 and 1e9 for a weight, as in pl:0.7"
-        ) from None
+def parse_sources(texts: Sequence[str]) -> list[tuple[Path, int]]:
+    """The folders that --data names, and their weights: DIR, or DIR:WEIGHT. A DIR that has a colon must exist."""
+    folders, weights = [], []
+    for text in texts:
+        folder, colon, weight = text.rpartition(":")
+        if not colon or Path(text).exists():
+            if len(texts) > 1:
+                raise DataError(f"{text}: of several folders each needs a weight, as in {text}:0.5")
+            return [(Path(text), 1)]
+        try:
+            if not (folder and 1e-9 <= float(weight) <= 1e9):
+                raise ValueError
+            weights.append(Fraction(weight))
+        except ValueError:
+            raise DataError(
+                f"{text}: no such folder, and no FOLDER:WEIGHT with a weight from 1e-9 to 1e9, as in pl:0.7"
+            ) from None
+        folders.append(Path(folder))
+    scale = math.lcm(*(weight.denominator for weight in weights))
+    whole = [int(weight * scale) for weight in weights]
+    whole = [weight // math.gcd(*whole) for weight in whole]
+    if sum(whole) >= 2**31:
+        raise DataError(f"{' '.join(texts)}: the weights have too many digits; round them")
+    return list(zip(folders, whole, strict=True))
 
 
 def _key(seed: int, fingerprint: str) -> int:

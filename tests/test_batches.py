@@ -26,6 +26,7 @@ from halny.model.batches import (
     read_batch,
     read_in_turn,
     sample_order,
+    share_of,
     step_numbers,
 )
 from halny.model.dataset import DataError, TokenStream, write_dataset
@@ -119,7 +120,7 @@ def test_sample_order_is_a_function_of_the_number_alone():
 @pytest.mark.parametrize("size, micro_batch", [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2)])
 def test_every_division_of_a_step_has_the_same_samples(size, micro_batch):
     for step in (1, 2, 77):
-        parts = [step_numbers(step, rank, size, 8 // size // micro_batch, micro_batch) for rank in range(size)]
+        parts = [share_of(step_numbers(step, 8), rank, size, micro_batch) for rank in range(size)]
         assert all(part.shape == (8 // size // micro_batch, micro_batch) for part in parts)
         assert sorted(np.concatenate(parts, axis=None).tolist()) == list(range(8 * step - 8, 8 * step))
 
@@ -385,7 +386,7 @@ def test_loss_of_a_packed_run_is_that_of_its_documents_alone(tmp_path):
 
 
 def load(folders, first: int, last: int, *, documents: bool, rank: int = 0, size: int = 1, micro_batch: int = 2):
-    steps = (step_numbers(step, rank, size, 8 // size // micro_batch, micro_batch) for step in range(first, last + 1))
+    steps = (share_of(step_numbers(step, 8), rank, size, micro_batch) for step in range(first, last + 1))
     return Loader(corpus_of(*folders, documents=documents), 3, steps, CPU)
 
 
@@ -500,7 +501,7 @@ def test_loader_on_a_gpu_gives_the_same(tmp_path):
     """Many more steps than are read ahead, each looked at late: pinned memory used again too early would show."""
     folder = make(tmp_path / "a", np.random.default_rng(0).integers(1, 60, 200), shard_tokens=1000)
     corpus = corpus_of(folder, documents=True)
-    steps = [step_numbers(step, 0, 1, 2, 4) for step in range(1, 65)]
+    steps = [share_of(step_numbers(step, 8), 0, 1, 4) for step in range(1, 65)]
     on_gpu = list(Loader(corpus, 3, steps, torch.device("cuda", 0)))
     assert all(batch.tokens.is_cuda and batch.cu_seqlens.is_cuda for step in on_gpu for batch in step)
     assert [flat(step) for step in on_gpu] == [flat(step) for step in Loader(corpus, 3, steps, CPU)]

@@ -17,6 +17,7 @@ import torch
 from runs import LONG, REPO, SMALL, checkpoint, column, flip_a_bit, metrics, run, snapshot, start, status, wait_for_step
 
 import train
+from halny.model.batches import Corpus, read_in_turn, sample_order
 from halny.model.convert import load_hf, save_hf
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import Mistral
@@ -36,7 +37,7 @@ def test_command_line_preset_then_file_then_flags(tmp_path):
     assert train.command_line([]) == train.Recipe(run_dir=Path("runs/tiny"))
     bielik = train.command_line(["bielik-7b", "--data", "d"])
     assert (bielik.steps, bielik.lr, bielik.min_lr, bielik.batch_tokens) == (17_350, 3e-5, 2e-5, 4_194_304)
-    assert bielik.run_dir == Path("runs/bielik-7b") and bielik.data == Path("d")
+    assert bielik.run_dir == Path("runs/bielik-7b") and bielik.data == ("d",)
 
     file = tmp_path / "mine.toml"
     file.write_text('preset = "bielik-7b"\nseq-len = 2048\nlr = 1e-4\nresume = false\n')
@@ -161,75 +162,12 @@ def test_learning_rate_schedules():
     assert train.learning_rate(train.resolve(train.command_line([]), world()).recipe, 1) > 0
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 4097])
-def test_sample_order_is_a_new_permutation_every_epoch(n):
-    epochs = [train.sample_order(np.arange(e * n, (e + 1) * n), n, seed=7).tolist() for e in range(3)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    if n >= 64:
-        other_seed = train.sample_order(np.arange(n), n, seed=8).tolist()
-        assert len({tuple(x) for x in [*epochs, other_seed, range(n)]}) == 5
-        for order in (*epochs, other_seed):  # no trace of the order it came from: rank correlation within 4 sigma
-            assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 4 / math.sqrt(n)
-
-
-def test_sample_order_is_a_function_of_the_number_alone():
-    n, numbers = 1000, np.random.default_rng(0).integers(0, 5000, 300)
-    alone = [int(train.sample_order(np.array([i]), n, seed=3)[0]) for i in numbers]
-    assert train.sample_order(numbers, n, seed=3).tolist() == alone
-    assert train.sample_order(np.array([2**40, 2**62]), 2**33 + 1, seed=3).max() < 2**33 + 1
-
-
-def test_samples_cover_the_stream_and_end_in_ignored_labels(small):
-    stream = Dataset(small).split("train")
-    assert train.n_samples(stream, 64) == 4
-    tokens, labels = train.read_samples(stream, np.array([0, 1, 2, 3, -1]), 64)
-    whole = stream.read(0, len(stream))
-    assert tokens[:3].flatten().tolist() == whole[:192].tolist()
-    assert labels[:3].flatten().tolist() == whole[1:193].tolist()
-    assert labels[3, :9].tolist() == whole[193:].tolist() and (labels[3, 9:] == -100).all()
-    assert (labels[4] == -100).all()
-
-
-@pytest.mark.parametrize("size, micro_batch", [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2)])
-def test_every_division_of_the_batch_sees_the_same_samples(size, micro_batch):
-    plan = train.resolve(train.command_line(["--micro-batch", str(micro_batch)]), world(size=size))
-    for step in (1, 2, 77):
-        parts = [train.step_samples(plan, world(rank, size), step, n=50).ravel() for rank in range(size)]
-        expected = train.sample_order(np.arange((step - 1) * 8, step * 8), 50, seed=0)
-        assert sorted(np.concatenate(parts).tolist()) == sorted(expected.tolist())
-
-
-def test_loader_gives_the_steps_in_order_and_passes_errors_on(small):
-    plan = train.resolve(
-        train.command_line(["--model", "test", "--data", "d", "--seq-len", "64", "--batch-tokens", "256"]), world()
-    )
-    stream = Dataset(small).split("train")
-    loader = train.Loader(plan, world(), stream, first=3, last=5)
-    for step in (3, 4, 5):
-        tokens, labels = next(loader)
-        expected = train.read_samples(stream, train.step_samples(plan, world(), step, 4).ravel(), 64)
-        assert torch.equal(tokens.view(4, 64), expected[0]) and torch.equal(labels.view(4, 64), expected[1])
-
-    class Broken:
-        def __len__(self):
-            return 1000
-
-        def read(self, start, length):
-            raise OSError("the shard is gone")
-
-    with pytest.raises(OSError, match="the shard is gone"):
-        next(train.Loader(plan, world(), Broken(), 1, 1))
-
-
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
 def plain_loop(data: Path, steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, by the shortest single-process training loop there is."""
-    stream, model = Dataset(data).split("train"), Mistral(MODELS["test"])
+    [rows], model = Corpus([str(data)], 64).train, Mistral(MODELS["test"])
     model.init_weights(seed=0)
     norms = [p for p in model.parameters() if p.ndim == 1]
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -237,8 +175,7 @@ def plain_loop(data: Path, steps: int) -> list[tuple[float, float]]:
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=False)
     history = []
     for step in range(steps):
-        indices = train.sample_order(np.arange(4 * step, 4 * step + 4), 4, seed=0)
-        tokens, labels = train.read_samples(stream, indices, 64)
+        tokens, labels, *_ = read_in_turn([rows], sample_order(np.arange(4 * step, 4 * step + 4), 4, seed=0))
         logits = model(tokens)
         loss = torch.nn.functional.cross_entropy(logits.view(-1, 256), labels.view(-1))
         optimizer.zero_grad()
@@ -263,7 +200,7 @@ def test_losses_equal_a_plain_loop_on_any_division_of_the_batch(small, tmp_path,
     lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     held_out = [line for line in lines if "val_loss" in line]
     assert [line["step"] for line in held_out] == [4, 8] and "loss" not in held_out[0]
-    tokens, labels = train.read_samples(Dataset(small).split("val"), np.arange(3), 64)
+    tokens, labels, *_ = read_in_turn(Corpus([str(small)], 64).held_out, np.arange(3))
     loss, n_tokens, n_correct = load_hf(tmp_path / "r/export")(tokens, labels)
     assert n_tokens == 149
     assert held_out[-1]["val_loss"] == pytest.approx(loss.item() / 149, rel=1e-5)
@@ -415,7 +352,7 @@ def test_init_from_hugging_face_is_exact_and_keeps_its_sizes(small, tmp_path):
     model = Mistral(MODELS["test"])
     save_hf(model, tmp_path / "hf")
     run(*SMALL, "--data", small, "--init-from", "hf", "--steps", 1, "--run-dir", "r", ranks=2, cwd=tmp_path)
-    tokens, labels = train.read_samples(Dataset(small).split("train"), np.arange(4), 64)
+    tokens, labels, *_ = read_in_turn(Corpus([str(small)], 64).train, np.arange(4))
     loss, n_tokens, _ = model(tokens, labels)
     assert column(tmp_path / "r", "loss")[0][0] == pytest.approx((loss / n_tokens).item(), rel=1e-5)
 
