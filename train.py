@@ -9,7 +9,7 @@ The file reads from top to bottom:
     1  the recipe          every setting, once, with its help; presets; command line and TOML
     2  starting up         signals, processes, refusals that every rank hears
     3  the plan            everything derived from the recipe, before anything is allocated or written
-    4  data                opened, and refused where the model cannot train on it
+    4  data                what model/batches.py makes of --data, and this rank's share of it
     5  model, optimizer    meta device -> FSDP2 -> weights; AdamW; the learning rate
     6  one step            forward, backward, clip, update or not; evaluation
     7  the run             the loop, and what it leaves behind
@@ -241,7 +241,7 @@ def command_line(arguments: list[str]) -> Recipe:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110),
     )
     parser._negative_number_matcher = re.compile(r"-\.?\d|-(inf|nan)")  # argparse takes -1e-3 for a flag otherwise
-    parser.add_argument("preset", nargs="?", default="tiny", metavar="PRESET", help="preset or recipe file [tiny]")
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help="preset or recipe file [tiny]")
     groups = {}
     for name, s in SETTINGS.items():
         if s.metadata["group"] not in groups:
@@ -264,6 +264,10 @@ def command_line(arguments: list[str]) -> Recipe:
 
     values = vars(given)
     preset = values.pop("preset")
+    *names, last = values.get("data", [""])
+    if preset is None and names and (last in PRESETS or last.endswith(".toml")):
+        preset, values["data"] = last, names  # --data takes all the names that follow it, a preset too
+    preset = preset or "tiny"
     if preset.endswith(".toml"):
         base, run_name = read_toml(Path(preset)), Path(preset).stem
     elif preset in PRESETS:
@@ -417,6 +421,7 @@ def model_config(recipe: Recipe) -> MistralConfig:
 
 
 def data_or_refused(make: Callable, *arguments):
+    """``make(*arguments)``, with its DataError as a refusal of --data."""
     try:
         return make(*arguments)
     except DataError as error:
@@ -1113,8 +1118,8 @@ def run_to_exit_code(recipe: Recipe) -> int:
         return code
     except Refused as refusal:
         refuse(refusal)
-    except Failed as failure:
-        reason, speaks = str(failure), rank == 0
+    except (Failed, DataError) as failure:  # this rank alone may have missed a shard
+        reason, speaks = str(failure), rank == 0 or isinstance(failure, DataError)
         if speaks:
             print(f"train.py: stopped: {reason}", file=sys.stderr)
     except BaseException as error:

@@ -14,7 +14,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import LONG, REPO, SMALL, checkpoint, column, flip_a_bit, metrics, run, snapshot, start, status, wait_for_step
+from runs import (
+    LONG,
+    REPO,
+    SMALL,
+    Ranks,
+    checkpoint,
+    column,
+    flip_a_bit,
+    lines,
+    metrics,
+    ranks_run,
+    run,
+    snapshot,
+    start,
+    status,
+    wait_for_step,
+)
 
 import train
 from halny.model.batches import Corpus, read_in_turn, sample_order
@@ -46,6 +62,19 @@ def test_command_line_preset_then_file_then_flags(tmp_path):
     assert mine.run_dir == Path("runs/mine")
 
 
+def test_data_is_one_folder_or_several_with_weights(tmp_path):
+    two = ("pl:0.7", "en:0.3")
+    assert train.command_line(["--data", *two, "--documents"]).data == two
+    assert train.command_line(["--data", "x", "--data", *two, "--steps", "4"]).data == two
+    after = train.command_line(["--data", *two, "bielik-7b"])  # the preset may come last
+    assert after.data == two and after.steps == 17_350 and after.run_dir == Path("runs/bielik-7b")
+    file = tmp_path / "mine.toml"
+    file.write_text('data = ["pl:0.7", "en:0.3"]')
+    assert train.command_line([str(file)]).data == two == train.command_line(["--data", *two, str(file)]).data
+    file.write_text('data = "pl"')
+    assert train.command_line([str(file)]).data == ("pl",)
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -63,6 +92,7 @@ def test_command_line_preset_then_file_then_flags(tmp_path):
         (["--seed", str(2**63)], ["--seed"]),
         (["--dtype", "fp16"], ["--dtype", "fp16", "bf16, fp32"]),
         (["--data", ""], ["--data", "''"]),
+        (["--data"], ["--data"]),
         (["--stepz", "4"], ["--stepz", "--steps"]),
         (["bielik"], ["bielik", "bielik-7b"]),
         (["tiny", "extra"], ["extra"]),
@@ -93,6 +123,9 @@ def test_command_line_refuses_naming_flag_and_value(arguments, words):
         ("lr = 1" + "0" * 400, ["lr"]),
         ("steps = 1" + "0" * 5000, ["TOML"]),
         ('run_dir = "a\\u0000b"', ["run_dir"]),
+        ("data = []", ["data", "[]"]),
+        ('data = ["a:1", 2]', ["data", "2"]),
+        ("data = 1", ["data", "1"]),
     ],
 )
 def test_toml_refuses_naming_file_key_and_value(tmp_path, text, words):
@@ -137,6 +170,9 @@ def test_resolve_divides_the_batch():
         (["--lr", "1e-3", "--min-lr", "1e-2"], 1, ["--min-lr 0.01", "--lr 0.001"]),
         (["--model", "test"], 1, ["--data", "32000", "256"]),
         (["--model", "mistral-8b"], 1, ["--model mistral-8b", "mistral-7b"]),
+        (["--data", "pl:0", "en:1"], 1, ["--data pl:0", "1e-9"]),
+        (["--data", "pl:lots"], 1, ["--data pl:lots", "weight"]),
+        (["--data", "pl:1", "en"], 1, ["--data en", "weight"]),
     ],
 )
 def test_resolve_refuses_what_cannot_be(arguments, size, words):
@@ -197,8 +233,7 @@ def test_losses_equal_a_plain_loop_on_any_division_of_the_batch(small, tmp_path,
     np.testing.assert_allclose(ours, plain, rtol=2e-5)
     assert ours[0][0] - ours[-1][0] > 0.05
 
-    lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
-    held_out = [line for line in lines if "val_loss" in line]
+    held_out = [line for line in lines(tmp_path / "r") if "val_loss" in line]
     assert [line["step"] for line in held_out] == [4, 8] and "loss" not in held_out[0]
     tokens, labels, *_ = read_in_turn(Corpus([str(small)], 64).held_out, np.arange(3))
     loss, n_tokens, n_correct = load_hf(tmp_path / "r/export")(tokens, labels)
@@ -206,6 +241,53 @@ def test_losses_equal_a_plain_loop_on_any_division_of_the_batch(small, tmp_path,
     assert held_out[-1]["val_loss"] == pytest.approx(loss.item() / 149, rel=1e-5)
     assert held_out[-1]["val_accuracy"] == pytest.approx(n_correct.item() / 149)
     assert status(tmp_path / "r") | {"state": "finished", "step": 8} == status(tmp_path / "r")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """Folders a and b of short documents over the same 40 tokens, each with some held out."""
+    folder, rng = tmp_path_factory.mktemp("two"), np.random.default_rng(0)
+
+    def documents(n, stride):
+        return [np.arange(length) * stride % 40 for length in rng.integers(1, 150, n)]
+
+    for name, stride in (("a", 7), ("b", 3)):
+        write_dataset(documents(30, stride), folder / name, vocab_size=256, val_documents=documents(4, stride))
+    return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--documents"]])
+def test_a_mixture_trains_alike_on_one_rank_and_two_and_over_a_stop(two, tmp_path, flags):
+    command = [*SMALL, *flags, "--steps", 20, "--lr", "3e-3", "--eval-every", 10, "--save-every", 5]
+    alone = ranks_run(*command, "--data", f"{two}/a:0.7", f"{two}/b:0.3", "--run-dir", "alone", cwd=tmp_path).out
+    assert f"{two}/a: " in alone and "70.00% of the run's" in alone and ("padding" in alone) == bool(flags)
+    losses = column(tmp_path / "alone", "loss")
+    assert losses[0][0] - losses[-1][0] > 0.5
+
+    command += ["--data", f"{two}/b:3", f"{two}/a:7"]  # the same mixture
+    ranks_run(*command, "--run-dir", "both", ranks=2, cwd=tmp_path)
+    np.testing.assert_allclose(column(tmp_path / "both", "loss"), losses, rtol=1e-5)
+    shutil.copytree(tmp_path / "both", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped/checkpoints/step-00000020")
+    ranks_run(*command, "--run-dir", "stopped", ranks=2, cwd=tmp_path)
+    assert column(tmp_path / "stopped", "loss") == column(tmp_path / "both", "loss")
+
+    rows = Corpus([f"{two}/a:7", f"{two}/b:3"], 64, bool(flags)).held_out
+    batch = read_in_turn(rows, np.arange(sum(map(len, rows))))
+    loss, n_tokens, _ = load_hf(tmp_path / "both/export")(*batch)
+    held_out = [line["val_loss"] for line in lines(tmp_path / "both") if "val_loss" in line]
+    assert held_out[-1] == pytest.approx(loss.item() / n_tokens.item(), rel=1e-5)
+
+
+def test_a_shard_that_is_cut_short_during_a_run_ends_it_by_name(two, tmp_path):
+    shutil.copytree(two, tmp_path / "two")
+    process = Ranks(*LONG, "--data", "two/a:1", "two/b:1", "--steps", 5000, "--run-dir", "r", ranks=2, cwd=tmp_path)
+    wait_for_step(process, tmp_path / "r", 3)
+    os.truncate(tmp_path / "two/b/train-00000.npy", 200)
+    assert process.codes() == [train.FAILED] * 2
+    assert "two/b/train-00000.npy: was changed or replaced" in process.err and "Traceback" not in process.err
+    failed = status(tmp_path / "r")
+    assert failed["state"] == "failed" and "two/b/train-00000.npy" in failed["reason"]
 
 
 def test_metrics_lines_say_what_they_should(small, tmp_path):
