@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halny.model.dataset import DataError, Dataset, TokenStream
+from halny.model.dataset import AGAIN, DataError, Dataset, TokenStream
 
 IGNORED = -100  # the label of a position that has no target
 
@@ -163,7 +163,8 @@ class Packing:
         ends = _document_ends(stream)
         documents = range(0, len(ends) - 1, self.AT_ONCE)
         parts = [_pack(ends[first : first + self.AT_ONCE + 1], seq_len) for first in documents]
-        self._starts, self._lengths, counts = map(np.concatenate, zip(_pack(ends[:1], seq_len), *parts, strict=True))
+        parts.append(_pack(ends[:1], seq_len))  # of no documents: there may be no others, as in an empty split
+        self._starts, self._lengths, counts = map(np.concatenate, zip(*parts, strict=True))
         self._first_piece = np.concatenate([[0], counts.cumsum()])
         self.n_targets = int(self._lengths.sum(dtype=np.int64))
 
@@ -183,6 +184,8 @@ def _document_ends(stream: TokenStream) -> np.ndarray:
     """Where each document of a stream ends, after a 0 where the first begins."""
     ends, start = [np.zeros(1, np.int64)], 0
     for shard in stream.shards:
+        if len(shard.ends) and (shard.ends[-1] > len(shard.tokens) or np.diff(shard.ends, prepend=0).min() < 0):
+            raise DataError(f"{shard.tokens.filename}: the ends of its documents are not in order; {AGAIN}")
         ends.append(shard.ends + start)
         start += len(shard.tokens)
     return np.concatenate(ends)
@@ -194,8 +197,6 @@ def _pack(ends: np.ndarray, seq_len: int) -> tuple[np.ndarray, np.ndarray, np.nd
     Returns the pieces' starts (int64) and lengths (int32), row after row, and how many pieces each row has.
     """
     begins, positions = ends[:-1], np.diff(ends) - 1
-    if len(positions) and positions.min() < -1:
-        raise DataError(f"the documents' ends are not in order: {int(ends[1:][positions < -1][0])} is before another")
     begins, positions = begins[positions > 0], positions[positions > 0]
     n_full, rest = positions // seq_len, positions % seq_len
     nth = np.arange(n_full.sum()) - np.repeat(n_full.cumsum() - n_full, n_full)

@@ -361,9 +361,12 @@ def test_batches_of_documents_never_cross_a_boundary(tmp_path_factory, lengths, 
     assert sorted(predicted) == sorted(set(range(ends[-1])) - {0, *ends})
 
 
-def test_boundaries_out_of_order_are_refused():
-    with pytest.raises(DataError, match="not in order"):
-        batches._pack(np.array([0, 10, 5, 20]), 16)
+@pytest.mark.parametrize("ends", [[12, 10, 15], [-1, 10, 15], [2**62, 10, 15]])
+def test_documents_out_of_order_are_refused_before_anything_is_made_of_them(tmp_path, ends):
+    folder = make(tmp_path / "a", [5, 5, 5])
+    np.save(folder / "train-00000.documents.npy", np.array(ends))
+    with pytest.raises(DataError, match=r"train-00000\.npy: the ends of its documents"):
+        corpus_of(folder, documents=True)
 
 
 def test_loss_of_a_packed_run_is_that_of_its_documents_alone(tmp_path):
