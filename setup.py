@@ -19,9 +19,11 @@ CORE = [
     "mistral-common>=1.8",
     "sentencepiece>=0.2",
 ]
+DATA = ["pyarrow>=17"]
 EXTRAS = {
     # kernels: Hugging Face's, whose import name ours must leave alone
-    "test": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.8", "kernels>=0.10"],
+    "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "ruff>=0.8", "kernels>=0.10", *DATA],
+    "data": DATA,  # for prepare_data's .parquet and .jsonl.zst
     "flash": ["flash-attn-4>=4.0.0b36; platform_system == 'Linux'"],  # FlashAttention for Hopper and Blackwell
     "log": ["tensorboard>=2.16", "wandb>=0.17"],
 }

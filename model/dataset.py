@@ -13,6 +13,9 @@ shard of its own. Nothing in the folder depends on time, place or machine: the s
 The folder is written beside its final name as ``.NAME.partial``, each file synced, the manifest last, and then renamed:
 under the final name it is complete or absent. The partial folder is locked while its process lives (flock on the
 directory itself, so that there is no lock file to leave behind); a dead one's is emptied and used.
+
+Read as well, by `open_dataset`: raw .bin files of token ids, as nanoGPT and ALLaMo (ids alone) and llm.c (behind a
+header of 256 int32: a magic number, a version, the number of ids) write them.
 """
 
 import bisect
@@ -28,6 +31,7 @@ import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +43,7 @@ FORMAT, VERSION = "halny-tokens", 1
 SPLITS = ("train", "val")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 SHARD_TOKENS = 2**27
+CHUNK = 1 << 22  # tokens looked at in one go
 AGAIN = "prepare it again with python -m halny.model.prepare_data"
 RESTORE = "restore it as it was, and the same command continues the run"
 
@@ -68,14 +73,20 @@ def write_dataset(
     files = {} if tokenizer is None else tokenizer_files(Path(tokenizer))
     if tokenizer is not None and "tokenizer.json" not in files:
         raise DataError(f"{tokenizer}: no tokenizer.json in it; name a folder that holds a fast tokenizer")
+    empty = 0
     with new_folder(out) as folder, Writer(folder, vocab_size, shard_tokens) as writer:
         for split, stream in zip(SPLITS, (documents, val_documents), strict=True):
             for ids in stream:
-                writer.add(split, np.asarray(ids))
+                ids = np.asarray(ids)
+                empty += ids.ndim == 1 and not len(ids)
+                writer.add(split, ids)
         if not writer.documents["train"]:
             raise DataError(f"no documents to write to {out}; give some to train on")
+        counts = {
+            "input": {"documents": writer.total("documents") + empty, "skipped": {"empty": empty} if empty else {}}
+        }
         name = None if tokenizer is None else Path(tokenizer).resolve().name
-        writer.finish(name, files, {"bos_id": None, "eos_id": None}, settings or {})
+        writer.finish(name, files, {"bos_id": None, "eos_id": None}, settings or {}, counts)
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
@@ -154,12 +165,11 @@ class Writer:
         if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or not 1 <= vocab_size <= 2**32:
             raise DataError(f"vocab_size must be between 1 and 2**32, got {vocab_size!r}")
         self.folder, self.vocab_size, self.shard_tokens = folder, vocab_size, shard_tokens
-        self.dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self.dtype = token_dtype(vocab_size)
         self.open = {}  # split -> (file, ends of its documents so far)
         self.shards = {split: [] for split in SPLITS}
         self.documents = dict.fromkeys(SPLITS, 0)
         self.tokens = dict.fromkeys(SPLITS, 0)
-        self.empty = 0
 
     def __enter__(self) -> "Writer":
         return self
@@ -171,26 +181,36 @@ class Writer:
     def total(self, what: str) -> int:
         return sum(getattr(self, what).values())
 
-    def add(self, split: str, ids: np.ndarray) -> None:
+    def add(self, split: str, ids: np.ndarray, lengths: np.ndarray | None = None) -> None:
+        """Documents one after the other in `ids`, each of its length and none empty; without lengths it is one."""
         if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
             raise DataError(f"a document must be a 1-D array of integers, got {ids.dtype} of shape {ids.shape}")
+        ends = np.array([len(ids)]) if lengths is None else np.cumsum(lengths, dtype=np.int64)
         if not len(ids):
-            self.empty += 1
             return
         if (bad := ids.min()) < 0 or (bad := ids.max()) >= self.vocab_size:
-            where = f"document {self.total('documents')}: token id {bad}"
+            number = self.total("documents") + int(np.searchsorted(ends, np.flatnonzero(ids == bad)[0], side="right"))
+            where = f"document {number}: token id {bad}"
             raise DataError(f"{where} is outside the vocabulary of {self.vocab_size}; check the tokenizer's files")
-        if split in self.open and self.open[split][1][-1] + len(ids) > self.shard_tokens:
-            self._close(split)
-        if split not in self.open:
-            file = open(self.folder / f"{split}-{len(self.shards[split]):05d}.npy", "wb")  # noqa: SIM115 closed by _close
-            file.write(_npy_header(self.dtype, 0))  # the real one follows when the length is known
-            self.open[split] = (file, array("q"))
-        file, ends = self.open[split]
-        file.write(ids.astype(self.dtype).tobytes())
-        ends.append((ends[-1] if ends else 0) + len(ids))
-        self.documents[split] += 1
-        self.tokens[split] += len(ids)
+        first = begin = 0  # the first document that is not yet written, and the token where it begins
+        while first < len(ends):
+            full = self.open[split][1][-1] if split in self.open else 0
+            last = int(np.searchsorted(ends, begin + self.shard_tokens - full, side="right"))  # those before it fit
+            if last <= first and full:
+                self._close(split)
+                continue
+            last = max(last, first + 1)
+            if split not in self.open:
+                file = open(self.folder / f"{split}-{len(self.shards[split]):05d}.npy", "wb")  # noqa: SIM115 see _close
+                file.write(_npy_header(self.dtype, 0))  # the real one follows when the length is known
+                self.open[split] = (file, array("q"))
+            file, shard_ends = self.open[split]
+            end = int(ends[last - 1])
+            file.write(ids[begin:end].astype(self.dtype, copy=False).tobytes())
+            shard_ends.frombytes((ends[first:last] - begin + full).astype("q").tobytes())
+            self.documents[split] += last - first
+            self.tokens[split] += end - begin
+            first, begin = last, end
 
     def _close(self, split: str) -> None:
         file, ends = self.open.pop(split)
@@ -208,7 +228,9 @@ class Writer:
         sync(path)
         return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
-    def finish(self, tokenizer: str | None, files: dict[str, bytes], document: dict, settings: dict) -> None:
+    def finish(
+        self, tokenizer: str | None, files: dict[str, bytes], document: dict, settings: dict, counts: dict | None = None
+    ) -> None:
         for split in list(self.open):
             self._close(split)
         manifest = {
@@ -220,7 +242,7 @@ class Writer:
             "document": document,  # the ids before and after each; null for none, or for whatever the caller wrote
             "tokenizer": None,
             "settings": settings,
-            "empty_documents_skipped": self.empty,
+            **(counts or {}),  # of the input: what became of its documents
             "splits": {
                 split: {"documents": self.documents[split], "tokens": self.tokens[split], "files": self.shards[split]}
                 for split in SPLITS
@@ -248,6 +270,10 @@ def _npy_header(dtype: np.dtype, length: int) -> bytes:
 
 def one_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def to_json(value: dict, indent: int | None = None) -> bytes:
@@ -376,6 +402,11 @@ class Dataset:
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Reads every byte of every parts-th file: DataError where one is not what the manifest says."""
+        for path in self.changed_files(part, parts):
+            raise DataError(f"{path}: its SHA-256 is not the manifest's, the file has changed; {AGAIN}")
+
+    def changed_files(self, part: int = 0, parts: int = 1) -> Iterator[Path]:
+        """Reads every byte of every parts-th file: those that are not what the manifest says."""
         shards = [shard for split in SPLITS for shard in self.manifest["splits"][split]["files"]]
         records = [(self.path, record) for shard in shards for record in (shard, shard["boundaries"])]
         if self.tokenizer is not None:
@@ -383,7 +414,7 @@ class Dataset:
         for folder, record in records[part::parts]:
             path = folder / record["name"]
             if sha256(path) != record["sha256"]:
-                raise DataError(f"{path}: its SHA-256 is not the manifest's, the file has changed; {AGAIN}")
+                yield path
 
     def _read_manifest(self) -> dict:
         path = self.path / "manifest.json"
@@ -441,6 +472,114 @@ class Dataset:
             raise DataError(f"{path}: missing; {AGAIN}")
         if (size := path.stat().st_size) != record["bytes"]:
             raise DataError(f"{path}: {size} bytes, the manifest says {record['bytes']} (cut short?); {AGAIN}")
+
+
+# llm.c's dev/data/data_common.py: (magic number, version) -> dtype
+LLM_C_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
+LLM_C_HEADER_BYTES = 256 * 4
+
+
+class RawDataset:
+    """Token ids in raw .bin files, with the interface of `Dataset`, less the manifest: train, and val if there is one.
+
+    vocab_size   as given, else the whole range of the dtype; `verify` holds the ids to it
+    fingerprint  a hash of dtype and all bytes; reads them all when first asked for
+    tokenizer    None: the files do not say
+    A file has no document boundaries and so counts as one document.
+    """
+
+    tokenizer = None
+
+    def __init__(self, train: Path, val: Path | None, dtype: str | None = None, vocab_size: int | None = None):
+        files = {"train": train} if val is None else {"train": train, "val": val}
+        self.path = train if val is None else train.parent
+        self.files = list(files.values())
+        shards = {split: _map_raw(path, dtype) for split, path in files.items()}
+        if len({tokens.dtype for tokens in shards.values()}) > 1:
+            raise DataError(f"{train} holds {shards['train'].dtype}, {val} {shards['val'].dtype}; they must be alike")
+        self.dtype = shards["train"].dtype
+        most = np.iinfo(self.dtype).max + 1
+        if vocab_size is not None and not 1 <= vocab_size <= most:
+            raise DataError(f"{train}: a vocabulary of {vocab_size} does not fit {self.dtype}; give the right --dtype")
+        self.vocab_size = vocab_size or most
+        self._streams = {
+            split: TokenStream([Shard(shards[split], np.array([len(shards[split])]))] if split in shards else [])
+            for split in SPLITS
+        }
+
+    def split(self, name: str) -> TokenStream:
+        """The stream of "train" or "val"; val may be empty."""
+        if name not in SPLITS:
+            raise DataError(f"a dataset has the splits {' and '.join(SPLITS)}, got {name!r}")
+        return self._streams[name]
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Reads the parts-th share of the ids: DataError where one is outside the vocabulary.
+
+        A raw file has no checksum of its own; that it is the same as before only `fingerprint` can tell.
+        """
+        for path, split in zip(self.files, SPLITS, strict=False):
+            tokens = self._streams[split].shards[0].tokens
+            for start in range(part * CHUNK, len(tokens), parts * CHUNK):
+                if (bad := int(tokens[start : start + CHUNK].max())) >= self.vocab_size:
+                    where = start + int((tokens[start : start + CHUNK] == bad).argmax())
+                    raise DataError(
+                        f"{path}: id {bad} at token {where} is outside the vocabulary of {self.vocab_size}; give the "
+                        "right --dtype, or the model of these data"
+                    )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        identity = [self.dtype.name, *(sha256(path) for path in self.files)]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _map_raw(path: Path, dtype: str | None) -> np.ndarray:
+    if dtype not in (None, "uint16", "uint32"):
+        raise DataError(f"--dtype {dtype}: {path} can hold uint16 or uint32; choose one")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = np.frombuffer(file.read(12), dtype="<i4")
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "too short"
+        raise DataError(f"{path}: cannot be read as token ids ({reason}); check the path") from error
+    offset, known = 0, LLM_C_HEADERS.get(tuple(header[:2].tolist()))
+    if known is not None and size >= LLM_C_HEADER_BYTES:
+        if dtype not in (None, known):
+            raise DataError(f"--dtype {dtype}: {path} has the header of llm.c for {known}; leave the flag out")
+        dtype, offset, told = known, LLM_C_HEADER_BYTES, int(header[2])
+        if size != offset + told * np.dtype(dtype).itemsize:
+            raise DataError(
+                f"{path}: {size} bytes, its header says {told} tokens of {dtype} (cut short?); copy it again"
+            )
+    if dtype is None:
+        raise DataError(
+            f"{path}: a .bin file without a header does not say what it holds; give --dtype uint16 or uint32"
+        )
+    kind = np.dtype(dtype).newbyteorder("<")
+    if (size - offset) % kind.itemsize:
+        raise DataError(f"{path}: {size} bytes are no whole number of {dtype} (cut short?); check the file and --dtype")
+    if size == offset:
+        raise DataError(f"{path}: no tokens in it; name another")
+    return np.memmap(path, dtype=kind, mode="r", offset=offset)
+
+
+def open_dataset(path: Path, dtype: str | None = None, vocab_size: int | None = None) -> "Dataset | RawDataset":
+    """A data folder, a raw .bin file, or a folder that holds a train.bin and perhaps a val.bin.
+
+    dtype and vocab_size are for raw files: "uint16" or "uint32", needed unless a header says so; and what `verify`
+    holds the ids to.
+    """
+    path = Path(path)
+    if path.is_dir() and not is_dataset(path) and (path / "train.bin").is_file():
+        val = path / "val.bin"
+        return RawDataset(path / "train.bin", val if val.is_file() else None, dtype, vocab_size)
+    if path.suffix == ".bin":
+        return RawDataset(path, None, dtype, vocab_size)
+    if dtype is not None:
+        raise DataError(f"--dtype {dtype}: only raw .bin files need it, and {path} is none; leave the flag out")
+    return Dataset(path)
 
 
 def _check_manifest(manifest: dict) -> None:

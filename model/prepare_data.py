@@ -1,20 +1,30 @@
-"""Text to token shards: ``python -m halny.model.prepare_data INPUT... --out DIR``, and the reader of what it writes.
+"""Text to token shards: ``python -m halny.model.prepare_data INPUT... --out DIR``.
 
-A document is BOS + ids + EOS. Text is data: "</s>" written in a document is four characters, never the end of it.
-Held-out documents are chosen by a hash of their text, so neither order nor company matters. The folder that comes out
-is described in model/dataset.py, the tokenizers in model/tokenizer.py.
+A document is BOS + ids + EOS, or without either as the flags say. Text is data: "</s>" written in a document is four
+characters, never the end of it. Held-out documents are chosen by a hash of their text, so neither order nor company
+matters. The way of a document, and where it is told in full:
+
+    files -> blocks of a megabyte, in order            model/documents.py, in the main process
+    block -> texts, --keep, ids                        model/encode.py, in worker processes (model/workers.py)
+    ids, in the order of the input -> --dedup, shards  here and model/dataset.py, in the main process again
+
+What comes out depends on the input alone, not on the number of workers: blocks are cut without regard to it, and
+results are taken in order. Memory depends on the number of workers and the largest document, not on the corpus, --dedup
+aside.
+
+Processes and not the tokenizers library's own threads, since those stand still while Python parses JSON before them and
+turns ids into arrays after them, a tenth of the time of one core and so most of the time of many.
 """
 
 import argparse
-import hashlib
-import json
 import os
 import platform
-import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -31,103 +41,36 @@ from halny.model.dataset import (
     new_folder,
     write_dataset,
 )
-from halny.model.tokenizer import MISTRAL, load_tokenizer
+from halny.model.documents import (
+    ENDINGS,
+    MAX_DOCUMENT_BYTES,
+    Block,
+    Condition,
+    Part,
+    check_packages,
+    ending,
+    find_files,
+    parse_conditions,
+    read_blocks,
+)
+from halny.model.encode import Encoded, Job, encoder_of_blocks, held_out
+from halny.model.tokenizer import MISTRAL, Tokenizer, load_tokenizer
+from halny.model.workers import WorkerDied, ordered_map
 
-__all__ = ["DataError", "Dataset", "TokenStream", "is_dataset", "prepare", "prepare_builtin", "write_dataset"]
+__all__ = [
+    "DataError",
+    "Dataset",
+    "TokenStream",
+    "held_out",
+    "is_dataset",
+    "prepare",
+    "prepare_builtin",
+    "write_dataset",
+]
 
-ENDINGS = (".txt", ".jsonl")
-BATCH_CHARACTERS = 1 << 21  # a call of the tokenizer, whose encodings take some 100 bytes a token until written
-BATCH_DOCUMENTS = 8192
+SMALL = 4 << 20  # bytes of input that are not worth the start of a worker
+HOPELESS = 10_000  # faults before the first document, after which the flags are to blame and not the input
 BUILTIN_VAL_FRACTION = 0.08
-
-
-# --- documents --------------------------------------------------------------------------------------------------------
-
-
-def find_files(inputs: Iterable[Path]) -> tuple[list[Path], int]:
-    """The .txt and .jsonl files that inputs name, folders walked in sorted order, and how many others folders hold."""
-    files, ignored = [], 0
-    for name in map(Path, inputs):
-        if name.is_dir():
-            found = sorted(path for path in name.rglob("*") if path.is_file())
-            kept = [path for path in found if path.suffix.lower() in ENDINGS and not _is_hidden(path, name)]
-            files, ignored = files + kept, ignored + len(found) - len(kept)
-        elif not name.is_file():
-            raise DataError(f"{name}: no such file or folder; check the path")
-        elif name.suffix.lower() not in ENDINGS:
-            raise DataError(f"{name}: the ending {name.suffix!r} is not supported; give {' or '.join(ENDINGS)} files")
-        else:
-            files.append(name)
-    seen = set()
-    for file in files:
-        if not os.access(file, os.R_OK):
-            raise DataError(f"{file}: not readable; check its permissions")
-        if (real := file.resolve()) in seen:
-            raise DataError(f"{file}: named twice among the inputs, which would double its documents; name it once")
-        seen.add(real)
-    if not files:
-        raise DataError(f"no {' or '.join(ENDINGS)} files in {', '.join(map(str, inputs)) or 'the inputs'}; name some")
-    return files, ignored
-
-
-def _is_hidden(path: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-
-def read_documents(files: Iterable[Path], text_key: str) -> Iterator[tuple[str, int]]:
-    """Yields (text, bytes of the file it took) of each document; DataError names file and line."""
-    for file in files:
-        is_text = file.suffix.lower() == ".txt"
-        try:
-            with open(file, "rb") as stream:
-                for number, raw in enumerate([stream.read()] if is_text else stream, start=1):
-                    text = _decode(raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw, file, number)
-                    if is_text:
-                        yield text, len(raw)
-                    elif text.strip():  # a blank line is no document
-                        yield _text_of_line(text, text_key, f"{file}:{number}"), len(raw)
-        except OSError as error:
-            raise DataError(f"{file}: cannot be read ({error.strerror}); check the file or leave it out") from error
-
-
-def _decode(raw: bytes, file: Path, first_line: int) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = first_line + raw.count(b"\n", 0, error.start)
-        byte = f"byte 0x{raw[error.start]:02x}"
-        raise DataError(
-            f"{file}:{line}: not valid UTF-8 ({byte}); convert the file with iconv or leave it out"
-        ) from None
-
-
-def _text_of_line(line: str, text_key: str, where: str) -> str:
-    mend = "mend or remove the line"
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
-        raise DataError(f"{where}: not valid JSON ({reason}); {mend}") from None
-    if not isinstance(record, dict):
-        raise DataError(f"{where}: a JSON {type(record).__name__} where an object was expected; {mend}")
-    if text_key not in record:
-        keys = ", ".join(map(repr, list(record)[:8])) or "none"
-        raise DataError(f"{where}: no key {text_key!r} (keys of this line: {keys}); name the right one with --text-key")
-    text = record[text_key]
-    if not isinstance(text, str):
-        kind = type(text).__name__
-        raise DataError(f"{where}: {text_key!r} is of type {kind}, not a string; {mend}, or name another --text-key")
-    if lone := re.search("[\ud800-\udfff]", text):
-        raise DataError(f"{where}: {text_key!r} holds the lone surrogate \\u{ord(lone.group()):04x}; {mend}")
-    return text
-
-
-def held_out(text: str, val_fraction: float) -> bool:
-    """Whether a document belongs to the held-out split: a pure function of its text."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") < val_fraction * 2.0**64
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def prepare(
@@ -136,90 +79,255 @@ def prepare(
     tokenizer: str | Path = MISTRAL,
     *,
     text_key: str = "text",
+    keep: Iterable[str] = (),
+    dedup: bool = False,
+    strict: bool = False,
+    bos: bool | None = None,
+    eos: bool | None = None,
     val_fraction: float = 0.005,
     shard_tokens: int = SHARD_TOKENS,
+    workers: int | None = None,
     progress: bool = True,
 ) -> None:
-    """Tokenizes .txt files (a document each), .jsonl files (a document a line) and folders of them into a data folder.
+    """Tokenizes files, and folders of them, into a data folder; --help says more of the options.
 
-    Raises DataError, naming file, line and remedy, and then leaves nothing behind. Memory depends on the largest
-    document, not on the corpus.
+    keep     conditions on metadata, as "quality=HIGH"; a document must fulfil all
+    strict   DataError at the first document that cannot be used, instead of counting those
+    bos, eos whether documents get them; None: if the tokenizer has them
+    workers  processes beside this one; None: as many as cores, or none for a few megabytes
+
+    Raises DataError, naming file, line and remedy, or WorkerDied, and then leaves nothing behind.
     """
     if not isinstance(val_fraction, int | float) or not 0 <= val_fraction < 1:
         raise DataError(f"--val-fraction {val_fraction}: must be at least 0 and less than 1, for example 0.005")
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise DataError(f"--workers {workers}: must be a positive number of processes, for example 8")
+    inputs, conditions = [Path(name) for name in inputs], parse_conditions(keep)
     files, ignored = find_files(inputs)
-    settings = {"text_key": text_key, "val_fraction": val_fraction, "shard_tokens": shard_tokens}
-    size = sum(file.stat().st_size for file in files)
-    _prepare(read_documents(files, text_key), out, tokenizer, settings, size if progress else None, ignored)
+    check_packages(files)
+    if conditions and (text := next((file for _, file in files if ending(file) == ".txt"), None)):
+        raise DataError(f"--keep {conditions[0].text}: {text} has no metadata; leave .txt files out")
+    size = sum(file.stat().st_size for _, file in files)
+    if workers is None:
+        workers = 0 if size < SMALL else len(os.sched_getaffinity(0))
+    blocks = read_blocks(files, text_key, conditions)
+    settings = {"text_key": text_key, "keep": [condition.text for condition in conditions], "dedup": bool(dedup)}
+    settings |= {"val_fraction": val_fraction, "shard_tokens": shard_tokens}
+    sources = [name.resolve().name for name in inputs]
+    _prepare(
+        blocks,
+        out,
+        load_tokenizer(tokenizer),
+        settings,
+        sources,
+        conditions=conditions,
+        bos=bos,
+        eos=eos,
+        strict=strict,
+        workers=workers,
+        total_bytes=size if progress else None,
+        ignored=ignored,
+    )
 
 
 def prepare_builtin(out: Path) -> None:
     """The corpus that every CPython carries: its language reference, a document a topic, with Mistral's tokenizer."""
     from pydoc_data.topics import topics
 
-    documents = ((topics[name], 0) for name in sorted(topics))
     source = f"pydoc_data.topics of Python {platform.python_version()}"
+    parts = [Part(f"{source}, {name}", 1, topics[name].encode(), is_text=True) for name in sorted(topics)]
     settings = {"source": source, "val_fraction": BUILTIN_VAL_FRACTION, "shard_tokens": SHARD_TOKENS}
-    _prepare(documents, out, MISTRAL, settings, None)
+    _prepare([Block(0, parts, 0)], out, load_tokenizer(MISTRAL), settings, [source])
 
 
 def _prepare(
-    documents: Iterator[tuple[str, int]],
+    blocks: Iterable[Block],
     out: Path,
-    tokenizer: str | Path,
+    tokenizer: Tokenizer,
     settings: dict,
-    total_bytes: int | None,  # of the input, for the progress bar; None for silence
+    sources: list[str],
+    *,
+    conditions: Iterable[Condition] = (),
+    bos: bool | None = None,
+    eos: bool | None = None,
+    strict: bool = False,
+    workers: int = 0,
+    total_bytes: int | None = None,  # of the input, for the progress bar; None for silence
     ignored: int = 0,
 ) -> None:
-    from tqdm import tqdm
-
-    began, out = time.monotonic(), check_out(out)
+    began, given_out, out = time.monotonic(), out, check_out(out)
     shard_tokens = check_shard_tokens(settings["shard_tokens"])
-    tokenizer = load_tokenizer(tokenizer)
-    encoder = tokenizer.encoder()
-    head = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-    tail = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
-    quiet = total_bytes is None or not sys.stderr.isatty()
+    job = Job(
+        tokenizer=tokenizer,
+        bos_id=_marker("bos", bos, tokenizer, tokenizer.bos_id),
+        eos_id=_marker("eos", eos, tokenizer, tokenizer.eos_id),
+        text_key=settings.get("text_key", "text"),
+        keep=tuple(conditions),
+        val_fraction=settings["val_fraction"],
+        dedup=settings.get("dedup", False),
+    )
+    tally = Tally(len(sources), job.dedup)
+    if workers:
+        encoded = ordered_map(encoder_of_blocks, job, blocks, workers)
+    else:
+        encode = encoder_of_blocks(job)
+        encoded = (encode(block) for block in blocks)
     with (
         new_folder(out) as folder,
         Writer(folder, tokenizer.vocab_size, shard_tokens) as writer,
-        tqdm(total=total_bytes, unit="B", unit_scale=True, disable=quiet, desc="prepare_data") as bar,
+        closing(encoded),
+        Progress(total_bytes) as progress,
     ):
-        for batch in _batches(documents):
-            encodings = encoder.encode_batch_fast([text for text, _ in batch], add_special_tokens=False)
-            for (text, _), encoding in zip(batch, encodings, strict=True):
-                ids = np.array(head + encoding.ids + tail if text else [], dtype=np.int64)
-                writer.add("val" if held_out(text, settings["val_fraction"]) else "train", ids)
-            bar.update(sum(size for _, size in batch))
-            bar.set_postfix_str(f"{writer.total('documents'):,} documents, {writer.total('tokens'):,} tokens")
-        documents, val, tokens = writer.total("documents"), writer.documents["val"], writer.total("tokens")
-        if not documents:
-            raise DataError(f"no documents in the input ({writer.empty:,} empty ones); add some text")
-        if val == documents:
+        for block in encoded:
+            keep = tally.add(block)
+            if tally.first_faults and strict:
+                raise DataError(f"{next(iter(tally.first_faults.values()))} (refused because of --strict)")
+            if tally.faults.total() >= HOPELESS and not tally.documents.sum():
+                first = next(iter(tally.first_faults.values()))
+                raise DataError(f"none of the first {tally.faults.total():,} documents can be used; the first: {first}")
+            for split, chosen in (("train", keep & ~block.val), ("val", keep & block.val)):
+                ids = block.ids if chosen.all() else block.ids[np.repeat(chosen, block.lengths)]
+                writer.add(split, ids, block.lengths[chosen])
+            progress.update(block.size, writer.total("documents"), writer.total("tokens"))
+        n_documents, n_val = writer.total("documents"), writer.documents["val"]
+        if not n_documents:
+            raise DataError(f"no documents in the input ({tally.line() or 'it is empty'}); add some text")
+        if n_val == n_documents:
             fraction = settings["val_fraction"]
-            raise DataError(f"--val-fraction {fraction}: holds out all of {documents} documents; choose a smaller one")
-        policy = {"bos_id": tokenizer.bos_id, "eos_id": tokenizer.eos_id}
-        writer.finish(tokenizer.name, tokenizer.files, policy, settings)
+            raise DataError(
+                f"--val-fraction {fraction}: holds out all of {n_documents} documents; choose a smaller one"
+            )
+        policy = {"bos_id": job.bos_id, "eos_id": job.eos_id}
+        writer.finish(tokenizer.name, tokenizer.files, policy, settings, tally.record(sources))
     if total_bytes is not None:
-        empty = f", {writer.empty:,} empty ones skipped" if writer.empty else ""
         others = f"; {ignored:,} files of other endings or hidden ignored" if ignored else ""
         print(
-            f"prepare_data: {out}: {documents:,} documents ({val:,} held out{empty}), {tokens:,} tokens, from "
-            f"{total_bytes / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s{others}",
+            f"prepare_data: {given_out}: {n_documents:,} documents ({n_val:,} held out), {writer.total('tokens'):,} "
+            f"tokens, from {total_bytes / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s{others}",
+            *tally.lines(),
+            sep="\n",
             file=sys.stderr,
         )
 
 
-def _batches(documents: Iterator[tuple[str, int]]) -> Iterator[list[tuple[str, int]]]:
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        size += len(document[0])
-        if size >= BATCH_CHARACTERS or len(batch) >= BATCH_DOCUMENTS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _marker(name: str, wanted: bool | None, tokenizer: Tokenizer, token_id: int | None) -> int | None:
+    if wanted and token_id is None:
+        raise DataError(f"--{name}: the tokenizer {tokenizer.name} has no {name.upper()} token; leave the flag out")
+    return None if wanted is False else token_id
+
+
+class Tally:
+    """What became of the documents of the input, by reason and by source."""
+
+    def __init__(self, n_sources: int, dedup: bool):
+        self.n_read, self.dropped, self.faults, self.first_faults = 0, Counter(), Counter(), {}
+        self.documents, self.tokens = np.zeros(n_sources, np.int64), np.zeros(n_sources, np.int64)
+        self.seen = DigestSet() if dedup else None
+
+    def add(self, block: Encoded) -> np.ndarray:
+        """Counts a block, and says which of its documents stay: all that were not seen before."""
+        self.n_read += block.n_documents
+        self.dropped += block.dropped
+        self.faults += block.faults
+        self.first_faults = block.first_faults | self.first_faults
+        keep = np.ones(len(block.lengths), bool) if self.seen is None else self.seen.add(block.digests)
+        if duplicates := int((~keep).sum()):
+            self.dropped["duplicate"] += duplicates
+        self.documents[block.source] += keep.sum()
+        self.tokens[block.source] += block.lengths[keep].sum()
+        return keep
+
+    def record(self, sources: list[str]) -> dict:
+        """For the manifest."""
+        counts = zip(sources, self.documents.tolist(), self.tokens.tolist(), strict=True)
+        return {
+            "input": {
+                "documents": self.n_read,
+                "dropped": dict(sorted(self.dropped.items())),
+                "skipped": dict(sorted(self.faults.items())),
+            },
+            "sources": [{"name": name, "documents": n, "tokens": tokens} for name, n, tokens in counts],
+        }
+
+    def lines(self) -> list[str]:
+        kept = int(self.documents.sum())
+        lines = [f"  dropped {n:,}: {reason}" for reason, n in sorted(self.dropped.items())]
+        lines += [
+            f"  skipped {n:,}: {reason}; the first: {self.first_faults[reason]}" for reason, n in self.faults.items()
+        ]
+        return [f"  kept    {kept:,} of {self.n_read:,} documents", *lines] if lines else []
+
+    def line(self) -> str:
+        return "; ".join(line.strip() for line in self.lines()[1:])
+
+
+class DigestSet:
+    """A set of 128-bit digests: open addressing in one array, 24 to 48 bytes each, where a Python set takes 130."""
+
+    def __init__(self):
+        self.table, self.n = np.zeros((1 << 10, 2), np.uint64), 0  # a row of zeros is free; no digest is in 2^128 years
+
+    def add(self, digests: np.ndarray) -> np.ndarray:
+        """Which rows of [n, 2] uint64 are new, the first among equals, and puts them in."""
+        unique, first = np.unique(digests, axis=0, return_index=True)
+        while 3 * (self.n + len(unique)) > 2 * len(self.table):
+            old = self.table[self.table.any(axis=1)]
+            self.table = np.zeros((2 * len(self.table), 2), np.uint64)
+            self._insert(old)
+        new = self._insert(unique)
+        self.n += int(new.sum())
+        out = np.zeros(len(digests), bool)
+        out[first[new]] = True
+        return out
+
+    def _insert(self, digests: np.ndarray) -> np.ndarray:
+        mask, new, rest = np.uint64(len(self.table) - 1), np.zeros(len(digests), bool), np.arange(len(digests))
+        slots = digests[:, 0] & mask
+        while len(rest):
+            free = rest[~self.table[slots[rest]].any(axis=1)]
+            self.table[slots[free]] = digests[free]  # where several want one slot, the last gets it
+            there = (self.table[slots[rest]] == digests[rest]).all(axis=1)
+            new[free[(self.table[slots[free]] == digests[free]).all(axis=1)]] = True
+            rest = rest[~there]
+            slots[rest] = (slots[rest] + np.uint64(1)) & mask
+        return new
+
+
+class Progress:
+    """A bar on a terminal, elsewhere a line every half minute: documents, MB/s, tokens/s, time left."""
+
+    EVERY = 30  # seconds
+
+    def __init__(self, total_bytes: int | None):
+        self.total, self.done, self.began = total_bytes, 0, time.monotonic()
+        self.said = self.began
+
+    def __enter__(self) -> "Progress":
+        from tqdm import tqdm
+
+        off = self.total is None or not sys.stderr.isatty()
+        self.bar = tqdm(total=self.total, unit="B", unit_scale=True, disable=off, desc="prepare_data")
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def update(self, size: int, n_documents: int, n_tokens: int) -> None:
+        self.done += size
+        self.bar.update(size)
+        now = time.monotonic()
+        rate = n_tokens / max(now - self.began, 1e-9)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"{n_documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
+        elif self.total is not None and now - self.said > self.EVERY and self.done:
+            self.said, passed = now, now - self.began
+            print(
+                f"prepare_data: {self.done / self.total:.0%}, {n_documents:,} documents, "
+                f"{self.done / passed / 1e6:.1f} MB/s, {rate:,.0f} tokens/s, "
+                f"{passed * (self.total - self.done) / self.done:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -238,37 +346,85 @@ def _terminate(*_) -> None:
     raise _Terminated
 
 
-def main(argv: list[str] | None = None) -> int:
+DESCRIPTION = f"""Tokenizes text into a folder of memory-mapped token shards for train.py --data.
+
+INPUT is .txt (a document a file), .jsonl, .jsonl.gz or .jsonl.zst (a JSON object a line), .parquet (a row a document),
+or folders of them, walked in sorted order. The same input gives the same bytes, whatever the number of workers.
+
+Kept as they are: NUL, CR LF, every character that is one. Not text: a byte-order mark at the start of a file.
+Skipped, and counted by reason with the first place of each: empty documents; bytes that are not UTF-8; lines that are
+not JSON, no object, without the key, or with something other than a string there; lone surrogates; null; documents over
+{MAX_DOCUMENT_BYTES >> 20} MiB; .parquet files without the column; what follows the damage in a damaged file.
+With --strict the first of them refuses the whole.
+"""
+EPILOG = """Exit codes: 0 done; 1 a worker died; 2 refused; 130 interrupted; 143 terminated (nothing written unless 0).
+With --check: 0 clean; 1 not clean; 2 nothing that could be opened.
+"""
+
+
+def _arguments() -> _Parser:
     parser = _Parser(
         prog="python -m halny.model.prepare_data",
-        description="Tokenizes text into a folder of memory-mapped token shards for train.py --data.",
-        epilog="Exit codes: 0 done, 2 refused (nothing is written), 130 interrupted, 143 terminated (likewise).",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    inputs = ".txt (a document a file), .jsonl (a JSON object a line), or folders of them, walked in sorted order"
-    add("inputs", nargs="+", type=Path, metavar="INPUT", help=inputs)
-    add("--out", required=True, type=Path, metavar="DIR", help="data folder to make; must not exist, or be empty")
+    add("inputs", nargs="*", type=Path, metavar="INPUT", help=f"{', '.join(ENDINGS)} files or folders of them")
+    add("--out", type=Path, metavar="DIR", help="data folder to make; must not exist, or be empty")
     names = "folder with a tokenizer.json, or Mistral-7B-v0.1's own by name (default: %(default)s)"
     add("--tokenizer", default=MISTRAL, metavar=f"DIR|{MISTRAL}", help=names)
-    add("--text-key", default="text", metavar="KEY", help="key of the text in .jsonl lines (default: %(default)s)")
+    add("--text-key", default="text", metavar="KEY", help="key or column of the text (default: %(default)s)")
+    condition = (
+        "keep only documents whose metadata fulfil this, as quality=HIGH or 'quality_prob>0.9' (operators = != > >= "
+    )
+    condition += "< <=; a dot in KEY leads into nested objects); given several times, all must hold"
+    add("--keep", action="append", default=[], metavar="CONDITION", help=condition)
+    drop = "drop documents whose text came before, the first stays; takes 24 to 48 bytes of memory a document"
+    add("--dedup", action="store_true", help=drop)
+    add("--strict", action="store_true", help="refuse the input at the first document that would be skipped")
+    has = "put {} {} each document (default: if the tokenizer has it)"
+    add("--bos", action=argparse.BooleanOptionalAction, help=has.format("BOS", "before"))
+    add("--eos", action=argparse.BooleanOptionalAction, help=has.format("EOS", "after"))
     share = "share of documents held out for evaluation, chosen by a hash of their text (default: %(default)s)"
     add("--val-fraction", default=0.005, type=float, metavar="F", help=share)
     most = "tokens in a shard, at most, unless one document has more (default: %(default)s)"
     add("--shard-tokens", default=SHARD_TOKENS, type=int, metavar="N", help=most)
+    add("--workers", type=int, metavar="N", help="processes (default: as many as cores)")
+    check = parser.add_argument_group("checking")
+    add = check.add_argument
+    whole = "read all of a data folder or .bin file, and say what is wrong with it and what is in it"
+    add("--check", type=Path, metavar="DIR", help=whole)
+    add("--tokens-per-second", type=float, metavar="N", help="of the training to come: how many days an epoch takes")
+    add("--dtype", choices=("uint16", "uint32"), help="of the tokens in a .bin file without a header")
+    add("--vocab-size", type=int, metavar="N", help="vocabulary of a .bin file")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _arguments()
     args = parser.parse_args(argv)
+    if args.check is None and not (args.inputs and args.out):
+        parser.error("give INPUT and --out, or --check")
+    if args.check is not None and (args.inputs or args.out):
+        parser.error("--check takes neither INPUT nor --out")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        options = {"text_key": args.text_key, "val_fraction": args.val_fraction, "shard_tokens": args.shard_tokens}
-        prepare(args.inputs, args.out, args.tokenizer, **options)
+        if args.check is not None:
+            from halny.model.check_data import check
+
+            return 0 if check(args.check, args.tokens_per_second, args.dtype, args.vocab_size) else 1
+        names = "text_key keep dedup strict bos eos val_fraction shard_tokens workers"
+        prepare(args.inputs, args.out, args.tokenizer, **{name: getattr(args, name) for name in names.split()})
         return 0
     except DataError as error:
         message, code = str(error), 2
+    except WorkerDied as error:
+        message, code = f"{error}; nothing was written", 1
     except KeyboardInterrupt as error:
         terminated = isinstance(error, _Terminated)
-        message, code = (
-            ("terminated" if terminated else "interrupted") + "; nothing was written",
-            143 if terminated else 130,
-        )
+        message, code = ("terminated", 143) if terminated else ("interrupted", 130)
+        message += "; nothing was written"
     finally:
         signal.signal(signal.SIGTERM, before)
     print("prepare_data: " + " ".join(message.splitlines()), file=sys.stderr)
