@@ -67,8 +67,11 @@ class Recipe:
         choices=("auto", "reference"))
 
     data: tuple[str, ...] | None = setting("data", None,
-        "folder made by python -m halny.model.prepare_data, or several and the share of samples from each, as in "
-        "pl:0.7 en:0.3 [built in: the Python language reference]")
+        "folder made by python -m halny.model.prepare_data or raw .bin file; or several and the share of samples from "
+        "each, as in pl:0.7 en:0.3 [built in: the Python language reference]")
+    data_dtype: str | None = setting("data", None,
+        "dtype of the ids where --data is a raw .bin file (nanoGPT's, llm.c's, ALLaMo's) whose header does not say",
+        choices=("uint16", "uint32"))
     documents: bool = setting("data", False,
         "whole documents packed best-fit, attention inside each only, instead of windows of the concatenated text")
     seq_len: int = setting("data", 128, "tokens in a sample", minimum=1)
@@ -358,10 +361,11 @@ from halny.model.batches import (  # noqa: E402
 )
 from halny.model.checkpoint import Saver, step_of, training_state  # noqa: E402
 from halny.model.convert import check_hf_weights, load_hf_weights, read_hf_config, save_hf  # noqa: E402
+from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset  # noqa: E402
 from halny.model.durable import in_words, write_json  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
-from halny.model.prepare_data import DataError, prepare_builtin  # noqa: E402
+from halny.model.prepare_data import prepare_builtin  # noqa: E402
 from halny.model.ranks import (  # noqa: E402
     Probe,
     Watch,
@@ -425,7 +429,7 @@ def data_or_refused(make: Callable, *arguments):
     try:
         return make(*arguments)
     except DataError as error:
-        raise Refused(f"--data {error}") from None
+        raise Refused(f"--data {error}".replace("--dtype", "--data-dtype")) from None  # prepare_data's name for it
 
 
 def resolve(recipe: Recipe, world: World) -> Plan:
@@ -528,7 +532,14 @@ def describe(plan: Plan, world: World, corpus: Corpus) -> str:
 
 def open_data(sources: tuple[str, ...], plan: Plan) -> Corpus:
     """The data that --data names, opened and cut into samples; Refused if this model cannot train on it."""
-    corpus = data_or_refused(Corpus, sources, plan.recipe.seq_len, plan.recipe.documents)
+    dtype = plan.recipe.data_dtype
+
+    def open_one(path: Path) -> Dataset | RawDataset:
+        return open_dataset(path, None if is_dataset(path) else dtype, plan.model.vocab_size)
+
+    corpus = data_or_refused(Corpus, sources, plan.recipe.seq_len, plan.recipe.documents, open_one)
+    if dtype and not any(isinstance(source.dataset, RawDataset) for source in corpus.sources):
+        raise Refused(f"--data-dtype {dtype} belongs to raw .bin files, and {' '.join(sources)} is none; leave it out")
     padded = -(-corpus.vocab_size // 128) * 128  # models are often padded to a multiple of 128 rows, and that is fine
     if not corpus.vocab_size <= plan.model.vocab_size <= padded:
         raise Refused(

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halny.model.dataset import AGAIN, DataError, Dataset, TokenStream
+from halny.model.dataset import AGAIN, DataError, Dataset, RawDataset, TokenStream, open_dataset
 
 IGNORED = -100  # the label of a position that has no target
 
@@ -259,7 +259,7 @@ def best_fit_decreasing(sizes: np.ndarray, capacity: int) -> np.ndarray:
 
 
 class Source(NamedTuple):
-    dataset: Dataset
+    dataset: Dataset | RawDataset
     weight: int
     train: Rows
     held_out: Rows
@@ -281,13 +281,16 @@ class Corpus:
         sources: Sequence[str],
         seq_len: int,
         documents: bool = False,
-        open_dataset: Callable[[Path], Dataset] = Dataset,
+        open_dataset: Callable[[Path], Dataset | RawDataset] = open_dataset,
     ):
         opened = [(open_dataset(folder), weight) for folder, weight in parse_sources(sources)]
         opened.sort(key=lambda entry: entry[0].fingerprint)
         datasets = [dataset for dataset, _ in opened]
-        for one, other in itertools.pairwise(datasets):
+        for one, other in itertools.combinations(datasets, 2):
             _check_goes_together(one, other)
+        for dataset in datasets:
+            if documents and isinstance(dataset, RawDataset):
+                raise DataError(f"{dataset.path}: a raw file does not say where documents end; leave --documents out")
         cut = Packing if documents else Windows
         self.sources = [
             Source(dataset, weight, cut(dataset.split("train"), seq_len), cut(dataset.split("val"), seq_len))
@@ -296,7 +299,7 @@ class Corpus:
         for source in self.sources:
             if not len(source.train):
                 raise DataError(f"{source.dataset.path} has no tokens to train on")
-        self.vocab_size = datasets[0].vocab_size
+        self.vocab_size = min(dataset.vocab_size for dataset in datasets)
         self.tokenizer = next((dataset.tokenizer for dataset in datasets if dataset.tokenizer), None)
         self.fingerprint = datasets[0].fingerprint
         if len(opened) > 1:
@@ -376,10 +379,10 @@ def _key(seed: int, fingerprint: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {fingerprint}".encode()).digest()[:8], "big")
 
 
-def _check_goes_together(one: Dataset, other: Dataset) -> None:
+def _check_goes_together(one: Dataset | RawDataset, other: Dataset | RawDataset) -> None:
     if one.fingerprint == other.fingerprint:
         raise DataError(f"{one.path} and {other.path} hold the same tokens; name one of them, with the sum of weights")
-    if one.vocab_size != other.vocab_size:
+    if one.vocab_size != other.vocab_size and not any(isinstance(dataset, RawDataset) for dataset in (one, other)):
         raise DataError(
             f"{one.path} has a vocabulary of {one.vocab_size}, {other.path} of {other.vocab_size}; prepare them with "
             "one tokenizer"

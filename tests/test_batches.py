@@ -29,7 +29,7 @@ from halny.model.batches import (
     share_of,
     step_numbers,
 )
-from halny.model.dataset import DataError, TokenStream, write_dataset
+from halny.model.dataset import DataError, TokenStream, open_dataset, write_dataset
 from halny.model.mistral import PRESETS, Mistral
 
 CPU = torch.device("cpu")
@@ -267,6 +267,21 @@ def test_tokenizers_of_one_vocabulary_but_different_ids_are_refused(tmp_path):
         write_dataset([np.arange(n)], tmp_path / name, vocab_size=9, tokenizer=tmp_path / f"tokenizer-{name}")
     with pytest.raises(DataError, match="different tokenizers"):
         corpus_of(tmp_path / "a:1", tmp_path / "b:1")
+
+
+def test_raw_files_mix_with_data_folders(tmp_path):
+    folder, raw = make(tmp_path / "a", [100], vocab_size=1000), tmp_path / "b.bin"
+    np.arange(500, 900, dtype="<u2").tofile(raw)
+
+    def open_one(path):
+        return open_dataset(path, "uint16" if path == raw else None, 1024)
+
+    corpus = Corpus([f"{folder}:1", f"{raw}:2"], 16, open_dataset=open_one)
+    assert corpus.vocab_size == 1000
+    [i] = [i for i, source in enumerate(corpus.sources) if source.dataset.path == raw]
+    assert whole(corpus.train[i]).labels.flatten()[:399].tolist() == list(range(501, 900))
+    with pytest.raises(DataError, match=r"b\.bin: a raw file does not say where documents end"):
+        Corpus([str(raw)], 16, documents=True, open_dataset=open_one)
 
 
 # --- windows and packing ----------------------------------------------------------------------------------------------

@@ -181,6 +181,25 @@ def test_resolve_refuses_what_cannot_be(arguments, size, words):
     assert all(word in str(refusal.value) for word in words)
 
 
+def test_data_dtype_is_for_raw_files(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.arange(250, dtype="<u4").tofile("ids.bin")
+
+    def opened(*arguments):
+        plan = train.resolve(train.command_line(["--model", "test", "--seq-len", "64", "--data", *arguments]), world())
+        return train.open_data(plan.recipe.data, plan)
+
+    assert opened("ids.bin", "--data-dtype", "uint32").vocab_size == 256
+    assert len(opened("ids.bin:1", f"{small}:1", "--data-dtype", "uint32").sources) == 2
+    for arguments, words in (
+        (["ids.bin"], "--data ids.bin: .* give --data-dtype uint16 or uint32"),
+        ([str(small), "--data-dtype", "uint16"], "--data-dtype uint16 .* leave it out"),
+        (["ids.bin", "--data-dtype", "uint32", "--documents"], "--data ids.bin: .* leave --documents out"),
+    ):
+        with pytest.raises(train.Refused, match=words):
+            opened(*arguments)
+
+
 def test_learning_rate_schedules():
     def rates(*arguments):
         recipe = train.resolve(train.command_line(["--lr", "1e-3", "--min-lr", "1e-4", *arguments]), world()).recipe
