@@ -117,7 +117,7 @@ def prepare(
     _prepare(
         blocks,
         out,
-        load_tokenizer(tokenizer),
+        tokenizer,
         settings,
         sources,
         conditions=conditions,
@@ -137,13 +137,13 @@ def prepare_builtin(out: Path) -> None:
     source = f"pydoc_data.topics of Python {platform.python_version()}"
     parts = [Part(f"{source}, {name}", 1, topics[name].encode(), is_text=True) for name in sorted(topics)]
     settings = {"source": source, "val_fraction": BUILTIN_VAL_FRACTION, "shard_tokens": SHARD_TOKENS}
-    _prepare([Block(0, parts, 0)], out, load_tokenizer(MISTRAL), settings, [source])
+    _prepare([Block(0, parts, 0)], out, MISTRAL, settings, [source])
 
 
 def _prepare(
     blocks: Iterable[Block],
     out: Path,
-    tokenizer: Tokenizer,
+    tokenizer: str | Path,
     settings: dict,
     sources: list[str],
     *,
@@ -156,7 +156,7 @@ def _prepare(
     ignored: int = 0,
 ) -> None:
     began, given_out, out = time.monotonic(), out, check_out(out)
-    shard_tokens = check_shard_tokens(settings["shard_tokens"])
+    shard_tokens, tokenizer = check_shard_tokens(settings["shard_tokens"]), load_tokenizer(tokenizer)
     job = Job(
         tokenizer=tokenizer,
         bos_id=_marker("bos", bos, tokenizer, tokenizer.bos_id),
