@@ -6,6 +6,7 @@ in flash-attn 2.8.3, its hopper/ and flash-attn-4 4.0.0b36, check the calls and 
 run every backend that imports.
 """
 
+import importlib.util
 import itertools
 import sys
 import types
@@ -748,7 +749,7 @@ def install(monkeypatch):
 
     module._load.cache_clear()
     monkeypatch.setattr(module, "_modules", {})
-    monkeypatch.setattr(module, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     yield install
     module._load.cache_clear()
 
@@ -851,9 +852,8 @@ def test_the_deterministic_flag_reaches_the_backward(name, install):
 
 def test_packages_that_are_missing_or_broken(install, monkeypatch, tmp_path):
     """Missing: how to install it. Broken: what its import said. Neither stops auto."""
-    for name in ("flash2", "flash3", "flash4"):
-        package = PACKAGE_OF[name]
-        assert (module._load(package) or f"{package} is not installed").startswith(f"{package} is not installed")
+    if importlib.util.find_spec("flash_attn") is not None:
+        pytest.skip("flash_attn is installed, and comes before the broken one here")
     # flash-attn-4 alone makes flash_attn a namespace package, which is no flash-attn 2
     (tmp_path / "flash_attn" / "cute").mkdir(parents=True)
     (tmp_path / "flash_attn" / "cute" / "__init__.py").touch()
@@ -907,15 +907,18 @@ def test_flash_attention_4_as_operators(packed, install):
     assert calls == {"compiled": 2, "checkpointed": 3, "selectively": 2}  # forward, backward, and one forward again
 
 
-@pytest.mark.parametrize("name", ["flash2", "flash3"])
-def test_flash_attention_2_and_3_compile(name, install, monkeypatch):
-    """The import stays out of the graph."""
+@pytest.mark.parametrize("name", VERSIONS)
+def test_plan_and_call_compile_into_one_graph(name, install, monkeypatch):
+    """The choice, with the import that it may take, is made while tracing."""
     install(name)
     monkeypatch.setattr(StandIn, "check", lambda *_: None)  # the stand-in's own checks read values
-    plan = hopper_plan(backend=name, window=3)
     q, k, v = random_qkv(2, 12, 4, 2, 16)
+    assert hopper_plan(window=3).backend == name
+    module._load.cache_clear()
     torch._dynamo.reset()
-    function = torch.compile(lambda *x: planned_attention(*x, plan), fullgraph=True, backend="aot_eager")
+    function = torch.compile(
+        lambda *x: planned_attention(*x, hopper_plan(window=3)), fullgraph=True, backend="aot_eager"
+    )
     torch.testing.assert_close(function(q, k, v), attention_reference(q, k, v, window=3))
 
 
