@@ -346,6 +346,9 @@ def test_a_finished_run_says_so_and_remakes_what_is_missing(small, tmp_path):
     weights = (tmp_path / "r/export/model.safetensors").read_bytes()
     (tmp_path / "r/export/model.safetensors").unlink()
     (tmp_path / "r/curves.png").unlink()
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    del config["recipe"]["documents"]  # a run from before there was this switch is one without it
+    (tmp_path / "r/config.json").write_text(json.dumps(config))
     out = run(*command, cwd=tmp_path).stdout
     assert "finished" in out and (tmp_path / "r/curves.png").exists()
     assert (tmp_path / "r/export/model.safetensors").read_bytes() == weights
