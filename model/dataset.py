@@ -608,6 +608,15 @@ def _check_manifest(manifest: dict) -> None:
     if manifest["tokenizer"] is not None:
         for record in manifest["tokenizer"]["files"]:
             check_file(record, TOKENIZER_FILES)
+    for record in manifest.get("sources", []):  # which, as "input", write_dataset and older versions leave out
+        count(record, "documents")
+        count(record, "tokens")
+        if not isinstance(record["name"], str):
+            raise TypeError(f"a source's name is {record['name']!r}")
+    if counts := manifest.get("input"):
+        count(counts, "documents")
+        for reason in [*counts.get("dropped", {}), *counts["skipped"]]:
+            count(counts["skipped"] if reason in counts["skipped"] else counts["dropped"], reason)
     for split in SPLITS:
         record = manifest["splits"][split]
         count(record, "documents")

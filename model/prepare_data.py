@@ -113,7 +113,7 @@ def prepare(
     blocks = read_blocks(files, text_key, conditions)
     settings = {"text_key": text_key, "keep": [condition.text for condition in conditions], "dedup": bool(dedup)}
     settings |= {"val_fraction": val_fraction, "shard_tokens": shard_tokens}
-    sources = [name.resolve().name for name in inputs]
+    sources = [os.fsencode(name.resolve().name).decode(errors="replace") for name in inputs]
     _prepare(
         blocks,
         out,
@@ -182,7 +182,7 @@ def _prepare(
             keep = tally.add(block)
             if tally.first_faults and strict:
                 raise DataError(f"{next(iter(tally.first_faults.values()))} (refused because of --strict)")
-            if tally.faults.total() >= HOPELESS and not tally.documents.sum():
+            if tally.faults.total() >= HOPELESS and not tally.documents.sum() and not tally.dropped:
                 first = next(iter(tally.first_faults.values()))
                 raise DataError(f"none of the first {tally.faults.total():,} documents can be used; the first: {first}")
             for split, chosen in (("train", keep & ~block.val), ("val", keep & block.val)):
