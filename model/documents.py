@@ -145,13 +145,13 @@ def read_blocks(files: Iterable[tuple[int, Path]], text_key: str, keep: "list[Co
 
 def _read_text(file: Path) -> tuple[Part, int]:
     if (size := file.stat().st_size) > MAX_DOCUMENT_BYTES:
-        return Part(str(file), 1, _too_large(file, 1), is_text=True), size
+        return Part(str(file), 1, _too_large(f"{file}:1"), is_text=True), size
     return Part(str(file), 1, file.read_bytes().removeprefix(BOM), is_text=True), size
 
 
-def _too_large(file: Path, line: int) -> Fault:
+def _too_large(where: str) -> Fault:
     size = f"a document of over {MAX_DOCUMENT_BYTES >> 20} MiB"
-    return Fault("too large", f"{file}:{line}: {size}, a whole corpus in one?; split it, or give it as .jsonl")
+    return Fault("too large", f"{where}: {size}, a whole corpus in one?; split it, or give it as .jsonl")
 
 
 def _read_lines(file: Path, kind: str) -> Iterator[tuple[Part, int]]:
@@ -168,7 +168,7 @@ def _read_lines(file: Path, kind: str) -> Iterator[tuple[Part, int]]:
                 chunk, fault = b"", error
             ended = not chunk
             if skipping and (cut := chunk.find(b"\n") + 1):
-                yield Part(str(file), number, _too_large(file, number)), 0
+                yield Part(str(file), number, _too_large(f"{file}:{number}")), 0
                 number, chunk, skipping = number + 1, chunk[cut:], False
             if not skipping:
                 pieces.append(chunk)
@@ -188,7 +188,7 @@ def _read_lines(file: Path, kind: str) -> Iterator[tuple[Part, int]]:
         if fault is not None:
             yield Part(str(file), number, _damage(file, number, "line", fault)), raw.tell() - taken
         elif skipping:
-            yield Part(str(file), number, _too_large(file, number)), raw.tell() - taken
+            yield Part(str(file), number, _too_large(f"{file}:{number}")), raw.tell() - taken
 
 
 def _damage(file: Path, number: int, what: str, error: Exception) -> Fault:
@@ -331,7 +331,7 @@ def _text_of_row(raw: bytes | None, record: dict, where: str, keep: "list[Condit
     if raw is None:
         raise Fault("null", f"{where}: the text of this row is null; remove the row")
     if len(raw) > MAX_DOCUMENT_BYTES:
-        raise _too_large(*where.rsplit(":", 1))
+        raise _too_large(where)
     return first_failed(keep, record) or _not_empty(_decode(raw, where), where)
 
 
