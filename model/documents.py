@@ -32,6 +32,7 @@ from halny.model.dataset import DataError, one_line
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 BOM = b"\xef\xbb\xbf"
 BLOCK_BYTES = 1 << 20
+BLOCK_FILES = 1000  # .txt files in a block, at most
 MAX_DOCUMENT_BYTES = 1 << 28  # a line or file beyond it is no document, and bounds the memory of a process
 
 
@@ -123,24 +124,30 @@ def check_packages(files: Iterable[tuple[int, Path]]) -> None:
 
 def read_blocks(files: Iterable[tuple[int, Path]], text_key: str, keep: "list[Condition]") -> Iterator[Block]:
     """The blocks of all files in order; DataError where the disk or the network fails."""
-    texts = None  # small .txt files share a block
+    together, source_before, size_together = [], 0, 0  # small .txt files share a block
+
+    def full(source: int, kind: str) -> bool:
+        other = kind != ".txt" or source != source_before
+        return bool(together) and (other or size_together >= BLOCK_BYTES or len(together) >= BLOCK_FILES)
+
     for source, file in files:
         kind = ending(file)
-        if texts and (kind != ".txt" or source != texts.source or texts.size >= BLOCK_BYTES):
-            yield texts
-            texts = None
+        if full(source, kind):
+            yield Block(source_before, together, size_together)
+            together, size_together = [], 0
         try:
             if kind == ".txt":
                 part, size = _read_text(file)
-                texts = Block(source, [*texts.parts, part], texts.size + size) if texts else Block(source, [part], size)
+                together.append(part)
+                source_before, size_together = source, size_together + size
             else:
                 parts = _read_rows(file, text_key, keep) if kind == ".parquet" else _read_lines(file, kind)
                 for part, size in parts:
                     yield Block(source, [part], size)
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({one_line(error)}); check the file or leave it out") from error
-    if texts:
-        yield texts
+    if together:
+        yield Block(source_before, together, size_together)
 
 
 def _read_text(file: Path) -> tuple[Part, int]:

@@ -354,6 +354,7 @@ def test_any_partition_gives_the_same_tokens(mistral, encoder, files, shard_toke
         mock.patch.object(encode, "Encoder", lambda name: encoder),
         mock.patch.object(dataset, "sync", lambda path: None),
         mock.patch.object(reading, "BLOCK_BYTES", block),
+        mock.patch.object(reading, "BLOCK_FILES", 3),
     ):
         folder = Path(folder)
         (folder / "in").mkdir()
