@@ -1,6 +1,6 @@
-"""Throughput and memory of data preparation, beside the tokenizer alone on the same cores.
+"""Throughput and memory of data preparation, beside the tokenizer alone on the same cores; then of train.py's loader.
 
-    python bench/data.py                       MB/s and tokens/s: tokenizer alone, prepare_data
+    python bench/data.py                       MB/s and tokens/s: tokenizer alone, prepare_data, the loader
     python bench/data.py --memory --mb 2000    prepare_data of a generated corpus, and the peak memory of each process
 
 The corpus is generated: Polish-looking and English words, whose frequencies fall as in language, in documents of some 3
@@ -8,6 +8,9 @@ kB, as .jsonl. "tokenizer alone" is `encode_batch_fast` of the `tokenizers` libr
 a process a core; no JSON, no ids turned into arrays, nothing written. It is what prepare_data is held to: at least 85%.
 MB are 10^6 bytes of text; the best of the rounds. Start-up is counted in neither, and said apart. Core-seconds (user
 and system time of all processes) tell what the clock cannot where others compute too.
+
+The loader (halny.model.batches) reads what was prepared, as one process with one thread of it does: samples of 4096,
+eight a batch, a batch a step, onto the CPU, the files in the page cache. A token is a position of a batch.
 """
 
 import argparse
@@ -135,6 +138,34 @@ def run_prepare(corpus: Path, out: Path, n_workers: int, extra: list[str]) -> tu
     return time.perf_counter() - began, cpu_of_children() - cpu, peaks
 
 
+def make_second_source(first: Path, out: Path) -> None:
+    """The first half of a data folder's documents in the opposite order: other tokens to mix with."""
+    from halny.model.dataset import Dataset, write_dataset
+
+    dataset = Dataset(first)
+    stream = dataset.split("train")
+    ends = np.concatenate([[0], stream.shards[0].ends])[: stream.n_documents // 2].tolist()
+    documents = (stream.read(start, end - start) for start, end in zip(ends[-2::-1], ends[:0:-1], strict=True))
+    write_dataset(documents, out, vocab_size=dataset.vocab_size, tokenizer=dataset.tokenizer)
+
+
+def loader_tokens_per_second(sources: list[str], documents: bool, seconds: float) -> float:
+    import torch
+
+    from halny.model.batches import Corpus, Loader, share_of, step_numbers
+
+    seq_len, micro_batch = 4096, 8
+    corpus = Corpus(sources, seq_len, documents)
+    steps = (share_of(step_numbers(step, micro_batch), 0, 1, micro_batch) for step in range(1, 10**9))
+    loader = Loader(corpus, 0, steps, torch.device("cpu"))
+    for _ in range(4):  # what is read ahead, and a little more
+        next(loader)
+    began, tokens = time.perf_counter(), 0
+    while time.perf_counter() - began < seconds:
+        tokens += sum(batch.tokens.numel() for batch in next(loader))
+    return tokens / (time.perf_counter() - began)
+
+
 def cpu_of_children() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
@@ -181,6 +212,14 @@ def main() -> None:
             share = rate / best["tokenizer alone"]
             print(f"{name:16} {rate[0] / 1e6:8.2f} {rate[1] / 1e6:12.3f} {rate[2] / 1e6:16.2f}", end="")
             print(f"   {share[0]:4.0%} of tokenizer alone, {share[2]:.0%} by core-seconds")
+
+        one, other = str(Path(folder) / "out-0"), str(Path(folder) / "second")
+        make_second_source(Path(one), Path(other))
+        print(f"\n{'loader':32} {'M tokens/s':>12}")
+        for name, sources in (("one source", [one]), ("a mixture", [f"{one}:0.7", f"{other}:0.3"])):
+            for documents in (False, True):
+                rate = max(loader_tokens_per_second(sources, documents, 2) for _ in range(args.rounds))
+                print(f"{name + (', --documents' if documents else ''):32} {rate / 1e6:12.1f}")
 
 
 if __name__ == "__main__":

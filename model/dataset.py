@@ -18,16 +18,18 @@ Read as well, by `open_dataset`: raw .bin files of token ids, as nanoGPT and ALL
 header of 256 int32: a magic number, a version, the number of ids) write them.
 """
 
+import bisect
 import fcntl
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import operator
 import os
 import shutil
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +45,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 SHARD_TOKENS = 2**27
 CHUNK = 1 << 22  # tokens looked at in one go
 AGAIN = "prepare it again with python -m halny.model.prepare_data"
+RESTORE = "restore it as it was, and the same command continues the run"
 
 
 class DataError(ValueError):
@@ -293,34 +296,82 @@ def is_dataset(path: Path) -> bool:
 
 
 class Shard(NamedTuple):
-    tokens: np.ndarray  # 1-D, uint16 or uint32, memory-mapped
+    tokens: np.memmap  # 1-D, uint16 or uint32
     ends: np.ndarray  # int64: where each document ends, counted from the shard's start; the last is len(tokens)
 
 
 class TokenStream:
-    """The tokens of a split: all shards as one stream by `read`, or one by one with their documents as `shards`."""
+    """The tokens of a split: all shards as one stream by `read` and `gather`, or one by one as `shards`.
+
+    Both read the files themselves and not their memory maps: where a mapped file is cut short under a run, the kernel
+    kills the process without a word (SIGBUS), where a read can say which file it was. A file is opened anew each time,
+    and must be the one it was when the stream was made: so a shard that vanished or changed is a DataError at the next
+    step that needs it, and no descriptors are held.
+    """
 
     def __init__(self, shards: list[Shard]):
         self.shards = shards
         self.n_documents = sum(len(shard.ends) for shard in shards)
-        self._starts = np.cumsum([0] + [len(shard.tokens) for shard in shards])
+        self._starts = [0, *itertools.accumulate(len(shard.tokens) for shard in shards)]
+        self._identities = [_identity(os.stat(shard.tokens.filename)) for shard in shards]
 
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return self._starts[-1]
 
     def read(self, start: int, length: int) -> np.ndarray:
         """Tokens start to start + length as int64, across shards; IndexError where the stream has no such tokens."""
-        start, length = operator.index(start), operator.index(length)
-        if start < 0 or length < 0 or start + length > len(self):
-            raise IndexError(f"tokens {start} to {start + length} of a stream of {len(self)}")
-        out = np.empty(length, dtype=np.int64)
-        shard, done = int(np.searchsorted(self._starts, start, side="right")) - 1, 0
-        while done < length:
-            offset = start + done - int(self._starts[shard])
-            part = self.shards[shard].tokens[offset : offset + length - done]
-            out[done : done + len(part)] = part
-            shard, done = shard + 1, done + len(part)
+        return self.gather([operator.index(start)], [operator.index(length)]).astype(np.int64)
+
+    def gather(self, starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+        """The tokens of several ranges, one range after the other, in the dtype of the shards."""
+        for start, length in zip(starts, lengths, strict=True):
+            if start < 0 or length < 0 or start + length > len(self):
+                raise IndexError(f"tokens {start} to {start + length} of a stream of {len(self)}")
+        out = np.empty(sum(lengths), dtype=self.shards[0].tokens.dtype if self.shards else np.int64)
+        room, done, opened = memoryview(out.view(np.uint8)), 0, {}
+        try:
+            for start, length in zip(starts, lengths, strict=True):
+                end = start + length
+                while start < end:
+                    i = bisect.bisect_right(self._starts, start) - 1
+                    if i not in opened:
+                        opened[i] = self._open(i)
+                    stop = min(end, self._starts[i + 1])
+                    n = (stop - start) * out.itemsize
+                    self._fill(room[done : done + n], opened[i], i, start - self._starts[i])
+                    start, done = stop, done + n
+        finally:
+            for file in opened.values():
+                os.close(file)
         return out
+
+    def _open(self, i: int) -> int:
+        path = self.shards[i].tokens.filename
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be opened any more ({error.strerror}); {RESTORE}") from error
+        if _identity(os.fstat(file)) != self._identities[i]:
+            os.close(file)
+            raise DataError(f"{path}: was changed or replaced after it was opened; {RESTORE}")
+        return file
+
+    def _fill(self, room: memoryview, file: int, i: int, first: int) -> None:
+        """Bytes of shard i from token `first` on, as many as there is room for."""
+        tokens = self.shards[i].tokens
+        offset = tokens.offset + first * tokens.itemsize
+        while room:
+            try:
+                n = os.preadv(file, [room], offset)
+            except OSError as error:
+                raise DataError(f"{tokens.filename}: cannot be read ({error.strerror}); {RESTORE}") from error
+            if n == 0:
+                raise DataError(f"{tokens.filename}: was cut short, it ends before byte {offset}; {RESTORE}")
+            room, offset = room[n:], offset + n
+
+
+def _identity(stat: os.stat_result) -> tuple:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class Dataset:
