@@ -32,6 +32,7 @@ from halny.model.dataset import DataError, one_line
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 BOM = b"\xef\xbb\xbf"
 BLOCK_BYTES = 1 << 20
+BLOCK_FILES = 1000  # .txt files in a block, at most
 MAX_DOCUMENT_BYTES = 1 << 28  # a line or file beyond it is no document, and bounds the memory of a process
 
 
@@ -123,35 +124,41 @@ def check_packages(files: Iterable[tuple[int, Path]]) -> None:
 
 def read_blocks(files: Iterable[tuple[int, Path]], text_key: str, keep: "list[Condition]") -> Iterator[Block]:
     """The blocks of all files in order; DataError where the disk or the network fails."""
-    texts = None  # small .txt files share a block
+    together, source_before, size_together = [], 0, 0  # small .txt files share a block
+
+    def full(source: int, kind: str) -> bool:
+        other = kind != ".txt" or source != source_before
+        return bool(together) and (other or size_together >= BLOCK_BYTES or len(together) >= BLOCK_FILES)
+
     for source, file in files:
         kind = ending(file)
-        if texts and (kind != ".txt" or source != texts.source or texts.size >= BLOCK_BYTES):
-            yield texts
-            texts = None
+        if full(source, kind):
+            yield Block(source_before, together, size_together)
+            together, size_together = [], 0
         try:
             if kind == ".txt":
                 part, size = _read_text(file)
-                texts = Block(source, [*texts.parts, part], texts.size + size) if texts else Block(source, [part], size)
+                together.append(part)
+                source_before, size_together = source, size_together + size
             else:
                 parts = _read_rows(file, text_key, keep) if kind == ".parquet" else _read_lines(file, kind)
                 for part, size in parts:
                     yield Block(source, [part], size)
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({one_line(error)}); check the file or leave it out") from error
-    if texts:
-        yield texts
+    if together:
+        yield Block(source_before, together, size_together)
 
 
 def _read_text(file: Path) -> tuple[Part, int]:
     if (size := file.stat().st_size) > MAX_DOCUMENT_BYTES:
-        return Part(str(file), 1, _too_large(file, 1), is_text=True), size
+        return Part(str(file), 1, _too_large(f"{file}:1"), is_text=True), size
     return Part(str(file), 1, file.read_bytes().removeprefix(BOM), is_text=True), size
 
 
-def _too_large(file: Path, line: int) -> Fault:
+def _too_large(where: str) -> Fault:
     size = f"a document of over {MAX_DOCUMENT_BYTES >> 20} MiB"
-    return Fault("too large", f"{file}:{line}: {size}, a whole corpus in one?; split it, or give it as .jsonl")
+    return Fault("too large", f"{where}: {size}, a whole corpus in one?; split it, or give it as .jsonl")
 
 
 def _read_lines(file: Path, kind: str) -> Iterator[tuple[Part, int]]:
@@ -168,7 +175,7 @@ def _read_lines(file: Path, kind: str) -> Iterator[tuple[Part, int]]:
                 chunk, fault = b"", error
             ended = not chunk
             if skipping and (cut := chunk.find(b"\n") + 1):
-                yield Part(str(file), number, _too_large(file, number)), 0
+                yield Part(str(file), number, _too_large(f"{file}:{number}")), 0
                 number, chunk, skipping = number + 1, chunk[cut:], False
             if not skipping:
                 pieces.append(chunk)
@@ -188,7 +195,7 @@ def _read_lines(file: Path, kind: str) -> Iterator[tuple[Part, int]]:
         if fault is not None:
             yield Part(str(file), number, _damage(file, number, "line", fault)), raw.tell() - taken
         elif skipping:
-            yield Part(str(file), number, _too_large(file, number)), raw.tell() - taken
+            yield Part(str(file), number, _too_large(f"{file}:{number}")), raw.tell() - taken
 
 
 def _damage(file: Path, number: int, what: str, error: Exception) -> Fault:
@@ -331,7 +338,7 @@ def _text_of_row(raw: bytes | None, record: dict, where: str, keep: "list[Condit
     if raw is None:
         raise Fault("null", f"{where}: the text of this row is null; remove the row")
     if len(raw) > MAX_DOCUMENT_BYTES:
-        raise _too_large(*where.rsplit(":", 1))
+        raise _too_large(where)
     return first_failed(keep, record) or _not_empty(_decode(raw, where), where)
 
 

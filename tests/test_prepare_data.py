@@ -354,6 +354,7 @@ def test_any_partition_gives_the_same_tokens(mistral, encoder, files, shard_toke
         mock.patch.object(encode, "Encoder", lambda name: encoder),
         mock.patch.object(dataset, "sync", lambda path: None),
         mock.patch.object(reading, "BLOCK_BYTES", block),
+        mock.patch.object(reading, "BLOCK_FILES", 3),
     ):
         folder = Path(folder)
         (folder / "in").mkdir()
@@ -730,6 +731,17 @@ def test_command(tmp_path):
         "import sys, halny.model.prepare_data; assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", imports]).returncode == 0
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    clock = iter([0.0, *(10.0 * i for i in range(1, 8))])
+    monkeypatch.setattr(prepare_data.time, "monotonic", lambda: next(clock))
+    with prepare_data.Progress(100_000_000) as progress:
+        for i in range(1, 8):
+            progress.update(10_000_000, 100 * i, 4_000_000 * i)
+    assert capsys.readouterr().err.splitlines() == [
+        "prepare_data: 40%, 400 documents, 1.0 MB/s, 400,000 tokens/s, 60 s left"
+    ]
 
 
 # --- interruptions ----------------------------------------------------------------------------------------------------
