@@ -460,7 +460,7 @@ class Dataset:
         self._check_size(path, record)
         try:
             loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # a damaged header makes numpy raise nearly anything, tokenize.TokenError too
             raise DataError(f"{path}: not a .npy file of numbers ({one_line(error)}); {AGAIN}") from error
         if not isinstance(loaded, np.ndarray) or loaded.dtype != dtype or loaded.shape != (length,):
             found = f"{loaded.dtype} of shape {loaded.shape}" if isinstance(loaded, np.ndarray) else "an archive"
