@@ -11,10 +11,12 @@ The file reads from top to bottom:
     3  the plan            everything derived from the recipe, before anything is allocated or written
     4  data                the order of samples, batches, the loader's thread
     5  model, optimizer    meta device -> FSDP2 -> weights; AdamW; the learning rate
-    6  one step            forward, backward, clip, update; evaluation
-    7  checkpoints         written whole or not at all; resumed exactly
-    8  the run folder      lock, status, metrics, curves
-    9  the run             the loop, and what it leaves behind
+    6  one step            forward, backward, clip, update or not; evaluation
+    7  the run             the loop, and what it leaves behind
+    8  one step again      for whoever asks what went wrong in it
+
+What it stands on: model/ranks.py (what the ranks agree on, and who ends a run that hangs), model/checkpoint.py (how a
+run is saved and found again), model/run_folder.py, model/prepare_data.py, model/mistral.py.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import typing
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # exit codes of each rank's process; 75 is EX_TEMPFAIL of sysexits
+from halny.model.exits import FAILED, FINISHED, REFUSED, STOPPED, Failed, Refused
 
 # ------------------------------------------------------------------------------------------------------- 1 the recipe
 
@@ -85,6 +87,12 @@ class Recipe:
     beta2: float = setting("optimizer", 0.95, "AdamW's decay of the second moment", minimum=0, below=1)
     eps: float = setting("optimizer", 1e-8, "AdamW's epsilon", above=0)
     clip: float = setting("optimizer", 1.0, "largest global gradient norm; 0 for no clipping", minimum=0)
+    max_skips: int = setting("optimizer", 3,
+        "updates in a row that are skipped for a loss or gradient that is not finite; one more stops the run",
+        minimum=0)
+    spike: float = setting("optimizer", 2.0,
+        "a loss above so many times the median of the last 128 is a spike, and said so", above=1)
+    skip_spikes: bool = setting("optimizer", False, "skip the updates of spikes too")
     dtype: str | None = setting("optimizer", None,
         "dtype of the computation; master weights and reductions are fp32 [bf16 on a GPU, fp32 on the CPU]",
         choices=("bf16", "fp32"))
@@ -96,9 +104,19 @@ class Recipe:
     save_every: int | None = setting("run", None,
         "steps between checkpoints [a tenth of --steps, at most 500]", minimum=1)
     keep: int = setting("run", 2, "newest checkpoints kept", minimum=1)
+    keep_every: int | None = setting("run", None, "also keep the checkpoints of every so many steps [none]", minimum=1)
     eval_every: int | None = setting("run", None,
         "steps between evaluations on the held-out split; 0 for none [a fifth of --steps, at most 1000]", minimum=0)
     export_dtype: str = setting("run", "bf16", "dtype of the final Hugging Face export", choices=("bf16", "fp32"))
+    max_hours: float | None = setting("run", None,
+        "stop, saved, before so many hours from the start: the limit of the batch system, less a little [no limit]",
+        above=0)
+    deadline: float = setting("run", 600.0,
+        "seconds that a rank may be in one place; then the run ends and names it (start, save, export: six times that)",
+        minimum=1)
+    replay_step: int | None = setting("run", None,
+        "run this one step again, from the checkpoint before it, and say which sample and module are not finite; "
+        "changes nothing", minimum=1)
     peak_tflops: float | None = setting("run", None,
         "this device's dense peak in bf16, for MFU [known GPUs: by name]", above=0)
 
@@ -118,10 +136,11 @@ PRESETS: dict[str, dict] = {
 }
 # fmt: on
 
-# What a resumed run may change; everything else changes what is computed. (Data may move: its fingerprint may not.)
+# What a resumed run may change: what is computed stays, but for updates skipped. (Data may move: its fingerprint not.)
 FREE_TO_CHANGE = (
-    *("run_dir", "resume", "data", "micro_batch", "kernels"),
-    *("save_every", "keep", "eval_every", "export_dtype", "peak_tflops"),
+    *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
+    *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
+    *("max_hours", "deadline", "replay_step"),
 )
 
 SETTINGS = {f.name: f for f in fields(Recipe)}
@@ -130,14 +149,6 @@ KINDS = {  # the type of each setting, without its "| None"
     for name, kind in typing.get_type_hints(Recipe).items()
 }
 KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a name", Path: "a path"}
-
-
-class Refused(Exception):
-    """Something the user can put right: one line, exit code 2, nothing written."""
-
-
-class Failed(Exception):
-    """The end of a run that has begun, on all ranks alike: one line, exit code 1."""
 
 
 def flag(name: str) -> str:
@@ -252,11 +263,14 @@ def command_line(arguments: list[str]) -> Recipe:
 # ------------------------------------------------------------------------------------------------------ 2 starting up
 
 stop_signal: str | None = None  # the name of a signal that asked this rank to stop; looked at between steps
+active: Active | None = None  # the run that has begun, for those who cannot be handed it
 
 
 def ask_to_stop(number: int, _frame) -> None:
     global stop_signal
     stop_signal = signal.Signals(number).name
+    if active is not None:
+        active.watch.stop_asked_at = time.monotonic()
 
 
 def refuse(message: object) -> typing.NoReturn:
@@ -295,9 +309,8 @@ def begin(arguments: list[str]) -> Recipe:
 if __name__ == "__main__":
     RECIPE = begin(sys.argv[1:])  # here, so that help and typing errors are answered before the seconds torch takes
 
-import fcntl  # noqa: E402
+import functools  # noqa: E402
 import gc  # noqa: E402
-import json  # noqa: E402
 import queue  # noqa: E402
 import resource  # noqa: E402
 import shutil  # noqa: E402
@@ -309,87 +322,35 @@ from collections.abc import Callable  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
-import torch.distributed.checkpoint as dcp  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh  # noqa: E402
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from halny.kernels.dispatch import set_reference_only  # noqa: E402
-from halny.model import roofline  # noqa: E402
-from halny.model.convert import check_hf_weights, check_replaceable, load_hf_weights, read_hf_config, save_hf  # noqa: E402
-from halny.model.durable import sha256, sync  # noqa: E402
+from halny.model import checkpoint, roofline  # noqa: E402
+from halny.model.checkpoint import Saver, step_of, training_state  # noqa: E402
+from halny.model.convert import check_hf_weights, load_hf_weights, read_hf_config, save_hf  # noqa: E402
+from halny.model.durable import in_words, write_json  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
-from halny.model.mistral import Mistral, MistralConfig, local_rows  # noqa: E402
+from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
 from halny.model.prepare_data import DataError, Dataset, TokenStream, prepare_builtin  # noqa: E402
+from halny.model.ranks import (  # noqa: E402
+    Probe,
+    Watch,
+    World,
+    agreed,
+    ask_everywhere,
+    check_collectives,
+    check_same_weights,
+    everywhere,
+    on_main,
+    start_distributed,
+)
+from halny.model.run_folder import RunFolder  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
 IGNORED = -100  # the label of a position that has no target
-
-
-@dataclass(frozen=True)
-class World:
-    """This process among all of them."""
-
-    rank: int
-    size: int
-    device: torch.device
-    mesh: DeviceMesh
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-
-def start_distributed() -> World:
-    """NCCL for tensors on GPUs and gloo for the rest; without torchrun, a world of one process."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    return World(dist.get_rank(), dist.get_world_size(), device, mesh)
-
-
-def everywhere(value) -> list:
-    """Every rank's ``value``, in order of rank (any small Python object)."""
-    values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
-
-
-def agreed(check: Callable, *arguments):
-    """``check(*arguments)`` on every rank; if it refuses on any, all ranks refuse, with the first one's message."""
-    result = problem = None
-    try:
-        result = check(*arguments)
-    except (Refused, ValueError) as error:
-        problem = str(error)
-    except OSError as error:
-        problem = f"{error.filename or 'input'}: {error.strerror or error}"
-    for other in everywhere(problem):
-        if other is not None:
-            raise Refused(other)
-    return result
-
-
-def on_main(world: World, action: Callable, *arguments):
-    """``action(*arguments)`` on rank 0 while the others wait; its result, or its refusal, on all of them."""
-    return everywhere(agreed(action if world.is_main else lambda *_: None, *arguments))[0]
-
-
-def stop_requested_anywhere() -> tuple[Tensor, dist.Work]:
-    """Ask all ranks, on the CPU and without waiting, whether one of them has been told to stop."""
-    asked = torch.tensor(int(stop_signal is not None), dtype=torch.int32)
-    return asked, dist.all_reduce(asked, dist.ReduceOp.MAX, async_op=True)
 
 
 def say(world: World, text: str) -> None:
@@ -607,10 +568,19 @@ def read_samples(stream: TokenStream, indices: np.ndarray, seq_len: int) -> tupl
     return torch.from_numpy(tokens), torch.from_numpy(labels)
 
 
+def step_numbers(plan: Plan, step: int) -> np.ndarray:
+    """The numbers of a step's samples in the order of the run (steps count from 1, samples from 0)."""
+    return np.arange((step - 1) * plan.samples_a_step, step * plan.samples_a_step)
+
+
+def share_of(numbers: np.ndarray, plan: Plan, world: World) -> np.ndarray:
+    """This rank's share of a step's samples: [accumulation, micro_batch]."""
+    return numbers.reshape(plan.accumulation, world.size, -1)[:, world.rank]
+
+
 def step_samples(plan: Plan, world: World, step: int, n: int) -> np.ndarray:
-    """This rank's sample indices in a step (steps count from 1): [accumulation, micro_batch]."""
-    first = (step - 1) * plan.samples_a_step
-    numbers = np.arange(first, first + plan.samples_a_step).reshape(plan.accumulation, world.size, -1)[:, world.rank]
+    """This rank's sample indices in a step: [accumulation, micro_batch]."""
+    numbers = share_of(step_numbers(plan, step), plan, world)
     return sample_order(numbers.ravel(), n, plan.recipe.seed).reshape(numbers.shape)
 
 
@@ -692,7 +662,7 @@ def build_optimizer(model: Mistral, recipe: Recipe) -> torch.optim.AdamW:
     for p in matrices + vectors:
         step = torch.zeros((), dtype=torch.float32, device=device)
         optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    optimizer.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+    optimizer.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # train_step's verdict
     return optimizer
 
 
@@ -710,15 +680,54 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 # --------------------------------------------------------------------------------------------------------- 6 one step
 
+APPLIED, NOT_FINITE, SPIKE, SPIKE_SKIPPED = range(4)  # a Guard's verdict on an update
 
-def train_step(model: Mistral, optimizer: torch.optim.AdamW, tokens: Tensor, labels: Tensor, lr: float, clip: float):
+
+class Guard:
+    """Decides which updates are skipped: on the device, by numbers that all ranks share, so on all of them alike.
+
+    Skipped is an update whose loss or gradient norm is not finite, and with --skip-spikes one whose loss is above
+    --spike times the median of the last 128 applied ones. A skipped update leaves weights and moments untouched to the
+    bit; its step number is consumed. The host learns of it a step later, and nothing here waits for the device.
+    """
+
+    LENGTH, LEAST = 128, 16  # losses remembered; losses without which no loss is a spike
+
+    def __init__(self, recipe: Recipe, device: torch.device):
+        self.factor, self.skips_spikes = recipe.spike, recipe.skip_spikes
+        # Of step n at n % LENGTH; inf where nothing was applied, which sorts behind the losses.
+        self.losses = torch.full((self.LENGTH,), math.inf, dtype=torch.float64, device=device)
+
+    def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """(verdict, the median it was held against), fp64 scalars. Remembers the loss if the update is applied."""
+        applied = self.losses.isfinite().sum()
+        median = self.losses.sort().values.gather(0, ((applied - 1).clamp(min=0) // 2).view(1)).squeeze()
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        spike = (applied >= self.LEAST) & (loss > self.factor * median)
+        verdict = torch.where(bad, NOT_FINITE, torch.where(spike, SPIKE_SKIPPED if self.skips_spikes else SPIKE, 0))
+        place = step % self.LENGTH
+        self.losses[place] = torch.where(verdict % 2 == 0, loss, math.inf)  # even: applied
+        return verdict.double(), median
+
+    def remembered(self) -> list[float | None]:
+        """For the checkpoint's manifest: with these a resumed run judges as an uninterrupted one."""
+        return [loss if math.isfinite(loss) else None for loss in self.losses.tolist()]
+
+    def remember(self, losses: list[float | None]) -> None:
+        self.losses.copy_(torch.tensor([math.inf if loss is None else loss for loss in losses], dtype=torch.float64))
+
+
+def train_step(
+    model: Mistral, optimizer: torch.optim.AdamW, guard: Guard, step: int, tokens: Tensor, labels: Tensor, lr: float,
+    clip: float,
+) -> Tensor:  # fmt: skip
     """One optimizer step on tokens, labels [accumulation, micro_batch, T]; nothing in it waits for the device.
 
     The loss is the mean over the real targets of all ranks and micro batches, so every token weighs alike however the
     batch is divided: each summed loss is scaled by world size / global targets, because FSDP averages over ranks.
 
-    Returns fp64 [5] on the device: the loss sum, targets and correct predictions of all ranks, the gradient norm before
-    clipping, and 1 if anything so far was not finite. From that step on no update changes the weights.
+    Returns fp64 [6] on the device: the loss sum, targets and correct predictions of all ranks, the gradient norm before
+    clipping, and the guard's verdict on the update with the median of losses behind it.
     """
     world_size = dist.get_world_size()
     n_targets = (labels != IGNORED).sum()
@@ -733,33 +742,34 @@ def train_step(model: Mistral, optimizer: torch.optim.AdamW, tokens: Tensor, lab
         totals += torch.stack([loss.detach().double(), n_tokens.double(), n_correct.double()])
     dist.all_reduce(totals)
 
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).full_tensor()
-    finite = torch.isfinite(totals[0]) & torch.isfinite(grad_norm)
-    optimizer.found_inf.copy_(torch.maximum(optimizer.found_inf, (~finite).float()))
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).full_tensor().double()
+    verdict, median = guard.judge(step, totals[0] / totals[1].clamp(min=1), grad_norm)
+    optimizer.found_inf.copy_(verdict % 2)  # odd: skipped
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
-    return torch.cat([totals, torch.stack([grad_norm.double(), optimizer.found_inf.double()])])
+    return torch.cat([totals, torch.stack([grad_norm, verdict, median])])
 
 
 @torch.no_grad()
-def evaluate(model: Mistral, stream: TokenStream, plan: Plan, world: World) -> dict[str, float] | None:
+def evaluate(model: Mistral, stream: TokenStream, plan: Plan, world: World, alive: Callable[[], None]) -> dict | None:
     """Loss, perplexity and accuracy a target over a whole split, each sample once whatever the world size.
 
-    None if a rank was told to stop in the middle of it.
+    ``alive`` is called for each batch. None if a rank was told to stop in the middle of it.
     """
     n, micro_batch = n_samples(stream, plan.recipe.seq_len), plan.recipe.micro_batch
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
     stopping = False
     for first in range(0, n, world.size * micro_batch):  # the same number of forward passes on every rank
-        asked, asking = stop_requested_anywhere()
+        alive()
+        answers, asking = ask_everywhere(stop_signal is not None)
         indices = first + world.rank * micro_batch + np.arange(micro_batch)
         tokens, labels = read_samples(stream, np.where(indices < n, indices, -1), plan.recipe.seq_len)
         loss, n_tokens, n_correct = model(tokens.to(world.device), labels.to(world.device))
         totals += torch.stack([loss.double(), n_tokens.double(), n_correct.double()])
         asking.wait()
-        if stopping := bool(asked.item()):
+        if stopping := bool(answers.item()):
             break
     model.reshard()  # without a backward pass the root's parameters stay gathered, and are not those of the optimizer
     dist.all_reduce(totals)
@@ -771,288 +781,58 @@ def loss_metrics(loss_sum: float, n_targets: float, n_correct: float) -> dict[st
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": n_correct / max(n_targets, 1)}
 
 
-# ------------------------------------------------------------------------------------------------------ 7 checkpoints
-#
-# A checkpoint is a folder checkpoints/step-NNNNNNNN of safetensors files, one set a rank, written by torch's
-# distributed checkpointing (DCP), and a manifest.json with the SHA-256 of each. It is written under another name, the
-# manifest last, and renamed when everything is on the disk: a folder with the final name is complete. Nothing in it can
-# run code, which rules out DCP's default metadata, a pickle; the safetensors headers say where each shard belongs.
-
-BYTES_A_FILE = 4_000_000_000  # DCP serialises a whole file in memory, so this bounds what a save costs a host
+# ---------------------------------------------------------------------------------------------------------- 7 the run
 
 
-def checkpoint_state(model: Mistral, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
-    """All tensors of a run by name: master weights and the two moments, each rank's shards of them."""
-    state = {}
-    for name, p in model.named_parameters():
-        state[f"model.{name}"] = p.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            state[f"{moment}.{name}"] = optimizer.state[p][moment]
-    return state
+@dataclass
+class Run:
+    """A run in progress: what its loop holds in its hands."""
 
+    plan: Plan
+    world: World
+    folder: RunFolder
+    dataset: Dataset
+    model: Mistral
+    optimizer: torch.optim.AdamW
+    guard: Guard
+    saver: Saver
+    watch: Watch
+    config: dict
+    began: float  # time.monotonic() of its start
+    step: int = 0  # the last one done
+    skips: int = 0  # updates skipped in a row up to it, as far as the host knows
+    step_s: float = 0.0  # how long it took
 
-def save_checkpoint(run: RunFolder, step: int, model: Mistral, optimizer: torch.optim.AdamW, world: World) -> None:
-    """Write checkpoints/step-NNNNNNNN, every rank its shards, then delete all but the newest ``keep``.
+    def save(self) -> None:
+        """Begin a checkpoint of the last step done, after a look whether all ranks see the same weights."""
+        self.watch.at("checkpoint", self.step, long=True)
+        if self.world.size > 1:  # one layer at a time: in the end all of them
+            layer = self.step // self.plan.recipe.save_every % self.plan.model.n_layers
+            check_same_weights(self.model.layers[layer], f"layer {layer}", self.world)
+        updates = int(next(iter(self.optimizer.state.values()))["step"])  # steps less those that were skipped
+        facts = {
+            "config": self.config, "world_size": self.world.size,
+            "updates": updates, "skips": self.skips, "losses": self.guard.remembered(),
+        }  # fmt: skip
+        self.saver.save(self.step, training_state(self.model, self.optimizer), facts)
+        if self.world.is_main:
+            self.folder.status("running", self.step)
 
-    Raises Failed, with the earlier checkpoints as they were, if it cannot be written or a weight is not finite.
-    """
-    state = checkpoint_state(model, optimizer)
-    if not all(everywhere(all(bool(p.isfinite().all()) for p, _ in map(local_rows, model.parameters())))):
-        raise Failed(f"step {step}: a weight is not finite, so no checkpoint was written")
-    final = run.checkpoints / f"step-{step:08d}"
-    partial = run.checkpoints / f".{final.name}.partial"
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    dist.barrier()
+    def restore(self, path: Path) -> None:
+        """Continue from a checkpoint that ``newest_sound`` has verified, whatever number of ranks wrote it."""
+        facts = checkpoint.read_manifest(path)
+        checkpoint.load(path, training_state(self.model, self.optimizer))
+        self.model.init_buffers()
+        for state in self.optimizer.state.values():
+            state["step"].fill_(facts["updates"])
+        self.guard.remember(facts["losses"])
+        self.step, self.skips = facts["step"], facts["skips"]
 
-    files, written = {}, 0
-    for name, x in state.items():
-        files[name] = 1 + written // (BYTES_A_FILE * world.size)
-        written += x.numel() * x.element_size()
-    writer = dcp.HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=files, save_distributed=True)
-    with one_line(f"the checkpoint of step {step} could not be written, earlier ones are as they were"):
-        dcp.save(state, storage_writer=writer)
-    dist.barrier()
-
-    names = sorted(p.name for p in partial.iterdir())[world.rank :: world.size]
-    listed = {name: {"bytes": (partial / name).stat().st_size, "sha256": sha256(partial / name)} for name in names}
-    listed = {name: entry for part in everywhere(listed) for name, entry in sorted(part.items())}
-    if world.is_main:
-        manifest = {"format": 1, "step": step, "world_size": world.size, "config": run.config, "files": listed}
-        write_json(partial / "manifest.json", manifest)
-        sync(partial)
-        partial.rename(final)
-        sync(run.checkpoints)
-        for old in run.complete_checkpoints()[: -run.keep]:
-            run.delete_checkpoint(old)
-    dist.barrier()
-
-
-@contextlib.contextmanager
-def one_line(what_failed: str):
-    """DCP's exception, which holds a traceback of every rank and is no Exception, as a Failed."""
-    try:
-        yield
-    except dcp.CheckpointException as error:
-        rank, (cause, _) = next(iter(error.failures.items()))
-        raise Failed(f"{what_failed}: rank {rank}: {' '.join(str(cause).split())}") from None
-
-
-def newest_checkpoint(run: RunFolder, world: World) -> Path | None:
-    """The newest complete and undamaged checkpoint, all its checksums verified; None if there never was one.
-
-    Damaged ones that are newer get another name, so that they neither count as kept nor are in the way.
-    """
-    candidates = on_main(world, run.complete_checkpoints)
-    damaged = []
-    for folder in reversed(candidates):
-        problems = [p for p in everywhere(damage(folder, world)) if p]
-        if not problems:
-            on_main(world, run.put_aside, damaged)
-            return folder
-        say(world, f"checkpoint {folder.name} is damaged ({problems[0]}); falling back to the one before")
-        damaged.append(folder)
-    if candidates:
-        raise Refused(
-            f"every checkpoint in {run.checkpoints} is damaged; --no-resume sets the run aside and starts anew"
-        )
-    return None
-
-
-def damage(folder: Path, world: World) -> str | None:
-    """What is wrong with this rank's share of a checkpoint's files, or None."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        if manifest["format"] != 1 or f"step-{manifest['step']:08d}" != folder.name:
-            return "manifest.json is of another format or step"
-        present = {p.name for p in folder.iterdir()} - {"manifest.json"}
-        if present != manifest["files"].keys():
-            return f"files missing or too many: {', '.join(sorted(present ^ manifest['files'].keys()))}"
-        for name, entry in list(manifest["files"].items())[world.rank :: world.size]:
-            if (folder / name).stat().st_size != entry["bytes"]:
-                return f"{name} has the wrong size"
-            if sha256(folder / name) != entry["sha256"]:
-                return f"{name} has the wrong checksum"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
-
-
-def load_checkpoint(folder: Path, step: int, model: Mistral, optimizer: torch.optim.AdamW) -> None:
-    """Fill model and optimizer from the checkpoint of a step, whatever number of ranks wrote it."""
-    with one_line(f"{folder} could not be read"):
-        dcp.load(checkpoint_state(model, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(folder)))
-    model.init_buffers()
-    for state in optimizer.state.values():
-        state["step"].fill_(step)
-
-
-def write_json(path: Path, value) -> None:
-    """Replace a JSON file in one step: a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=2, default=str)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-# --------------------------------------------------------------------------------------------------- 8 the run folder
-
-
-class RunFolder:
-    """One run's folder. Rank 0 alone writes in it, but for the checkpoints' shards and the export."""
-
-    def __init__(self, path: Path, keep: int):
-        self.path, self.keep = path, keep
-        self.checkpoints = path / "checkpoints"
-        self.metrics = path / "metrics.jsonl"
-        self.step = 0  # the last one that is finished or saved, for status.json
-        self.config: dict = {}
-        self._lock = None
-
-    def open(self, resume: bool | None) -> None:
-        """Create and lock the folder; with resume=False set an earlier run aside first. Refused if that cannot be."""
-        if resume is True and not self.complete_checkpoints():
-            raise Refused(f"--resume: no checkpoint in {self.checkpoints}; leave the flag out to start a new run")
-        try:
-            present = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
-            aside = resume is False and present - {".lock"}
-            if aside and not present & {"config.json", "data", ".data.partial"}:
-                raise Refused(f"--no-resume: {self.path} holds no run that could be set aside; choose another")
-            check_replaceable(self.path / "export")
-            self.path.mkdir(parents=True, exist_ok=True)
-            lock = self._take_lock()
-            if aside:
-                self._set_aside()
-                lock, earlier_lock = self._take_lock(), lock
-                earlier_lock.close()
-            self._lock = lock
-            for leftover in self.checkpoints.glob(".*.partial"):
-                shutil.rmtree(leftover)
-        except OSError as error:
-            raise Refused(f"--run-dir {self.path} cannot be written: {error.strerror}") from None
-
-    def _take_lock(self):
-        """The locked file, to be held until the process ends, however it ends."""
-        in_use = Refused(f"--run-dir {self.path} is in use by another run; wait for it or choose another")
-        try:
-            lock = (self.path / ".lock").open("a")
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock.fileno()).st_ino == (self.path / ".lock").stat().st_ino:
-                return lock
-        except (BlockingIOError, FileNotFoundError):
-            pass
-        raise in_use  # held by another, or the folder was set aside by another between the two lines above
-
-    def _set_aside(self) -> None:
-        real = Path(os.path.realpath(self.path))  # a link to a run stays a link, to the new one
-        if Path.cwd().is_relative_to(real):
-            raise Refused(f"--no-resume: {self.path} is the current folder and cannot be set aside; leave it first")
-        aside = self.free_name(real.parent, f"{real.name}.old")
-        real.rename(aside)
-        with contextlib.suppress(FileExistsError):  # by a run that started this instant, and is then found in use
-            real.mkdir()
-        with contextlib.suppress(OSError):
-            tqdm.write(f"the earlier run is now {aside}")
-
-    @staticmethod
-    def free_name(folder: Path, name: str) -> Path:
-        return next(path for n in range(1, 100_000) if not (path := folder / f"{name}-{n}").exists())
-
-    def complete_checkpoints(self) -> list[Path]:
-        """Folders that were renamed into place, oldest first."""
-        return sorted(p.parent for p in self.checkpoints.glob("step-*/manifest.json"))
-
-    def put_aside(self, damaged: list[Path]) -> None:
-        for folder in damaged:
-            folder.rename(self.free_name(self.checkpoints, f"damaged-{folder.name}"))
-
-    def delete_checkpoint(self, folder: Path) -> None:
-        """Under another name first: a kill in the middle leaves no half of it under its own."""
-        doomed = folder.with_name(f".{folder.name}.old.partial")
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
-
-    def check_config(self, config: dict) -> None:
-        """Refuse to continue a run that differs in anything its losses depend on."""
-        path = self.path / "config.json"
-        checkpoints = self.complete_checkpoints()
-        try:
-            if path.exists():
-                earlier = json.loads(path.read_text())
-            elif checkpoints:
-                earlier = json.loads((checkpoints[-1] / "manifest.json").read_text())["config"]
-            else:
-                return
-            recipe = {k: v for k, v in config["recipe"].items() if k not in FREE_TO_CHANGE}
-            pairs = [(flag(k), earlier["recipe"].get(k), v) for k, v in recipe.items()]
-            pairs += [(f"model {k}", earlier["model"].get(k), v) for k, v in config["model"].items()]
-            pairs += [("data fingerprint", earlier["data"], config["data"])]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            raise Refused(f"{path} is not readable; --no-resume sets the run aside and starts anew") from None
-        if not checkpoints and not (self.metrics.exists() and self.metrics.stat().st_size):
-            return  # nothing was done yet under the earlier settings
-        different = [f"{name} was {old} and is {new}" for name, old, new in pairs if str(old) != str(new)]
-        if different:
-            raise Refused(
-                f"--run-dir {self.path} holds another run: {'; '.join(different)}. Repeat its settings, choose another "
-                "--run-dir, or set it aside with --no-resume"
-            )
-
-    def status(self, state: str, reason: str = "") -> None:
-        write_json(self.path / "status.json", {
-            "state": state, "step": self.step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "host": socket.gethostname(), "pid": os.getpid(),
-        })  # fmt: skip
-
-    def keep_metrics_until(self, step: int) -> None:
-        """Drop the lines of steps that will be run again, and a last line that a kill tore apart."""
-        if not self.metrics.exists():
-            return
-        kept = []
-        for line in self.metrics.read_text(errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        partial = self.metrics.with_name(".metrics.jsonl.partial")
-        partial.write_text("".join(kept))
-        partial.replace(self.metrics)
-
-    def has_evaluation(self, step: int) -> bool:
-        lines = map(json.loads, self.metrics.read_text().splitlines() if self.metrics.exists() else [])
-        return any("val_loss" in line and line["step"] == step for line in lines)
-
-    def log(self, line: dict) -> None:
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        with self.metrics.open("a") as file:
-            file.write(json.dumps(values) + "\n")
-
-    def plot_curves(self) -> None:
-        """curves.png: loss, perplexity and accuracy over the steps, training and held-out."""
-        from matplotlib.figure import Figure  # not pyplot: no display, no global state
-
-        lines = [json.loads(line) for line in self.metrics.read_text().splitlines()] if self.metrics.exists() else []
-        figure = Figure(figsize=(12, 3.6), layout="constrained")
-        for axes, name in zip(figure.subplots(1, 3), ("loss", "perplexity", "accuracy"), strict=True):
-            for key, label, style in ((name, "training", "-"), (f"val_{name}", "held out", "o-")):
-                points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
-                if points:
-                    axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-            axes.set(title=name, xlabel="step", yscale="log" if name == "perplexity" else "linear")
-            axes.grid(alpha=0.3)
-            if axes.lines:
-                axes.legend()
-        partial = self.path / ".curves.partial.png"
-        figure.savefig(partial, dpi=120)
-        partial.replace(self.path / "curves.png")
-
-
-# ---------------------------------------------------------------------------------------------------------- 9 the run
+    def out_of_time(self) -> bool:
+        """Whether another step and a checkpoint may not fit into --max-hours."""
+        limit = self.plan.recipe.max_hours
+        soon = time.monotonic() - self.began + 2 * self.step_s + 1.5 * self.saver.took_s
+        return limit is not None and soon > limit * 3600
 
 
 class Progress:
@@ -1062,6 +842,7 @@ class Progress:
         self.plan, self.world, self.first = plan, world, first
         self.start = time.perf_counter()
         self.every = max(1, plan.recipe.steps // 20)
+        self.slow_rank: int | None = None  # the one last complained about
         terminal = world.is_main and sys.stderr.isatty()
         self.bar = None
         if terminal:
@@ -1083,6 +864,13 @@ class Progress:
             say(self.world, f"step {m['step']:>6}/{self.plan.recipe.steps}  {figures}  lr {m['lr']:.2e}  "
                 f"norm {m['grad_norm']:.2f}  eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")  # fmt: skip
 
+    def complain(self, slowest: dict | None) -> None:
+        """Name a rank whose own work takes half as long again as the others', once."""
+        if slowest and slowest["seconds"] > 1.5 * slowest["median"] and slowest["rank"] != self.slow_rank:
+            self.slow_rank = slowest["rank"]
+            say(self.world, f"rank {slowest['rank']} on {slowest['host']} is slow: a fixed matrix product takes it "
+                f"{slowest['seconds'] * 1e3:.2f} ms, the others {slowest['median'] * 1e3:.2f}")  # fmt: skip
+
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
@@ -1093,7 +881,7 @@ class InFlight:
     """A step whose metrics are still on the device: read one step late, so that the host never waits for the device."""
 
     step: int
-    values: Tensor
+    values: Tensor  # as train_step returns them
     ready: torch.cuda.Event | None
     lr: float
     data_wait_s: float
@@ -1107,28 +895,36 @@ class InFlight:
         ready.record()
         return cls(step, host, ready, lr, data_wait_s)
 
-    def metrics(self, plan: Plan, world: World, seconds_since: Callable[[], float]) -> dict:
-        """The metrics line of this step. Raises Failed if it was not finite."""
+    def settle(self, run: Run, seconds_since: Callable[[], float]) -> tuple[dict, str | None]:
+        """The metrics line of this step, and what is to be said of its update if it was skipped or a spike."""
         if self.ready is not None:
             self.ready.synchronize()
-        *sums, grad_norm, bad = self.values.tolist()
-        if bad:
-            raise Failed(
-                f"step {self.step}: loss {sums[0] / max(sums[1], 1)}, gradient norm {grad_norm}; the weights are those "
-                f"of step {self.step - 1}"
-            )
-        rate = plan.recipe.batch_tokens / world.size / seconds_since()
-        return {
+        *sums, grad_norm, verdict, median = self.values.tolist()
+        run.step_s = seconds_since()
+        recipe = run.plan.recipe
+        rate = recipe.batch_tokens / run.world.size / run.step_s
+        line = {
             "step": self.step,
             **loss_metrics(*sums),
             "lr": self.lr,
             "grad_norm": grad_norm,
-            "tokens": self.step * plan.recipe.batch_tokens,
+            "tokens": self.step * recipe.batch_tokens,
             "tokens_per_second_per_gpu": rate,
-            "mfu": roofline.mfu(rate, plan.flops_per_token, plan.peak_flops),
-            "peak_memory_gib": peak_memory_bytes(world) / 2**30,
+            "mfu": roofline.mfu(rate, run.plan.flops_per_token, run.plan.peak_flops),
+            "peak_memory_gib": peak_memory_bytes(run.world) / 2**30,
             "data_wait_s": self.data_wait_s,
         }
+        if run.world.device.type == "cuda" and (retries := torch.cuda.memory_stats()["num_alloc_retries"]):
+            line["alloc_retries"] = retries  # memory is so short that the allocator had to give up its cache
+        what = f"step {self.step}: loss {line['loss']:.4g}, gradient norm {grad_norm:.4g}"
+        if verdict in (SPIKE, SPIKE_SKIPPED):
+            what += f", a spike over the median of {median:.4g}"
+            line["spike"] = True
+        if verdict in (NOT_FINITE, SPIKE_SKIPPED):
+            line["skipped"] = True
+            what += "; the update was skipped"
+        run.skips = run.skips + 1 if "skipped" in line else 0
+        return line, what if verdict else None
 
 
 def peak_memory_bytes(world: World) -> int:
@@ -1137,11 +933,12 @@ def peak_memory_bytes(world: World) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def train(plan: Plan, world: World, run: RunFolder, dataset: Dataset, model: Mistral, optimizer) -> bool:
-    """The steps after run.step up to the plan's last, each ending in run.step; whether a signal stopped them."""
-    recipe = plan.recipe
-    loader = Loader(plan, world, dataset.split("train"), run.step + 1, recipe.steps)
+def train(run: Run) -> str | None:
+    """The steps after run.step up to the plan's last; why it stopped before that, or None."""
+    plan, world, recipe = run.plan, run.world, run.plan.recipe
+    loader = Loader(plan, world, run.dataset.split("train"), run.step + 1, recipe.steps)
     progress = Progress(plan, world, run.step + 1)
+    probe = Probe(world.device)
     clock = time.perf_counter()
     in_flight: InFlight | None = None
 
@@ -1151,13 +948,22 @@ def train(plan: Plan, world: World, run: RunFolder, dataset: Dataset, model: Mis
         return clock - before
 
     def settle() -> None:
-        """Log the step in flight, and stop the run if it was not finite."""
+        """Log the step in flight, and stop the run if too many were skipped."""
         nonlocal in_flight
-        if in_flight is not None:
-            metrics, in_flight = in_flight.metrics(plan, world, seconds_since), None
-            if world.is_main:
-                run.log(metrics)
-                progress.show(metrics)
+        if in_flight is None:
+            return
+        (line, remark), in_flight = in_flight.settle(run, seconds_since), None
+        run.watch.probe(probe.seconds())
+        if world.is_main:
+            run.folder.log(line)
+            progress.show(line)
+            progress.complain(run.watch.slowest)
+        if run.skips > recipe.max_skips:
+            samples = step_numbers(plan, line["step"])
+            raise Failed(f"{remark}, {run.skips} in a row now (--max-skips {recipe.max_skips}). Its samples have the "
+                f"numbers {samples[0]} to {samples[-1]}; --replay-step {line['step']} looks into them")  # fmt: skip
+        if remark:
+            say(world, remark)
 
     gc.collect()
     gc.freeze()
@@ -1166,68 +972,81 @@ def train(plan: Plan, world: World, run: RunFolder, dataset: Dataset, model: Mis
     try:
         while run.step < recipe.steps and not stopping:
             step = run.step + 1
-            asked, asking = stop_requested_anywhere()
+            run.watch.at("step", step)
+            answers, asking = ask_everywhere(stop_signal is not None or run.out_of_time(), run.saver.failed)
             tokens, labels = next(loader)
             lr = learning_rate(recipe, step)
-            values = train_step(model, optimizer, tokens, labels, lr, recipe.clip)
+            probe.begin()
+            values = train_step(run.model, run.optimizer, run.guard, step, tokens, labels, lr, recipe.clip)
             settle()
             in_flight = InFlight.after(step, values, lr, loader.waited)
             if in_flight.ready is None:  # on the CPU there is nothing to wait for
                 settle()
-            run.step = step
+            run.step = run.watch.done = step
 
             asking.wait()
-            stopping = bool(asked.item())
-            if evaluation_is_due(plan, dataset, step) and not stopping:
+            stopping, save_failed = map(bool, answers.tolist())
+            if save_failed:
+                run.saver.wait()
+            if evaluation_is_due(run) and not stopping:
                 settle()
-                stopping = not log_evaluation(plan, world, run, dataset, model)
+                stopping = not log_evaluation(run)
             if stopping or step == recipe.steps or step % recipe.save_every == 0:
                 settle()
-                save_checkpoint(run, step, model, optimizer, world)
-                if world.is_main:
-                    run.status("running")
+                run.save()
                 gc.collect()
+        run.watch.at("checkpoint", run.step, long=True)
+        run.saver.wait()
+    except Failed:
+        with contextlib.suppress(Failed):  # the reason is known; but a checkpoint under way is worth the wait
+            run.saver.wait()
+        raise
     finally:
         progress.close()
         gc.enable()
-    return stopping
+    if not stopping:
+        return None
+    return next(filter(None, everywhere(stop_signal)), None) or f"--max-hours {recipe.max_hours}"
 
 
-def evaluation_is_due(plan: Plan, dataset: Dataset, step: int) -> bool:
-    every, last = plan.recipe.eval_every, step == plan.recipe.steps
-    return bool(every) and len(dataset.split("val")) > 1 and step > 0 and (last or step % every == 0)
+def evaluation_is_due(run: Run) -> bool:
+    every, last = run.plan.recipe.eval_every, run.step == run.plan.recipe.steps
+    return bool(every) and len(run.dataset.split("val")) > 1 and run.step > 0 and (last or run.step % every == 0)
 
 
-def log_evaluation(plan: Plan, world: World, run: RunFolder, dataset: Dataset, model: Mistral) -> bool:
+def log_evaluation(run: Run) -> bool:
     """Evaluate after run.step; False if a signal came in between, and nothing is logged."""
-    scores = evaluate(model, dataset.split("val"), plan, world)
+    stream, plan, world = run.dataset.split("val"), run.plan, run.world
+    scores = evaluate(run.model, stream, plan, world, lambda: run.watch.at("evaluation", run.step))
     if scores is None:
         return False
     if world.is_main:
-        run.log({"step": run.step} | {f"val_{name}": value for name, value in scores.items()})
+        run.folder.log({"step": run.step} | {f"val_{name}": value for name, value in scores.items()})
     say(world, f"held out at step {run.step}: loss {scores['loss']:.4f}  ppl {scores['perplexity']:,.1f}  "
         f"acc {scores['accuracy']:.2%}")  # fmt: skip
     return True
 
 
-def leave_results(plan: Plan, world: World, run: RunFolder, dataset: Dataset, model: Mistral, again: bool) -> None:
+def leave_results(run: Run, again: bool) -> None:
     """The Hugging Face export, the curves and a sample of text; with ``again`` only those that are missing."""
-    export = run.path / "export"
+    plan, world, folder, model, own = run.plan, run.world, run.folder, run.model, run.dataset.tokenizer
+    run.watch.at("export", run.step, long=True)
+    export = folder.path / "export"
     if not (again and on_main(world, is_complete_export, export)):
-        tokenizer = dataset.tokenizer or (plan.recipe.init_from if has_tokenizer(plan.recipe.init_from) else None)
+        tokenizer = own or (plan.recipe.init_from if has_tokenizer(plan.recipe.init_from) else None)
         save_hf(model, export, dtype=DTYPES[plan.recipe.export_dtype], tokenizer=tokenizer)
         say(world, f"export     {export}")
-    if world.is_main and not (again and (run.path / "curves.png").exists()):
-        run.plot_curves()
-        say(world, f"curves     {run.path / 'curves.png'}")
-    if dataset.tokenizer and not (again and on_main(world, (run.path / "sample.txt").exists)):
-        source = dataset.split("val") if len(dataset.split("val")) >= 16 else dataset.split("train")
+    if world.is_main and not (again and (folder.path / "curves.png").exists()):
+        folder.plot_curves()
+        say(world, f"curves     {folder.path / 'curves.png'}")
+    if own and not (again and on_main(world, (folder.path / "sample.txt").exists)):
+        source = run.dataset.split("val") if len(run.dataset.split("val")) >= 16 else run.dataset.split("train")
         prompt = torch.from_numpy(source.read(0, min(16, len(source))))
         ids = model.generate(prompt[None].to(world.device), 48, temperature=0.7, seed=plan.recipe.seed)[0].tolist()
         model.reshard()
         if world.is_main:
-            begins, text = decode(dataset.tokenizer, ids[: len(prompt)]), decode(dataset.tokenizer, ids)
-            (run.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
+            begins, text = decode(own, ids[: len(prompt)]), decode(own, ids)
+            (folder.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
             say(world, f"prompt     {begins!r}\ncontinued  {text[len(begins) :]!r}")
 
 
@@ -1255,76 +1074,110 @@ def check_disk(plan: Plan) -> None:
     free, needed = shutil.disk_usage(existing).free, plan.n_parameters * (12 + 4)
     if free < needed:
         raise Refused(
-            f"--run-dir {plan.recipe.run_dir} has {free / 1e9:.1f} GB free, but one checkpoint and the export take "
-            f"{needed / 1e9:.1f} GB"
+            f"--run-dir {plan.recipe.run_dir} has {in_words(free)} free, but one checkpoint and the export take "
+            f"{in_words(needed)}"
         )
 
 
-def main(recipe: Recipe) -> int:
-    """The whole run; returns the exit code of this rank. Raises Refused."""
-    world = start_distributed()
+def check_replay(recipe: Recipe) -> None:
+    if recipe.replay_step and not (recipe.run_dir / "config.json").exists():
+        raise Refused(f"--replay-step {recipe.replay_step}: no run in {recipe.run_dir}; name its --run-dir")
+
+
+def set_up(recipe: Recipe) -> Run:
+    """Everything before the first step: refusals first, then the folder, the data, the model and its weights."""
+    began, replaying = time.monotonic(), recipe.replay_step is not None
+    world = start_distributed(recipe.deadline)
     plan = agreed(resolve, recipe, world)
+    agreed(check_replay, recipe)
     dataset = agreed(open_data, recipe.data) if recipe.data else None
     if dataset:
         agreed(check_data, plan, dataset)
     agreed(check_disk, plan)
     set_reference_only(recipe.kernels == "reference")
 
-    run = RunFolder(recipe.run_dir, recipe.keep)
+    folder = RunFolder(recipe.run_dir)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, so --no-resume has had its turn
-    on_main(world, run.open, None if restarted else recipe.resume)
+    on_main(world, folder.open, None if restarted else recipe.resume)
+    watch = Watch(world, recipe.deadline, folder.path, write_failure)
+    global active
+    active = Active(watch, None if replaying else folder)  # from here on its status.json is told how it ended
     if dataset is None:
-        folder = run.path / "data"
-        if world.is_main and not folder.exists():
+        data = folder.path / "data"
+        if world.is_main and not data.exists():
             say(world, "preparing the built-in corpus: the Python language reference, Mistral-7B-v0.1's tokenizer")
-        on_main(world, lambda: folder.exists() or prepare_builtin(folder))
-        dataset = agreed(open_data, folder)
+        on_main(world, lambda: data.exists() or prepare_builtin(data))
+        dataset = agreed(open_data, data)
         agreed(check_data, plan, dataset)
+    watch.at("verifying the data", long=True)
     agreed(dataset.verify, world.rank, world.size)
-    run.config = {"recipe": asdict(plan.recipe), "model": asdict(plan.model), "data": dataset.fingerprint}
-    on_main(world, run.check_config, run.config)
-    checkpoint = newest_checkpoint(run, world)
-
-    global active_run  # from here on, what ends the run is told in its status.json
-    active_run = run
-    run.step = int(checkpoint.name.removeprefix("step-")) if checkpoint else 0
-    if world.is_main:
+    config = {"recipe": asdict(plan.recipe), "model": asdict(plan.model), "data": dataset.fingerprint}
+    on_main(world, folder.check_config, config, FREE_TO_CHANGE)
+    watch.at("testing the collectives", long=True)
+    check_collectives(world)
+    watch.at("verifying the checkpoint", long=True)
+    say_all = functools.partial(say, world)
+    path = checkpoint.newest_sound(folder.checkpoints, world, say_all, before=recipe.replay_step)
+    step = watch.done = step_of(path) if path else 0
+    if world.is_main and not replaying:
         versions = {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}
-        write_json(run.path / "config.json", run.config | {"world_size": world.size, "versions": versions})
-        run.keep_metrics_until(run.step)
-        run.status("running")
+        write_json(folder.path / "config.json", config | {"world_size": world.size, "versions": versions})
+        folder.keep_metrics_until(step)
+        folder.status("running", step)
+        watch.writes_heartbeat = True
     say(world, describe(plan, world, dataset))
 
+    watch.at("filling the model", long=True)
     model = build_model(plan, world)
-    optimizer = build_optimizer(model, plan.recipe)
-    if checkpoint:
-        load_checkpoint(checkpoint, run.step, model, optimizer)
-        say(world, f"resuming after step {run.step} from {checkpoint}")
+    optimizer, guard = build_optimizer(model, plan.recipe), Guard(plan.recipe, world.device)
+    saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world)
+    run = Run(plan, world, folder, dataset, model, optimizer, guard, saver, watch, config, began)
+    if path:
+        run.restore(path)
+        say(world, f"resuming after step {run.step} from {path}")
     else:
         fill_model(model, plan, world)
+    return run
 
-    again = run.step == plan.recipe.steps
+
+def main(recipe: Recipe) -> int:
+    """The whole run; returns the exit code of this rank. Raises Refused or Failed."""
+    run = set_up(recipe)
+    if recipe.replay_step:
+        replay(run, recipe.replay_step)
+        return FINISHED
+    world, folder, again = run.world, run.folder, run.step == recipe.steps
     if again:
-        say(world, f"this run is finished: {run.step} steps in {run.path}")
-    stopped = False
-    if evaluation_is_due(plan, dataset, run.step) and not on_main(world, run.has_evaluation, run.step):
-        stopped = not log_evaluation(plan, world, run, dataset, model)  # a signal had cut it short
+        say(world, f"this run is finished: {run.step} steps in {folder.path}")
+    stopped = None
+    if evaluation_is_due(run) and not on_main(world, folder.has_evaluation, run.step) and not log_evaluation(run):
+        stopped = next(filter(None, everywhere(stop_signal)))  # in an evaluation that a signal had cut short before
     if not again and not stopped:
-        stopped = train(plan, world, run, dataset, model, optimizer)
+        stopped = train(run)
     if stopped:
-        reason = next(filter(None, everywhere(stop_signal)), "a signal")
         if world.is_main:
-            run.plot_curves()
-            run.status("stopped", reason)
-        say(world, f"stopped by {reason} after step {run.step}; the same command again continues")
+            folder.plot_curves()
+            folder.status("stopped", run.step, stopped)
+        say(world, f"stopped by {stopped} after step {run.step}; the same command again continues")
         return STOPPED
-    leave_results(plan, world, run, dataset, model, again)
+    leave_results(run, again)
     if world.is_main:
-        run.status("finished")
+        folder.status("finished", run.step)
     return FINISHED
 
 
-active_run: RunFolder | None = None
+class Active(typing.NamedTuple):
+    """What the signal handler and the last words of a failing run need of it."""
+
+    watch: Watch
+    folder: RunFolder | None  # None: its status is not to be touched
+
+
+def write_failure(reason: str) -> None:
+    """Tell status.json, unless another rank has already said why; that was first and is the one to keep."""
+    if active is not None and active.folder is not None and active.folder.state() != "failed":
+        with contextlib.suppress(OSError):  # a full disk may be what ended the run
+            active.folder.status("failed", active.watch.done, reason)
 
 
 def run_to_exit_code(recipe: Recipe) -> int:
@@ -1337,22 +1190,77 @@ def run_to_exit_code(recipe: Recipe) -> int:
     except Refused as refusal:
         refuse(refusal)
     except Failed as failure:
-        reason, is_first = str(failure), rank == 0
-        if rank == 0:
+        reason, speaks = str(failure), rank == 0
+        if speaks:
             print(f"train.py: stopped: {reason}", file=sys.stderr)
     except BaseException as error:
-        reason = f"rank {rank} on {host}: {type(error).__name__}: {error}"
-        print(f"train.py: rank {rank} on {host} failed", file=sys.stderr)
-        traceback.print_exc()
-        # A rank that lost its connection has seen another one die: that one's reason is the one to keep.
-        is_first = not isinstance(error, dist.DistError) and "gloo" not in str(error).lower()
-    if active_run is not None:
-        with contextlib.suppress(OSError, ValueError):  # a full disk may be what ended the run
-            if not is_first:
-                time.sleep(1)
-            if is_first or json.loads((active_run.path / "status.json").read_text())["state"] != "failed":
-                active_run.status("failed", reason)
+        lost_a_rank = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if lost_a_rank and active is not None:  # another one died, and the reason is there: say which one it was
+            reason, speaks = active.watch.verdict("lost the connection to another rank")
+            if speaks:
+                print(f"train.py: stopped: {reason}", file=sys.stderr)
+        else:
+            reason, speaks = f"rank {rank} on {host}: {type(error).__name__}: {error}", True
+            print(f"train.py: rank {rank} on {host} failed", file=sys.stderr)
+            traceback.print_exc()
+    if speaks:
+        write_failure(reason)
     return FAILED
+
+
+# -------------------------------------------------------------------------------------------------- 8 one step again
+
+
+def replay(run: Run, step: int) -> None:
+    """Run one step again from the checkpoint before it, sample by sample, and print what is not finite where.
+
+    The steps between are computed as they were; then each sample of ``step`` alone, forward and backward, with a look
+    at the output of every module and the gradient that reaches it. Nothing is written.
+    """
+    plan, world, recipe = run.plan, run.world, run.plan.recipe
+    stream, first = run.dataset.split("train"), run.step + 1
+    say(world, f"replaying step {step}" + (f", after steps {first} to {step - 1}" if first < step else ""))
+    loader = Loader(plan, world, stream, first, step)
+    for again in range(first, step):
+        run.watch.at("replay", again)
+        batch = next(loader)
+        train_step(run.model, run.optimizer, run.guard, again, *batch, learning_rate(recipe, again), recipe.clip)
+
+    seen: list[str] = []  # what was not finite, in the order of the computation
+
+    def look(name: str):
+        def hook(_module, _inputs, output) -> None:
+            for x in output if isinstance(output, tuple) else (output,):
+                if isinstance(x, Tensor) and x.is_floating_point():
+                    if not x.isfinite().all():
+                        seen.append(f"the output of {name}")
+                    if x.requires_grad:
+                        x.register_hook(lambda g: g.isfinite().all() or seen.append(f"the gradient at {name}"))
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(name)) for name, m in run.model.named_modules() if name]
+    tokens, labels = (x.flatten(0, 1) for x in next(loader))
+    numbers = share_of(step_numbers(plan, step), plan, world).ravel()
+    indices = step_samples(plan, world, step, n_samples(stream, recipe.seq_len)).ravel()
+    run.model.set_requires_gradient_sync(True)
+    rows = []
+    for i in range(len(tokens)):
+        run.watch.at("replay", step)
+        seen.clear()
+        loss, n_targets, _ = run.model(tokens[i : i + 1], labels[i : i + 1])
+        (loss / n_targets.clamp(min=1)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), math.inf).full_tensor().item()
+        run.optimizer.zero_grad()
+        text = decode(run.dataset.tokenizer, tokens[i, :24].tolist()) if run.dataset.tokenizer else ""
+        rows.append((int(numbers[i]), int(indices[i]), loss.item() / max(int(n_targets), 1), norm, seen[:1], text))
+    for hook in hooks:
+        hook.remove()
+    for rank, theirs in enumerate(everywhere(rows)):
+        for number, index, loss, norm, where, text in theirs:
+            bad = f"  first not finite: {where[0]}" if where else ""
+            say(world, f"sample {number} (rank {rank}, from token {index * recipe.seq_len:,})  loss {loss:.4f}  "
+                f"gradient norm {norm:.4g}{bad}{'  ' + repr(text) if text else ''}")  # fmt: skip
 
 
 if __name__ == "__main__":

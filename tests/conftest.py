@@ -1,9 +1,13 @@
 """Fixtures and markers that every test file shares; plain helper functions are in helpers.py."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 from halny.kernels import dispatch
+from halny.model.prepare_data import write_dataset
 
 torch.set_num_threads(2)  # what CI has; more threads than cores make small operations crawl
 
@@ -32,3 +36,16 @@ def _same_start():
     switches = dispatch._reference_only, dispatch._checks_cuda_values
     yield
     assert switches == (dispatch._reference_only, dispatch._checks_cuda_values), "a dispatch switch was left on"
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A data folder of 255 + 1 token ids whose fourth and last sample of 64 has only 9 targets."""
+    rng = np.random.default_rng(0)
+
+    def documents(n_tokens):  # a noisy cycle through 40 tokens: something to learn
+        return [(np.arange(n_tokens) * 7 % 40 + rng.integers(0, 3, n_tokens)).astype(np.int64)]
+
+    out = tmp_path_factory.mktemp("data") / "small"
+    write_dataset(documents(3 * 64 + 10), out, vocab_size=256, val_documents=documents(150))
+    return out

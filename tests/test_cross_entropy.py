@@ -323,7 +323,7 @@ def test_second_derivatives_are_refused():
         gradient.sum().backward()
 
 
-# --------------------------------------------------------------------------------------------------- the in-place form
+# ---------------------------------------------------------------------------------------------------- the in-place form
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -365,7 +365,7 @@ def test_in_place_is_loud_where_another_branch_would_be_wrong():
         assert torch.equal(cross_entropy_(leaf, labels), cross_entropy(leaf, labels)) and torch.equal(leaf, before)
 
 
-# ------------------------------------------------------------------------------------------------ linear cross-entropy
+# ------------------------------------------------------------------------------------------------- linear cross-entropy
 
 
 @pytest.fixture
@@ -557,7 +557,7 @@ def test_peak_memory(reduction, dtype, small_chunks, monkeypatch):
     assert expected <= count.peak - returned <= expected + 40 * n < b * n * V, (count.peak - returned, expected)
 
 
-# ----------------------------------------------------------------------------------------------- the company they keep
+# ------------------------------------------------------------------------------------------------ the company they keep
 
 
 @kernel

@@ -5,9 +5,7 @@ import json
 import math
 import os
 import re
-import resource
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -16,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from runs import LONG, REPO, SMALL, checkpoint, column, flip_a_bit, metrics, run, snapshot, start, status, wait_for_step
 
 import train
 from halny.model.convert import load_hf, save_hf
@@ -23,7 +22,6 @@ from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import Mistral
 from halny.model.prepare_data import Dataset, write_dataset
 
-REPO = Path(train.__file__).parent
 CPU = torch.device("cpu")
 
 
@@ -31,7 +29,7 @@ def world(rank: int = 0, size: int = 1) -> train.World:
     return train.World(rank, size, CPU, mesh=None)
 
 
-# ---------------------------------------------------------------------------------------------------- recipe and plan
+# ------------------------------------------------------------------------------------------------------ recipe and plan
 
 
 def test_command_line_preset_then_file_then_flags(tmp_path):
@@ -163,7 +161,7 @@ def test_learning_rate_schedules():
     assert train.learning_rate(train.resolve(train.command_line([]), world()).recipe, 1) > 0
 
 
-# --------------------------------------------------------------------------------------------------------------- data
+# ----------------------------------------------------------------------------------------------------------------- data
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 4097])
@@ -182,19 +180,6 @@ def test_sample_order_is_a_function_of_the_number_alone():
     alone = [int(train.sample_order(np.array([i]), n, seed=3)[0]) for i in numbers]
     assert train.sample_order(numbers, n, seed=3).tolist() == alone
     assert train.sample_order(np.array([2**40, 2**62]), 2**33 + 1, seed=3).max() < 2**33 + 1
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory) -> Path:
-    """A data folder of 255 + 1 token ids whose fourth and last sample of 64 has only 9 targets."""
-    rng = np.random.default_rng(0)
-
-    def documents(n_tokens):  # a noisy cycle through 40 tokens: something to learn
-        return [(np.arange(n_tokens) * 7 % 40 + rng.integers(0, 3, n_tokens)).astype(np.int64)]
-
-    out = tmp_path_factory.mktemp("data") / "small"
-    write_dataset(documents(3 * 64 + 10), out, vocab_size=256, val_documents=documents(150))
-    return out
 
 
 def test_samples_cover_the_stream_and_end_in_ignored_labels(small):
@@ -239,55 +224,7 @@ def test_loader_gives_the_steps_in_order_and_passes_errors_on(small):
         next(train.Loader(plan, world(), Broken(), 1, 1))
 
 
-# --------------------------------------------------------------------------------------------------------- whole runs
-
-
-def start(*arguments, ranks: int | None = None, cwd: Path, **options) -> subprocess.Popen:
-    """train.py as a user starts it: under torchrun with so many ranks, or (None) as a plain process."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks else []
-    command = [sys.executable, *launcher, str(REPO / "train.py"), *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    return subprocess.Popen(command, cwd=cwd, env=environment, **pipes, **options)
-
-
-def run(*arguments, ranks: int | None = None, cwd: Path, code: int | None = 0) -> subprocess.CompletedProcess:
-    process = start(*arguments, ranks=ranks, cwd=cwd)
-    try:
-        out, err = process.communicate(timeout=300)
-    finally:
-        process.kill()
-    assert code is None or process.returncode == code, out + err
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
-def metrics(run_dir: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
-
-
-def column(run_dir: Path, *names: str) -> list[tuple]:
-    return [tuple(line[name] for name in names) for line in metrics(run_dir)]
-
-
-def status(run_dir: Path) -> dict:
-    return json.loads((run_dir / "status.json").read_text())
-
-
-def checkpoint(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """A checkpoint's tensors, put together by hand from the safetensors files of all ranks."""
-    from safetensors import safe_open
-
-    parts: dict[str, list] = {}
-    for path in (run_dir / f"checkpoints/step-{step:08d}").glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            offsets = json.loads(file.metadata()["DCP_SHARDING_INFO"])
-            for name in file.keys():  # noqa: SIM118  (not a dictionary)
-                parts.setdefault(name, []).append((offsets[name]["saved_offsets"], file.get_tensor(name)))
-    return {name: torch.cat([x for _, x in sorted(p, key=lambda part: part[0])]) for name, p in parts.items()}
-
-
-SMALL = ["--model", "test", "--seq-len", "64", "--batch-tokens", "256", "--dtype", "fp32", "--export-dtype", "fp32"]
+# ----------------------------------------------------------------------------------------------------------- whole runs
 
 
 def plain_loop(data: Path, steps: int) -> list[tuple[float, float]]:
@@ -361,102 +298,7 @@ def test_bf16_trains_close_to_fp32(small, tmp_path):
     assert {x.dtype for x in checkpoint(tmp_path / "bf16", 20).values()} == {torch.float32}
 
 
-# ------------------------------------------------------------------------------------------ stopping, killing, resuming
-
-LONG = [*SMALL, "--steps", "150", "--save-every", "20", "--lr", "1e-3", "--eval-every", "0"]
-
-
-def wait_for_step(process: subprocess.Popen, run_dir: Path, step: int) -> None:
-    lines = run_dir / "metrics.jsonl"
-    wait_until(process, lambda: lines.exists() and lines.read_text().count("\n") >= step)
-
-
-def wait_until(process: subprocess.Popen, happened) -> None:
-    deadline = time.time() + 120
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.time() < deadline, "nothing for two minutes"
-        time.sleep(0.005)
-
-
-def ranks_of(process: subprocess.Popen) -> list[int]:
-    """Process ids of the ranks below a torchrun, in order of rank."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    environments = {int(pid): Path(f"/proc/{pid}/environ").read_bytes() for pid in children}
-    return sorted(environments, key=lambda pid: int(re.search(rb"\0RANK=(\d+)", environments[pid])[1]))
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(small, tmp_path_factory) -> Path:
-    cwd = tmp_path_factory.mktemp("uninterrupted")
-    run(*LONG, "--data", small, "--run-dir", "r", ranks=2, cwd=cwd)
-    return cwd / "r"
-
-
-def test_killed_stopped_and_resumed_equals_uninterrupted_bitwise(small, uninterrupted, tmp_path):
-    command = [*LONG, "--data", small, "--run-dir", "r"]
-    run_dir = tmp_path / "r"
-
-    process = start(*command, ranks=2, cwd=tmp_path)
-    wait_for_step(process, run_dir, 45)
-    ranks = ranks_of(process)
-    process.kill()  # the launcher alone; the ranks die with it
-    process.wait()
-    deadline = time.time() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.time() < deadline:
-        time.sleep(0.01)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
-    with (run_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 46, "lo')  # a line torn by the kill
-    (run_dir / "checkpoints/.step-00000060.partial").mkdir()
-
-    process = start(*command, ranks=2, cwd=tmp_path)
-    wait_for_step(process, run_dir, 70)
-    os.kill(ranks_of(process)[1], signal.SIGUSR1)  # one rank is told; all stop
-    out, _ = process.communicate(timeout=60)
-    assert re.search(r"resuming after step (40|60)", out) and "stopped by SIGUSR1" in out
-    stopped = status(run_dir)
-    assert stopped["state"] == "stopped" and stopped["reason"] == "SIGUSR1" and stopped["step"] >= 70
-    assert len(metrics(run_dir)) == stopped["step"]
-    assert not list((run_dir / "checkpoints").glob(".*"))
-
-    process = start(*command, ranks=2, cwd=tmp_path)
-    wait_for_step(process, run_dir, 110)
-    process.send_signal(signal.SIGTERM)  # to torchrun, which passes it on
-    process.communicate(timeout=60)
-    assert status(run_dir)["state"] == "stopped" and 110 <= status(run_dir)["step"] < 150
-
-    run(*command, ranks=2, cwd=tmp_path)
-    names = ("step", "loss", "accuracy", "grad_norm", "lr", "tokens")
-    assert column(run_dir, *names) == column(uninterrupted, *names)
-    ours, theirs = checkpoint(run_dir, 150), checkpoint(uninterrupted, 150)
-    assert ours.keys() == theirs.keys() and len(ours) == 3 * len(list(Mistral(MODELS["test"]).parameters()))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == ["step-00000140", "step-00000150"]
-
-
-def test_resume_on_another_number_of_ranks_consumes_the_same_samples(small, uninterrupted, tmp_path):
-    command = [*LONG, "--data", small, "--run-dir", "r"]
-    process = start(*command, ranks=4, cwd=tmp_path)
-    wait_for_step(process, tmp_path / "r", 30)
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    at = status(tmp_path / "r")["step"]
-    assert 30 <= at < 150
-    out = run(*command, ranks=2, cwd=tmp_path).stdout
-    assert f"resuming after step {at}" in out
-    np.testing.assert_allclose(column(tmp_path / "r", "loss"), column(uninterrupted, "loss"), rtol=1e-3)
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_exit_code_75_of_a_stopped_process(small, tmp_path, number):
-    process = start(*LONG, "--steps", 5000, "--data", small, "--run-dir", "r", cwd=tmp_path)
-    wait_for_step(process, tmp_path / "r", 3)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == train.STOPPED, out + err
-    assert "Traceback" not in err and status(tmp_path / "r")["reason"] == number.name
-    assert (tmp_path / "r/curves.png").exists()
+# ------------------------------------------------------------------------------------------------------- starting again
 
 
 def test_a_finished_run_says_so_and_remakes_what_is_missing(small, tmp_path):
@@ -472,103 +314,11 @@ def test_a_finished_run_says_so_and_remakes_what_is_missing(small, tmp_path):
     assert (tmp_path / "r/metrics.jsonl").read_bytes() == before and status(tmp_path / "r")["state"] == "finished"
 
 
-def flip_a_bit(path: Path, offset: int) -> None:
-    content = bytearray(path.read_bytes())
-    content[offset] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", ["bit", "truncated", "empty", "missing", "manifest", "extra"])
-def test_a_damaged_checkpoint_is_passed_over(small, uninterrupted, tmp_path, damage):
-    run_dir = tmp_path / "r"
-    shutil.copytree(uninterrupted, run_dir)
-    newest = run_dir / "checkpoints/step-00000150"
-    shard = max(newest.glob("*.safetensors"), key=lambda p: p.stat().st_size)
-    if damage == "bit":
-        flip_a_bit(shard, -100)
-    elif damage == "truncated":
-        os.truncate(shard, shard.stat().st_size - 8)
-    elif damage == "empty":
-        os.truncate(shard, 0)
-    elif damage == "missing":
-        shard.unlink()
-    elif damage == "manifest":
-        (newest / "manifest.json").write_text('{"format": 1')
-    elif damage == "extra":
-        (newest / "other.safetensors").write_bytes(b"")
-    out = run(*LONG, "--data", small, "--run-dir", "r", cwd=tmp_path).stdout
-    assert "step-00000150 is damaged" in out and "resuming after step 140" in out
-    np.testing.assert_allclose(column(run_dir, "loss"), column(uninterrupted, "loss"), rtol=1e-3)
-
-
-def test_a_damaged_newer_checkpoint_never_displaces_a_good_one(small, uninterrupted, tmp_path):
-    run_dir = tmp_path / "r"
-    shutil.copytree(uninterrupted, run_dir)
-    flip_a_bit(max((run_dir / "checkpoints/step-00000150").glob("*.safetensors"), key=lambda p: p.stat().st_size), -9)
-    command = [*LONG, "--data", small, "--run-dir", "r", "--keep", 1, "--save-every", 1]
-    process = start(*command, cwd=tmp_path)
-    wait_until(process, lambda: list((run_dir / "checkpoints").glob("step-0000014[2-9]")))
-    process.kill()
-    process.communicate()
-    kept = sorted(p.name for p in (run_dir / "checkpoints").glob("[!.]*"))
-    assert kept[0] == "damaged-step-00000150-1" and 140 < int(kept[-1].removeprefix("step-")) <= 150, kept
-    run(*command, cwd=tmp_path)
-    assert status(run_dir)["state"] == "finished" and (run_dir / "checkpoints/step-00000150").exists()
-
-
-def test_a_checkpoint_that_cannot_be_written_fails_in_one_line_and_loses_nothing(small, tmp_path):
-    """A file-size limit stands in for a full disk: the write fails with an OSError either way."""
-    command = [*SMALL, "--data", small, "--steps", 20, "--save-every", 4, "--run-dir", "r"]
-    process = start(*command, cwd=tmp_path)
-    wait_for_step(process, tmp_path / "r", 9)
-    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (100_000, 100_000))
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == train.FAILED and err.count("\n") == 1 and "could not be written" in err, err
-    after = status(tmp_path / "r")
-    assert after["state"] == "failed" and "could not be written" in after["reason"] and 4 < after["step"] <= 20
-    assert "resuming after step" in run(*command, cwd=tmp_path).stdout and status(tmp_path / "r")["state"] == "finished"
-
-
-def test_an_evaluation_cut_short_by_a_signal_is_made_up_for(small, tmp_path):
-    command = [*SMALL, "--data", small, "--steps", 4, "--eval-every", 2, "--run-dir", "r"]
-    run(*command, cwd=tmp_path)
-    lines = (tmp_path / "r/metrics.jsonl").read_text()
-    assert '"val_loss"' in lines.splitlines()[-1]
-    (tmp_path / "r/metrics.jsonl").write_text("\n".join(lines.splitlines()[:-1]) + "\n")
-    run(*command, cwd=tmp_path)
-    again = (tmp_path / "r/metrics.jsonl").read_text().splitlines()
-    assert json.loads(again[-1]) == pytest.approx(json.loads(lines.splitlines()[-1])) and len(again) == 6
-
-
 def test_closed_streams_and_a_full_log_stop_nothing(small, tmp_path):
     line = f"exec {sys.executable} {REPO}/train.py {' '.join(SMALL)} --data {small} --steps 3 --run-dir"
     for name, redirection in (("closed", ">&- 2>&-"), ("full", "> /dev/full")):
         subprocess.run(f"{line} {name} {redirection}", shell=True, cwd=tmp_path, check=True)
         assert status(tmp_path / name)["state"] == "finished"
-
-
-def test_not_finite_on_one_rank_stops_all_before_the_update(small, tmp_path):
-    """A poisoned embedding row that only some samples reach: the weights stay those of the step before."""
-    rare = 41  # a token of the corpus that a sample or two hold
-    stream = Dataset(small).split("train")
-    rows, _ = train.read_samples(stream, np.arange(4), 64)
-    model = Mistral(MODELS["test"])
-    model.init_weights(seed=0)
-    with torch.no_grad():
-        holders = (rows == rare).any(1)
-        assert 0 < holders.sum() < 4
-        model.embed.weight[rare] = float("nan")
-    save_hf(model, tmp_path / "hf")
-    first_bad = 1 + min(i for i in range(8) if holders[int(train.sample_order(np.array([i]), 4, seed=0)[0])]) // 2
-    command = [*SMALL, "--batch-tokens", 128, "--steps", 30, "--init-from", "hf", "--run-dir", "r", "--data", small]
-    failed = run(*command, "--save-every", 30, ranks=2, cwd=tmp_path, code=1)
-    after = status(tmp_path / "r")
-    assert after["state"] == "failed" and f"step {first_bad}" in after["reason"] and "nan" in after["reason"]
-    assert "stopped: step" in failed.stderr
-    assert len(metrics(tmp_path / "r")) == first_bad - 1
-    assert first_bad > 1 and not (tmp_path / "r/checkpoints").exists()
-    failed = run(*command, "--save-every", 1, cwd=tmp_path, code=1)  # and weights that are not finite are never saved
-    assert "a weight is not finite" in failed.stderr and not list((tmp_path / "r/checkpoints").glob("step-*"))
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
@@ -579,10 +329,6 @@ def finished(small, tmp_path_factory) -> Path:
     cwd = tmp_path_factory.mktemp("finished")
     run(*SMALL, "--data", small, "--steps", 4, "--run-dir", "r", cwd=cwd)
     return cwd
-
-
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,336 @@
+"""Checkpoints: written beside the training, whole or not at all, and never loaded unless every byte is as it was.
+
+A checkpoint is a folder ``step-NNNNNNNN``:
+
+    shard-RRRRR-*.safetensors   each rank's shards of the fp32 master weights and AdamW's two moments
+    manifest.json               step, configuration, bytes and SHA-256 of every file, and what else a resume needs
+    manifest.json.sha256        the manifest's own SHA-256, as sha256sum writes it
+
+Nothing in it can run code: safetensors and JSON, no pickle. (torch's distributed checkpointing, DCP, writes and reads
+the shards, on any number of ranks; its default metadata is a pickle, so its Hugging Face storage is used, which needs
+none.)
+
+**Saving** stops the training only for a copy of the state into pinned host memory. A thread on each rank then writes
+the copy into ``.step-NNNNNNNN.partial``, reads the files back, compares every tensor with the copy, and syncs them;
+rank 0 writes the manifest last, and renames the folder. Under its final name a checkpoint is complete. Only then are
+older ones deleted. The threads have a gloo group of their own, so they agree without disturbing the training, and if
+one fails all fail: ``Saver.failed`` tells the loop, which stops at its next step.
+
+**Loading** believes nothing: names, sizes, SHA-256 of all files (the ranks share the work), dtypes and shapes against
+what is to be filled. A damaged checkpoint is put aside under another name and the one before it used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from tqdm import tqdm
+
+from halny.model.durable import in_words, sha256, sync, write_json
+from halny.model.exits import Failed, Refused
+from halny.model.mistral import Mistral, local_rows
+from halny.model.ranks import World, everywhere, on_main
+
+FORMAT = 2
+BYTES_A_FILE = 500_000_000  # DCP serialises a whole file in memory, holding Python's lock for a fraction of a second
+
+
+def training_state(model: Mistral, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """All tensors of a run by name: master weights and the two moments, each rank's shards of them."""
+    state = {}
+    for name, p in model.named_parameters():
+        state[f"model.{name}"] = p.detach()
+        for moment in ("exp_avg", "exp_avg_sq"):
+            state[f"{moment}.{name}"] = optimizer.state[p][moment]
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------------- on the disk
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints that were renamed into place, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def read_manifest(checkpoint: Path) -> dict:
+    """Raises ValueError, saying why, for a manifest that is not as it was written, to the bit."""
+    try:
+        content = (checkpoint / "manifest.json").read_bytes()
+        recorded = (checkpoint / "manifest.json.sha256").read_bytes()
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename).name} cannot be read: {error.strerror}") from None
+    if recorded != checksum_line(content):
+        raise ValueError("manifest.json has the wrong checksum")
+    manifest = json.loads(content)
+    if manifest["format"] != FORMAT or f"step-{manifest['step']:08d}" != checkpoint.name:
+        raise ValueError(f"manifest.json is of another format than {FORMAT}, or of another step")
+    return manifest
+
+
+def checksum_line(content: bytes) -> bytes:
+    return f"{hashlib.sha256(content).hexdigest()}  manifest.json\n".encode()
+
+
+def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with every parts-th of a checkpoint's files (and with its manifest), or None."""
+    try:
+        manifest = read_manifest(checkpoint)
+        present = {path.name for path in checkpoint.iterdir()} - {"manifest.json", "manifest.json.sha256"}
+        if present != manifest["files"].keys():
+            return f"files missing or too many: {', '.join(sorted(present ^ manifest['files'].keys()))}"
+        files = list(manifest["files"].items())[part::parts]
+        size = sum(entry["bytes"] for _, entry in files)
+        with tqdm(total=size, unit="B", unit_scale=True, desc="verifying", leave=False,
+                  disable=None if part == 0 and size > 1e9 else True) as bar:  # fmt: skip
+            for name, entry in files:
+                if (checkpoint / name).stat().st_size != entry["bytes"]:
+                    return f"{name} has the wrong size"
+                if sha256(checkpoint / name) != entry["sha256"]:
+                    return f"{name} has the wrong checksum"
+                bar.update(entry["bytes"])
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def newest_sound(folder: Path, world: World, say: Callable[[str], None], before: int | None = None) -> Path | None:
+    """The newest complete and undamaged checkpoint, every byte verified; None if there never was one.
+
+    Damaged ones that are newer get another name, so that they neither count as kept nor are in the way. Raises Refused
+    if all are damaged. With ``before``, the newest of a step below it, and nothing is renamed or refused.
+    """
+    candidates = [path for path in on_main(world, complete, folder) if before is None or step_of(path) < before]
+    damaged: list[Path] = []
+    for checkpoint in reversed(candidates):
+        problems = [p for p in everywhere(damage(checkpoint, world.rank, world.size)) if p]
+        if not problems:
+            if before is None:
+                on_main(world, _put_aside, damaged)
+            return checkpoint
+        say(f"checkpoint {checkpoint.name} is damaged ({problems[0]}); falling back to the one before")
+        damaged.append(checkpoint)
+    if candidates and before is None:
+        raise Refused(f"every checkpoint in {folder} is damaged; --no-resume sets the run aside and starts anew")
+    return None
+
+
+def _put_aside(damaged: list[Path]) -> None:
+    for checkpoint in damaged:
+        checkpoint.rename(free_name(checkpoint.parent, f"damaged-{checkpoint.name}"))
+
+
+def free_name(folder: Path, name: str) -> Path:
+    return next(path for n in range(1, 100_000) if not (path := folder / f"{name}-{n}").exists())
+
+
+def delete(checkpoint: Path) -> None:
+    """Under another name first: a kill in the middle leaves no half of it under its own."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old.partial")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def delete_leftovers(folder: Path) -> None:
+    """What a killed save or deletion left; for the one process that holds the run's lock."""
+    for leftover in folder.glob(".*.partial"):
+        shutil.rmtree(leftover)
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(checkpoint: Path, state: dict[str, Tensor]) -> None:
+    """Fill ``state`` (names, global shapes and dtypes of this run) in place, whatever number of ranks wrote it.
+
+    Raises Refused, naming the tensor, where the checkpoint holds another one: DCP itself would cast a dtype silently.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    with one_line(f"{checkpoint} could not be read"):
+        found = reader.read_metadata().state_dict_metadata
+        if strangers := sorted(found.keys() ^ state.keys()):
+            where = "checkpoint" if strangers[0] in found else "run"
+            raise Refused(f"{checkpoint} is of another model: {strangers[0]} is only in the {where}")
+        for name, x in state.items():
+            theirs = found[name]
+            if theirs.size != x.shape or theirs.properties.dtype != x.dtype:
+                raise Refused(
+                    f"{checkpoint} holds {name} as {theirs.properties.dtype} {list(theirs.size)}, this run has "
+                    f"{x.dtype} {list(x.shape)}"
+                )
+            if sum(chunk.sizes.numel() for chunk in theirs.chunks) != x.numel():
+                raise Refused(f"{checkpoint} holds only a part of {name}")
+        dcp.load(state, storage_reader=reader)
+
+
+@contextlib.contextmanager
+def one_line(what_failed: str):
+    """DCP's exception, which holds a traceback of every rank and is no Exception, as a Failed."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise Failed(f"{what_failed}: rank {rank}: {' '.join(str(cause).split())}") from None
+
+
+# --------------------------------------------------------------------------------------------------------------- saving
+
+
+class Saver:
+    """Writes checkpoints beside the training; keeps the newest ``keep`` and those of every ``keep_every``-th step.
+
+    stalled_s  how long the last save held up the training, in seconds; took_s: until it was on the disk under its name
+    failed     whether one could not be written; ``wait`` says why
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int | None, world: World):
+        self.folder, self.keep, self.keep_every, self.world = folder, keep, keep_every, world
+        self.stalled_s = self.took_s = 0.0
+        self._group = dist.new_group(backend="gloo")  # made by all ranks; used by the threads alone
+        on_gpu = world.device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+            )
+        )
+        self._thread: threading.Thread | None = None
+        self._problem: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        return self._problem is not None
+
+    def save(self, step: int, state: dict[str, Tensor], facts: dict) -> None:
+        """Copy ``state`` and begin to write it; ``facts`` go into the manifest. Waits for an earlier save to finish.
+
+        Raises Failed, on all ranks and with the earlier checkpoints as they were, if that one could not be written, if
+        this one will not fit on the disk, or if a weight is not finite.
+        """
+        self.wait()
+        began = time.perf_counter()
+        weights = (x for name, x in state.items() if name.startswith("model."))
+        fine = all(bool(x.isfinite().all()) for x, _ in map(local_rows, weights))
+        if not all(everywhere(fine)):
+            raise Failed(f"step {step}: a weight is not finite, so no checkpoint was written")
+        n_bytes = sum(x.numel() * x.element_size() for x in state.values())
+        self._check_space(step, n_bytes)
+        staged = self._stager.stage(state)
+        self.stalled_s = time.perf_counter() - began
+        facts = facts | {"stalled_s": round(self.stalled_s, 4)}
+        arguments = (step, staged, facts, began)
+        self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written; raises Failed if that went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._problem is not None:
+            raise Failed(self._problem)
+
+    def _check_space(self, step: int, n_bytes: int) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.folder).free if self.world.is_main else 0
+        free = everywhere(free)[0]
+        if free < n_bytes * 1.01:
+            raise Failed(
+                f"the checkpoint of step {step} takes {in_words(n_bytes)} and {self.folder} has {in_words(free)} free; "
+                "earlier ones are as they were: make room and start the same command again"
+            )
+
+    # --- the thread
+
+    def _run(self, step: int, staged: dict[str, Tensor], facts: dict, began: float) -> None:
+        try:
+            self._write(step, staged, facts)
+            self.took_s = time.perf_counter() - began
+        except Failed as failure:
+            self._problem = str(failure)
+        except BaseException as error:  # DCP's are no Exceptions; and none may end this thread unheard
+            self._problem = f"{_could_not(step)}: rank {self.world.rank}: {type(error).__name__}: {_line(error)}"
+
+    def _write(self, step: int, staged: dict[str, Tensor], facts: dict) -> None:
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f".{final.name}.partial"
+        self._all(step, self._begin, partial)
+        files, written = {}, 0
+        for name, x in staged.items():
+            files[name] = 1 + written // (BYTES_A_FILE * self.world.size)
+            written += x.numel() * x.element_size()
+        writer = dcp.HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=files, save_distributed=True)
+        with one_line(_could_not(step)):
+            dcp.save(staged, storage_writer=writer, process_group=self._group)
+        listed = self._all(step, self._read_back, partial, staged)
+        listed = {name: entry for part in listed for name, entry in sorted(part.items())}
+        self._all(step, self._finish, partial, final, {"format": FORMAT, "step": step, **facts, "files": listed})
+
+    def _all(self, step: int, action: Callable, *arguments) -> list:
+        """``action`` on every rank, and its results from all; if it fails on one, all fail with that one's reason."""
+        result = problem = None
+        try:
+            result = action(*arguments)
+        except Exception as error:
+            problem = f"{_could_not(step)}: rank {self.world.rank}: {_line(error)}"
+        outcomes = everywhere((result, problem), self._group)
+        if problems := [problem for _, problem in outcomes if problem]:
+            raise Failed(problems[0])
+        return [result for result, _ in outcomes]
+
+    def _begin(self, partial: Path) -> None:
+        if self.world.is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+    def _read_back(self, partial: Path, staged: dict[str, Tensor]) -> dict[str, dict]:
+        """This rank's files as they stand, compared with the copy they were made from: name -> bytes, SHA-256."""
+        listed = {}
+        for path in sorted(partial.glob(f"shard-{self.world.rank + 1:05d}-*")):
+            sync(path)
+            with safe_open(path, "pt") as file:
+                for name in file.keys():  # noqa: SIM118  (not a dictionary)
+                    x, _ = local_rows(staged[name])
+                    if not torch.equal(file.get_tensor(name).view(torch.int32), x.view(torch.int32)):
+                        raise OSError(f"{path.name} does not hold what was written: {name} differs")
+            listed[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        return listed
+
+    def _finish(self, partial: Path, final: Path, manifest: dict) -> None:
+        if not self.world.is_main:
+            return
+        if {path.name for path in partial.iterdir()} != manifest["files"].keys():
+            raise OSError(f"{partial} holds other files than the ranks wrote")
+        write_json(partial / "manifest.json", manifest)
+        (partial / "manifest.json.sha256").write_bytes(checksum_line((partial / "manifest.json").read_bytes()))
+        sync(partial / "manifest.json.sha256")
+        sync(partial)
+        partial.rename(final)
+        sync(self.folder)
+        for old in complete(self.folder)[: -self.keep]:
+            if not (self.keep_every and step_of(old) % self.keep_every == 0):
+                delete(old)
+
+
+def _could_not(step: int) -> str:
+    return f"the checkpoint of step {step} could not be written, earlier ones are as they were"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

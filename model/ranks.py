@@ -1,0 +1,377 @@
+"""What the ranks of a run do together on the CPU: join, agree, test the wires, and watch each other.
+
+Whatever all ranks must do alike (refuse, load, save, stop) is agreed over gloo, never over the GPU: a queue of kernels
+is no place to wait in. And no wait is for ever. Each rank has a thread, ``Watch``, that publishes every two seconds
+where its main thread is; the main thread must come further within a deadline. Where it does not, every rank's thread
+reads what the others last said, names the rank and host that is silent (killed, stopped, its node gone) or behind, and
+ends the process. So a rank that hangs costs one deadline, and the message says which one it was, whatever it hung in: a
+collective, a file system, a GPU.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import socket
+import statistics
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from halny.model.exits import FAILED, Failed, Refused
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_distributed(deadline: float) -> World:
+    """NCCL for tensors on GPUs and gloo for the rest; without torchrun, a world of one process.
+
+    The back ends' own timeouts lie beyond the longest deadline of ``Watch``, which can say more than they can.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = timedelta(seconds=LONG_PHASE * deadline + 120)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    return World(dist.get_rank(), dist.get_world_size(), device, mesh)
+
+
+# ------------------------------------------------------------------------------------------------------------ agreement
+
+
+def everywhere(value, group: dist.ProcessGroup | None = None) -> list:
+    """Every rank's ``value``, in order of rank (any small Python object)."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+def ask_everywhere(*questions: bool) -> tuple[Tensor, dist.Work]:
+    """Ask, on the CPU and without waiting, whether any rank says yes: int32, one 0 or 1 a question."""
+    answers = torch.tensor(questions, dtype=torch.int32)
+    return answers, dist.all_reduce(answers, dist.ReduceOp.MAX, async_op=True)
+
+
+def agreed(check: Callable, *arguments):
+    """``check(*arguments)`` on every rank; if it refuses on any, all ranks refuse, with the first one's message."""
+    result = problem = None
+    try:
+        result = check(*arguments)
+    except (Refused, ValueError) as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or 'input'}: {error.strerror or error}"
+    for other in everywhere(problem):
+        if other is not None:
+            raise Refused(other)
+    return result
+
+
+def on_main(world: World, action: Callable, *arguments):
+    """``action(*arguments)`` on rank 0 while the others wait; its result, or its refusal, on all of them."""
+    return everywhere(agreed(action if world.is_main else lambda *_: None, *arguments))[0]
+
+
+# -------------------------------------------------------------------------------------------------------- known answers
+
+# torch 2.13 renamed them and warns of the old names; 2.11 has only those.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def check_collectives(world: World, numel: int = 2**20) -> None:
+    """All-reduce, all-gather and reduce-scatter of numbers whose results are known, on the device that trains.
+
+    Whole numbers small enough to be exact in fp32 in any order. Raises Failed, naming collective and rank: wrong bytes
+    from a network library have been seen (NCCL on Slingshot, https://github.com/NVIDIA/nccl/issues/2001), and nothing
+    later would notice.
+    """
+    rank, size = world.rank, world.size
+    each = -(-numel // size)
+
+    def pattern(of_rank: int, length: int) -> Tensor:
+        return (torch.arange(length, device=world.device) % 251 + of_rank % 16).float()
+
+    reduced = pattern(rank, numel)
+    dist.all_reduce(reduced)
+    offsets = sum(r % 16 for r in range(size))
+    sums = pattern(0, each * size) * size + offsets
+
+    gathered = torch.empty(each * size, device=world.device)
+    all_gather(gathered, pattern(rank, each))
+    scattered = torch.empty(each, device=world.device)
+    reduce_scatter(scattered, pattern(rank, each * size))
+
+    right = {
+        "all-reduce": torch.equal(reduced, sums[:numel]),
+        "all-gather": torch.equal(gathered, torch.cat([pattern(r, each) for r in range(size)])),
+        "reduce-scatter": torch.equal(scattered, sums[rank * each : (rank + 1) * each]),
+    }
+    wrong = [(name, at) for name, fine in right.items() for at, good in enumerate(everywhere(fine)) if not good]
+    if wrong:
+        name, at = wrong[0]
+        raise Failed(f"{name} of known numbers came out wrong on rank {at} ({everywhere(socket.gethostname())[at]}); "
+            "change the network library or its settings, or leave that node out")  # fmt: skip
+
+
+def check_same_weights(module: nn.Module, name: str, world: World) -> None:
+    """Gather an FSDP2 module and compare a checksum of its weights over the ranks: all must hold the same bits.
+
+    Raises Failed, naming the ranks in the minority: a wrong all-gather, or replicas that drifted apart.
+    """
+    module.unshard()
+    total = torch.zeros((), dtype=torch.int64, device=world.device)
+    for p in module.parameters():
+        bits = p.detach().view({2: torch.int16, 4: torch.int32}[p.element_size()])
+        rows = bits.view(len(bits), -1).sum(1, dtype=torch.int64)
+        total += (rows * torch.arange(1, len(rows) + 1, device=world.device)).sum()  # weighted: order matters
+    module.reshard()
+    sums = everywhere(int(total))
+    usual = statistics.mode(sums)
+    if odd := [rank for rank, value in enumerate(sums) if value != usual]:
+        hosts = everywhere(socket.gethostname())
+        named = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in odd[:8])
+        raise Failed(f"the gathered weights of {name} differ between ranks: {named} against the rest")
+
+
+# ------------------------------------------------------------------------------------------------------------ the watch
+
+PERIOD = 2.0  # seconds between two lines of a rank in the store
+LONG_PHASE = 6  # reading, writing and verifying whole models may take so many deadlines
+DYING = 10.0  # seconds after a stop was asked for in which the main thread must come further, if a rank is gone
+
+
+class Watch:
+    """A thread on each rank that ends the process if the main thread does not come further, and says whose fault it is.
+
+    The main thread calls ``at(phase)`` whenever it gets somewhere and sets ``done``, the last step that is complete.
+    ``probe`` takes the duration of work that no other rank can slow down, by which rank 0 finds the slowest.
+    ``on_failure(reason)`` is called on the first rank that still answers, before all exit with FAILED; it must not need
+    the main thread.
+    """
+
+    def __init__(self, world: World, deadline: float, folder: Path, on_failure: Callable[[str], None]):
+        self.world, self.deadline, self.folder, self.on_failure = world, deadline, folder, on_failure
+        self.done = 0
+        self.writes_heartbeat = False  # set when the run has begun: one that is refused writes nothing
+        self.stop_asked_at: float | None = None
+        self.slowest: dict | None = None  # on rank 0: the last comparison of probes
+        self._me = {"rank": world.rank, "host": socket.gethostname(), "pid": os.getpid()}
+        self._beat = 0
+        self._probes: list[float] = []
+        self._store = self._connect()
+        self.at("start-up", long=True)
+        threading.Thread(target=self._run, daemon=True, name="watch").start()
+
+    def _connect(self) -> dist.Store | None:
+        """A connection of its own to torchrun's store, since the main thread may be waiting in the other; or None."""
+        if self.world.size == 1:
+            return None
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=30))
+        return dist.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+    def at(self, phase: str, step: int | None = None, long: bool = False) -> None:
+        """The main thread begins ``phase`` (of a step), and must begin another within the deadline."""
+        limit = self.deadline * (LONG_PHASE if long else 1)
+        step = self.done if step is None else step
+        self._place = {"phase": phase, "step": step, "since": time.monotonic(), "limit": limit}
+
+    def probe(self, seconds: float | None) -> None:
+        if seconds is not None:
+            self._probes = [*self._probes[-31:], seconds]
+
+    def verdict(self, what: str) -> tuple[str, bool]:
+        """(what happened, where, and which ranks are to blame; whether this rank is the one to say it). Takes 6 s."""
+        place = self._place
+        try:
+            silent, lines = self._silent(), self._lines()
+        except RuntimeError:
+            silent, lines = [], {self.world.rank: self._me | place}
+            what += "; the store of the rendezvous does not answer, its host may be gone"
+        gone = {line["rank"] for line in silent}
+        alive = [line for rank, line in lines.items() if rank not in gone]
+        how, at_fault = ("silent since", silent) if silent else ("behind, in", _behind(alive))
+        at_fault = [f"rank {o['rank']} on {o['host']} is {how} {o['phase']} {o['step']}" for o in at_fault]
+        whose = "; ".join(at_fault[:8]) or "all ranks are in the same place"
+        speaks = self.world.rank == min((line["rank"] for line in alive), default=self.world.rank)
+        return f"{what} in {place['phase']} {place['step']}: {whose}", speaks
+
+    # --- the thread
+
+    def _run(self) -> None:
+        slept_until = time.monotonic()
+        while True:
+            now = time.monotonic()
+            if (stopped := now - slept_until) > PERIOD:  # this whole process was: its clock stood still
+                self._place = self._place | {"since": self._place["since"] + stopped}
+            place = self._place
+            if now - place["since"] > place["limit"]:
+                self._end(f"no progress for {now - place['since']:.0f} s")
+            # When a rank has died torchrun asks the others to stop; under NCCL they would wait for it until killed.
+            asked = self.stop_asked_at
+            if asked is not None and place["since"] < asked and now - asked > DYING and self._silent():
+                self._end("asked to stop")
+            self._publish()
+            slept_until = time.monotonic() + PERIOD
+            time.sleep(PERIOD)
+
+    def _publish(self) -> None:
+        self._beat += 1
+        line = self._me | self._place | {"beat": self._beat}
+        line["probe"] = statistics.median(self._probes) if self._probes else None
+        if self._store is not None:
+            try:
+                self._store.set(str(self.world.rank), json.dumps(line))
+            except RuntimeError:  # the store died with its host: torchrun or the deadline ends this
+                return
+        if self.writes_heartbeat and self._beat % 5 == 1:
+            self._compare_ranks()
+
+    def _lines(self) -> dict[int, dict]:
+        """What each rank last published, by rank; those that never did are absent."""
+        if self._store is None:
+            return {0: self._me | self._place | {"probe": None}}
+        heard = [rank for rank in range(self.world.size) if self._store.check([str(rank)])]
+        return {rank: json.loads(self._store.get(str(rank))) for rank in heard}
+
+    def _silent(self) -> list[dict]:
+        """The last lines of the ranks that publish nothing over three periods."""
+        if self._store is None:
+            return []
+        before = self._lines()
+        for _ in range(3):  # publishing on, or the others would find this rank silent
+            self._publish()
+            time.sleep(PERIOD)
+        after = self._lines()
+        never = {"host": "a host that never reported", "phase": "start-up", "step": 0}
+        others = [rank for rank in range(self.world.size) if rank != self.world.rank]
+        return [never | {"rank": r} | after.get(r, {}) for r in others if before.get(r) == after.get(r)]
+
+    def _end(self, what: str) -> NoReturn:
+        self._dump_stacks()
+        reason, speaks = self.verdict(what)
+        if speaks:
+            print(f"train.py: stopped: {reason}", file=sys.stderr, flush=True)
+            self.on_failure(reason)
+        else:
+            time.sleep(2 * PERIOD)  # torchrun ends all when the first one exits: let that one write its reason
+        os._exit(FAILED)
+
+    def _dump_stacks(self) -> None:
+        """Every thread's stack, for whoever looks for the cause."""
+        try:
+            folder = self.folder / "stacks"
+            folder.mkdir(parents=True, exist_ok=True)
+            with open(folder / f"rank-{self.world.rank:05d}.txt", "w") as file:
+                faulthandler.dump_traceback(file)
+        except OSError:
+            faulthandler.dump_traceback()
+
+    def _compare_ranks(self) -> None:
+        """On rank 0: find the rank that is slowest in work of its own, and write heartbeat.json, where the run is."""
+        try:
+            lines = self._lines()
+        except RuntimeError:
+            return
+        probes = {rank: line["probe"] for rank, line in lines.items() if line["probe"]}
+        if probes:
+            rank = max(probes, key=probes.get)
+            usual = statistics.median(probes.values())
+            self.slowest = {"rank": rank, "host": lines[rank]["host"], "seconds": probes[rank], "median": usual}
+        place = self._place
+        beat = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "phase": place["phase"],
+            "step": place["step"],
+            "seconds_in_phase": round(time.monotonic() - place["since"], 1),
+            "ranks_heard": len(lines),
+            "slowest_rank": self.slowest,
+        }
+        partial = self.folder / ".heartbeat.json.partial"
+        try:
+            partial.write_text(json.dumps(beat, indent=1) + "\n")
+            partial.replace(self.folder / "heartbeat.json")
+        except OSError:  # a full disk is for the checkpoint to report
+            return
+
+
+def _behind(lines: list[dict]) -> list[dict]:
+    """The ranks that the others seem to wait for: at the lowest step, in the rarest phase there; none if all agree."""
+    step = min(line["step"] for line in lines)
+    late = [line for line in lines if line["step"] == step]
+    phases = [line["phase"] for line in late]
+    if len(late) == len(lines) and len(set(phases)) == 1:
+        return []
+    rarest = min(map(phases.count, phases))
+    return [line for line in late if phases.count(line["phase"]) == rarest]
+
+
+class Probe:
+    """The time that a fixed matrix product takes on this rank's device: work that no other rank can slow down.
+
+    Begun every ``EVERY``-th step, read later, without waiting. A GPU that is throttled, or a core that another process
+    takes away, shows here, and shows as itself: the step's own time is the same on all ranks, that of the slowest.
+    """
+
+    EVERY = 8
+
+    def __init__(self, device: torch.device):
+        n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+        self._x = torch.randn(n, n, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+        self._out = torch.empty_like(self._x)
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
+        self._seconds: float | None = None
+        self._calls, self._pending = 0, False
+
+    def begin(self) -> None:
+        self._calls += 1
+        if self._calls % self.EVERY or self._pending:
+            return
+        if self._events is None:
+            began = time.perf_counter()
+            torch.mm(self._x, self._x, out=self._out)
+            self._seconds = time.perf_counter() - began
+            return
+        self._events[0].record()
+        torch.mm(self._x, self._x, out=self._out)
+        self._events[1].record()
+        self._pending = True
+
+    def seconds(self) -> float | None:
+        """The duration of the last one that is over, once; else None."""
+        if self._pending and self._events[1].query():
+            self._seconds, self._pending = self._events[0].elapsed_time(self._events[1]) / 1e3, False
+        seconds, self._seconds = self._seconds, None
+        return seconds

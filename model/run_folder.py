@@ -1,0 +1,170 @@
+"""The folder of a run: its lock, status.json, metrics.jsonl and curves.png. train.py is its only user.
+
+What lies in it is described in README's first section; checkpoints/ is model/checkpoint.py's. One run at a time has the
+folder: the lock (flock) goes with the process, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import socket
+import time
+from collections.abc import Collection
+from pathlib import Path
+
+from tqdm import tqdm
+
+from halny.model import checkpoint
+from halny.model.convert import check_replaceable
+from halny.model.durable import write_json
+from halny.model.exits import Refused
+
+
+class RunFolder:
+    """One run's folder. Rank 0 alone writes in it, but for the checkpoints' shards and the export."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics = path / "metrics.jsonl"
+        self._lock = None
+        self._unwritten: list[str] = []
+
+    def open(self, resume: bool | None) -> None:
+        """Create and lock the folder; with resume=False set an earlier run aside first. Refused if that cannot be."""
+        if resume is True and not checkpoint.complete(self.checkpoints):
+            raise Refused(f"--resume: no checkpoint in {self.checkpoints}; leave the flag out to start a new run")
+        try:
+            present = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
+            aside = resume is False and present - {".lock"}
+            if aside and not present & {"config.json", "data", ".data.partial"}:
+                raise Refused(f"--no-resume: {self.path} holds no run that could be set aside; choose another")
+            check_replaceable(self.path / "export")
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = self._take_lock()
+            if aside:
+                self._set_aside()
+                lock, earlier_lock = self._take_lock(), lock
+                earlier_lock.close()
+            self._lock = lock
+            checkpoint.delete_leftovers(self.checkpoints)
+        except OSError as error:
+            raise Refused(f"--run-dir {self.path} cannot be written: {error.strerror}") from None
+
+    def _take_lock(self):
+        """The locked file, to be held until the process ends, however it ends."""
+        in_use = Refused(f"--run-dir {self.path} is in use by another run; wait for it or choose another")
+        try:
+            lock = (self.path / ".lock").open("a")
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.fileno()).st_ino == (self.path / ".lock").stat().st_ino:
+                return lock
+        except (BlockingIOError, FileNotFoundError):
+            pass
+        raise in_use  # held by another, or the folder was set aside by another between the two lines above
+
+    def _set_aside(self) -> None:
+        real = Path(os.path.realpath(self.path))  # a link to a run stays a link, to the new one
+        if Path.cwd().is_relative_to(real):
+            raise Refused(f"--no-resume: {self.path} is the current folder and cannot be set aside; leave it first")
+        aside = checkpoint.free_name(real.parent, f"{real.name}.old")
+        real.rename(aside)
+        with contextlib.suppress(FileExistsError):  # by a run that started this instant, and is then found in use
+            real.mkdir()
+        with contextlib.suppress(OSError):
+            tqdm.write(f"the earlier run is now {aside}")
+
+    def check_config(self, config: dict, free: Collection[str]) -> None:
+        """Refuse to continue a run that differs in anything its losses depend on: all but the ``free`` settings."""
+        path = self.path / "config.json"
+        checkpoints = checkpoint.complete(self.checkpoints)
+        try:
+            if path.exists():
+                earlier = json.loads(path.read_text())
+            elif checkpoints:
+                earlier = checkpoint.read_manifest(checkpoints[-1])["config"]
+            else:
+                return
+            recipe = {k: v for k, v in config["recipe"].items() if k not in free}
+            pairs = [("--" + k.replace("_", "-"), earlier["recipe"].get(k), v) for k, v in recipe.items()]
+            pairs += [(f"model {k}", earlier["model"].get(k), v) for k, v in config["model"].items()]
+            pairs += [("data fingerprint", earlier["data"], config["data"])]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            raise Refused(f"{path} is not readable; --no-resume sets the run aside and starts anew") from None
+        if not checkpoints and not (self.metrics.exists() and self.metrics.stat().st_size):
+            return  # nothing was done yet under the earlier settings
+        different = [f"{name} was {old} and is {new}" for name, old, new in pairs if str(old) != str(new)]
+        if different:
+            raise Refused(
+                f"--run-dir {self.path} holds another run: {'; '.join(different)}. Repeat its settings, choose another "
+                "--run-dir, or set it aside with --no-resume"
+            )
+
+    def status(self, state: str, step: int, reason: str = "") -> None:
+        """status.json: running, stopped (resumable), finished or failed; the last step done; why."""
+        write_json(self.path / "status.json", {
+            "state": state, "step": step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "host": socket.gethostname(), "pid": os.getpid(),
+        })  # fmt: skip
+
+    def state(self) -> str:
+        """What status.json says now; "" where it says nothing readable."""
+        try:
+            return json.loads((self.path / "status.json").read_text())["state"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return ""
+
+    def lines(self) -> list[dict]:
+        """The lines of metrics.jsonl, but for those that a kill or a full disk tore apart."""
+        lines = []
+        for text in self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else []:
+            with contextlib.suppress(ValueError):
+                line = json.loads(text)
+                if isinstance(line, dict) and isinstance(line.get("step"), int):
+                    lines.append(line)
+        return lines
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drop the lines of steps that will be run again."""
+        if self.metrics.exists():
+            partial = self.metrics.with_name(".metrics.jsonl.partial")
+            partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step))
+            partial.replace(self.metrics)
+
+    def has_evaluation(self, step: int) -> bool:
+        return any("val_loss" in line and line["step"] == step for line in self.lines())
+
+    def log(self, line: dict) -> None:
+        """Append a line to metrics.jsonl. On a full disk it is kept, and written with the next that finds room."""
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        self._unwritten.append(json.dumps(values) + "\n")
+        try:
+            with self.metrics.open("a") as file:
+                file.write("".join(self._unwritten))
+            self._unwritten = []
+        except OSError as error:
+            if len(self._unwritten) == 1:
+                tqdm.write(f"{self.metrics} cannot be written ({error.strerror}); its lines wait for room")
+
+    def plot_curves(self) -> None:
+        """curves.png: loss, perplexity and accuracy over the steps, training and held-out."""
+        from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+        lines = self.lines()
+        figure = Figure(figsize=(12, 3.6), layout="constrained")
+        for axes, name in zip(figure.subplots(1, 3), ("loss", "perplexity", "accuracy"), strict=True):
+            for key, label, style in ((name, "training", "-"), (f"val_{name}", "held out", "o-")):
+                points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+            axes.set(title=name, xlabel="step", yscale="log" if name == "perplexity" else "linear")
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend()
+        partial = self.path / ".curves.partial.png"
+        figure.savefig(partial, dpi=120)
+        partial.replace(self.path / "curves.png")

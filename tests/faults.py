@@ -1,0 +1,261 @@
+"""Faults for test_faults.py and soak.py: each breaks something inside a rank before its run starts.
+
+    python tests/faults.py FAULT [ARGUMENT ...] -- [train.py's arguments]        the same by hand, or under torchrun
+
+A fault is a function here; its arguments arrive as texts. Most let the first saves pass, so that there is something to
+fall back to.
+"""
+
+import errno
+import itertools
+import os
+import runpy
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from halny.model import checkpoint, ranks
+from halny.model.checkpoint import Saver
+from halny.model.mistral import Mistral
+
+
+def install(name: str, *arguments: str) -> None:
+    globals()[name](*arguments)
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner, name: str, call: int, action) -> None:
+    """Make the call-th call (from 1) of owner.name do ``action`` first."""
+    original, calls = getattr(owner, name), itertools.count(1)
+
+    def wrapped(*args, **kwargs):
+        if next(calls) == call:
+            action(*args)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def killed_while_writing(save: str) -> None:
+    """SIGKILL when the first shard of a save is half written."""
+
+    def half(writer, *_) -> None:
+        (Path(writer.path) / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"\x40" * 5000)
+        die()
+
+    before(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", int(save), half)
+
+
+def killed_before_manifest(save: str) -> None:
+    before(Saver, "_finish", int(save), lambda *_: die())
+
+
+def killed_after_rename(save: str) -> None:
+    """SIGKILL when the checkpoint has its name and nothing after that was done."""
+    original, renames = Path.rename, itertools.count(1)
+
+    def rename(self, target):
+        result = original(self, target)
+        if Path(target).name.startswith("step-") and next(renames) == int(save):
+            die()
+        return result
+
+    Path.rename = rename
+
+
+def traced(file: str) -> None:
+    """Append what happens to the disk to a file: syncs, renames, deletions, in their order."""
+    sync, delete, rename = checkpoint.sync, checkpoint.delete, Path.rename
+
+    def note(what: str, path) -> None:
+        with open(file, "a") as stream:
+            stream.write(f"{what} {Path(path).name}\n")
+
+    def traced_sync(path):
+        sync(path)
+        note("sync", path)
+
+    def traced_delete(path):
+        note("delete", path)
+        delete(path)
+
+    def traced_rename(self, target):
+        result = rename(self, target)
+        note("rename", target)
+        return result
+
+    checkpoint.sync, checkpoint.delete, Path.rename = traced_sync, traced_delete, traced_rename
+
+
+def writer_dies(save: str) -> None:
+    def end(*_):
+        raise SystemExit("the writer died")
+
+    before(Saver, "_write", int(save), end)
+
+
+def save_fails_on_rank(guilty: str, save: str) -> None:
+    def fail(*_):
+        raise RuntimeError("injected on this rank alone")
+
+    if rank() == int(guilty):
+        before(Saver, "_read_back", int(save), fail)
+
+
+def disk_fills_unseen(save: str) -> None:
+    """The look at the free space is passed, and then there is none: ENOSPC in the middle of a shard."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", int(save), full)
+
+
+def disk_lies(save: str) -> None:
+    """A shard comes back from the disk with one bit changed."""
+
+    def flip(_self, partial, _staged) -> None:
+        path = next(partial.glob(f"shard-{rank() + 1:05d}-*"))
+        with open(path, "r+b") as file:
+            file.seek(-50, os.SEEK_END)
+            byte = file.read(1)[0]
+            file.seek(-50, os.SEEK_END)
+            file.write(bytes([byte ^ 16]))
+
+    before(Saver, "_read_back", int(save), flip)
+
+
+def slow_save(seconds: str) -> None:
+    for save in range(1, 50):
+        before(Saver, "_finish", save, lambda *_: time.sleep(float(seconds)))
+
+
+# -------------------------------------------------------------------------------------------------------------- numbers
+
+
+def loss_times(factor: str, guilty: str, *forwards: str) -> None:
+    """On one rank the losses of some forward passes (from 1; one a step where nothing accumulates) times a factor."""
+    original, calls = Mistral.forward, itertools.count(1)
+
+    def forward(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if torch.is_grad_enabled() and str(next(calls)) in forwards and rank() == int(guilty):
+            result = result._replace(loss=result.loss * float(factor))
+        return result
+
+    Mistral.forward = forward
+
+
+def traced_samples(file: str) -> None:
+    """Write down the place of every sample read for training, and the state of torch's generator around each step."""
+    import train
+
+    step_samples, train_step = train.step_samples, train.train_step
+
+    def traced_step_samples(plan, world, step, n):
+        indices = step_samples(plan, world, step, n)
+        with open(f"{file}-{rank()}", "a") as stream:
+            stream.write(f"{step} {indices.ravel().tolist()}\n")
+        return indices
+
+    def traced_train_step(*args, **kwargs):
+        state = torch.get_rng_state()
+        values = train_step(*args, **kwargs)
+        assert torch.equal(state, torch.get_rng_state()), "a step drew random numbers"
+        return values
+
+    train.step_samples, train.train_step = traced_step_samples, traced_train_step
+
+
+# ------------------------------------------------------------------------------------------------------ ranks and wires
+
+
+def signals_itself(number: str, guilty: str, where: str) -> None:
+    """One rank gets a signal in the middle of an evaluation, a save, or a step."""
+    owner, name = {
+        "evaluation": (torch.Tensor, "clamp"),  # replaced below: evaluate() is no method
+        "save": (Saver, "save"),
+        "writing": (Saver, "_finish"),
+        "loading": (checkpoint, "load"),
+    }[where]
+    if where == "evaluation":
+        import train
+
+        owner, name = train, "evaluate"
+    if rank() == int(guilty):
+        before(owner, name, 1, lambda *_: os.kill(os.getpid(), int(number)))
+
+
+def hangs(guilty: str, forward: str) -> None:
+    """One rank stays in a forward pass for ever."""
+    if rank() == int(guilty):
+        before(Mistral, "forward", int(forward), lambda *_: time.sleep(1000))
+
+
+def raises(guilty: str, forward: str) -> None:
+    def fail(*_):
+        raise RuntimeError("injected into a forward pass")
+
+    if rank() == int(guilty):
+        before(Mistral, "forward", int(forward), fail)
+
+
+def wrong_all_reduce(guilty: str) -> None:
+    """On one rank the sum of a large tensor comes back with one number changed, as from a broken network library."""
+    original = dist.all_reduce
+
+    def all_reduce(x, *args, **kwargs):
+        result = original(x, *args, **kwargs)
+        if x.numel() > 1000 and rank() == int(guilty):
+            x[777] += 1
+        return result
+
+    dist.all_reduce = all_reduce
+
+
+def wrong_gather(guilty: str) -> None:
+    """On one rank the gathered weights of a layer differ from what the others see."""
+    original = FSDPModule.unshard
+
+    def unshard(self, *args, **kwargs):
+        result = original(self, *args, **kwargs)
+        if rank() == int(guilty):
+            with torch.no_grad():
+                next(self.parameters()).view(-1)[3] += 1e-3
+        return result
+
+    FSDPModule.unshard = unshard
+
+
+def slow_rank(guilty: str, factor: str) -> None:
+    """One rank's probe reads so many times longer, as on a throttled device."""
+    original = ranks.Probe.seconds
+
+    def seconds(self):
+        value = original(self)
+        return value and value * (float(factor) if rank() == int(guilty) else 1)
+
+    ranks.Probe.seconds = seconds
+
+
+if __name__ == "__main__":
+    end = sys.argv.index("--")
+    script = Path(__file__).parent.parent / "train.py"
+    fault, sys.argv = sys.argv[1:end], [str(script), *sys.argv[end + 1 :]]
+    install(*fault)
+    runpy.run_path(str(script), run_name="__main__")
