@@ -13,8 +13,8 @@ Triton type, with ":16" where a launch would find the pointer or integer divisib
 nothing slips in unmeasured.
 
 The columns "load" and "store" count global memory instructions by width in bytes: 8x16 is eight of 16 bytes. They come
-from the machine code (SASS), not PTX: what the hardware runs. "occup" is theoretical occupancy, for sm_90: the share of a
-multiprocessor's 64 warps that registers, shared memory and warps a program let be there at once.
+from the machine code (SASS), not PTX: what the hardware runs. "occup" is theoretical occupancy, for sm_90: the share of
+a multiprocessor's 64 warps that registers, shared memory and warps a program let be there at once.
 """
 
 from __future__ import annotations
@@ -174,6 +174,7 @@ def complaints(name: str, arch: str, result: Compiled) -> list[str]:
 def write_rows(path: Path, rows: list[dict]) -> None:
     """A result file that says the same wherever it was made: nothing in it was measured."""
     import torch
+
     from bench import measure
 
     described = measure.machine(measure.Bench(torch.device("cpu"), False, 0)) | {
@@ -200,7 +201,8 @@ def main(arguments: list[str]) -> int:
     if len(archs) < len(given.arch or ARCHS):
         print("sm_100: absent, this triton package has no ptxas-blackwell")
     print(
-        f"{'kernel, shape, dtype':42} {'arch':7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>6} {'occup':>5}  load / store"
+        f"{'kernel, shape, dtype':42} {'arch':7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>6} {'occup':>5}"
+        "  load / store"
     )
     failures, rows = 0, []
     jobs = [(case, arch) for case in cases(given.only) for arch in archs]

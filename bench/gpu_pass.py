@@ -11,13 +11,13 @@ summary; the exit code is 1 if any part failed. In DIR (or $OUT, or bench/result
     pass.json  what ran and how it ended; the tests' counts     kernels.json  attention.json  step.json  profile.json
     log.txt    everything that was printed                      aot.json      trace.json.gz
 """
+# ruff: noqa: E402  imports follow the change of sys.path
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -214,17 +214,9 @@ def summary(visit: Visit, result: dict) -> list[str]:
             lines += kernel_lines(visit.out / f"{name}.json", visit.smoke)
             troubles += trouble_lines(visit.out / f"{name}.json")
     if len(lines) + len(troubles) > SUMMARY_LINES - 2:
-        troubles = troubles[: max(0, SUMMARY_LINES - 3 - len(lines))] + ["  (more in the files)"]
+        troubles = [*troubles[: max(0, SUMMARY_LINES - 3 - len(lines))], "  (more in the files)"]
     lines = (lines + troubles)[: SUMMARY_LINES - 1]
     return [*lines, f"files: {visit.out}"]
-
-
-def device_name(smoke: bool) -> str:
-    if smoke:
-        return "CPU"
-    import torch
-
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
@@ -243,24 +235,18 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
     if given.budget_s <= 0:
         print(f"gpu_pass.py: --budget-s must be positive, got {given.budget_s:g}", file=sys.stderr)
         return 2
-    device = device_name(given.smoke)
-    if not device:
-        print("gpu_pass.py: needs a CUDA GPU; --smoke rehearses on a CPU", file=sys.stderr)
+    try:
+        bench = measure.bench_on(given.smoke)
+    except RuntimeError as error:
+        print(f"gpu_pass.py: {error}", file=sys.stderr)
         return 2
     if importlib.util.find_spec("halny") is None:
         print("gpu_pass.py: halny is not installed here; pip install -e . first", file=sys.stderr)
         return 2
     began = time.monotonic()
-    if given.out:
-        out = given.out
-    elif os.environ.get("OUT"):
-        out = Path(os.environ["OUT"])
-    else:
-        name = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{time.strftime('%Y-%m-%d')}-{'smoke-' if given.smoke else ''}{device}")
-        out = ROOT / "bench" / "results" / name
+    out = given.out or Path(os.environ.get("OUT") or measure.results_folder(bench))
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, (out / "log.txt").open("w+", encoding="utf-8") as log:
-        bench = measure.bench_on(given.smoke)
         visit = Visit(given.smoke, out.resolve(), Path(scratch), given.commit or measure.commit())
         note = {"note": "smoke: no performance figure"} if given.smoke else {}
         result = {"format": 1, "kind": "pass", "smoke": given.smoke} | note

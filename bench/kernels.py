@@ -16,6 +16,7 @@ nothing: they have "both", and "loss only" without gradients.
 **Floors.** ``minimum`` says how many bytes each mode must move if every tensor crosses the memory bus once, and how
 many FLOPs of matrix products it must do. GB/s are these bytes over the time, whatever a provider moves in truth.
 """
+# ruff: noqa: E402  imports follow the change of sys.path
 
 from __future__ import annotations
 
@@ -198,7 +199,7 @@ OPERATIONS = {
 
 
 def cases(sets: dict[str, dict], only: str) -> Iterator[tuple[Operation, str, dict]]:
-    """The most valuable first: all operations at the 7B micro batch, then the large vocabulary, then short sequences."""
+    """The most valuable first: everything at the 7B micro batch, then the large vocabulary, then short sequences."""
     for set_name, shape in sets.items():
         for operation in OPERATIONS.values():
             if only in operation.name and (set_name != "128k" or operation.name in LOSSES):
@@ -352,9 +353,10 @@ def run_case(
             name = peer.name
             state, reason = status[name]
             row = {
-                "operation": operation.name, "set": set_name, "shape": shape, "dtype": str(dtype).removeprefix("torch."),
-                "mode": mode, "provider": name, "package": peer.package, "call": peer.call, "status": state,
-                "reason": reason, "bytes": n_bytes, "flops": flops, "ceiling": operation.ceiling,
+                "operation": operation.name, "set": set_name, "shape": shape, "mode": mode,
+                "dtype": str(dtype).removeprefix("torch."), "provider": name, "package": peer.package,
+                "call": peer.call, "status": state, "reason": reason,
+                "bytes": n_bytes, "flops": flops, "ceiling": operation.ceiling,
             }  # fmt: skip
             result = results.get(name)
             if isinstance(result, Exception):
@@ -488,7 +490,7 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
 def parser_of(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="rehearse on the CPU at tiny sizes, without figures")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the JSON file")
+    parser.add_argument("--out", type=Path, help="folder for the file [bench/results/DATE-DEVICE]")
     parser.add_argument("--only", default="", help="operations whose name contains this [all]")
     parser.add_argument("--budget-s", type=float, default=1e9, help="start no case after so many seconds")
     parser.add_argument("--commit", help="commit to record where there is no git checkout")
@@ -525,7 +527,8 @@ def main(arguments: list[str]) -> int:
     ]
     dtype = torch.float32 if given.smoke else torch.bfloat16  # the interpreter rounds bf16 wrongly
     result = open_result(bench, "kernels", given.commit)
-    return run_all(bench, given.out / "kernels.json", jobs, result, start + given.budget_s, dtype)
+    path = (given.out or measure.results_folder(bench)) / "kernels.json"
+    return run_all(bench, path, jobs, result, start + given.budget_s, dtype)
 
 
 if __name__ == "__main__":

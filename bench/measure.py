@@ -1,14 +1,14 @@
 """How this folder measures: two clocks, the ceilings of the machine, the error bound, and files that are whole.
 
-**Kernel time** is what the GPU spends between two CUDA events around a call. Before each call a buffer of four times the
-L2 cache is read, as often as it takes: so the cache holds nothing of the call's inputs (and nothing dirty, whose
+**Kernel time** is what the GPU spends between two CUDA events around a call. Before each call a buffer of four times
+the L2 cache is read, as often as it takes: so the cache holds nothing of the call's inputs (and nothing dirty, whose
 write-back would be charged to the call), and the host is far enough ahead that its own time cannot show. Inputs rotate
 through several sets besides, together larger than the cache. **Wall time** is the eager call as a training loop makes
 it: back to back, nothing in between, so a call whose launch takes longer than its kernels shows. **Host time** is the
 part of that before the call returns.
 
-Providers are interleaved, a few calls of each in turn, because clocks drift with temperature and power. Data are random:
-a matrix product of zeros is faster than one of data.
+Providers are interleaved, a few calls of each in turn, because clocks drift with temperature and power. Data are
+random: a matrix product of zeros is faster than one of data.
 
 On a CPU the same code runs with perf_counter in place of the events. That is a rehearsal (``smoke`` in every file it
 writes), never a figure.
@@ -20,6 +20,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -69,7 +70,7 @@ def bench_on(smoke: bool) -> Bench:
 
 @dataclass
 class Call:
-    """A provider under the clock: run(i) works on input set i of n_sets; prepare(i), untimed, restores what it ruins."""
+    """A provider to time: run(i) works on input set i of n_sets; prepare(i), untimed, restores what it spoils."""
 
     run: Callable[[int], object]
     n_sets: int
@@ -309,6 +310,14 @@ def excess(out: Tensor, same_dtype: Tensor, truth: Tensor) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
+def results_folder(bench: Bench) -> Path:
+    """bench/results/DATE-DEVICE; for a rehearsal a folder that git ignores."""
+    if bench.smoke:
+        return ROOT / "runs" / "bench-smoke"
+    name = f"{datetime.now(UTC):%Y-%m-%d}-{torch.cuda.get_device_name(bench.device)}"
+    return ROOT / "bench" / "results" / re.sub(r"[^A-Za-z0-9.]+", "-", name)
+
+
 def nvidia_smi() -> dict | None:
     """Clocks, power and temperature now; None where there is no nvidia-smi. Nothing is ever set."""
     fields = "driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,utilization.gpu"
@@ -382,16 +391,18 @@ NUMBER = (int, float)
 MACHINE = {"date": str, "device": str, "versions": dict, "commit": str, "command": str}
 TIMES = {"median": NUMBER, "p5": NUMBER, "p95": NUMBER, "n": int, "rounds": list}
 CEILINGS = {"copy_gb_s": NUMBER, "step_tflop_s": NUMBER, "head_tflop_s": NUMBER, "square_tflop_s": NUMBER}
+ROW_WORDS = ("operation", "set", "dtype", "mode", "provider", "package", "call", "status", "reason", "ceiling")
 ROW = {
-    **{name: str for name in ("operation", "set", "dtype", "mode", "provider", "call", "status", "reason", "ceiling")},
+    **dict.fromkeys(ROW_WORDS, str),
     **{"shape": dict, "bytes": int, "flops": int},
 }
 TIMED_ROW = {"kernel_ms": TIMES, "wall_ms": TIMES, "host_ms": TIMES, "gb_s": NUMBER, "tflop_s": NUMBER,
              "of_ceiling": NUMBER, "errors": dict}  # fmt: skip
 AOT_ROW = {"kernel": str, "arch": str, "warps": int, "registers": int, "spills": int, "shared_bytes": int,
            "loads": dict, "stores": dict, "occupancy": (int, float, type(None))}  # fmt: skip
-STEP = {"label": str, "tokens_per_second": NUMBER, "step_ms": TIMES, "mfu": (int, float, type(None)), "n_layers": int,
-        "micro_batch": int, "seq_len": int, "flops_per_token": NUMBER, "peak_memory_bytes": (int, type(None))}  # fmt: skip
+STEP = {"label": str, "tokens_per_second": NUMBER, "step_ms": TIMES, "mfu": (int, float, type(None)),
+        "n_layers": int, "micro_batch": int, "seq_len": int, "flops_per_token": NUMBER,
+        "peak_memory_bytes": (int, type(None))}  # fmt: skip
 KINDS: dict[str, dict] = {
     "kernels": {"ceilings": CEILINGS, "rows": [ROW]},
     "step": {"step": STEP},

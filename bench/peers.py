@@ -143,7 +143,7 @@ def _():
 
 
 # ---------------------------------------------------------------------------------------------------------------- RoPE
-# From the packed projection to what attention takes, q, k and v apart; the gradient comes back apart and goes on packed.
+# From the packed projection to what attention takes, q, k and v apart; the gradient comes back apart, goes on packed.
 
 
 def split(qkv, n_heads: int, n_kv_heads: int):

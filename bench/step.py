@@ -4,17 +4,19 @@
     python bench/step.py --profile [--out DIR]        one profiled step: DIR/profile.json and DIR/trace.json.gz
     python bench/step.py --smoke                      here: the "test" model on the CPU, no figures
 
-The step is train.py's own: ``build_model`` (FSDP2, here a world of one), ``build_optimizer`` (AdamW on fp32 weights) and
-``train_step``, on random tokens. AdamW in fp32 takes 16 bytes a weight, 116 GB at 7B: on a card with less it runs as
-many of the 32 layers as fit beside a micro batch of 4 x 4096, and every label says so. Such a figure is of that model;
-nothing is extrapolated from it.
+The step is train.py's own: ``build_model`` (FSDP2, here a world of one), ``build_optimizer`` (AdamW on fp32 weights)
+and ``train_step``, on random tokens. AdamW in fp32 takes 16 bytes a weight, 116 GB at 7B: on a card with less it runs
+as many of the 32 layers as fit beside a micro batch of 4 x 4096, and every label says so. Such a figure is of that
+model; nothing is extrapolated from it.
 """
+# ruff: noqa: E402  imports follow the change of sys.path
 
 from __future__ import annotations
 
 import argparse
 import gc
 import gzip
+import itertools
 import json
 import re
 import sys
@@ -47,7 +49,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|c10d::"),
     ("attention", r"flash|fmha|sdpa|scaled_dot_product|flex_attention"),
     ("norm, RoPE, SwiGLU", r"^rms_norm_|^rope_kernel|^swiglu_"),
-    ("loss", r"^one_block_kernel|^online_kernel|^scale_gradient|[Ll]og_?[Ss]oft[Mm]ax|nll_loss"),
+    ("loss", r"^one_block_kernel|^online_kernel|^scale_kernel|[Ll]og_?[Ss]oft[Mm]ax|nll_loss"),
     ("copies", r"^Mem(cpy|set)|[Cc]opy|CatArray|chunk_cat|split_with_sizes|aten::cat$|fsdp::"),
     ("optimizer", r"multi_tensor_apply|[Ff]used_?[Aa]dam|_foreach_|linalg_vector_norm"),
     ("matmul", r"gemm|nvjet|cublas|splitK|tensorop|aten::(add|b)?mm$"),
@@ -135,14 +137,16 @@ class Step:
                 local.fill_(1.0) if name.endswith("norm.weight") else local.normal_(0.0, 0.02)
             self.model.init_buffers()
         self.optimizer = train.build_optimizer(self.model, plan.recipe)
+        self.guard, self.n_steps = train.Guard(plan.recipe, world.device), 0
         shape = 4, 1, micro_batch, self.seq_len
         self.tokens = torch.randint(model.vocab_size, shape, device=bench.device)
         self.labels = torch.randint(model.vocab_size, shape, device=bench.device)
 
     def run(self, i: int) -> torch.Tensor:
-        """train.train_step on one of the batches; its fp64 totals, on the device."""
-        i %= len(self.tokens)
-        return train.train_step(self.model, self.optimizer, self.tokens[i], self.labels[i], 1e-5, self.recipe.clip)
+        """train.train_step on one of the batches; what it returns, on the device."""
+        self.n_steps, i = self.n_steps + 1, i % len(self.tokens)
+        batch = self.tokens[i], self.labels[i]
+        return train.train_step(self.model, self.optimizer, self.guard, self.n_steps, *batch, 1e-5, self.recipe.clip)
 
     @property
     def label(self) -> str:
@@ -197,17 +201,17 @@ def time_steps(bench: measure.Bench, step: Step, n_steps: int, seconds: float) -
             totals = step.run(i)
     bench.synchronize()
     if bench.on_gpu:
-        times = [a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False)]
+        times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     else:
-        times = [(b - a) * 1e3 for a, b in zip(marks, marks[1:], strict=False)]
+        times = [(b - a) * 1e3 for a, b in itertools.pairwise(marks)]
     milliseconds = measure.summary([times])
     n_tokens = step.micro_batch * step.seq_len
     tokens_per_second = n_tokens / milliseconds["median"] * 1e3
     flops = roofline.flops_per_token(step.config, step.seq_len)
     peak = roofline.peak_flops(torch.cuda.get_device_name(bench.device)) if bench.on_gpu else None
-    loss_sum, n_targets, *_, not_finite = totals.tolist()
-    if not_finite:
-        raise RuntimeError("loss or gradient norm was not finite: what was timed is no training")
+    loss_sum, n_targets, _, _, verdict, _ = totals.tolist()
+    if verdict != train.APPLIED:
+        raise RuntimeError("the last update was not applied as it should be: what was timed is no training")
     return {
         "label": step.label,
         "n_layers": step.config.n_layers,
@@ -273,7 +277,7 @@ def print_breakdown(found: dict) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="rehearse on the CPU with a tiny model, without figures")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results", help="folder for the JSON file")
+    parser.add_argument("--out", type=Path, help="folder for the files [bench/results/DATE-DEVICE]")
     parser.add_argument("--profile", action="store_true", help="profile one step instead of timing many")
     parser.add_argument("--steps", type=int, default=50, help="steps timed [50]")
     parser.add_argument("--layers", type=int, help="layers of the model [as many as fit]")
@@ -286,19 +290,20 @@ def main(arguments: list[str]) -> int:
     except RuntimeError as error:
         print(f"step.py: {error}", file=sys.stderr)
         return 2
-    world = train.start_distributed()
+    world = train.start_distributed(deadline=600)
     described = measure.machine(bench, given.commit)
     step = build(bench, world, sizes(bench, given.layers, given.micro_batch))
     note = {"note": "smoke: no performance figure"} if bench.smoke else {}
     kind = "profile" if given.profile else "step"
     result = {"format": 1, "kind": kind, "smoke": bench.smoke} | note | {"machine": described}
-    given.out.mkdir(parents=True, exist_ok=True)
+    out = given.out or measure.results_folder(bench)
+    out.mkdir(parents=True, exist_ok=True)
     if given.profile:
-        result["profile"] = profile(bench, step, given.out / "trace.json.gz")
+        result["profile"] = profile(bench, step, out / "trace.json.gz")
     else:
         result["step"] = time_steps(bench, step, 3 if bench.smoke else given.steps, given.budget_s)
     described["nvidia_smi_after"] = measure.nvidia_smi() if bench.on_gpu else None
-    measure.write_json(given.out / f"{kind}.json", result)
+    measure.write_json(out / f"{kind}.json", result)
     print(step.label)
     if bench.smoke:
         print(f"{kind}: ran")
@@ -306,8 +311,9 @@ def main(arguments: list[str]) -> int:
         print_breakdown(result["profile"])
     else:
         s, mfu = result["step"], result["step"]["mfu"]
+        share = "unknown" if mfu is None else f"{mfu:.1%}"
         print(f"{s['tokens_per_second']:,.0f} tokens/s, step {s['step_ms']['median']:.1f} ms, "
-              f"MFU {'unknown' if mfu is None else f'{mfu:.1%}'}, {s['peak_memory_bytes'] / 2**30:.1f} GiB")  # fmt: skip
+              f"MFU {share}, {s['peak_memory_bytes'] / 2**30:.1f} GiB")  # fmt: skip
     dist.destroy_process_group()
     return 0
 
