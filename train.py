@@ -1228,14 +1228,17 @@ def replay(run: Run, step: int) -> None:
 
     seen: list[str] = []  # what was not finite, in the order of the computation
 
+    def check(x: Tensor, what: str) -> None:
+        if not x.isfinite().all():
+            seen.append(what)
+
     def look(name: str):
         def hook(_module, _inputs, output) -> None:
             for x in output if isinstance(output, tuple) else (output,):
                 if isinstance(x, Tensor) and x.is_floating_point():
-                    if not x.isfinite().all():
-                        seen.append(f"the output of {name}")
+                    check(x, f"the output of {name}")
                     if x.requires_grad:
-                        x.register_hook(lambda g: g.isfinite().all() or seen.append(f"the gradient at {name}"))
+                        x.register_hook(lambda gradient: check(gradient, f"the gradient at {name}"))
 
         return hook
 

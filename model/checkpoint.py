@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from tqdm import tqdm
@@ -182,12 +182,14 @@ def load(checkpoint: Path, state: dict[str, Tensor]) -> None:
 
 @contextlib.contextmanager
 def one_line(what_failed: str):
-    """DCP's exception, which holds a traceback of every rank and is no Exception, as a Failed."""
+    """What DCP and safetensors raise, as a Failed. DCP's holds a traceback of every rank and is no Exception."""
     try:
         yield
     except dcp.CheckpointException as error:
         rank, (cause, _) = next(iter(error.failures.items()))
-        raise Failed(f"{what_failed}: rank {rank}: {' '.join(str(cause).split())}") from None
+        raise Failed(f"{what_failed}: rank {rank}: {_line(cause)}") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise Failed(f"{what_failed}: {_line(error)}") from None
 
 
 # --------------------------------------------------------------------------------------------------------------- saving

@@ -129,6 +129,9 @@ class Ranks:
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
+            if process.exitcode == train.REFUSED:  # torchrun then ends the others, who wait for it
+                for other in self.processes:
+                    other.terminate()
         alive = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         self.kill()
         assert not alive, f"ranks {alive} still ran after {timeout} s: {self.communicate()}"

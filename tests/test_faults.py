@@ -387,7 +387,7 @@ def test_guard_judges_as_its_definition():
     guard, rng, applied = train.Guard(recipe, torch.device("cpu")), np.random.default_rng(0), []
     for step in range(1, 700):
         loss = float(rng.lognormal(0, 0.4)) if rng.random() > 0.05 else float(rng.choice([np.nan, np.inf, 1e9]))
-        recent = [x for at, x in applied if at > step - 128]
+        recent = [x for at, x in applied if at >= step - 128]
         median = sorted(recent)[(len(recent) - 1) // 2] if recent else np.inf
         spike = len(recent) >= 16 and loss > 1.5 * median
         expected = train.NOT_FINITE if not np.isfinite(loss) else train.SPIKE_SKIPPED if spike else train.APPLIED
