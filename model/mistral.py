@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from halny.kernels.attention import attention, check_cu_seqlens, document_ids
-from halny.kernels.dispatch import can_check_values, check_integer
+from halny.kernels.attention import check_cu_seqlens, document_ids, plan_attention, planned_attention
+from halny.kernels.dispatch import can_check_values, check_integer, check_same_device
 from halny.kernels.lean_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
 from halny.kernels.rms_norm import add_rms_norm, rms_norm
@@ -84,16 +84,14 @@ class Attention(nn.Module):
     def __init__(self, config: MistralConfig):
         super().__init__()
         self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.window = config.window
         self.qkv = nn.Linear(config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
 
-    def forward(self, qkv_btz, cos, sin, positions_bt, cu_seqlens, max_seqlen):
+    def forward(self, qkv_btz, cos, sin, positions_bt, plan):
         """From the packed projection on: Block joins it to the norm before it."""
         qkv_bthc = qkv_btz.unflatten(-1, (-1, self.head_dim))
         q, k, v = rope_split_qkv(qkv_bthc, cos, sin, self.n_heads, self.n_kv_heads, positions_bt)
-        y = attention(q, k, v, window=self.window, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
-        return self.out(y.flatten(2))
+        return self.out(planned_attention(q, k, v, plan).flatten(2))
 
 
 class MLP(nn.Module):
@@ -143,9 +141,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_btd, cos, sin, positions_bt, cu_seqlens, max_seqlen):
+    def forward(self, x_btd, cos, sin, positions_bt, plan):
         qkv_btz = self.attention_norm.linear(x_btd, self.attention.qkv, self.lean)
-        attended_btd = self.attention(qkv_btz, cos, sin, positions_bt, cu_seqlens, max_seqlen)
+        attended_btd = self.attention(qkv_btz, cos, sin, positions_bt, plan)
         attended_btd = attended_btd.to(x_btd.dtype)  # they differ under autocast only
         gate_up_btf, x_btd = self.mlp_norm.add_linear(attended_btd, x_btd, self.mlp.gate_up, self.lean)
         return x_btd + self.mlp(gate_up_btf, self.lean)
@@ -179,12 +177,14 @@ class Mistral(nn.Module):
         labels: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
+        restart_positions: bool = True,
     ):
         """Logits, or with labels the loss and its counts.
 
         tokens: int [B, T]. labels: int [B, T], labels[b, t] the target of position t (the model does not shift), -100
         ignored. cu_seqlens, max_seqlen: packed documents as ``halny.kernels.attention`` takes them; attention stays
-        inside each document and RoPE positions restart with it.
+        inside each document, and RoPE positions restart with it unless restart_positions is False. RoPE being relative,
+        that changes results by rounding only, which is smaller for the smaller angles.
 
         Returns logits [B, T, V] in the compute dtype; or, with labels, ``LinearCrossEntropy(loss, n_tokens,
         n_correct)`` with the SUM of the losses over the targets, fp32. Raises ValueError for a T beyond
@@ -193,13 +193,23 @@ class Mistral(nn.Module):
         tokens = self._check(tokens, cu_seqlens, max_seqlen)
         B, T = tokens.shape
         positions_bt = None
-        if cu_seqlens is not None:
+        if cu_seqlens is not None and restart_positions:
             document_bt = document_ids(cu_seqlens, B, T)
             positions_bt = torch.arange(B * T, device=tokens.device).view(B, T) - cu_seqlens[document_bt]
 
         x_btd = self.embed(tokens)
+        plan = plan_attention(
+            B,
+            T,
+            self.config.head_dim,
+            _matmul_dtype(x_btd),
+            x_btd.device,
+            window=self.config.window,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+        )
         for layer in self.layers:
-            x_btd = layer(x_btd, self.rope_cos, self.rope_sin, positions_bt, cu_seqlens, max_seqlen)
+            x_btd = layer(x_btd, self.rope_cos, self.rope_sin, positions_bt, plan)
         x_btd = self.norm(x_btd)
         if labels is None:
             return self.head(x_btd)
@@ -219,6 +229,7 @@ class Mistral(nn.Module):
             raise ValueError(f"tokens must lie in 0 .. {self.config.vocab_size - 1} (the vocabulary), got {wrong}")
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, B, T, max_seqlen)
+            check_same_device(tokens=tokens, cu_seqlens=cu_seqlens)
         return tokens
 
     @torch.no_grad()
@@ -262,6 +273,13 @@ class Mistral(nn.Module):
                 new = torch.multinomial((logits_v / temperature).softmax(0), 1, generator=generator)
             tokens = torch.cat([tokens, new.view(1, 1).to(tokens)], dim=1)
         return tokens
+
+
+def _matmul_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer makes of x."""
+    if x.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(x.device.type):
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:

@@ -8,6 +8,7 @@ One FLOP is one addition or one multiplication, so a matrix product of [m, k] by
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
@@ -46,31 +47,53 @@ def matmul_parameters(config: MistralConfig) -> int:
     return config.n_layers * layer_matmul_parameters(config) + config.vocab_size * config.dim
 
 
-def keys_per_query(seq_len: int, window: int | None) -> float:
-    """Mean number of keys that a query of one causal sequence sees through a window of w = min(window, s) keys.
+def attention_keys(lengths: Iterable[int], window: int | None) -> int:
+    """Pairs of a query and a key it may see, exactly, in documents of these lengths, causal, through a window.
 
-    The first w queries see 1, 2, .. w keys, the other s - w see w each: (w (w + 1) / 2 + (s - w) w) / s.
+    Position i of a document, from 0, sees min(i + 1, W) keys, so a document of n positions with w = min(W, n) has
+    w (w + 1) / 2 + (n - w) w. What lies between documents, or beyond the window, is not counted. A batch of full rows
+    of s is ``[s] * B``; of packed documents, the differences of its cu_seqlens.
     """
-    w = seq_len if window is None else min(window, seq_len)
-    return (w * (w + 1) / 2 + (seq_len - w) * w) / seq_len
+    pairs = 0
+    for length in lengths:
+        n = int(length)  # numpy's int32 would overflow at 46,341
+        w = n if window is None else min(window, n)
+        pairs += w * (w + 1) // 2 + (n - w) * w
+    return pairs
+
+
+def attention_flops(config: MistralConfig, lengths: Iterable[int]) -> int:
+    """12 L H c x (pairs of query and key), forward and backward, for a batch of documents of these lengths.
+
+    12 is 2 products (q k^T, weights v) x 2 FLOP x 3, and 3 is one forward and two gradients a product. What
+    FlashAttention recomputes in its backward is not counted.
+    """
+    return 12 * config.n_layers * config.n_heads * config.head_dim * attention_keys(lengths, config.window)
+
+
+def batch_flops(config: MistralConfig, lengths: Iterable[int]) -> int:
+    """FLOPs of a step on documents of these lengths, forward and backward, counting only what the mask admits.
+
+    6 x matmul weights a token + attention; 6 = 2 FLOP a weight x (forward, gradient to the input, gradient to the
+    weight). With packed documents an MFU divides this, summed over the step, by the step's time.
+    """
+    lengths = list(lengths)
+    return 6 * matmul_parameters(config) * int(sum(lengths)) + attention_flops(config, lengths)
+
+
+def keys_per_query(seq_len: int, window: int | None) -> float:
+    """Mean number of keys that a query of one causal sequence sees through a window."""
+    return attention_keys([seq_len], window) / seq_len
 
 
 def attention_flops_per_token(config: MistralConfig, seq_len: int) -> float:
-    """12 L H c x (keys a query sees), forward and backward: 2 products (q k^T, weights v) x 2 FLOP x 3.
-
-    The 3 is one forward and two gradients a product. What FlashAttention recomputes in its backward is not counted.
-    """
-    keys = keys_per_query(seq_len, config.window)
-    return 12 * config.n_layers * config.n_heads * config.head_dim * keys
+    """``attention_flops`` a token, where every sequence is one document."""
+    return attention_flops(config, [seq_len]) / seq_len
 
 
 def flops_per_token(config: MistralConfig, seq_len: int) -> float:
-    """FLOPs a token, forward and backward, counting only what the mask admits: 6 x matmul weights + attention.
-
-    6 = 2 FLOP a weight x (forward, gradient to the input, gradient to the weight). 7B at 4096: 45.88e9.
-    Documents inside a sequence shorten attention further; this counts sequences of one document.
-    """
-    return 6 * matmul_parameters(config) + attention_flops_per_token(config, seq_len)
+    """``batch_flops`` a token, where every sequence is one document. 7B at 4096: 45.88e9."""
+    return batch_flops(config, [seq_len]) / seq_len
 
 
 def palm_flops_per_token(config: MistralConfig, seq_len: int) -> float:

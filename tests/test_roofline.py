@@ -3,10 +3,12 @@
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from halny.kernels.attention import attention_mask
 from halny.model import roofline
 from halny.model.mistral import PRESETS, Mistral, MistralConfig
 
@@ -41,6 +43,32 @@ def test_published_figures_of_mistral_7b():
 @pytest.mark.parametrize("window", [None, 1, 2, 6, 7, 8, 63, 64, 65])
 def test_keys_per_query_counts_the_mask(seq_len, window):
     assert roofline.keys_per_query(seq_len, window) == mask_count(seq_len, window) / seq_len
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 16, 17, 1000])
+@pytest.mark.parametrize("rows", [[[16], [16]], [[5, 1, 10], [1] * 16], [[1, 15], [15, 1]], [[7, 9], [16]]])
+def test_attention_flops_of_documents_count_the_mask(rows, window):
+    """Against the mask that the reference attention uses, pair by pair."""
+    lengths = [length for row in rows for length in row]
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    pairs = int(attention_mask(16, window, cu_seqlens, len(rows), "cpu").sum())
+    assert roofline.attention_keys(lengths, window) == pairs
+    assert roofline.attention_keys(cu_seqlens.diff(), window) == pairs  # tensors' and numpy's integers will do
+    config = MistralConfig(dim=24, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=10, window=window)
+    assert roofline.attention_flops(config, lengths) == 3 * pairs * 3 * 4 * 2 * (2 * 10)  # layers, heads, products
+    matmuls = 6 * roofline.matmul_parameters(config) * sum(lengths)
+    assert roofline.batch_flops(config, lengths) == matmuls + roofline.attention_flops(config, lengths)
+
+
+def test_attention_keys_of_long_documents():
+    """Exact integers: 2^31 pairs and more, given as int32."""
+    n = 100_000
+    assert roofline.attention_keys(np.array([n, n], dtype=np.int32), None) == n * (n + 1)
+    assert roofline.attention_keys([n], 4096) == 4096 * 4097 // 2 + (n - 4096) * 4096
+    assert roofline.attention_keys([], 4096) == 0
+    # Mistral-7B at 32,768: its window leaves 23.4 % of the pairs that causal order admits
+    share = roofline.attention_keys([32_768], 4096) / roofline.attention_keys([32_768], None)
+    assert share == pytest.approx(0.2343, abs=1e-4)
 
 
 @pytest.mark.parametrize("window", [None, 5, 32])

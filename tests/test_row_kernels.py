@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from halny.kernels import dispatch, lean_linear, rms_norm, rope, swiglu
+from halny.kernels.attention import plan_attention
 from halny.kernels.rms_norm import add_rms_norm, rms_norm_reference
 from halny.kernels.rope import rope_qkv, rope_qkv_, rope_split_qkv, rope_tables
 from halny.model import mistral, roofline
@@ -586,7 +587,7 @@ def kept_bytes(config, lean: bool, B: int = 1, T: int = 4096) -> tuple[int, int]
             return y
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
-            layer(x, *tables, None, None, None)
+            layer(x, *tables, None, None)
     heads = 2 * config.n_heads * config.head_dim + 4 * config.n_heads
     return sum(size for size, _ in kept.values()) // (B * T), heads
 
@@ -594,7 +595,7 @@ def kept_bytes(config, lean: bool, B: int = 1, T: int = 4096) -> tuple[int, int]
 @on_the_cpu
 @pytest.mark.parametrize("lean, most", [(True, 95_000), (False, 140_000)])
 def test_bytes_kept_a_token_a_layer_at_7b_rms_norm_rope_swiglu(lean, most, monkeypatch):
-    monkeypatch.setattr(mistral, "attention", lambda q, k, v, **_: CountedAttention.apply(q, k, v))
+    monkeypatch.setattr(mistral, "planned_attention", lambda q, k, v, plan: CountedAttention.apply(q, k, v))
     config = mistral.PRESETS["mistral-7b"]
     torch.set_default_dtype(torch.bfloat16)
     try:
@@ -644,6 +645,7 @@ def test_a_checkpointed_block_rms_norm_rope_swiglu(lean, launches):
     block = mistral.Block(config, lean)
     x = torch.randn(1, 6, config.dim, requires_grad=True)
     tables = rope_tables(6, config.head_dim, 1e4)
+    plan = plan_attention(1, 6, config.head_dim, x.dtype, x.device, window=config.window)
     saved = [rms_norm.rms_norm_forward, rms_norm.add_rms_norm_forward]
     select = partial(create_selective_checkpoint_contexts, saved)
     gradients, counts = [], []
@@ -653,7 +655,7 @@ def test_a_checkpointed_block_rms_norm_rope_swiglu(lean, launches):
         lambda *x: checkpoint(block, *x, use_reentrant=False, context_fn=select),
     ):
         launches.clear()
-        y = wrap(x, *tables, None, None, None)
+        y = wrap(x, *tables, None, plan)
         gradients.append(torch.autograd.grad(y.sin().sum(), [x, *block.parameters()]))
         counts.append(dict(launches))
     for other in gradients[1:]:
