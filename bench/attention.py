@@ -47,7 +47,7 @@ def document_lengths(n_tokens: int, mean: int, seed: int = 0) -> list[int]:
 
 def visible_pairs(lengths: list[int], window: int | None) -> int:
     """Pairs of query and key that the mask admits in causal sequences of these lengths."""
-    return round(sum(n * roofline.keys_per_query(n, window) for n in lengths))
+    return roofline.attention_keys(lengths, window)
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,7 @@ class Attention(Operation):
     def expected(self, inputs: list, upstream: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
         if dtype == torch.float64 and self.shape["seq_len"] > 8192:
             dtype = torch.float32  # four such score matrices in fp64 would take 34 GB
-        q, k, v, d_out = (x.to(dtype) for x in self.compared([inputs[0], upstream[0], *inputs[1:3]]))
-        d_out, k, v = k, v, d_out  # compared() takes the order of results: out, dq, dk, dv
+        q, d_out, k, v = (x.to(dtype) for x in self.compared([inputs[0], upstream[0], *inputs[1:]]))
         cu_seqlens = self.cu_seqlens(inputs[0].device, sequences=1)
         outs, dqs, dk, dv = [], [], torch.zeros_like(k, dtype=torch.float64), torch.zeros_like(v, dtype=torch.float64)
         for h in range(q.shape[2]):
@@ -153,6 +152,18 @@ def cases(smoke: bool) -> list[Attention]:
     return [case(*row, heads) for row in rows]
 
 
+COMPILED_AT_FIRST = ("flash4", "flex", "flex_flash")
+
+
+def warm_jobs(bench: measure.Bench, only: str) -> list[tuple[str, str]]:
+    return [
+        (title(operation.shape), peer.name)
+        for operation in cases(bench.smoke)
+        for peer in operation.peers(torch.bfloat16, bench.device)
+        if only in title(operation.shape) and peer.name in COMPILED_AT_FIRST and kernels.absent(peer)[0] is not None
+    ]
+
+
 def main(arguments: list[str]) -> int:
     start = time.monotonic()
     given = kernels.parser_of(__doc__).parse_args(arguments)
@@ -162,10 +173,17 @@ def main(arguments: list[str]) -> int:
         print(f"attention.py: {error}", file=sys.stderr)
         return 2
     dtype = torch.float32 if given.smoke else torch.bfloat16
-    jobs = []
-    for operation in cases(given.smoke):
-        if given.only in title(operation.shape):
-            jobs.append((operation, title(operation.shape), operation.shape, operation.peers(dtype, bench.device), {}))
+    by_title = {title(operation.shape): operation for operation in cases(given.smoke)}
+    if given.warm:
+        operation = by_title[given.warm[0]]
+        kernels.run_once(bench, operation, operation.peer(given.warm[1], dtype, bench.device).load(), operation.shape)
+        return 0
+    excluded = {} if given.smoke else kernels.warm_all("attention.py", warm_jobs(bench, given.only), given.workers)
+    jobs = [
+        (operation, name, operation.shape, operation.peers(dtype, bench.device), excluded.get(name, {}))
+        for name, operation in by_title.items()
+        if given.only in name
+    ]
     result = kernels.open_result(bench, "kernels", given.commit)
     path = (given.out or measure.results_folder(bench)) / "attention.json"
     return kernels.run_all(bench, path, jobs, result, start + given.budget_s, dtype)

@@ -5,8 +5,8 @@
 
 The most valuable part comes first. Each is a process of its own, ended when its share of the budget is over (what one
 leaves goes to those after it), and writes its file after every row, so neither a crash nor a clock takes more than what
-was not done yet. While the tests run, the peers' kernels are compiled in processes beside them. The last lines are a
-summary; the exit code is 1 if any part failed. In DIR (or $OUT, or bench/results/DATE-DEVICE), at most eight files:
+was not done yet. The last lines are a summary; the exit code is 1 if any part failed. In DIR (or $OUT, or
+bench/results/DATE-DEVICE), at most eight files:
 
     pass.json  what ran and how it ended; the tests' counts     kernels.json  attention.json  step.json  profile.json
     log.txt    everything that was printed                      aot.json      trace.json.gz
@@ -16,6 +16,7 @@ summary; the exit code is 1 if any part failed. In DIR (or $OUT, or bench/result
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import signal
@@ -63,7 +64,8 @@ class Part:
 
 def tests_command(visit: Visit, seconds: float) -> list[str]:
     xml = visit.scratch / "tests.xml"
-    return [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={xml}"]
+    options = ["-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={xml}"]
+    return [sys.executable, "-m", "pytest", "tests", "-m", "gpu", *options]
 
 
 def aot_command(visit: Visit, seconds: float) -> list[str]:
@@ -73,8 +75,8 @@ def aot_command(visit: Visit, seconds: float) -> list[str]:
 
 PARTS = (
     Part("tests", 130, tests_command),
-    Part("kernels", 190, lambda v, s: v.script("kernels", s, "--warmed", str(v.scratch / "warm.json"))),
-    Part("attention", 90, lambda v, s: v.script("attention", s)),
+    Part("kernels", 190, lambda v, s: v.script("kernels", s)),
+    Part("attention", 100, lambda v, s: v.script("attention", s)),
     Part("step", 70, lambda v, s: v.script("step", min(s, 50))),
     Part("profile", 40, lambda v, s: v.script("step", s, "--profile")),
     Part("aot", 20, aot_command),
@@ -84,7 +86,7 @@ PARTS = (
 # ------------------------------------------------------------------------------------------------------------- running
 
 
-def start(command: list[str], log, smoke: bool) -> subprocess.Popen:
+def start(command: list[str], log) -> subprocess.Popen:
     """A part's process, leader of a group of its own, so that its children end with it."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)  # each script decides for itself
@@ -94,20 +96,18 @@ def start(command: list[str], log, smoke: bool) -> subprocess.Popen:
 
 
 def finish(process: subprocess.Popen, seconds: float) -> int | None:
-    """Wait for a part; its exit code, or None if it had to be ended."""
+    """Wait for a part; its exit code, or None if it had to be ended. Nothing of it is left behind, however it ends."""
     try:
         return process.wait(max(0.1, seconds))
     except subprocess.TimeoutExpired:
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(process.pid, number)
-                process.wait(3)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-            except ProcessLookupError:
-                break
+        with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
+            os.killpg(process.pid, signal.SIGINT)  # interrupted, pytest still reports
+            process.wait(GRACE_S)
         return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_counts(xml: Path) -> dict:
@@ -129,21 +129,14 @@ def test_counts(xml: Path) -> dict:
 def run_parts(visit: Visit, parts: list[Part], budget_s: float, result: dict, log) -> None:
     """All parts in order, each within its share of what is left; result["parts"] is on disk after each."""
     end = time.monotonic() + budget_s
-    warming = None
-    if any(part.name == "kernels" for part in parts) and not visit.smoke:
-        command = [sys.executable, "bench/kernels.py", "--warm-all", str(visit.scratch / "warm.json")]
-        warming = start(command, log, visit.smoke)
     for i, part in enumerate(parts):
-        if part.name == "kernels" and warming:
-            finish(warming, 60)
-            warming = None
         left = end - time.monotonic()
         limit = left * part.share / sum(p.share for p in parts[i:])
         began = time.monotonic()
         entry = {"status": "not reached", "seconds": 0.0, "limit_s": limit, "exit_code": None, "said": ""}
         if left > 5:
             place = log.tell()
-            code = finish(start(part.command(visit, limit), log, visit.smoke), limit)
+            code = finish(start(part.command(visit, limit), log), limit)
             log.seek(place)
             said = [line for line in log.read().splitlines() if line.strip()]
             log.seek(0, os.SEEK_END)
@@ -155,8 +148,6 @@ def run_parts(visit: Visit, parts: list[Part], budget_s: float, result: dict, lo
         result["parts"][part.name] = entry
         measure.write_json(visit.out / "pass.json", result)
         print(f"{part.name:10}{entry['status']:20}{entry['seconds']:6.0f} s   {entry['said'][:90]}", flush=True)
-    if warming:
-        finish(warming, 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- summary
@@ -260,4 +251,5 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part in progress ends with us
     sys.exit(main(sys.argv[1:]))

@@ -38,6 +38,7 @@ if __name__ == "__main__":
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: our kernels run, if slowly
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from bench import measure, peers
@@ -314,6 +315,7 @@ def run_case(
     """The rows of one case, a mode at a time. excluded: provider -> why it is not even tried."""
     clocks = clocks or Clocks(bench)
     torch._dynamo.reset()
+    allow_kept_graphs()
     case = Case(bench, operation, shape, dtype)
     functions, status, errors = {}, {}, {}
     for peer in providers:
@@ -377,6 +379,11 @@ def run_case(
         yield rows
 
 
+def allow_kept_graphs() -> None:
+    """A compiled backward may otherwise overwrite what it was given, and refuses to run twice on one graph."""
+    torch._functorch.config.donated_buffer = False
+
+
 def release(bench: Bench) -> None:
     gc.collect()
     if bench.on_gpu:
@@ -385,53 +392,62 @@ def release(bench: Bench) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- warm-up
 
+WARM_S = 60  # for one provider in all cases of an operation
 COMPILED_AT_FIRST = ("torch.compile", "Liger-Kernel", "quack", "cut-cross-entropy")
 
 
+def run_once(bench: Bench, operation: Operation, function: Callable, shape: dict) -> None:
+    """Forward and backward of one provider in one case, so that what it compiles lies in the caches on disk."""
+    torch.manual_seed(0)
+    allow_kept_graphs()
+    inputs = operation.inputs(shape, torch.bfloat16, bench.device)
+    leaves = [x.requires_grad_() if i in operation.gradients else x for i, x in enumerate(inputs)]
+    outputs = tuple_of(function(*leaves))
+    torch.autograd.grad(outputs, [leaves[i] for i in operation.gradients], [torch.ones_like(y) for y in outputs])
+    if "loss only" in operation.modes:
+        with torch.no_grad():
+            function(*(x.detach() if isinstance(x, Tensor) else x for x in inputs))
+    bench.synchronize()
+
+
 def warm(bench: Bench, operation: Operation, provider: str) -> None:
-    """Run one provider once in every case of an operation, so that what it compiles lies in the caches on disk."""
-    peer = next(p for p in peers.PEERS[operation.name] if p.name == provider)
-    function = peer.load()
-    for _, _, shape in cases(SETS, operation.name):
-        torch.manual_seed(0)
-        inputs = operation.inputs(shape, torch.bfloat16, bench.device)
-        leaves = [x.requires_grad_() if i in operation.gradients else x for i, x in enumerate(inputs)]
-        outputs = tuple_of(function(*leaves))
-        torch.autograd.grad(outputs, [leaves[i] for i in operation.gradients], [torch.ones_like(y) for y in outputs])
-        if "loss only" in operation.modes:
-            with torch.no_grad():
-                function(*(x.detach() if isinstance(x, Tensor) else x for x in inputs))
-        bench.synchronize()
-        del inputs, leaves, outputs
-        release(bench)
+    function = next(p for p in peers.PEERS[operation.name] if p.name == provider).load()
+    for one, _, shape in cases(SETS, operation.name):
+        if one is operation:
+            run_once(bench, operation, function, shape)
+            release(bench)
 
 
-def warm_all(only: str, seconds: float, workers: int) -> dict[str, dict[str, str]]:
-    """``warm`` in processes beside one another: operation -> provider -> why it must be left alone afterwards.
+def warm_jobs(only: str) -> list[tuple[str, str]]:
+    return [
+        (name, peer.name)
+        for name in OPERATIONS
+        for peer in peers.PEERS[name]
+        if only in name and peer.package in COMPILED_AT_FIRST and absent(peer)[0] is not None
+    ]
 
-    That is only for one which did not come back or brought its process down; one that raises will say so when measured.
+
+def warm_all(script: str, jobs: list[tuple[str, str]], workers: int) -> dict[str, dict[str, str]]:
+    """``script --warm CASE PROVIDER`` of all jobs, in processes beside one another.
+
+    Returns case -> provider -> why it must be left alone afterwards: because it did not come back in time, or brought
+    its process down. One that merely raises will say so when it is measured.
     """
 
     def one(job: tuple[str, str]) -> str | None:
-        command = [sys.executable, str(Path(__file__).resolve()), "--warm", *job]
+        command = [sys.executable, f"bench/{script}", "--warm", *job]
+        environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # there are processes enough
         try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WARM_S)
         except subprocess.TimeoutExpired:
-            return f"was still compiling after {seconds:.0f} s"
-        if done.returncode < 0:
-            return f"its process was ended by signal {-done.returncode}"
-        return None
+            return f"was still compiling after {WARM_S} s"
+        return f"its process was ended by signal {-done.returncode}" if done.returncode < 0 else None
 
-    jobs = []
-    for name in OPERATIONS:
-        for peer in peers.PEERS[name]:
-            if only in name and peer.package in COMPILED_AT_FIRST and absent(peer)[0] is not None:
-                jobs.append((name, peer.name))
-    excluded: dict[str, dict[str, str]] = {name: {} for name in OPERATIONS}
+    excluded: dict[str, dict[str, str]] = {case: {} for case, _ in jobs}
     with ThreadPoolExecutor(workers) as pool:
-        for (name, provider), reason in zip(jobs, pool.map(one, jobs), strict=True):
+        for (case, provider), reason in zip(jobs, pool.map(one, jobs), strict=True):
             if reason:
-                excluded[name][provider] = reason
+                excluded[case][provider] = reason
     return excluded
 
 
@@ -494,17 +510,14 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="operations whose name contains this [all]")
     parser.add_argument("--budget-s", type=float, default=1e9, help="start no case after so many seconds")
     parser.add_argument("--commit", help="commit to record where there is no git checkout")
+    parser.add_argument("--warm", nargs=2, metavar=("CASE", "PROVIDER"), help="compile for one provider, and no more")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
     return parser
 
 
 def main(arguments: list[str]) -> int:
     start = time.monotonic()
-    parser = parser_of(__doc__)
-    parser.add_argument("--warm", nargs=2, metavar=("OPERATION", "PROVIDER"), help="only compile, for one provider")
-    parser.add_argument("--warm-all", type=Path, metavar="FILE", help="only compile, for all; what hung goes to FILE")
-    parser.add_argument("--warmed", type=Path, metavar="FILE", help="what --warm-all wrote; without it, warm first")
-    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
-    given = parser.parse_args(arguments)
+    given = parser_of(__doc__).parse_args(arguments)
     try:
         bench = measure.bench_on(given.smoke)
     except RuntimeError as error:
@@ -513,14 +526,7 @@ def main(arguments: list[str]) -> int:
     if given.warm:
         warm(bench, OPERATIONS[given.warm[0]], given.warm[1])
         return 0
-    if given.warm_all:
-        measure.write_json(given.warm_all, warm_all(given.only, 90, given.workers))
-        return 0
-    excluded: dict[str, dict[str, str]] = {}
-    if given.warmed and given.warmed.exists():
-        excluded = measure.json.loads(given.warmed.read_text())
-    elif not given.smoke:
-        excluded = warm_all(given.only, 90, given.workers)
+    excluded = {} if given.smoke else warm_all("kernels.py", warm_jobs(given.only), given.workers)
     jobs = [
         (operation, name, shape, peers.PEERS[operation.name], excluded.get(operation.name, {}))
         for operation, name, shape in cases(SMOKE_SETS if given.smoke else SETS, given.only)

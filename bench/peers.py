@@ -59,7 +59,6 @@ def peer(operation: str, package: str, ruins: bool = False, note: str = ""):
 
 def compiled(function: Callable, search: bool = True) -> Callable:
     """torch.compile at its best: tiles searched for row operations, where GEMMs are left to cuBLAS."""
-    torch._functorch.config.donated_buffer = False  # else no graph can be kept, and no backward timed apart
     if not torch.cuda.is_available():  # a rehearsal: tracing without a C++ compiler
         return torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
     mode = "max-autotune-no-cudagraphs" if search else "default"

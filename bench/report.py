@@ -253,12 +253,12 @@ def bars(columns: list[dict[str, list[dict]]], value, label, xlabel: str, title:
 
 
 def timed_groups(result: dict, title, wanted) -> dict[str, list[dict]]:
-    """title(operation, set, mode) -> the timed rows of the cases that wanted(first row) picks, best of each package."""
+    """title(row) -> the timed rows of the cases that wanted(row) picks, the best of each package; row is the first."""
     found = {}
-    for key, rows in grouped(result).items():
+    for rows in grouped(result).values():
         best = [row for row in best_of_each(rows) if row["status"] == "ok"]
         if best and wanted(best[0]):
-            found[title(*key)] = best
+            found[title(best[0])] = best
     return found
 
 
@@ -274,8 +274,11 @@ def plots(results: dict[str, dict], folder: Path) -> list[Path]:
     def about(result: dict, text: str) -> str:
         return f"{result['machine']['device']}, {result['machine']['date'][:10]}; {text}"
 
-    def op_mode(operation: str, _, mode: str) -> str:
-        return f"{operation}, {mode}"
+    def op_mode(row: dict) -> str:
+        return f"{row['operation']}, {row['mode']}"
+
+    def sizes(row: dict) -> str:
+        return " x ".join(f"{row['shape'][name]:,}" for name in ("tokens", "dim", "vocabulary")) + f", {row['mode']}"
 
     if "kernels.json" in results:
         result = results["kernels.json"]
@@ -291,13 +294,15 @@ def plots(results: dict[str, dict], folder: Path) -> list[Path]:
              about(result, "cold cache, 16,384 tokens, bf16; further right is better"), copy,
              f"device copy {copy:,.0f}")  # fmt: skip
         for name, title in (("short", "512 tokens"), ("128k", "2,048 tokens, 128,256 words")):
-            groups = timed_groups(result, op_mode, lambda r, n=name: r["set"] == n and r["mode"] == "both")
+            groups = timed_groups(
+                result, op_mode, lambda r, n=name: r["set"] == n and r["mode"] == "both" and r["ceiling"] == "copy_gb_s"
+            )
             draw(f"time-{name}.png", [groups],
                  lambda r: r["wall_ms"]["median"], lambda r: f"{r['wall_ms']['median']:.3f}", "ms a call",
                  f"Forward and backward as called, {title}",
                  about(result, "wall time, host included, bf16; further left is better"), None, "")  # fmt: skip
         columns = [
-            timed_groups(result, lambda _, s, m: f"{s}, {m}",
+            timed_groups(result, sizes,
                          lambda r, m=mode: r["operation"] == "linear_cross_entropy" and r["mode"] == m)
             for mode in ("both", "loss only")
         ]  # fmt: skip
@@ -309,7 +314,7 @@ def plots(results: dict[str, dict], folder: Path) -> list[Path]:
         result = results["attention.json"]
         square = result["ceilings"]["square_tflop_s"]
         columns = [
-            timed_groups(result, lambda o, s, m: f"{m}, {s}", lambda r, m=mode: r["mode"] == m)
+            timed_groups(result, lambda r: f"{r['mode']}, {r['set']}", lambda r, m=mode: r["mode"] == m)
             for mode in ("forward", "backward")
         ]
         draw("attention.png", columns, lambda r: r["tflop_s"], lambda r: f"{r['tflop_s']:,.0f}", "TFLOP/s",

@@ -18,6 +18,7 @@ import gc
 import gzip
 import itertools
 import json
+import os
 import re
 import sys
 import time
@@ -28,6 +29,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as train.py, before torch
 
 import torch
 import torch.distributed as dist
@@ -131,7 +133,7 @@ class Step:
         plan = replace(train.resolve(recipe, world), model=model)
         self.recipe = plan.recipe
         self.model = train.build_model(plan, world)
-        with torch.no_grad():  # train.fill_model draws the same distribution on the CPU, which at 7B takes a while
+        with torch.no_grad():  # much as train.fill_model, which draws on the CPU, at 7B for a while
             for name, parameter in self.model.named_parameters():
                 local = parameter.to_local()
                 local.fill_(1.0) if name.endswith("norm.weight") else local.normal_(0.0, 0.02)
@@ -191,6 +193,8 @@ def time_steps(bench: measure.Bench, step: Step, n_steps: int, seconds: float) -
     if bench.on_gpu:
         torch.cuda.reset_peak_memory_stats(bench.device)
     marks = []
+    gc.collect()
+    gc.disable()  # as train.py's loop
     for i in range(n_steps + 1):
         if bench.on_gpu:
             marks.append(torch.cuda.Event(enable_timing=True))
@@ -200,6 +204,7 @@ def time_steps(bench: measure.Bench, step: Step, n_steps: int, seconds: float) -
         if i < n_steps:
             totals = step.run(i)
     bench.synchronize()
+    gc.enable()
     if bench.on_gpu:
         times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
     else:
@@ -210,8 +215,10 @@ def time_steps(bench: measure.Bench, step: Step, n_steps: int, seconds: float) -
     flops = roofline.flops_per_token(step.config, step.seq_len)
     peak = roofline.peak_flops(torch.cuda.get_device_name(bench.device)) if bench.on_gpu else None
     loss_sum, n_targets, _, _, verdict, _ = totals.tolist()
-    if verdict != train.APPLIED:
-        raise RuntimeError("the last update was not applied as it should be: what was timed is no training")
+    if verdict % 2:  # as train.Guard counts
+        raise RuntimeError(
+            "the last update was skipped, as a loss or norm was not finite: what was timed is no training"
+        )
     return {
         "label": step.label,
         "n_layers": step.config.n_layers,

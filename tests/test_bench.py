@@ -1,6 +1,7 @@
 """The benchmarks: what they count, what they refuse, and that a whole visit to a GPU works before there is one."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -464,7 +465,7 @@ def test_a_whole_visit_rehearsed(tmp_path, capsys):
     assert {row["status"] for row in results["kernels"]["rows"]} >= {"ok", "absent"}
     assert len(list(tmp_path.iterdir())) <= 8
     last = printed[printed.rindex("smoke: no performance figure") :]
-    assert len(last.splitlines()) <= 60 and "broken" in last and "ms" not in last.replace("mistral", "")
+    assert len(last.splitlines()) <= 60 and "broken" in last and not re.search(r"\d ms|GB/s|FLOP|tokens/s", last)
     assert report.main([str(tmp_path)]) == 2  # a rehearsal is not rendered
 
 
