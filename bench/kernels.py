@@ -9,9 +9,10 @@ gradients at the very shape are held against the operation's reference in fp64: 
 2 |PyTorch in the same dtype - truth| plus one rounding. One that is not is reported wrong; one that is not installed,
 absent; one that raises, failed: never left out. How time is taken: measure.py.
 
-**Modes.** "forward" (with gradients wanted, so what the backward needs is saved), "backward" (a kept graph, run again),
-"both" (a fresh graph each time). Losses may make the gradient in the forward pass, where a kept graph would measure
-nothing: they have "both", and "loss only" without gradients.
+**Modes.** "forward" (with gradients wanted, so what the backward needs is saved), "backward" (a kept graph, run again,
+which hides what the host spends: only its kernel time says something), "both" (a fresh graph each time). Losses may
+make the gradient in the forward pass, where a kept graph would measure nothing: they have "both", and "loss only"
+without gradients.
 
 **Floors.** ``minimum`` says how many bytes each mode must move if every tensor crosses the memory bus once, and how
 many FLOPs of matrix products it must do. GB/s are these bytes over the time, whatever a provider moves in truth.
@@ -435,7 +436,7 @@ def warm_all(script: str, jobs: list[tuple[str, str]], workers: int) -> dict[str
     """
 
     def one(job: tuple[str, str]) -> str | None:
-        command = [sys.executable, f"bench/{script}", "--warm", *job]
+        command = [sys.executable, str(ROOT / "bench" / script), "--warm", *job]
         environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # there are processes enough
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WARM_S)

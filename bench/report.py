@@ -95,7 +95,8 @@ def kernel_table(result: dict) -> str:
             if row["status"] == "ok":
                 figures = [milliseconds(row["kernel_ms"]), rate(row), f"{row['of_ceiling']:.0%}"]
                 peak = row.get("peak_bytes")
-                figures += [milliseconds(row["wall_ms"]), "" if peak is None else f"{peak / 2**30:.2f}"]
+                wall = "" if row["mode"] == "backward" else milliseconds(row["wall_ms"])  # a kept graph hides the host
+                figures += [wall, "" if peak is None else f"{peak / 2**30:.2f}"]
             else:
                 figures = [row["status"], "", "", "", ""]
             lines.append([case, who, *figures])

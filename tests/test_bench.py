@@ -1,6 +1,7 @@
 """The benchmarks: what they count, what they refuse, and that a whole visit to a GPU works before there is one."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -193,6 +194,33 @@ def test_every_peer_says_how_it_is_called():
         }
         for peer in listed:
             assert peer.call.startswith(("return ", "from ", "raise ", "options", "F.linear")), peer.call
+
+
+def test_compiling_beforehand_names_only_who_hangs_or_crashes(tmp_path, monkeypatch):
+    """One that raises is left in: it says what is wrong when it is measured."""
+    script = tmp_path / "warm.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "assert sys.argv[1:3] == ['--warm', 'case']\n"
+        "{'hangs': lambda: time.sleep(60), 'crashes': lambda: os.kill(os.getpid(), 11), 'works': int,\n"
+        " 'raises': lambda: 1 / 0}[sys.argv[3]]()\n"
+    )
+    monkeypatch.setattr(kernels, "WARM_S", 2)
+    jobs = [("case", name) for name in ("hangs", "crashes", "raises", "works")]
+    assert kernels.warm_all(str(script), jobs, workers=2) == {
+        "case": {"hangs": "was still compiling after 2 s", "crashes": "its process was ended by signal 11"}
+    }
+
+
+def test_compiling_beforehand_runs_forward_and_backward():
+    calls = []
+
+    def loss(logits, labels):
+        calls.append((logits.requires_grad, torch.is_grad_enabled(), logits.dtype))
+        return kernels.OPERATIONS["cross_entropy"].reference(logits, labels)
+
+    kernels.run_once(CPU, kernels.OPERATIONS["cross_entropy"], loss, SHAPE)
+    assert calls == [(True, True, torch.bfloat16), (False, False, torch.bfloat16)]
 
 
 # ------------------------------------------------------------------------------------------------- ahead of time, step
@@ -525,10 +553,23 @@ def test_the_summary_stays_within_its_lines(tmp_path):
 
 
 @pytest.mark.parametrize("script", ["kernels", "attention", "step", "gpu_pass"])
-def test_without_a_gpu_and_without_smoke_nothing_starts(script, tmp_path):
+def test_without_a_gpu_nothing_starts_and_nobody_elses_package_is_shadowed(script, tmp_path):
+    """One line and code 2 without a GPU or --smoke. And bench/kernels.py is not what ``import kernels`` finds.
+
+    transformers imports Hugging Face's package of that name where it is installed; here a stand-in further down the
+    path, imported once more at the very end of the script.
+    """
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = subprocess.run([sys.executable, f"bench/{script}.py", "--out", str(tmp_path / "out")], capture_output=True,
-                          text=True, cwd=measure.ROOT)  # fmt: skip
-    assert done.returncode == 2 and "needs a CUDA GPU" in done.stderr and done.stderr.count("\n") == 1
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("WHOSE = 'the stand-in'\n")
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit\n\n\ndef last():\n    import kernels\n\n    print(kernels.WHOSE)\n\n\natexit.register(last)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, f"bench/{script}.py", "--out", str(tmp_path / "out")],
+        capture_output=True, text=True, cwd=measure.ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 2 and "needs a CUDA GPU" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "out").exists()
+    assert done.stdout == "the stand-in\n"
