@@ -22,8 +22,9 @@ have to know when a cu_seqlens tensor has been overwritten. ``attention`` is che
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from types import ModuleType
 from typing import NamedTuple
 
@@ -85,7 +86,8 @@ def attention_reference(
 # ----------------------------------------------------------------------------------------------------------------- plan
 
 
-class AttentionPlan(NamedTuple):
+@dataclass(frozen=True)  # not a tuple, which FSDP and checkpointing would take apart and put together again a layer
+class AttentionPlan:
     """What all layers of one batch share; made by ``plan_attention``, run by ``planned_attention``."""
 
     backend: str
@@ -101,7 +103,6 @@ class AttentionPlan(NamedTuple):
 # name here -> (module, what installs it). Imported when a case first asks for them: that takes seconds.
 PACKAGES: dict[str, tuple[str, str]] = {
     "flash-attn-4": ("flash_attn.cute.interface", "pip install flash-attn-4, or halny's extra [flash]"),
-    # Not on PyPI; PyTorch's project builds wheels for CUDA 12.
     "flash-attn-3": ("flash_attn_interface", "pip install flash-attn-3 from PyTorch's wheels, or build its hopper/"),
     # Without that last name a namespace would answer: flash-attn-4 installs into flash_attn/ too, without __init__.py.
     "flash-attn": (
@@ -109,8 +110,6 @@ PACKAGES: dict[str, tuple[str, str]] = {
         "pip install flash-attn; no wheel for aarch64 (GH200), where it compiles for an hour",
     ),
 }
-
-
 _modules: dict[str, ModuleType] = {}  # those imported; a table, because torch.compile cannot look into an import
 
 
@@ -129,9 +128,27 @@ def _load(package: str) -> str | None:
         return f"{package} does not import: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """x, copied if heads are not contiguous or do not begin at multiples of 16 bytes: kernels load 16 bytes at once."""
+    offset = 0 if torch.compiler.is_compiling() else x.storage_offset()  # not traceable; Inductor aligns its inputs
+    starts = (offset, *x.stride()[:-1])
+    fine = x.stride(-1) == 1 and all(start * x.element_size() % 16 == 0 for start in starts)
+    return x if fine else x.clone(memory_format=torch.contiguous_format)
+
+
+def _document_keywords(cu_seqlens: Tensor, max_seqlen: int) -> dict:
+    return {
+        "cu_seqlens_q": cu_seqlens,
+        "cu_seqlens_k": cu_seqlens,
+        "max_seqlen_q": max_seqlen,
+        "max_seqlen_k": max_seqlen,
+    }
+
+
 def _run_flash(package: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """FlashAttention 2 or 3, whose functions agree in all that is passed here."""
     module = _modules[package]
+    q, k, v = (_aligned(x) for x in (q, k, v))
     keywords = {
         "softmax_scale": q.shape[-1] ** -0.5,
         "causal": True,
@@ -141,14 +158,8 @@ def _run_flash(package: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPla
     if plan.cu_seqlens is None:
         out = module.flash_attn_func(q, k, v, **keywords)
     else:
-        out = module.flash_attn_varlen_func(
-            *(x.flatten(0, 1) for x in (q, k, v)),
-            cu_seqlens_q=plan.cu_seqlens,
-            cu_seqlens_k=plan.cu_seqlens,
-            max_seqlen_q=plan.max_seqlen,
-            max_seqlen_k=plan.max_seqlen,
-            **keywords,
-        )
+        keywords |= _document_keywords(plan.cu_seqlens, plan.max_seqlen)
+        out = module.flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), **keywords)
     out = out[0] if isinstance(out, tuple) else out  # early builds of version 3 return the log-sum-exp as well
     return out.view(q.shape)
 
@@ -172,25 +183,12 @@ def _flash4_forward(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, max_seqlen: int, window: int | None
 ) -> tuple[Tensor, Tensor]:
     module = _modules["flash-attn-4"]
-    keywords = {
-        "softmax_scale": q.shape[-1] ** -0.5,
-        "causal": True,
-        "window_size": _window4(window),
-        "return_lse": True,
-    }
+    scale = q.shape[-1] ** -0.5
+    keywords = {"softmax_scale": scale, "causal": True, "window_size": _window4(window), "return_lse": True}
     with torch.no_grad(), _on(q):
         if cu_seqlens is None:
             return module.flash_attn_func(q, k, v, **keywords)
-        return module.flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=max_seqlen,
-            max_seqlen_k=max_seqlen,
-            **keywords,
-        )
+        return module.flash_attn_varlen_func(q, k, v, **keywords, **_document_keywords(cu_seqlens, max_seqlen))
 
 
 def _flash4_forward_fake(q, k, v, cu_seqlens, max_seqlen, window):
@@ -210,30 +208,13 @@ def _flash4_backward(
     window: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    keywords = {}
-    if cu_seqlens is not None:
-        keywords = {
-            "cu_seqlens_q": cu_seqlens,
-            "cu_seqlens_k": cu_seqlens,
-            "max_seqlen_q": max_seqlen,
-            "max_seqlen_k": max_seqlen,
-        }
     left, right = _window4(window)
+    keywords = {"softmax_scale": q.shape[-1] ** -0.5, "causal": True, "deterministic": deterministic}
+    keywords |= {"window_size_left": left, "window_size_right": right}
+    if cu_seqlens is not None:
+        keywords |= _document_keywords(cu_seqlens, max_seqlen)
     with _on(q):
-        return _modules["flash-attn-4"]._flash_attn_bwd(
-            q,
-            k,
-            v,
-            out,
-            d_out,
-            lse,
-            softmax_scale=q.shape[-1] ** -0.5,
-            causal=True,
-            window_size_left=left,
-            window_size_right=right,
-            deterministic=deterministic,
-            **keywords,
-        )
+        return _modules["flash-attn-4"]._flash_attn_bwd(q, k, v, out, d_out, lse, **keywords)
 
 
 def _flash4_backward_fake(d_out, q, k, v, out, lse, cu_seqlens, max_seqlen, window, deterministic):
@@ -278,10 +259,10 @@ def _run_flash4(q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ PyTorch's own
 
 
-def _run_sdpa(kernel: SDPBackend | None, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    """scaled_dot_product_attention on that kernel and no other; None lets PyTorch choose, on the CPU."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    with nullcontext() if kernel is None or not q.is_cuda else sdpa_kernel(kernel):
+def _run_sdpa(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+    """scaled_dot_product_attention on that kernel and no other; on the CPU PyTorch has but one."""
+    q, k, v = (_aligned(x).transpose(1, 2) for x in (q, k, v))
+    with sdpa_kernel(kernel) if q.is_cuda else nullcontext():
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
@@ -595,7 +576,7 @@ def describe_case(
     window: int | None = None,
     documents: bool = False,
     deterministic: bool | None = None,
-    installed: tuple[str, ...] | None = None,
+    installed: Iterable[str] | None = None,
 ) -> Case:
     """A Case without tensors or a GPU.
 
@@ -612,6 +593,7 @@ def describe_case(
     else:
         names = ", ".join(CAPABILITIES)
         raise ValueError(f"device must be one of {names}, 'cpu' or a compute capability like (9, 0), got {device!r}")
+    installed = None if installed is None else tuple(installed)
     unknown = set(installed or ()) - set(PACKAGES)
     if unknown:
         raise ValueError(f"installed must be among {', '.join(PACKAGES)}, got {', '.join(sorted(unknown))}")

@@ -620,7 +620,8 @@ class StandIn:
     def check(self, q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, deterministic):
         documents = cu_seqlens_q is not None
         assert q.ndim == k.ndim == v.ndim == (3 if documents else 4)
-        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+        for x in (q, k, v):
+            assert x.stride(-1) == 1 and x.data_ptr() % 16 == 0, "kernels load 16 bytes at once"
         assert k.shape == v.shape and q.shape[-2] % k.shape[-2] == 0 and q.shape[-2] > k.shape[-2], "keys repeated"
         if documents:
             assert cu_seqlens_q is cu_seqlens_k or torch.equal(cu_seqlens_q, cu_seqlens_k)
@@ -784,6 +785,23 @@ def test_flash_attention_is_called_right(name, keywords, packed, install):
     )
     assert {call["documents"] for call in stand_in.calls} == {packed}
     assert len(stand_in.calls) == (3 if name == "flash4" else 1)  # compare() runs two backward passes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["flash2", "flash3"])
+def test_flash_attention_2_and_3_get_what_they_can_load(name, layout, install):
+    """Version 4 sees to it itself."""
+    install(name)
+    for documents in ({}, {"cu_seqlens": CU}):
+        plan = hopper_plan(backend=name, window=4, **documents)
+        mask = attention_mask(12, 4, documents.get("cu_seqlens"), 2, "cpu")[:, None]
+        compare(
+            lambda *qkv, plan=plan: planned_attention(*qkv, plan),
+            lambda *qkv, mask=mask: hf_eager(*qkv, mask),
+            *random_qkv(2, 12, 4, 2, 16),
+            layout=layout,
+            truth=lambda *qkv, mask=mask: sdpa(*qkv, mask),
+        )
 
 
 @pytest.mark.parametrize("packed", [False, True])
