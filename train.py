@@ -823,10 +823,13 @@ class Run:
         facts = checkpoint.read_manifest(path)
         checkpoint.load(path, training_state(self.model, self.optimizer))
         self.model.init_buffers()
-        for state in self.optimizer.state.values():
-            state["step"].fill_(facts["updates"])
-        self.guard.remember(facts["losses"])
-        self.step, self.skips = facts["step"], facts["skips"]
+        try:
+            for state in self.optimizer.state.values():
+                state["step"].fill_(facts["updates"])
+            self.guard.remember(facts["losses"])
+            self.step, self.skips = facts["step"], int(facts["skips"])
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise Refused(f"{path}: its manifest does not tell where the run was ({error!r})") from None
 
     def out_of_time(self) -> bool:
         """Whether another step and a checkpoint may not fit into --max-hours."""

@@ -29,6 +29,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ from halny.model.mistral import Mistral, local_rows
 from halny.model.ranks import World, everywhere, on_main
 
 FORMAT = 2
+READERS = 4  # files read at once on a rank, to compare or to checksum them
 BYTES_A_FILE = 500_000_000  # DCP serialises a whole file in memory, holding Python's lock for a fraction of a second
 
 
@@ -79,9 +81,15 @@ def read_manifest(checkpoint: Path) -> dict:
         raise ValueError(f"{Path(error.filename).name} cannot be read: {error.strerror}") from None
     if recorded != checksum_line(content):
         raise ValueError("manifest.json has the wrong checksum")
-    manifest = json.loads(content)
-    if manifest["format"] != FORMAT or f"step-{manifest['step']:08d}" != checkpoint.name:
-        raise ValueError(f"manifest.json is of another format than {FORMAT}, or of another step")
+    try:
+        manifest = json.loads(content)
+        step, files = manifest["step"], manifest["files"]
+        if manifest["format"] != FORMAT or f"step-{step:08d}" != checkpoint.name:
+            raise ValueError(f"it is of another format than {FORMAT}, or of another step")
+        if not all(type(entry["bytes"]) is int and type(entry["sha256"]) is str for entry in files.values()):
+            raise ValueError("an entry of its files is none")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"manifest.json is not one: {_line(error)}") from None
     return manifest
 
 
@@ -93,7 +101,8 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with every parts-th of a checkpoint's files (and with its manifest), or None."""
     try:
         manifest = read_manifest(checkpoint)
-        present = {path.name for path in checkpoint.iterdir()} - {"manifest.json", "manifest.json.sha256"}
+        present = {path.name for path in checkpoint.iterdir() if path.is_file()}  # a pipe would wait for a writer
+        present -= {"manifest.json", "manifest.json.sha256"}
         if present != manifest["files"].keys():
             return f"files missing or too many: {', '.join(sorted(present ^ manifest['files'].keys()))}"
         files = list(manifest["files"].items())[part::parts]
@@ -103,9 +112,13 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
             for name, entry in files:
                 if (checkpoint / name).stat().st_size != entry["bytes"]:
                     return f"{name} has the wrong size"
-                if sha256(checkpoint / name) != entry["sha256"]:
-                    return f"{name} has the wrong checksum"
-                bar.update(entry["bytes"])
+            with ThreadPoolExecutor(READERS) as pool:
+                digests = pool.map(sha256, [checkpoint / name for name, _ in files])
+                for (name, entry), digest in zip(files, digests, strict=True):
+                    if digest != entry["sha256"]:
+                        pool.shutdown(cancel_futures=True)
+                        return f"{name} has the wrong checksum"
+                    bar.update(entry["bytes"])
     except (OSError, ValueError) as error:
         return str(error)
     return None
@@ -303,16 +316,19 @@ class Saver:
 
     def _read_back(self, partial: Path, staged: dict[str, Tensor]) -> dict[str, dict]:
         """This rank's files as they stand, compared with the copy they were made from: name -> bytes, SHA-256."""
-        listed = {}
-        for path in sorted(partial.glob(f"shard-{self.world.rank + 1:05d}-*")):
+
+        def read(path: Path) -> dict:
             sync(path)
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a dictionary)
                     x, _ = local_rows(staged[name])
                     if not torch.equal(file.get_tensor(name).view(torch.int32), x.view(torch.int32)):
                         raise OSError(f"{path.name} does not hold what was written: {name} differs")
-            listed[path.name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-        return listed
+            return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+        paths = sorted(partial.glob(f"shard-{self.world.rank + 1:05d}-*"))
+        with ThreadPoolExecutor(READERS) as pool:
+            return {path.name: entry for path, entry in zip(paths, pool.map(read, paths), strict=True)}
 
     def _finish(self, partial: Path, final: Path, manifest: dict) -> None:
         if not self.world.is_main:

@@ -222,8 +222,12 @@ class Watch:
             what += "; the store of the rendezvous does not answer, its host may be gone"
         gone = {line["rank"] for line in silent}
         alive = [line for rank, line in lines.items() if rank not in gone]
-        how, at_fault = ("silent since", silent) if silent else ("behind, in", _behind(alive))
-        at_fault = [f"rank {o['rank']} on {o['host']} is {how} {o['phase']} {o['step']}" for o in at_fault]
+        blamed, how = (
+            (silent, "silent since {phase} {step}") if silent else (_behind(alive), "behind, in {phase} {step}")
+        )
+        if not blamed:
+            blamed, how = _rarest(alive, "where"), "in {where}"
+        at_fault = [f"rank {o['rank']} on {o['host']} is {how.format(**o)}" for o in blamed]
         whose = "; ".join(at_fault[:8]) or "all ranks are in the same place"
         speaks = self.world.rank == min((line["rank"] for line in alive), default=self.world.rank)
         return f"{what} in {place['phase']} {place['step']}: {whose}", speaks
@@ -249,7 +253,7 @@ class Watch:
 
     def _publish(self) -> None:
         self._beat += 1
-        line = self._me | self._place | {"beat": self._beat}
+        line = self._me | self._place | {"beat": self._beat, "where": _where_main_thread_is()}
         line["probe"] = statistics.median(self._probes) if self._probes else None
         if self._store is not None:
             try:
@@ -331,11 +335,25 @@ def _behind(lines: list[dict]) -> list[dict]:
     """The ranks that the others seem to wait for: at the lowest step, in the rarest phase there; none if all agree."""
     step = min(line["step"] for line in lines)
     late = [line for line in lines if line["step"] == step]
-    phases = [line["phase"] for line in late]
-    if len(late) == len(lines) and len(set(phases)) == 1:
-        return []
-    rarest = min(map(phases.count, phases))
-    return [line for line in late if phases.count(line["phase"]) == rarest]
+    return _rarest(late, "phase") or (late if len(late) < len(lines) else [])
+
+
+def _rarest(lines: list[dict], key: str) -> list[dict]:
+    """The lines with the rarest value of a key; none if all have one value."""
+    values = [line.get(key) for line in lines]
+    rarest = min(map(values.count, values))
+    return [line for line in lines if values.count(line.get(key)) == rarest] if len(set(values)) > 1 else []
+
+
+def _where_main_thread_is() -> str:
+    """Innermost Python function of the main thread, and the line of train.py it was called from."""
+    frame = sys._current_frames().get(threading.main_thread().ident)
+    if frame is None:
+        return "nowhere"
+    inner = frame.f_code
+    while frame.f_back is not None and Path(frame.f_code.co_filename).name != "train.py":
+        frame = frame.f_back
+    return f"{inner.co_name} ({Path(inner.co_filename).name}), called from {frame.f_code.co_name}:{frame.f_lineno}"
 
 
 class Probe:

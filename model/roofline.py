@@ -128,6 +128,20 @@ def optimizer_bytes(config: MistralConfig, world_size: int = 1) -> int:
     return 2 * FP32_BYTES * shard_numel(config, world_size)
 
 
+def checkpoint_bytes(config: MistralConfig, world_size: int = 1) -> int:
+    """A rank's share of a checkpoint: master weights and both moments, 12 B a weight."""
+    return parameter_bytes(config, world_size) + optimizer_bytes(config, world_size)
+
+
+def checkpoint_stall_s(config: MistralConfig, world_size: int, host_bytes_per_second: float) -> float:
+    """Seconds that a save holds up the training: its copy into pinned host memory, at that bandwidth a rank.
+
+    The rest (writing, reading back, checksums) goes on beside the training; the look whether the weights are finite,
+    one pass over a third of the bytes at the device's own bandwidth, is some hundred times less.
+    """
+    return checkpoint_bytes(config, world_size) / host_bytes_per_second
+
+
 def gathered_parameter_bytes(config: MistralConfig, compute_bytes: int = 2) -> int:
     """Whole weights in the compute dtype that FSDP2 holds at the worst moment, whatever the world size.
 

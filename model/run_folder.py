@@ -93,7 +93,7 @@ class RunFolder:
             pairs = [("--" + k.replace("_", "-"), earlier["recipe"].get(k), v) for k, v in recipe.items()]
             pairs += [(f"model {k}", earlier["model"].get(k), v) for k, v in config["model"].items()]
             pairs += [("data fingerprint", earlier["data"], config["data"])]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise Refused(f"{path} is not readable; --no-resume sets the run aside and starts anew") from None
         if not checkpoints and not (self.metrics.exists() and self.metrics.stat().st_size):
             return  # nothing was done yet under the earlier settings
@@ -115,14 +115,14 @@ class RunFolder:
         """What status.json says now; "" where it says nothing readable."""
         try:
             return json.loads((self.path / "status.json").read_text())["state"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return ""
 
     def lines(self) -> list[dict]:
         """The lines of metrics.jsonl, but for those that a kill or a full disk tore apart."""
         lines = []
         for text in self.metrics.read_text(errors="replace").splitlines() if self.metrics.exists() else []:
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 line = json.loads(text)
                 if isinstance(line, dict) and isinstance(line.get("step"), int):
                     lines.append(line)

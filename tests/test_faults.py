@@ -499,11 +499,9 @@ def test_fault_15_a_stopped_rank_is_named_within_the_deadline(small, tmp_path):
 def test_fault_15_a_rank_that_hangs_is_named_within_the_deadline(command, tmp_path):
     hung = ranks_run(*command, "--deadline", 3, ranks=2, cwd=tmp_path, fault=("hangs", "1", "5"), codes=[1, 1])
     reason = status(tmp_path / "r")["reason"]
-    assert f"rank 1 on {HOST}" in reason or "all ranks are in the same place" in reason, reason
+    assert re.search(rf"rank 1 on {HOST} is in <lambda> \(faults.py\), called from train_step:\d+", reason), reason
     assert "no progress for" in hung.err and "in step 5" in hung.err
-    assert "time.sleep" in (tmp_path / "r/stacks/rank-00001.txt").read_text() or "faults.py" in (
-        tmp_path / "r/stacks/rank-00001.txt"
-    ).read_text()  # fmt: skip
+    assert "faults.py" in (tmp_path / "r/stacks/rank-00001.txt").read_text()
 
 
 def test_fault_15_a_killed_rank_is_named_by_the_others(small, tmp_path):
