@@ -160,7 +160,7 @@ def warm_jobs(bench: measure.Bench, only: str) -> list[tuple[str, str]]:
         (title(operation.shape), peer.name)
         for operation in cases(bench.smoke)
         for peer in operation.peers(torch.bfloat16, bench.device)
-        if only in title(operation.shape) and peer.name in COMPILED_AT_FIRST and kernels.absent(peer)[0] is not None
+        if only in title(operation.shape) and peer.name in COMPILED_AT_FIRST and kernels.load(peer)[0] is not None
     ]
 
 

@@ -294,12 +294,42 @@ def line_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-def absent(peer: Peer) -> tuple[Callable | None, str]:
-    """(the function to call, "") or (None, why there is none)."""
+def load(peer: Peer) -> tuple[Callable | None, str, str]:
+    """(the function to call, "ok", "") or (None, "absent" or "failed", why)."""
     try:
-        return peer.load(), ""
+        return peer.load(), "ok", ""
     except (ImportError, AttributeError, ValueError) as error:  # a ValueError: it is here, but cannot do the case
-        return None, line_of(error)
+        return None, "absent", line_of(error)
+    except Exception as error:  # it is here, but does not get on with another package
+        return None, "failed", line_of(error)
+
+
+def judge(case: Case, providers: list[Peer], excluded: dict[str, str]) -> tuple[dict, dict, dict]:
+    """(functions of those that are right, status and reason of each, errors of each that ran), by provider."""
+    functions, status, errors = {}, {}, {}
+    for peer in providers:
+        if peer.name in excluded:
+            status[peer.name] = "failed", excluded[peer.name]
+            continue
+        function, *state = load(peer)
+        status[peer.name] = tuple(state)
+        if function is None:
+            continue
+        try:
+            errors[peer.name] = case.errors(function)
+        except Exception as error:
+            status[peer.name] = "failed", line_of(error)
+            continue
+        wrong = [
+            f"{name}: error {found['error']:.3g} above the bound {found['bound']:.3g}"
+            for name, found in errors[peer.name].items()
+            if not found["error"] <= found["bound"]
+        ]
+        if wrong:
+            status[peer.name] = "wrong", "; ".join(wrong)
+        else:
+            functions[peer.name] = function
+    return functions, status, errors
 
 
 def run_case(
@@ -318,26 +348,7 @@ def run_case(
     torch._dynamo.reset()
     allow_kept_graphs()
     case = Case(bench, operation, shape, dtype)
-    functions, status, errors = {}, {}, {}
-    for peer in providers:
-        if peer.name in excluded:
-            status[peer.name] = "failed", excluded[peer.name]
-            continue
-        function, reason = absent(peer)
-        if function is None:
-            status[peer.name] = "absent", reason
-            continue
-        try:
-            found = case.errors(function)
-        except Exception as error:
-            status[peer.name] = "failed", line_of(error)
-            continue
-        errors[peer.name] = found
-        wrong = [f"{n}: error {e['error']:.3g} above the bound {e['bound']:.3g}" for n, e in found.items()
-                 if not e["error"] <= e["bound"]]  # fmt: skip
-        status[peer.name] = ("wrong", "; ".join(wrong)) if wrong else ("ok", "")
-        if not wrong:
-            functions[peer.name] = function
+    functions, status, errors = judge(case, providers, excluded)
     case.truth = case.same_dtype = None  # the largest tensors of all
     release(bench)
 
@@ -348,32 +359,28 @@ def run_case(
                 try:
                     calls[peer.name] = case.call(peer, functions[peer.name], mode)
                 except Exception as error:
-                    results[peer.name] = error
+                    results[peer.name] = error.with_traceback(None)  # whose frames hold tensors
         results |= clocks.time(calls)
         n_bytes, flops = operation.counts(mode, shape, dtype.itemsize)
         rows = []
         for peer in providers:
-            name = peer.name
-            state, reason = status[name]
+            (state, reason), result = status[peer.name], results.get(peer.name)
+            if isinstance(result, Exception):
+                state, reason = "failed", line_of(result)
             row = {
                 "operation": operation.name, "set": set_name, "shape": shape, "mode": mode,
-                "dtype": str(dtype).removeprefix("torch."), "provider": name, "package": peer.package,
+                "dtype": str(dtype).removeprefix("torch."), "provider": peer.name, "package": peer.package,
                 "call": peer.call, "status": state, "reason": reason,
                 "bytes": n_bytes, "flops": flops, "ceiling": operation.ceiling,
             }  # fmt: skip
-            result = results.get(name)
-            if isinstance(result, Exception):
-                row |= {"status": "failed", "reason": line_of(result)}
-            elif result is not None:
+            if state == "ok":
                 seconds = result["kernel_ms"]["median"] / 1e3
-                gb_s, tflop_s = n_bytes / seconds / 1e9, flops / seconds / 1e12
-                share = (gb_s if operation.ceiling == "copy_gb_s" else tflop_s) / ceilings[operation.ceiling]
-                try:
-                    peak = measure.peak_bytes(bench, calls[name])
-                except Exception:
-                    peak = None
-                row |= result | {"gb_s": gb_s, "tflop_s": tflop_s, "of_ceiling": share, "peak_bytes": peak,
-                                 "errors": errors[name]}  # fmt: skip
+                rates = {"gb_s": n_bytes / seconds / 1e9, "tflop_s": flops / seconds / 1e12}
+                rate = rates["gb_s" if operation.ceiling == "copy_gb_s" else "tflop_s"]
+                row |= result | rates | {
+                    "of_ceiling": rate / ceilings[operation.ceiling], "errors": errors[peer.name],
+                    "peak_bytes": measure.peak_bytes(bench, calls[peer.name]),
+                }  # fmt: skip
             rows.append(row)
         del calls, results
         release(bench)
@@ -424,7 +431,7 @@ def warm_jobs(only: str) -> list[tuple[str, str]]:
         (name, peer.name)
         for name in OPERATIONS
         for peer in peers.PEERS[name]
-        if only in name and peer.package in COMPILED_AT_FIRST and absent(peer)[0] is not None
+        if only in name and peer.package in COMPILED_AT_FIRST and load(peer)[0] is not None
     ]
 
 

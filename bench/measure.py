@@ -167,7 +167,7 @@ class Clocks:
                 n = int(self.seconds_a_call * 1e3 / self.rounds / (wall + 2 * self._flush_ms + 1.5 * host))
                 plan[name] = self.least if self.bench.smoke else max(self.least, min(20, n)), host
             except Exception as error:
-                results[name] = error
+                results[name] = error.with_traceback(None)  # whose frames hold tensors
         times = {name: ([], [], []) for name in plan}
         for i_round in range(self.rounds):
             for name, (n, host) in plan.items():
@@ -181,7 +181,7 @@ class Clocks:
                         walls.append(wall)
                         hosts.append(one_host)
                 except Exception as error:
-                    results[name] = error
+                    results[name] = error.with_traceback(None)
         for name, (kernel, walls, hosts) in times.items():
             if name not in results:
                 results[name] = {

@@ -337,6 +337,13 @@ def _():
     return lambda hidden, weight, labels: chunked_linear_cross_entropy(hidden, weight, labels)
 
 
+@peer("linear_cross_entropy", "quack", note="untuned")
+def _():
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return lambda hidden, weight, labels: chunked_linear_cross_entropy(hidden, weight, labels, tuned=False)
+
+
 @peer("linear_cross_entropy", "cut-cross-entropy")
 def _():
     from cut_cross_entropy import linear_cross_entropy

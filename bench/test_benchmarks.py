@@ -37,9 +37,9 @@ def case_of():
 
 @pytest.mark.parametrize("operation, peer, mode", CASES)
 def test_operation(benchmark, case_of, operation, peer, mode):
-    function, reason = kernels.absent(peer)
+    function, state, reason = kernels.load(peer)
     if function is None:
-        pytest.skip(f"absent: {reason}")
+        pytest.skip(f"{state}: {reason}")
     if SMOKE and peer.package in ("Liger-Kernel", "cut-cross-entropy", "quack"):
         pytest.skip("needs a GPU")
     case = case_of(operation)

@@ -137,6 +137,9 @@ def test_what_is_wrong_or_fails_or_is_absent_is_said_and_not_timed():
     def gone():
         raise ImportError("No module named 'gone'")
 
+    def breaks():
+        raise TypeError("another version of something")
+
     def raises(gate_up):
         raise RuntimeError("misaligned\naddress")
 
@@ -147,6 +150,7 @@ def test_what_is_wrong_or_fails_or_is_absent_is_said_and_not_timed():
     rows = run_fakes({
         "right": lambda: kernels.swiglu.swiglu_reference,
         "gone": gone,
+        "breaks": breaks,
         "raises": lambda: raises,
         "wrong": lambda: wrong_gradient,
         "not finite": lambda: lambda x: kernels.swiglu.swiglu_reference(x) * float("nan"),
@@ -154,7 +158,7 @@ def test_what_is_wrong_or_fails_or_is_absent_is_said_and_not_timed():
     })  # fmt: skip
     states = {name: row["status"] for name, row in rows.items()}
     assert states == {"right": "ok", "gone": "absent", "raises": "failed", "wrong": "wrong", "not finite": "wrong",
-                      "short": "failed"}  # fmt: skip
+                      "short": "failed", "breaks": "failed"}  # fmt: skip
     assert rows["gone"]["reason"] == "ImportError: No module named 'gone'"
     assert rows["raises"]["reason"] == "RuntimeError: misaligned address"
     assert "gradient of input 0: error" in rows["wrong"]["reason"] and " h:" not in rows["wrong"]["reason"]
