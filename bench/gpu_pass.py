@@ -154,27 +154,43 @@ def run_parts(visit: Visit, parts: list[Part], budget_s: float, result: dict, lo
 
 
 def kernel_lines(path: Path, smoke: bool) -> list[str]:
-    """A line a case and mode: halny and the fastest right peer; then who was wrong or failed."""
+    """A line a case: halny's time in each mode, its share of the ceiling, and the best peer's time over it."""
     try:
         result = measure.read_result(path)
     except measure.BadResult as error:
         return [str(error)]
-    groups: dict[tuple, list[dict]] = {}
-    for row in result["rows"]:
-        groups.setdefault((row["operation"], row["set"], row["mode"]), []).append(row)
     states = [row["status"] for row in result["rows"]]
     lines = [f"{path.name}: " + ", ".join(f"{states.count(s)} {s}" for s in ("ok", "wrong", "failed", "absent"))]
-    if smoke:
-        return lines
-    for (operation, name, mode), rows in groups.items():
-        timed = sorted((r for r in rows if r["status"] == "ok"), key=lambda r: r["kernel_ms"]["median"])
-        ours = next((r for r in timed if r["package"] == "halny"), None)
-        best = next((r for r in timed if r["package"] != "halny"), None)
-        text = f"  {operation} {name} {mode}:"
-        for who, row in (("halny", ours), (best["provider"] if best else "no peer", best)):
-            text += f" {who} {row['kernel_ms']['median']:.3f} ms {row['of_ceiling']:.0%};" if row else f" {who}: none;"
-        lines.append(text)
+    cases: dict[str, dict[str, list[dict]]] = {}
+    for row in [] if smoke else result["rows"]:
+        modes = cases.setdefault(f"{row['operation']} {row['set']}", {})
+        modes.setdefault(row["mode"], []).append(row)
+    for case, modes in cases.items():
+        said = []
+        for mode, rows in modes.items():
+            timed = sorted((r for r in rows if r["status"] == "ok"), key=lambda r: r["kernel_ms"]["median"])
+            ours = next((r for r in timed if r["package"] == "halny"), None)
+            best = next((r for r in timed if r["package"] != "halny"), None)
+            text = (
+                f"{mode} none"
+                if ours is None
+                else f"{mode} {ours['kernel_ms']['median']:.3f} ms {ours['of_ceiling']:.0%}"
+            )
+            if ours and best:
+                text += f" {best['provider']} x{best['kernel_ms']['median'] / ours['kernel_ms']['median']:.2f}"
+            said.append(text)
+        lines.append(f"  {case}: {'; '.join(said)}")
     return lines
+
+
+def profile_lines(path: Path, smoke: bool) -> list[str]:
+    try:
+        found = measure.read_result(path)["profile"]
+    except measure.BadResult as error:
+        return [str(error)]
+    parts = sorted(found["categories_ms"].items(), key=lambda item: -item[1])
+    text = ", ".join(f"{name} {ms:.1f}" for name, ms in [*parts, ("idle", found["idle_ms"])])
+    return [] if smoke else [f"  of {found['wall_ms']:.1f} ms: {text}"]
 
 
 def trouble_lines(path: Path) -> list[str]:
@@ -200,6 +216,8 @@ def summary(visit: Visit, result: dict) -> list[str]:
             counts = ", ".join(f"{part[k]} {k}" for k in ("passed", "failed", "errors", "skipped"))
             lines.append(f"  {counts}")
             lines += [f"  failed: {test}" for test in part["failing"][:10]]
+        if name == "profile":
+            lines += profile_lines(visit.out / "profile.json", visit.smoke)
     for name in ("kernels", "attention"):
         if name in result["parts"]:
             lines += kernel_lines(visit.out / f"{name}.json", visit.smoke)
@@ -243,11 +261,13 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
         result = {"format": 1, "kind": "pass", "smoke": given.smoke} | note
         result |= {"machine": measure.machine(bench, visit.commit), "parts": {}}
         chosen = [part for part in parts if part.name in wanted]
-        run_parts(visit, chosen, given.budget_s - (time.monotonic() - began), result, log)
+        with contextlib.suppress(KeyboardInterrupt):  # what is done is kept, and said below
+            run_parts(visit, chosen, given.budget_s - (time.monotonic() - began), result, log)
         result["machine"]["nvidia_smi_after"] = measure.nvidia_smi() if bench.on_gpu else None
         measure.write_json(out / "pass.json", result)
     print("\n" + "\n".join(summary(visit, result)), flush=True)
-    return 0 if all(part["status"] == "ok" for part in result["parts"].values()) else 1
+    ended = [part["status"] for part in result["parts"].values()]
+    return 0 if ended == ["ok"] * len(chosen) else 1
 
 
 if __name__ == "__main__":

@@ -549,11 +549,15 @@ def test_the_summary_stays_within_its_lines(tmp_path):
         "skipped": 0,
         "failing": [f"tests/t.py::t{i}" for i in range(30)],
     }
-    lines = gpu_pass.summary(
-        visit, {"machine": machine(), "parts": {"tests": tests, "kernels": entry, "attention": entry}}
-    )
+    profile = entry | {"said": "profile"}
+    parts = {"tests": tests, "kernels": entry, "attention": entry, "profile": profile}
+    lines = gpu_pass.summary(visit, {"machine": machine(), "parts": parts})
     assert len(lines) <= 60 and all(len(line) < 220 for line in lines)
-    assert any("swiglu 7b forward: halny 0.500 ms" in line for line in lines)
+    assert sum("failed: tests/t.py" in line for line in lines) == 10
+    swiglu = next(line for line in lines if "swiglu 7b:" in line)
+    assert "forward 0.500 ms 94% PyTorch eager x1.20; backward" in swiglu
+    assert any("attention 1 x 32768, window 4096, documents:" in line for line in lines)
+    assert "  of 10.0 ms: matmul 6.0, other 1.0," in "\n".join(lines)
 
 
 @pytest.mark.parametrize("script", ["kernels", "attention", "step", "gpu_pass"])
