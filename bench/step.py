@@ -32,7 +32,6 @@ if __name__ == "__main__":
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as train.py, before torch
 
 import torch
-import torch.distributed as dist
 
 import train
 from bench import measure
@@ -321,9 +320,11 @@ def main(arguments: list[str]) -> int:
         share = "unknown" if mfu is None else f"{mfu:.1%}"
         print(f"{s['tokens_per_second']:,.0f} tokens/s, step {s['step_ms']['median']:.1f} ms, "
               f"MFU {share}, {s['peak_memory_bytes'] / 2**30:.1f} GiB")  # fmt: skip
-    dist.destroy_process_group()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # as train.py: gloo's threads now and then abort the interpreter's tear-down

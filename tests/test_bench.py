@@ -572,7 +572,8 @@ def test_without_a_gpu_nothing_starts_and_nobody_elses_package_is_shadowed(scrip
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("WHOSE = 'the stand-in'\n")
     (tmp_path / "sitecustomize.py").write_text(
-        "import atexit\n\n\ndef last():\n    import kernels\n\n    print(kernels.WHOSE)\n\n\natexit.register(last)\n"
+        "import atexit, os\n\n\ndef last(*code):\n    import kernels\n\n    print(kernels.WHOSE, flush=True)\n"
+        "    if code:\n        leave(*code)\n\n\nleave, os._exit = os._exit, last\natexit.register(last)\n"
     )
     done = subprocess.run(
         [sys.executable, f"bench/{script}.py", "--out", str(tmp_path / "out")],
