@@ -307,15 +307,20 @@ def make_block_mask(
 
 
 @functools.cache
-def _compiled_flex_attention():
-    return torch.compile(flex_attention, dynamic=False)
+def _compiled_flex_attention(flash: bool):
+    """Compiled once; for a second T again, and then for all. The FLASH kernels want every number fixed.
+
+    fullgraph, because what fails to compile would otherwise run as plain PyTorch, with all T x T scores.
+    """
+    return torch.compile(flex_attention, fullgraph=True, dynamic=False if flash else None)
 
 
-def _run_flex(options: dict | None, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
+def _run_flex(flash: bool, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """FlexAttention compiled by Inductor; on the CPU, or inside a compiled model, as it is."""
     if not q.is_cuda and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
         raise ValueError("backend 'flex' has no backward on the CPU; use 'auto', or torch.no_grad()")
-    function = flex_attention if not q.is_cuda or torch.compiler.is_compiling() else _compiled_flex_attention()
+    function = flex_attention if not q.is_cuda or torch.compiler.is_compiling() else _compiled_flex_attention(flash)
+    options = {"BACKEND": "FLASH"} if flash else None
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     out = function(q, k, v, block_mask=plan.block_mask, enable_gqa=True, kernel_options=options)
     return out.transpose(1, 2)
@@ -435,9 +440,9 @@ BACKENDS: dict[str, Backend] = {
         _can_sdpa,
         functools.partial(_run_sdpa, SDPBackend.FLASH_ATTENTION),
     ),
-    "flex": Backend("FlexAttention, Triton kernels", _can_flex, functools.partial(_run_flex, None)),
+    "flex": Backend("FlexAttention, Triton kernels", _can_flex, functools.partial(_run_flex, False)),
     "flex_flash": Backend(
-        "FlexAttention, FlashAttention 4 kernels", _can_flex_flash, functools.partial(_run_flex, {"BACKEND": "FLASH"})
+        "FlexAttention, FlashAttention 4 kernels", _can_flex_flash, functools.partial(_run_flex, True)
     ),
     "reference": Backend("plain PyTorch", lambda case: None, _run_reference),
 }
