@@ -37,17 +37,12 @@ BACKWARD_OVER_FORWARD = 2.5
 
 
 def document_lengths(n_tokens: int, mean: int, seed: int = 0) -> list[int]:
-    """Lengths that sum to n_tokens, exponentially distributed about mean, as those of web documents roughly are."""
+    """Lengths that sum to n_tokens, exponentially distributed about mean: many short documents, a few long ones."""
     generator, lengths = torch.Generator().manual_seed(seed), []
     while (left := n_tokens - sum(lengths)) > 0:
         drawn = torch.empty(()).exponential_(1 / mean, generator=generator).item()
         lengths.append(min(left, 1 + int(drawn)))
     return lengths
-
-
-def visible_pairs(lengths: list[int], window: int | None) -> int:
-    """Pairs of query and key that the mask admits in causal sequences of these lengths."""
-    return roofline.attention_keys(lengths, window)
 
 
 @dataclass(frozen=True)
@@ -61,7 +56,7 @@ class Attention(Operation):
         """(bytes if every tensor crossed the bus once, FLOPs)"""
         tokens = shape["sequences"] * shape["seq_len"]
         q, kv = tokens * shape["heads"] * shape["head_dim"], tokens * shape["kv_heads"] * shape["head_dim"]
-        forward = 4 * shape["heads"] * shape["head_dim"] * visible_pairs(list(self.lengths), shape["window"])
+        forward = 4 * shape["heads"] * shape["head_dim"] * roofline.attention_keys(self.lengths, shape["window"])
         n_bytes = {"forward": b * (2 * q + 2 * kv), "backward": b * (4 * q + 4 * kv)}
         n_bytes["both"] = n_bytes["forward"] + n_bytes["backward"]
         factor = {"forward": 1, "backward": BACKWARD_OVER_FORWARD, "both": 1 + BACKWARD_OVER_FORWARD}[mode]
@@ -143,7 +138,7 @@ def title(shape: dict) -> str:
 
 
 def cases(smoke: bool) -> list[Attention]:
-    """The step's own shape first, then longer contexts; mean document of 700 tokens, as in Polish web text."""
+    """The step's own shape first, then longer contexts; packed documents have 700 tokens on average."""
     heads = (4, 2, 16) if smoke else (HEADS, KV_HEADS, HEAD_DIM)
     rows = [(4, 4096, None, None), (4, 4096, None, 700), (1, 32768, 4096, None), (1, 32768, None, None),
             (2, 8192, None, None), (2, 8192, 4096, None), (1, 32768, 4096, 700)]  # fmt: skip
@@ -178,14 +173,16 @@ def main(arguments: list[str]) -> int:
         operation = by_title[given.warm[0]]
         kernels.run_once(bench, operation, operation.peer(given.warm[1], dtype, bench.device).load(), operation.shape)
         return 0
+    by_title = {name: operation for name, operation in by_title.items() if given.only in name}
+    if not by_title:
+        return kernels.no_such(given.only, [title(operation.shape) for operation in cases(given.smoke)])
     excluded = {} if given.smoke else kernels.warm_all("attention.py", warm_jobs(bench, given.only), given.workers)
     jobs = [
         (operation, name, operation.shape, operation.peers(dtype, bench.device), excluded.get(name, {}))
         for name, operation in by_title.items()
-        if given.only in name
     ]
     result = kernels.open_result(bench, "kernels", given.commit)
-    path = (given.out or measure.results_folder(bench)) / "attention.json"
+    path = (given.out or measure.results_folder(bench, partial=bool(given.only))) / "attention.json"
     return kernels.run_all(bench, path, jobs, result, start + given.budget_s, dtype)
 
 

@@ -233,7 +233,7 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
     parser.add_argument("--smoke", action="store_true", help="rehearse on the CPU at tiny sizes, without figures")
     parser.add_argument("--budget-s", type=float, default=540, help="seconds for everything [540]")
     parser.add_argument("--only", help=f"parts to run, with commas: {','.join(p.name for p in parts)} [all]")
-    parser.add_argument("--out", type=Path, help="folder for the files [$OUT, or bench/results/DATE-DEVICE]")
+    parser.add_argument("--out", type=Path, help="folder for the files [$OUT, or as bench/kernels.py]")
     parser.add_argument("--commit", help="commit to record where there is no git checkout")
     given = parser.parse_args(arguments)
     wanted = given.only.split(",") if given.only else [part.name for part in parts]
@@ -253,7 +253,7 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
         print("gpu_pass.py: halny is not installed here; pip install -e . first", file=sys.stderr)
         return 2
     began = time.monotonic()
-    out = given.out or Path(os.environ.get("OUT") or measure.results_folder(bench))
+    out = given.out or Path(os.environ.get("OUT") or measure.results_folder(bench, bool(given.only)))
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, (out / "log.txt").open("w+", encoding="utf-8") as log:
         visit = Visit(given.smoke, out.resolve(), Path(scratch), given.commit or measure.commit())

@@ -481,7 +481,7 @@ def open_result(bench: Bench, kind: str, given_commit: str | None) -> dict:
 
 def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float, dtype: torch.dtype) -> int:
     """Every job (operation, set, shape, providers, excluded) until the deadline; the file is whole after each mode."""
-    result |= {"ceilings": measure.ceilings(bench), "rows": [], "not_reached": []}
+    result |= {"ceilings": measure.ceilings(bench), "rows": [], "not_reached": [], "broken": []}
     measure.write_json(path, result)
     clocks = Clocks(bench, rounds=1, least=1) if bench.smoke else Clocks(bench)
     for operation, set_name, shape, providers, excluded in jobs:
@@ -496,8 +496,8 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
                 for row in rows:
                     print(line(row, bench.smoke), flush=True)
         except Exception as error:  # out of memory, say: the other cases are still worth having
-            result["not_reached"].append(f"{operation.name} {set_name}: {line_of(error)}")
-            print(f"{operation.name} {set_name}: {line_of(error)}", flush=True)
+            result["broken"].append(f"{operation.name} {set_name}: {line_of(error)}")
+            print(result["broken"][-1], flush=True)
         release(bench)
     if not bench.smoke and time.monotonic() < deadline:
         result["ceilings_after"] = {"copy_gb_s": measure.copy_rate(bench)["gb_s"]}
@@ -508,13 +508,20 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
     print(f"{timed} rows timed, {len(result['rows']) - timed} absent, failed or wrong, of which {len(bad)} of halny's")
     if result["not_reached"]:
         print(f"not reached: {'; '.join(result['not_reached'])}")
-    return 1 if bad or not timed or any(":" in entry for entry in result["not_reached"]) else 0
+    return 1 if bad or not timed or result["broken"] else 0
+
+
+def no_such(only: str, names: list[str]) -> int:
+    print(f"--only {only!r} is part of no name; there are {'; '.join(names)}", file=sys.stderr)
+    return 2
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="rehearse on the CPU at tiny sizes, without figures")
-    parser.add_argument("--out", type=Path, help="folder for the file [bench/results/DATE-DEVICE]")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the file [bench/results/DATE-DEVICE; runs/bench with --only or --smoke]"
+    )
     parser.add_argument("--only", default="", help="operations whose name contains this [all]")
     parser.add_argument("--budget-s", type=float, default=1e9, help="start no case after so many seconds")
     parser.add_argument("--commit", help="commit to record where there is no git checkout")
@@ -534,6 +541,8 @@ def main(arguments: list[str]) -> int:
     if given.warm:
         warm(bench, OPERATIONS[given.warm[0]], given.warm[1])
         return 0
+    if not any(given.only in name for name in OPERATIONS):
+        return no_such(given.only, list(OPERATIONS))
     excluded = {} if given.smoke else warm_all("kernels.py", warm_jobs(given.only), given.workers)
     jobs = [
         (operation, name, shape, peers.PEERS[operation.name], excluded.get(operation.name, {}))
@@ -541,7 +550,7 @@ def main(arguments: list[str]) -> int:
     ]
     dtype = torch.float32 if given.smoke else torch.bfloat16  # the interpreter rounds bf16 wrongly
     result = open_result(bench, "kernels", given.commit)
-    path = (given.out or measure.results_folder(bench)) / "kernels.json"
+    path = (given.out or measure.results_folder(bench, partial=bool(given.only))) / "kernels.json"
     return run_all(bench, path, jobs, result, start + given.budget_s, dtype)
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import subprocess
@@ -312,10 +311,10 @@ def excess(out: Tensor, same_dtype: Tensor, truth: Tensor) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------------------- files
 
 
-def results_folder(bench: Bench) -> Path:
-    """bench/results/DATE-DEVICE; for a rehearsal a folder that git ignores."""
-    if bench.smoke:
-        return ROOT / "runs" / "bench-smoke"
+def results_folder(bench: Bench, partial: bool = False) -> Path:
+    """bench/results/DATE-DEVICE; for a rehearsal, or a part that should not replace the whole, one that git ignores."""
+    if bench.smoke or partial:
+        return ROOT / "runs" / "bench"
     name = f"{datetime.now(UTC):%Y-%m-%d}-{torch.cuda.get_device_name(bench.device)}"
     return ROOT / "bench" / "results" / re.sub(r"[^A-Za-z0-9.]+", "-", name)
 
@@ -355,6 +354,14 @@ def commit() -> str:
         return "unknown"
 
 
+def repeatable(argument: str) -> str:
+    """A command's argument as it can be typed elsewhere: paths from the repository on, of others only the name."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
 def machine(bench: Bench, given_commit: str | None = None) -> dict:
     """What a reader needs to judge or repeat a figure."""
     described = {
@@ -362,8 +369,7 @@ def machine(bench: Bench, given_commit: str | None = None) -> dict:
         "device": torch.cuda.get_device_name(bench.device) if bench.on_gpu else "CPU",
         "versions": versions(),
         "commit": given_commit or commit(),
-        "command": " ".join([Path(sys.executable).name, *(os.path.relpath(a, ROOT) if os.path.isabs(a) and
-                                                          Path(a).is_relative_to(ROOT) else a for a in sys.argv)]),
+        "command": " ".join([Path(sys.executable).name, *map(repeatable, sys.argv)]),
         "nvidia_smi_before": nvidia_smi() if bench.on_gpu else None,
         "nvidia_smi_after": None,
     }  # fmt: skip

@@ -283,7 +283,9 @@ def print_breakdown(found: dict) -> None:
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--smoke", action="store_true", help="rehearse on the CPU with a tiny model, without figures")
-    parser.add_argument("--out", type=Path, help="folder for the files [bench/results/DATE-DEVICE]")
+    parser.add_argument(
+        "--out", type=Path, help="folder for the files [bench/results/DATE-DEVICE; runs/bench with --smoke]"
+    )
     parser.add_argument("--profile", action="store_true", help="profile one step instead of timing many")
     parser.add_argument("--steps", type=int, default=50, help="steps timed [50]")
     parser.add_argument("--layers", type=int, help="layers of the model [as many as fit]")

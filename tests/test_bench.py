@@ -560,6 +560,22 @@ def test_the_summary_stays_within_its_lines(tmp_path):
     assert "  of 10.0 ms: matmul 6.0, other 1.0," in "\n".join(lines)
 
 
+def test_a_name_that_does_not_exist_is_refused(capsys, tmp_path):
+    for main in (kernels.main, bench_attention.main):
+        assert main(["--smoke", "--only", "swigloo", "--out", str(tmp_path / "out")]) == 2
+        assert "--only 'swigloo' is part of no name; there are" in capsys.readouterr().err
+    assert gpu_pass.main(["--smoke", "--only", "tests,kernel", "--out", str(tmp_path / "out")]) == 2
+    assert gpu_pass.main(["--smoke", "--budget-s", "-1", "--out", str(tmp_path / "out")]) == 2
+    heard = capsys.readouterr().err
+    assert "--only kernel: there are tests, kernels" in heard and "--budget-s must be positive, got -1" in heard
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_command_can_be_repeated_elsewhere():
+    paths = [str(measure.ROOT / "bench" / "kernels.py"), "/somewhere/else/out", "--only", "swiglu"]
+    assert [measure.repeatable(p) for p in paths] == ["bench/kernels.py", "out", "--only", "swiglu"]
+
+
 @pytest.mark.parametrize("script", ["kernels", "attention", "step", "gpu_pass"])
 def test_without_a_gpu_nothing_starts_and_nobody_elses_package_is_shadowed(script, tmp_path):
     """One line and code 2 without a GPU or --smoke. And bench/kernels.py is not what ``import kernels`` finds.
