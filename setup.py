@@ -19,9 +19,11 @@ CORE = [
     "mistral-common>=1.8",
     "sentencepiece>=0.2",
 ]
+DATA = ["pyarrow>=17"]
 EXTRAS = {
     # kernels: Hugging Face's, whose import name ours must leave alone
-    "test": ["pytest>=8", "pytest-benchmark>=5", "ruff>=0.8", "kernels>=0.10"],
+    "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "ruff>=0.8", "kernels>=0.10", *DATA],
+    "data": DATA,  # for prepare_data's .parquet and .jsonl.zst
     # FlashAttention for Hopper and Blackwell: pure Python, so the same wheel on x86-64 and on GH200's Arm cores. Its
     # beta number in the range is what lets pip take betas at all; kernels/attention.py calls one private name of it.
     "flash": ["flash-attn-4>=4.0.0b36,<5; platform_system == 'Linux'"],

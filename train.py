@@ -9,14 +9,15 @@ The file reads from top to bottom:
     1  the recipe          every setting, once, with its help; presets; command line and TOML
     2  starting up         signals, processes, refusals that every rank hears
     3  the plan            everything derived from the recipe, before anything is allocated or written
-    4  data                the order of samples, batches, the loader's thread
+    4  data                what model/batches.py makes of --data, and this rank's share of it
     5  model, optimizer    meta device -> FSDP2 -> weights; AdamW; the learning rate
     6  one step            forward, backward, clip, update or not; evaluation
     7  the run             the loop, and what it leaves behind
     8  one step again      for whoever asks what went wrong in it
 
-What it stands on: model/ranks.py (what the ranks agree on, and who ends a run that hangs), model/checkpoint.py (how a
-run is saved and found again), model/run_folder.py, model/prepare_data.py, model/mistral.py.
+What it stands on: model/batches.py (which samples a step has, and how they reach the device), model/ranks.py (what the
+ranks agree on, and who ends a run that hangs), model/checkpoint.py (how a run is saved and found again),
+model/run_folder.py, model/prepare_data.py, model/mistral.py.
 """
 
 from __future__ import annotations
@@ -65,8 +66,14 @@ class Recipe:
         "auto, or reference: plain PyTorch everywhere, to find out whether a kernel is to blame",
         choices=("auto", "reference"))
 
-    data: Path | None = setting("data", None,
-        "folder made by python -m halny.model.prepare_data [built in: the Python language reference]")
+    data: tuple[str, ...] | None = setting("data", None,
+        "folder made by python -m halny.model.prepare_data or raw .bin file; or several and the share of samples from "
+        "each, as in pl:0.7 en:0.3 [built in: the Python language reference]")
+    data_dtype: str | None = setting("data", None,
+        "dtype of the ids where --data is a raw .bin file (nanoGPT's, llm.c's, ALLaMo's) whose header does not say",
+        choices=("uint16", "uint32"))
+    documents: bool = setting("data", False,
+        "whole documents packed best-fit, attention inside each only, instead of windows of the concatenated text")
     seq_len: int = setting("data", 128, "tokens in a sample", minimum=1)
     batch_tokens: int = setting("data", 1024, "tokens in an optimizer step, over all ranks", minimum=1, below=2**32)
     micro_batch: int | None = setting("data", None,
@@ -148,7 +155,11 @@ KINDS = {  # the type of each setting, without its "| None"
     name: next(k for k in typing.get_args(kind) or (kind,) if k is not types.NoneType)
     for name, kind in typing.get_type_hints(Recipe).items()
 }
-KIND_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a name", Path: "a path"}
+NAMES = tuple[str, ...]
+KIND_NAMES = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a name", Path: "a path",
+    NAMES: "a name or several",
+}  # fmt: skip
 
 
 def flag(name: str) -> str:
@@ -165,6 +176,11 @@ def convert(name: str, value, where: str):
     """A flag's text or a TOML value as its setting's type; Refused, naming where and the value, if it is none."""
     kind, limits = KINDS[name], SETTINGS[name].metadata
     wrong = Refused(f"{where} must be {KIND_NAMES[kind]}, got {value!r}")
+    if kind == NAMES:
+        names = [value] if isinstance(value, str) else value
+        if not (isinstance(names, list) and names and all(isinstance(n, str) and n and "\0" not in n for n in names)):
+            raise wrong
+        return tuple(names)
     if isinstance(value, bool) != (kind is bool) or (kind in (str, Path, int) and isinstance(value, float)):
         raise wrong
     if kind in (str, Path) and not (isinstance(value, str) and value and "\0" not in value):
@@ -228,7 +244,7 @@ def command_line(arguments: list[str]) -> Recipe:
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110),
     )
     parser._negative_number_matcher = re.compile(r"-\.?\d|-(inf|nan)")  # argparse takes -1e-3 for a flag otherwise
-    parser.add_argument("preset", nargs="?", default="tiny", metavar="PRESET", help="preset or recipe file [tiny]")
+    parser.add_argument("preset", nargs="?", metavar="PRESET", help="preset or recipe file [tiny]")
     groups = {}
     for name, s in SETTINGS.items():
         if s.metadata["group"] not in groups:
@@ -240,8 +256,10 @@ def command_line(arguments: list[str]) -> Recipe:
             options["action"] = argparse.BooleanOptionalAction
         else:
             choices = s.metadata["choices"]
-            plain = {int: "N", float: "X", Path: "DIR", str: "NAME"}[KINDS[name]]
+            plain = {int: "N", float: "X", Path: "DIR", str: "NAME", NAMES: "DIR[:WEIGHT]"}[KINDS[name]]
             options["metavar"] = "{" + ",".join(choices) + "}" if choices else plain
+            if KINDS[name] == NAMES:
+                options["nargs"] = "+"
         groups[s.metadata["group"]].add_argument(flag(name), **options)
     given, rest = parser.parse_known_args(arguments)
     if rest:
@@ -249,6 +267,10 @@ def command_line(arguments: list[str]) -> Recipe:
 
     values = vars(given)
     preset = values.pop("preset")
+    *names, last = values.get("data", [""])
+    if preset is None and names and (last in PRESETS or last.endswith(".toml")):
+        preset, values["data"] = last, names  # --data takes all the names that follow it, a preset too
+    preset = preset or "tiny"
     if preset.endswith(".toml"):
         base, run_name = read_toml(Path(preset)), Path(preset).stem
     elif preset in PRESETS:
@@ -311,11 +333,9 @@ if __name__ == "__main__":
 
 import functools  # noqa: E402
 import gc  # noqa: E402
-import queue  # noqa: E402
 import resource  # noqa: E402
 import shutil  # noqa: E402
 import socket  # noqa: E402
-import threading  # noqa: E402
 import traceback  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 
@@ -328,12 +348,24 @@ from tqdm import tqdm  # noqa: E402
 
 from halny.kernels.dispatch import set_reference_only  # noqa: E402
 from halny.model import checkpoint, roofline  # noqa: E402
+from halny.model.batches import (  # noqa: E402
+    IGNORED,
+    Batch,
+    Corpus,
+    Loader,
+    parse_sources,
+    read_batch,
+    read_in_turn,
+    share_of,
+    step_numbers,
+)
 from halny.model.checkpoint import Saver, step_of, training_state  # noqa: E402
 from halny.model.convert import check_hf_weights, load_hf_weights, read_hf_config, save_hf  # noqa: E402
+from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset  # noqa: E402
 from halny.model.durable import in_words, write_json  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
-from halny.model.prepare_data import DataError, Dataset, TokenStream, prepare_builtin  # noqa: E402
+from halny.model.prepare_data import prepare_builtin  # noqa: E402
 from halny.model.ranks import (  # noqa: E402
     Probe,
     Watch,
@@ -350,7 +382,6 @@ from halny.model.run_folder import RunFolder  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
-IGNORED = -100  # the label of a position that has no target
 
 
 def say(world: World, text: str) -> None:
@@ -393,11 +424,12 @@ def model_config(recipe: Recipe) -> MistralConfig:
     raise unknown("--model", recipe.model, MODELS)
 
 
-def open_data(path: Path) -> Dataset:
+def data_or_refused(make: Callable, *arguments):
+    """``make(*arguments)``, with its DataError as a refusal of --data."""
     try:
-        return Dataset(path)
+        return make(*arguments)
     except DataError as error:
-        raise Refused(f"--data {path}: {error}") from None
+        raise Refused(f"--data {error}".replace("--dtype", "--data-dtype")) from None  # prepare_data's name for it
 
 
 def resolve(recipe: Recipe, world: World) -> Plan:
@@ -406,6 +438,7 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     r = recipe
     if r.seq_len > model.max_seq_len:
         raise Refused(f"--seq-len {r.seq_len} is beyond the model's limit of {model.max_seq_len} positions")
+    sources = data_or_refused(parse_sources, r.data or ())
     if r.data is None and model.vocab_size != BUILTIN_VOCAB_SIZE:
         raise Refused(
             f"--data is needed: the built-in corpus has a vocabulary of {BUILTIN_VOCAB_SIZE}, but the model's is of "
@@ -442,10 +475,11 @@ def resolve(recipe: Recipe, world: World) -> Plan:
 
     device_name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     if r.resume is False:
-        for name in ("data", "init_from", "model"):
-            value = getattr(r, name)
-            if value and Path(value).exists() and Path(value).resolve().is_relative_to(r.run_dir.resolve()):
-                raise Refused(f"--no-resume would set aside {flag(name)} {value}, which lies in --run-dir {r.run_dir}")
+        inputs = [(flag(name), Path(value)) for name in ("init_from", "model") if (value := getattr(r, name))]
+        inputs += [("--data", folder) for folder, _ in sources]
+        for name, path in inputs:
+            if path.exists() and path.resolve().is_relative_to(r.run_dir.resolve()):
+                raise Refused(f"--no-resume would set aside {name} {path}, which lies in --run-dir {r.run_dir}")
     recipe = replace(
         recipe,
         model=str(r.init_from or r.model),
@@ -467,22 +501,9 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     )
 
 
-def check_data(plan: Plan, dataset: Dataset) -> None:
-    """Refuse data that this model cannot train on."""
-    padded = -(-dataset.vocab_size // 128) * 128  # models are often padded to a multiple of 128 rows, and that is fine
-    if not dataset.vocab_size <= plan.model.vocab_size <= padded:
-        raise Refused(
-            f"--data {dataset.path} has a vocabulary of {dataset.vocab_size}, but the model's is of "
-            f"{plan.model.vocab_size}; prepare the data with the model's tokenizer"
-        )
-    if len(dataset.split("train")) < 2:
-        raise Refused(f"--data {dataset.path} has no tokens to train on")
-
-
-def describe(plan: Plan, world: World, dataset: Dataset) -> str:
+def describe(plan: Plan, world: World, corpus: Corpus) -> str:
     """Everything derived, for the log, before the first step."""
-    r, tokens, gib = plan.recipe, len(dataset.split("train")), 2**30
-    samples = n_samples(dataset.split("train"), r.seq_len)
+    r, gib = plan.recipe, 2**30
     lean = world.device.type == "cuda" and r.kernels != "reference"  # kernels/lean_linear.py
     memory = roofline.memory_estimate(
         plan.model, world.size, r.micro_batch, r.seq_len, 4 if r.dtype == "fp32" else 2, lean
@@ -493,12 +514,10 @@ def describe(plan: Plan, world: World, dataset: Dataset) -> str:
     weights = f"Hugging Face weights of {r.init_from}" if r.init_from else f"fresh weights, seed {r.seed}"
     return "\n".join([
         f"model      {plan.n_parameters:,} parameters; {weights}",
-        f"data       {dataset.path}: {tokens:,} tokens, {samples:,} samples of {r.seq_len}; "
-        f"held out {len(dataset.split('val')):,} tokens",
+        *(f"data       {line}" for line in corpus.describe(r.steps * plan.samples_a_step)),
         f"batch      {r.batch_tokens:,} tokens a step = {world.size} rank(s) x {plan.accumulation} accumulated x "
         f"{r.micro_batch} x {r.seq_len}",
-        f"length     {r.steps:,} steps = {r.steps * r.batch_tokens:,} tokens = "
-        f"{r.steps * plan.samples_a_step / samples:.2f} epochs of {samples / plan.samples_a_step:,.1f} steps",
+        f"length     {r.steps:,} steps = {r.steps * r.batch_tokens:,} tokens",
         f"schedule   {r.warmup_steps} warm-up steps to {r.lr:g}, then {r.schedule}"
         + (f" to {r.min_lr:g}" if r.schedule != "constant" else ""),
         f"compute    {r.dtype} on {world.size} x {device}; {plan.flops_per_token / 1e9:.3f} GFLOP a token; peak {peak}",
@@ -511,109 +530,34 @@ def describe(plan: Plan, world: World, dataset: Dataset) -> str:
 # ------------------------------------------------------------------------------------------------------------- 4 data
 
 
-def n_samples(stream: TokenStream, seq_len: int) -> int:
-    """Samples in an epoch: windows of seq_len positions and their targets; the last one may be short."""
-    return -(-(len(stream) - 1) // seq_len) if len(stream) > 1 else 0
+def open_data(sources: tuple[str, ...], plan: Plan) -> Corpus:
+    """The data that --data names, opened and cut into samples; Refused if this model cannot train on it."""
+    dtype = plan.recipe.data_dtype
+
+    def open_one(path: Path) -> Dataset | RawDataset:
+        return open_dataset(path, None if is_dataset(path) else dtype, plan.model.vocab_size)
+
+    corpus = data_or_refused(Corpus, sources, plan.recipe.seq_len, plan.recipe.documents, open_one)
+    if dtype and not any(isinstance(source.dataset, RawDataset) for source in corpus.sources):
+        raise Refused(f"--data-dtype {dtype} belongs to raw .bin files, and {' '.join(sources)} is none; leave it out")
+    padded = -(-corpus.vocab_size // 128) * 128  # models are often padded to a multiple of 128 rows, and that is fine
+    if not corpus.vocab_size <= plan.model.vocab_size <= padded:
+        raise Refused(
+            f"--data {' '.join(sources)} has a vocabulary of {corpus.vocab_size}, but the model's is of "
+            f"{plan.model.vocab_size}; prepare the data with the model's tokenizer"
+        )
+    return corpus
 
 
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio, SplitMix64's increment
+def own_numbers(step: int, plan: Plan, world: World) -> np.ndarray:
+    """The numbers of this rank's samples in a step: [accumulation, micro_batch]."""
+    return share_of(step_numbers(step, plan.samples_a_step), world.rank, world.size, plan.recipe.micro_batch)
 
 
-def mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finalizer on uint64: every input bit reaches every output bit (Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def sample_order(numbers: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """Which of the n samples each sample number stands for: number i is place i % n of epoch i // n.
-
-    Each epoch is a permutation of its own, of which nothing is stored: a Feistel network keyed by (seed, epoch)
-    permutes the smallest square power of two that holds n, and what falls outside 0 .. n - 1 is encrypted again until
-    it falls inside ("cycle walking": Black and Rogaway 2002, Ciphers with Arbitrary Finite Domains). So the position of
-    a run in its data is its step number alone, on any number of ranks.
-    """
-    numbers = np.asarray(numbers, dtype=np.uint64)
-    epoch, place = numbers // np.uint64(n), numbers % np.uint64(n)
-    half = np.uint64(max(1, ((n - 1).bit_length() + 1) // 2))
-    mask = (np.uint64(1) << half) - np.uint64(1)
-    key = mix(mix(np.full_like(epoch, seed) + np.uint64(GOLDEN)) ^ epoch)
-
-    def encrypt(x, key):
-        left, right = x >> half, x & mask
-        for turn in range(6):
-            left, right = right, left ^ (mix((key + np.uint64(turn * GOLDEN % 2**64)) ^ right) & mask)
-        return left << half | right
-
-    place = encrypt(place, key)
-    while (outside := place >= n).any():
-        place[outside] = encrypt(place[outside], key[outside])
-    return place.astype(np.int64)
-
-
-def read_samples(stream: TokenStream, indices: np.ndarray, seq_len: int) -> tuple[Tensor, Tensor]:
-    """(tokens, labels), int64 [len(indices), seq_len]: labels are the next tokens, IGNORED past the stream's end.
-
-    An index of -1 stands for no sample: its labels are all ignored.
-    """
-    tokens = np.zeros((len(indices), seq_len), dtype=np.int64)
-    labels = np.full((len(indices), seq_len), IGNORED, dtype=np.int64)
-    for row, index in enumerate(indices):
-        if index >= 0:
-            start = int(index) * seq_len
-            window = stream.read(start, min(seq_len + 1, len(stream) - start))
-            tokens[row, : len(window) - 1] = window[:-1]
-            labels[row, : len(window) - 1] = window[1:]
-    return torch.from_numpy(tokens), torch.from_numpy(labels)
-
-
-def step_numbers(plan: Plan, step: int) -> np.ndarray:
-    """The numbers of a step's samples in the order of the run (steps count from 1, samples from 0)."""
-    return np.arange((step - 1) * plan.samples_a_step, step * plan.samples_a_step)
-
-
-def share_of(numbers: np.ndarray, plan: Plan, world: World) -> np.ndarray:
-    """This rank's share of a step's samples: [accumulation, micro_batch]."""
-    return numbers.reshape(plan.accumulation, world.size, -1)[:, world.rank]
-
-
-def step_samples(plan: Plan, world: World, step: int, n: int) -> np.ndarray:
-    """This rank's sample indices in a step: [accumulation, micro_batch]."""
-    numbers = share_of(step_numbers(plan, step), plan, world)
-    return sample_order(numbers.ravel(), n, plan.recipe.seed).reshape(numbers.shape)
-
-
-class Loader:
-    """Batches of steps first .. last in order, made ahead by a thread: (tokens, labels), [accumulation, micro, T].
-
-    ``next(loader)`` raises what the thread raised. ``waited`` is how long the last call had to wait, in seconds.
-    """
-
-    def __init__(self, plan: Plan, world: World, stream: TokenStream, first: int, last: int):
-        self.waited = 0.0
-        self._ready: queue.Queue = queue.Queue(maxsize=2)
-        self._device = world.device
-        threading.Thread(target=self._produce, args=(plan, world, stream, first, last), daemon=True).start()
-
-    def _produce(self, plan, world, stream, first, last) -> None:
-        try:
-            for step in range(first, last + 1):
-                indices = step_samples(plan, world, step, n_samples(stream, plan.recipe.seq_len))
-                batch = read_samples(stream, indices.ravel(), plan.recipe.seq_len)
-                batch = [x.view(*indices.shape, -1) for x in batch]
-                self._ready.put([x.pin_memory() for x in batch] if self._device.type == "cuda" else batch)
-        except Exception as error:
-            self._ready.put(error)
-
-    def __next__(self) -> tuple[Tensor, Tensor]:
-        start = time.perf_counter()
-        batch = self._ready.get()
-        self.waited = time.perf_counter() - start
-        if isinstance(batch, Exception):
-            raise batch
-        tokens, labels = (x.to(self._device, non_blocking=True) for x in batch)
-        return tokens, labels
+def load_steps(first: int, last: int, run: Run) -> Loader:
+    """This rank's batches of steps first to last, a list of as many as it accumulates for each step."""
+    steps = (own_numbers(step, run.plan, run.world) for step in range(first, last + 1))
+    return Loader(run.corpus, run.plan.recipe.seed, steps, run.world.device)
 
 
 # ------------------------------------------------------------------------------------------------- 5 model, optimizer
@@ -718,10 +662,9 @@ class Guard:
 
 
 def train_step(
-    model: Mistral, optimizer: torch.optim.AdamW, guard: Guard, step: int, tokens: Tensor, labels: Tensor, lr: float,
-    clip: float,
-) -> Tensor:  # fmt: skip
-    """One optimizer step on tokens, labels [accumulation, micro_batch, T]; nothing in it waits for the device.
+    model: Mistral, optimizer: torch.optim.AdamW, guard: Guard, step: int, batches: list[Batch], lr: float, clip: float
+) -> Tensor:
+    """One optimizer step, its gradients accumulated over the batches; nothing in it waits for the device.
 
     The loss is the mean over the real targets of all ranks and micro batches, so every token weighs alike however the
     batch is divided: each summed loss is scaled by world size / global targets, because FSDP averages over ranks.
@@ -730,14 +673,14 @@ def train_step(
     clipping, and the guard's verdict on the update with the median of losses behind it.
     """
     world_size = dist.get_world_size()
-    n_targets = (labels != IGNORED).sum()
+    n_targets = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
     dist.all_reduce(n_targets)
     scale = world_size / n_targets.clamp(min=1)
 
-    totals = torch.zeros(3, dtype=torch.float64, device=tokens.device)
-    for i in range(len(tokens)):
-        model.set_requires_gradient_sync(i == len(tokens) - 1)
-        loss, n_tokens, n_correct = model(tokens[i], labels[i])
+    totals = torch.zeros(3, dtype=torch.float64, device=n_targets.device)
+    for i, batch in enumerate(batches, start=1):
+        model.set_requires_gradient_sync(i == len(batches))
+        loss, n_tokens, n_correct = model(*batch)
         (loss * scale).backward()
         totals += torch.stack([loss.detach().double(), n_tokens.double(), n_correct.double()])
     dist.all_reduce(totals)
@@ -753,20 +696,19 @@ def train_step(
 
 
 @torch.no_grad()
-def evaluate(model: Mistral, stream: TokenStream, plan: Plan, world: World, alive: Callable[[], None]) -> dict | None:
-    """Loss, perplexity and accuracy a target over a whole split, each sample once whatever the world size.
+def evaluate(model: Mistral, corpus: Corpus, plan: Plan, world: World, alive: Callable[[], None]) -> dict | None:
+    """Loss, perplexity and accuracy a target over all that was held out, each row once whatever the world size.
 
     ``alive`` is called for each batch. None if a rank was told to stop in the middle of it.
     """
-    n, micro_batch = n_samples(stream, plan.recipe.seq_len), plan.recipe.micro_batch
+    n, micro_batch = sum(map(len, corpus.held_out)), plan.recipe.micro_batch
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
     stopping = False
     for first in range(0, n, world.size * micro_batch):  # the same number of forward passes on every rank
         alive()
         answers, asking = ask_everywhere(stop_signal is not None)
-        indices = first + world.rank * micro_batch + np.arange(micro_batch)
-        tokens, labels = read_samples(stream, np.where(indices < n, indices, -1), plan.recipe.seq_len)
-        loss, n_tokens, n_correct = model(tokens.to(world.device), labels.to(world.device))
+        batch = read_in_turn(corpus.held_out, first + world.rank * micro_batch + np.arange(micro_batch))
+        loss, n_tokens, n_correct = model(*batch.to(world.device))
         totals += torch.stack([loss.double(), n_tokens.double(), n_correct.double()])
         asking.wait()
         if stopping := bool(answers.item()):
@@ -791,7 +733,7 @@ class Run:
     plan: Plan
     world: World
     folder: RunFolder
-    dataset: Dataset
+    corpus: Corpus
     model: Mistral
     optimizer: torch.optim.AdamW
     guard: Guard
@@ -939,7 +881,7 @@ def peak_memory_bytes(world: World) -> int:
 def train(run: Run) -> str | None:
     """The steps after run.step up to the plan's last; why it stopped before that, or None."""
     plan, world, recipe = run.plan, run.world, run.plan.recipe
-    loader = Loader(plan, world, run.dataset.split("train"), run.step + 1, recipe.steps)
+    loader = load_steps(run.step + 1, recipe.steps, run)
     progress = Progress(plan, world, run.step + 1)
     probe = Probe(world.device)
     clock = time.perf_counter()
@@ -962,7 +904,7 @@ def train(run: Run) -> str | None:
             progress.show(line)
             progress.complain(run.watch.slowest)
         if run.skips > recipe.max_skips:
-            samples = step_numbers(plan, line["step"])
+            samples = step_numbers(line["step"], plan.samples_a_step)
             raise Failed(f"{remark}, {run.skips} in a row now (--max-skips {recipe.max_skips}). Its samples have the "
                 f"numbers {samples[0]} to {samples[-1]}; --replay-step {line['step']} looks into them")  # fmt: skip
         if remark:
@@ -977,10 +919,10 @@ def train(run: Run) -> str | None:
             step = run.step + 1
             run.watch.at("step", step)
             answers, asking = ask_everywhere(stop_signal is not None or run.out_of_time(), run.saver.failed)
-            tokens, labels = next(loader)
+            batches = next(loader)
             lr = learning_rate(recipe, step)
             probe.begin()
-            values = train_step(run.model, run.optimizer, run.guard, step, tokens, labels, lr, recipe.clip)
+            values = train_step(run.model, run.optimizer, run.guard, step, batches, lr, recipe.clip)
             settle()
             in_flight = InFlight.after(step, values, lr, loader.waited)
             if in_flight.ready is None:  # on the CPU there is nothing to wait for
@@ -1014,13 +956,13 @@ def train(run: Run) -> str | None:
 
 def evaluation_is_due(run: Run) -> bool:
     every, last = run.plan.recipe.eval_every, run.step == run.plan.recipe.steps
-    return bool(every) and len(run.dataset.split("val")) > 1 and run.step > 0 and (last or run.step % every == 0)
+    return bool(every) and any(map(len, run.corpus.held_out)) and run.step > 0 and (last or run.step % every == 0)
 
 
 def log_evaluation(run: Run) -> bool:
     """Evaluate after run.step; False if a signal came in between, and nothing is logged."""
-    stream, plan, world = run.dataset.split("val"), run.plan, run.world
-    scores = evaluate(run.model, stream, plan, world, lambda: run.watch.at("evaluation", run.step))
+    world = run.world
+    scores = evaluate(run.model, run.corpus, run.plan, world, lambda: run.watch.at("evaluation", run.step))
     if scores is None:
         return False
     if world.is_main:
@@ -1032,7 +974,7 @@ def log_evaluation(run: Run) -> bool:
 
 def leave_results(run: Run, again: bool) -> None:
     """The Hugging Face export, the curves and a sample of text; with ``again`` only those that are missing."""
-    plan, world, folder, model, own = run.plan, run.world, run.folder, run.model, run.dataset.tokenizer
+    plan, world, folder, model, own = run.plan, run.world, run.folder, run.model, run.corpus.tokenizer
     run.watch.at("export", run.step, long=True)
     export = folder.path / "export"
     if not (again and on_main(world, is_complete_export, export)):
@@ -1043,8 +985,9 @@ def leave_results(run: Run, again: bool) -> None:
         folder.plot_curves()
         say(world, f"curves     {folder.path / 'curves.png'}")
     if own and not (again and on_main(world, (folder.path / "sample.txt").exists)):
-        source = run.dataset.split("val") if len(run.dataset.split("val")) >= 16 else run.dataset.split("train")
-        prompt = torch.from_numpy(source.read(0, min(16, len(source))))
+        streams = [rows.stream for rows in run.corpus.held_out + run.corpus.train]
+        stream = next((stream for stream in streams if len(stream) >= 16), streams[-1])
+        prompt = torch.from_numpy(stream.read(0, min(16, len(stream))))
         ids = model.generate(prompt[None].to(world.device), 48, temperature=0.7, seed=plan.recipe.seed)[0].tolist()
         model.reshard()
         if world.is_main:
@@ -1093,9 +1036,7 @@ def set_up(recipe: Recipe) -> Run:
     world = start_distributed(recipe.deadline)
     plan = agreed(resolve, recipe, world)
     agreed(check_replay, recipe)
-    dataset = agreed(open_data, recipe.data) if recipe.data else None
-    if dataset:
-        agreed(check_data, plan, dataset)
+    corpus = agreed(open_data, recipe.data, plan) if recipe.data else None
     agreed(check_disk, plan)
     set_reference_only(recipe.kernels == "reference")
 
@@ -1105,16 +1046,15 @@ def set_up(recipe: Recipe) -> Run:
     watch = Watch(world, recipe.deadline, folder.path, write_failure)
     global active
     active = Active(watch, None if replaying else folder)  # from here on its status.json is told how it ended
-    if dataset is None:
+    if corpus is None:
         data = folder.path / "data"
         if world.is_main and not data.exists():
             say(world, "preparing the built-in corpus: the Python language reference, Mistral-7B-v0.1's tokenizer")
         on_main(world, lambda: data.exists() or prepare_builtin(data))
-        dataset = agreed(open_data, data)
-        agreed(check_data, plan, dataset)
+        corpus = agreed(open_data, (str(data),), plan)
     watch.at("verifying the data", long=True)
-    agreed(dataset.verify, world.rank, world.size)
-    config = {"recipe": asdict(plan.recipe), "model": asdict(plan.model), "data": dataset.fingerprint}
+    agreed(corpus.verify, world.rank, world.size)
+    config = {"recipe": asdict(plan.recipe), "model": asdict(plan.model), "data": corpus.fingerprint}
     on_main(world, folder.check_config, config, FREE_TO_CHANGE)
     watch.at("testing the collectives", long=True)
     check_collectives(world)
@@ -1128,13 +1068,13 @@ def set_up(recipe: Recipe) -> Run:
         folder.keep_metrics_until(step)
         folder.status("running", step)
         watch.writes_heartbeat = True
-    say(world, describe(plan, world, dataset))
+    say(world, describe(plan, world, corpus))
 
     watch.at("filling the model", long=True)
     model = build_model(plan, world)
     optimizer, guard = build_optimizer(model, plan.recipe), Guard(plan.recipe, world.device)
     saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world)
-    run = Run(plan, world, folder, dataset, model, optimizer, guard, saver, watch, config, began)
+    run = Run(plan, world, folder, corpus, model, optimizer, guard, saver, watch, config, began)
     if path:
         run.restore(path)
         say(world, f"resuming after step {run.step} from {path}")
@@ -1192,8 +1132,8 @@ def run_to_exit_code(recipe: Recipe) -> int:
         return code
     except Refused as refusal:
         refuse(refusal)
-    except Failed as failure:
-        reason, speaks = str(failure), rank == 0
+    except (Failed, DataError) as failure:  # this rank alone may have missed a shard
+        reason, speaks = str(failure), rank == 0 or isinstance(failure, DataError)
         if speaks:
             print(f"train.py: stopped: {reason}", file=sys.stderr)
     except BaseException as error:
@@ -1221,13 +1161,13 @@ def replay(run: Run, step: int) -> None:
     at the output of every module and the gradient that reaches it. Nothing is written.
     """
     plan, world, recipe = run.plan, run.world, run.plan.recipe
-    stream, first = run.dataset.split("train"), run.step + 1
+    corpus, first = run.corpus, run.step + 1
     say(world, f"replaying step {step}" + (f", after steps {first} to {step - 1}" if first < step else ""))
-    loader = Loader(plan, world, stream, first, step)
+    loader = load_steps(first, step - 1, run)
     for again in range(first, step):
         run.watch.at("replay", again)
-        batch = next(loader)
-        train_step(run.model, run.optimizer, run.guard, again, *batch, learning_rate(recipe, again), recipe.clip)
+        rate = learning_rate(recipe, again)
+        train_step(run.model, run.optimizer, run.guard, again, next(loader), rate, recipe.clip)
 
     seen: list[str] = []  # what was not finite, in the order of the computation
 
@@ -1246,26 +1186,26 @@ def replay(run: Run, step: int) -> None:
         return hook
 
     hooks = [m.register_forward_hook(look(name)) for name, m in run.model.named_modules() if name]
-    tokens, labels = (x.flatten(0, 1) for x in next(loader))
-    numbers = share_of(step_numbers(plan, step), plan, world).ravel()
-    indices = step_samples(plan, world, step, n_samples(stream, recipe.seq_len)).ravel()
     run.model.set_requires_gradient_sync(True)
     rows = []
-    for i in range(len(tokens)):
+    for number in own_numbers(step, plan, world).ravel():
         run.watch.at("replay", step)
         seen.clear()
-        loss, n_targets, _ = run.model(tokens[i : i + 1], labels[i : i + 1])
+        source, row = corpus.locate(number[None], recipe.seed)
+        batch = read_batch(corpus.train, source, row)
+        loss, n_targets, _ = run.model(*batch.to(world.device))
         (loss / n_targets.clamp(min=1)).backward()
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), math.inf).full_tensor().item()
         run.optimizer.zero_grad()
-        text = decode(run.dataset.tokenizer, tokens[i, :24].tolist()) if run.dataset.tokenizer else ""
-        rows.append((int(numbers[i]), int(indices[i]), loss.item() / max(int(n_targets), 1), norm, seen[:1], text))
+        text = decode(corpus.tokenizer, batch.tokens[0, :24].tolist()) if corpus.tokenizer else ""
+        place = corpus.place(int(source[0]), int(row[0]))
+        rows.append((int(number), place, loss.item() / max(int(n_targets), 1), norm, seen[:1], text))
     for hook in hooks:
         hook.remove()
     for rank, theirs in enumerate(everywhere(rows)):
-        for number, index, loss, norm, where, text in theirs:
+        for number, place, loss, norm, where, text in theirs:
             bad = f"  first not finite: {where[0]}" if where else ""
-            say(world, f"sample {number} (rank {rank}, from token {index * recipe.seq_len:,})  loss {loss:.4f}  "
+            say(world, f"sample {number} (rank {rank}, {place})  loss {loss:.4f}  "
                 f"gradient norm {norm:.4g}{bad}{'  ' + repr(text) if text else ''}")  # fmt: skip
 
 

@@ -416,7 +416,7 @@ def _can_flex(case: Case) -> str | None:  # tl.dot starts at 16
 
 def _can_flex_flash(case: Case) -> str | None:
     if case.deterministic:
-        return "its backward repeats itself bit by bit only without a block mask"
+        return "PyTorch refuses its backward with a block mask under deterministic algorithms"
     return _unfit(case, (9, 10), range(8, 129, 8)) or _lacks("flash-attn-4", case)
 
 
@@ -511,7 +511,7 @@ def plan_attention(
         window = None
     deterministic = torch.are_deterministic_algorithms_enabled()
     capability = None
-    if is_reference_only() or B == 0 or T == 0 or (backend == "auto" and device.type != "cuda"):
+    if is_reference_only() or B == 0 or T == 0:
         backend = "reference"
     else:
         capability = _capability(device) if device.type == "cuda" else None
@@ -629,6 +629,9 @@ def explain(device: str | tuple[int, int] | None = None, *, T: int = 4096, windo
     raise AssertionError("the reference runs everything")
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
 def _check(q, k, v, window, cu_seqlens, max_seqlen, backend) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floating(name, x)
@@ -636,6 +639,8 @@ def _check(q, k, v, window, cu_seqlens, max_seqlen, backend) -> None:
             raise ValueError(f"{name} must be [B, T, heads, head_dim], got {tuple(x.shape)}")
         if x.dtype != q.dtype:
             raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.dtype not in DTYPES:
+            raise ValueError(f"{name} must be one of {', '.join(map(_short, DTYPES))}, got {_short(x.dtype)}")
     check_same_device(q=q, k=k, v=v)
     B, T, H, head_dim = q.shape
     if k.shape != v.shape:

@@ -90,7 +90,8 @@ class RunFolder:
             else:
                 return
             recipe = {k: v for k, v in config["recipe"].items() if k not in free}
-            pairs = [("--" + k.replace("_", "-"), earlier["recipe"].get(k), v) for k, v in recipe.items()]
+            off = {k: False for k, v in recipe.items() if isinstance(v, bool)}  # what a switch was before there was one
+            pairs = [("--" + k.replace("_", "-"), (off | earlier["recipe"]).get(k), v) for k, v in recipe.items()]
             pairs += [(f"model {k}", earlier["model"].get(k), v) for k, v in config["model"].items()]
             pairs += [("data fingerprint", earlier["data"], config["data"])]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

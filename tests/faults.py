@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from halny.model import checkpoint, ranks
+from halny.model.batches import Corpus
 from halny.model.checkpoint import Saver
 from halny.model.mistral import Mistral
 
@@ -165,13 +166,14 @@ def traced_samples(file: str) -> None:
     """Write down the place of every sample read for training, and the state of torch's generator around each step."""
     import train
 
-    step_samples, train_step = train.step_samples, train.train_step
+    locate, train_step = Corpus.locate, train.train_step
 
-    def traced_step_samples(plan, world, step, n):
-        indices = step_samples(plan, world, step, n)
+    def traced_locate(corpus, numbers, seed):
+        source, row = locate(corpus, numbers, seed)
+        step = 1 + numbers.min() // (numbers.size * int(os.environ["WORLD_SIZE"]))
         with open(f"{file}-{rank()}", "a") as stream:
-            stream.write(f"{step} {indices.ravel().tolist()}\n")
-        return indices
+            stream.write(f"{step} {row.ravel().tolist()}\n")
+        return source, row
 
     def traced_train_step(*args, **kwargs):
         state = torch.get_rng_state()
@@ -179,7 +181,7 @@ def traced_samples(file: str) -> None:
         assert torch.equal(state, torch.get_rng_state()), "a step drew random numbers"
         return values
 
-    train.step_samples, train.train_step = traced_step_samples, traced_train_step
+    Corpus.locate, train.train_step = traced_locate, traced_train_step
 
 
 # ------------------------------------------------------------------------------------------------------ ranks and wires

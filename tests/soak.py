@@ -39,8 +39,12 @@ def soak(cwd: Path, kills: int, n_ranks: int, seed: int) -> str:
     resumed, delays, began = [], [], time.monotonic()
     for kill in range(1, kills + 1):
         ranks = Ranks(*command, "--run-dir", "killed", ranks=n_ranks, cwd=cwd)
-        delays.append(moments.uniform(0.05, 3.0))
-        time.sleep(delays[-1])
+        started, lines = time.monotonic(), len(RunFolder(cwd / "killed").lines())
+        while kill % 2 and len(RunFolder(cwd / "killed").lines()) == lines:  # every other one is left to train first
+            assert ranks.poll() is None, ranks.communicate()
+            time.sleep(0.02)
+        time.sleep(moments.uniform(0.02, 2.0))
+        delays.append(time.monotonic() - started)
         before = max(saved_steps(cwd / "killed"), default=0)
         ranks.kill()
         ranks.codes()

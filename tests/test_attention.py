@@ -92,7 +92,7 @@ def compare_attention(q, k, v, mask, layout=contiguous, **keywords):
 @pytest.mark.parametrize("T, H, Hkv, head_dim", [(1, 2, 1, 8), (17, 4, 2, 16), (9, 8, 1, 92), (64, 32, 8, 8)])
 def test_attention(T, H, Hkv, head_dim, dtype):
     q, k, v = random_qkv(2, T, H, Hkv, head_dim, dtype)
-    for window in (None, 1, 3, max(T - 1, 1), T, T + 1):
+    for window in (None, 1, 3, max(T - 1, 1), T, T + 1, 10**9):
         compare_attention(q, k, v, brute_mask(T, window), window=window)
 
 
@@ -546,6 +546,10 @@ def test_a_named_backend_that_cannot_says_why_and_how():
         choose("flash4", on_hopper)
     with pytest.raises(ValueError, match="backend must be one of auto, flash4"):
         attention(q, k, v, backend="flash")
+    with pytest.raises(ValueError, match="q must be one of bfloat16, float16, float32, float64, got float8_e4m3fn"):
+        attention(*(x.to(torch.float8_e4m3fn) for x in (q, k, v)))
+    with pytest.raises(ValueError, match="q's 0 heads must be a positive multiple of k's 2"):
+        attention(q[:, :, :0], k, v)
     with dispatch.reference_only():
         assert torch.equal(attention(q, k, v, backend="flash4"), want)  # the one switch wins over names
 
@@ -1093,7 +1097,8 @@ def test_a_key_at_distance_w_on_every_backend(name, window, packed):
 @on_a_gpu
 @each_backend
 @pytest.mark.parametrize("window, packed", [(None, False), (1000, False), (1000, True)])
-def test_a_hundred_deterministic_repeats(name, window, packed):
+def test_a_hundred_deterministic_repeats(name, window, packed, monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch asks for it before the reference's products
     T = 4160
     cu = mixed_documents(2, T) if packed else None
     skip_unless_it_can(name, window, cu, T, deterministic=True)

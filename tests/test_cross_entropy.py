@@ -724,9 +724,9 @@ def test_metrics_of_a_training_run_are_those_of_its_logits(tmp_path):
     from test_train import SMALL, metrics, run
     from test_train import checkpoint as saved_tensors
 
-    import train
+    from halny.model.batches import Corpus, read_in_turn, sample_order
+    from halny.model.dataset import write_dataset
     from halny.model.mistral import PRESETS, Mistral
-    from halny.model.prepare_data import Dataset, write_dataset
 
     documents = [(np.arange(330) * 7 % 40 + np.random.default_rng(0).integers(0, 3, 330)).astype(np.int64)]
     write_dataset(documents, tmp_path / "data", vocab_size=256)
@@ -736,14 +736,14 @@ def test_metrics_of_a_training_run_are_those_of_its_logits(tmp_path):
     lines = metrics(tmp_path / "run")
     assert len(lines) == 3
 
-    stream, model = Dataset(tmp_path / "data").split("train"), Mistral(PRESETS["test"])
+    [rows], model = Corpus([str(tmp_path / "data")], 64).train, Mistral(PRESETS["test"])
     model.init_weights(seed=0)
     for step, line in enumerate(lines, start=1):
         if step > 1:
             tensors = saved_tensors(tmp_path / "run", step - 1)
             model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
         numbers = np.arange(4 * step - 4, 4 * step)
-        tokens, labels = train.read_samples(stream, train.sample_order(numbers, train.n_samples(stream, 64), 0), 64)
+        tokens, labels, *_ = read_in_turn([rows], sample_order(numbers, len(rows), seed=0))
         with torch.no_grad(), dispatch.reference_only():
             logits = model(tokens).double()
         counted = labels != -100

@@ -1,218 +1,21 @@
-"""Text to shards and back: the tokenizer to the id, the folder to the byte, every refusal by its line."""
+"""The data folder: written to the byte, read across shards, every damage found by name; raw .bin files; --check."""
 
 import io
 import json
 import os
-import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from halny.model import prepare_data
-from halny.model.prepare_data import DataError, Dataset, held_out, is_dataset, prepare, prepare_builtin, write_dataset
+from halny.model import check_data, dataset
+from halny.model.dataset import open_dataset
+from halny.model.prepare_data import DataError, Dataset, is_dataset, write_dataset
 
-POLISH = "Zażółć gęślą jaźń — „Pan Tadeusz”: Litwo! Ojczyzno moja! ty jesteś jak zdrowie."
-AWKWARD = [
-    POLISH,
-    "def f(x):\n    if x:\n\t\treturn  x\n",
-    "\n  x",
-    "👩‍👩‍👧 🇵🇱 e\u0301 ﬁ ① 中文 \u2028 \u00a0 \ufffd",
-    "NUL \0 and bell \a",
-    "a\r\nb\r\n",
-    "\ufeff not at the start of a file",
-    " ",
-    "  two before, two after  ",
-    "</s>",
-    "<s>[INST] <unk> <0x0A> </s>\n<s> x</s>",
-    "=" * 77 + "-" * 33 + "." * 19,
-    "word" * 50,
-]
-RUNS = [shape.replace("_", " " * n) for n in range(1, 41) for shape in ("_", "x_y", "\n_def", "x_", "_\n_\t_")]
-
-
-@pytest.fixture(scope="module")
-def sentencepiece():
-    import mistral_common
-    from sentencepiece import SentencePieceProcessor
-
-    return SentencePieceProcessor(model_file=str(Path(mistral_common.__file__).parent / "data/tokenizer.model.v1"))
-
-
-@pytest.fixture(scope="module")
-def builtin(tmp_path_factory):
-    out = tmp_path_factory.mktemp("data") / "builtin"
-    began = time.monotonic()
-    prepare_builtin(out)
-    assert time.monotonic() - began < 20
-    return out
-
-
-@pytest.fixture
-def saved(builtin, monkeypatch):
-    """The tokenizer that a data folder carries, as a user of transformers finds it there."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(builtin / "tokenizer")
-
-
-def documents(path: Path, split: str) -> list[np.ndarray]:
-    """Read the slow way: whole files, cut at the recorded ends."""
-    out = []
-    for shard in sorted(path.glob(f"{split}-?????.npy")):
-        ends = np.load(shard.with_suffix(".documents.npy"))
-        out += np.split(np.load(shard).astype(np.int64), ends[:-1])
-    return out
-
-
-def texts(path: Path) -> list[str]:
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(path / "tokenizer/tokenizer.json"))
-    out = []
-    for split in ("train", "val"):
-        for ids in documents(path, split):
-            assert ids[0] == 1 and ids[-1] == 2 and not np.isin(ids[1:-1], (0, 1, 2)).any()
-            out.append(tokenizer.decode(ids[1:-1].tolist(), skip_special_tokens=False))
-    return out
-
-
-def contents(path: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(path)): file.read_bytes() for file in sorted(path.rglob("*")) if file.is_file()}
-
-
-def jsonl(path: Path, records) -> Path:
-    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-# --- the tokenizer ----------------------------------------------------------------------------------------------------
-
-
-def test_tokenizer_equals_sentencepiece(sentencepiece, saved):
-    from pydoc_data.topics import topics
-
-    rng = random.Random(0)
-    pieces = [sentencepiece.id_to_piece(i).replace("▁", " ") for i in range(259, 32000)]
-    periodic = [("".join(rng.choices(pieces, k=rng.randint(1, 3))) * rng.randint(1, 9))[1:] for _ in range(3000)]
-    for text in [*topics.values(), *AWKWARD, *RUNS, *periodic, "", "▁", "a▁b"]:
-        expected = sentencepiece.encode(text)
-        assert saved(text, split_special_tokens=True).input_ids == [1, *expected], repr(text[:80])
-        assert saved.decode(expected) == sentencepiece.decode(expected), repr(text[:80])
-    assert len(saved) == sentencepiece.vocab_size() == 32000
-    assert (saved.bos_token_id, saved.eos_token_id, saved.unk_token_id) == (1, 2, 0)
-
-
-def test_tokenizer_survives_saving_a_model_folder_and_pipelines(builtin, saved, tmp_path, sentencepiece):
-    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, pipeline
-
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-    MistralForCausalLM(MistralConfig(num_hidden_layers=1, **sizes)).save_pretrained(tmp_path)
-    shutil.copytree(builtin / "tokenizer", tmp_path, dirs_exist_ok=True)
-    generator = pipeline("text-generation", str(tmp_path))
-    saved.save_pretrained(tmp_path / "again")
-    for tokenizer in (generator.tokenizer, AutoTokenizer.from_pretrained(tmp_path / "again")):
-        assert tokenizer.is_fast and "Mistral" not in type(tokenizer).__name__
-        for text in [POLISH, *RUNS]:
-            assert tokenizer(text).input_ids == [1, *sentencepiece.encode(text)]
-    assert generator(POLISH, max_new_tokens=2)[0]["generated_text"].startswith(POLISH)
-
-
-def test_users_tokenizer(tmp_path, saved):
-    """A folder of one's own: no BOS, truncation left switched on, a class that transformers rebuilds."""
-    source = tmp_path / "mine"
-    saved.save_pretrained(source)
-    raw = json.loads((source / "tokenizer.json").read_text(encoding="utf-8"))
-    raw["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
-    (source / "tokenizer.json").write_text(json.dumps(raw))
-    config = json.loads((source / "tokenizer_config.json").read_text())
-    config = {**config, "tokenizer_class": "LlamaTokenizer", "bos_token": None, "add_bos_token": False}
-    (source / "tokenizer_config.json").write_text(json.dumps(config))
-    (source / "model.safetensors").write_bytes(b"not to be copied")
-    (tmp_path / "a.txt").write_text(POLISH, encoding="utf-8")
-    prepare([tmp_path / "a.txt"], tmp_path / "out", source, progress=False)
-    expected = saved(POLISH, add_special_tokens=False).input_ids
-    assert documents(tmp_path / "out", "train")[0].tolist() == [*expected, 2]
-    data = Dataset(tmp_path / "out")
-    assert data.manifest["document"] == {"bos_id": None, "eos_id": 2} and data.manifest["tokenizer"]["name"] == "mine"
-    assert sorted(file.name for file in data.tokenizer.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
-    assert not any(str(tmp_path).encode() in content for content in contents(tmp_path / "out").values())
-
-
-# --- preparing --------------------------------------------------------------------------------------------------------
-
-
-def test_builtin(builtin):
-    from pydoc_data.topics import topics
-
-    data = Dataset(builtin)
-    data.verify()
-    train, val = data.split("train"), data.split("val")
-    assert len(train) > 100_000 and len(val) > 1000 and train.n_documents + val.n_documents == len(topics)
-    assert sorted(texts(builtin)) == sorted(topics.values())
-    assert "pydoc_data.topics" in data.manifest["settings"]["source"] and data.vocab_size == 32000
-    ends = np.concatenate([np.load(builtin / f"{split}-00000.documents.npy") for split in ("train", "val")])
-    assert ends[train.n_documents - 1] == len(train) and ends[-1] == len(val)
-
-
-def test_formats_and_round_trip(tmp_path):
-    corpus = tmp_path / "corpus"
-    (corpus / "b" / "deep").mkdir(parents=True)
-    (corpus / ".hidden").mkdir()
-    expected = []
-    for i, text in enumerate(AWKWARD):
-        (corpus / "b" / f"{i:02d}.txt").write_bytes(text.encode())
-        expected.append(text.removeprefix("\ufeff"))
-    (corpus / "b" / "deep" / "bom.TXT").write_bytes(b"\xef\xbb\xbfwith a mark\r\n")
-    (corpus / "b" / "empty.txt").write_bytes(b"")
-    (corpus / "b" / "README.md").write_text("ignored")
-    (corpus / ".hidden" / "x.txt").write_text("ignored")
-    jsonl(corpus / "c.jsonl", [{"text": text, "quality": 1} for text in (*AWKWARD, "")])
-    with open(corpus / "c.jsonl", "ab") as file:
-        file.write(b'\n   \r\n{"text": "escaped \\u0142\\ud83d\\udc69 \\u0000"}')  # blank lines, no newline at the end
-    extra = tmp_path / "a.jsonl"
-    extra.write_bytes(b'\xef\xbb\xbf{"text": "first"}\r\n')
-    prepare([extra, corpus], tmp_path / "out", val_fraction=0, shard_tokens=64, progress=False)
-    prepared = texts(tmp_path / "out")
-    expected = ["first", *expected, "with a mark\r\n", *AWKWARD, "escaped ł👩 \0"]
-    assert prepared == expected
-    data = Dataset(tmp_path / "out")
-    data.verify()
-    assert data.manifest["empty_documents_skipped"] == 2 and len(data.split("val")) == 0
-
-
-def test_identical_folders_for_identical_input(tmp_path):
-    rng = random.Random(1)
-    words = [POLISH[i : i + 5] for i in range(len(POLISH) - 5)]
-    for place in ("one", "two"):
-        (tmp_path / place).mkdir()
-        rng.seed(1)
-        jsonl(tmp_path / place / "x.jsonl", [{"t": "".join(rng.choices(words, k=20))} for _ in range(300)])
-        prepare([tmp_path / place], tmp_path / place / "out", text_key="t", val_fraction=0.1, progress=False)
-    first, second = (contents(tmp_path / place / "out") for place in ("one", "two"))
-    assert first == second and "manifest.json" in first
-    assert not any(str(tmp_path).encode() in content for content in first.values())
-    assert Dataset(tmp_path / "one/out").fingerprint == Dataset(tmp_path / "two/out").fingerprint
-
-
-def test_held_out_documents_depend_on_their_text_alone(tmp_path):
-    rng = random.Random(2)
-    lines = [{"text": f"document {rng.random()}"} for _ in range(400)]
-    for name, records in {"all": lines, "shuffled": rng.sample(lines, 400), "half": lines[:200]}.items():
-        prepare([jsonl(tmp_path / f"{name}.jsonl", records)], tmp_path / name, val_fraction=0.2, progress=False)
-    train, val = ({name: set() for name in ("all", "shuffled", "half")} for _ in range(2))
-    for name in train:
-        train[name] = {tuple(ids) for ids in documents(tmp_path / name, "train")}
-        val[name] = {tuple(ids) for ids in documents(tmp_path / name, "val")}
-    assert train["all"] == train["shuffled"] and val["all"] == val["shuffled"]
-    assert train["half"] < train["all"] and val["half"] < val["all"]
-    assert len(val["all"]) == sum(held_out(line["text"], 0.2) for line in lines) and 40 < len(val["all"]) < 130
+# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def test_writes_only_whole_documents_a_shard(tmp_path):
@@ -220,7 +23,7 @@ def test_writes_only_whole_documents_a_shard(tmp_path):
     write_dataset((np.arange(n) for n in lengths), tmp_path / "d", vocab_size=300, shard_tokens=10)
     shards = [np.load(file).tolist() for file in sorted((tmp_path / "d").glob("train-*.documents.npy"))]
     assert shards == [[3, 7, 10], [1], [25], [2], [10], [1]]
-    assert Dataset(tmp_path / "d").manifest["empty_documents_skipped"] == 1
+    assert Dataset(tmp_path / "d").manifest["input"] == {"documents": 9, "skipped": {"empty": 1}}
 
 
 @pytest.mark.parametrize("vocab_size, dtype", [(2**16, np.uint16), (2**16 + 1, np.uint32), (2**32, np.uint32)])
@@ -251,6 +54,9 @@ def test_read_crosses_shards(tmp_path):
     write_dataset(docs, tmp_path / "d", vocab_size=500, shard_tokens=50)
     stream, whole = Dataset(tmp_path / "d").split("train"), np.concatenate(docs)
     assert len(stream) == len(whole) and stream.n_documents == 200 and len(list((tmp_path / "d").iterdir())) > 50
+    assert all(isinstance(shard.tokens, np.memmap) and shard.ends.dtype == np.int64 for shard in stream.shards)
+    again = [ids for shard in stream.shards for ids in np.split(shard.tokens, shard.ends)[:-1]]
+    assert len(again) == 200 and all(np.array_equal(ids, doc) for ids, doc in zip(again, docs, strict=True))
     borders = np.cumsum([0] + [len(np.load(file)) for file in sorted((tmp_path / "d").glob("train-?????.npy"))])
     starts = [*borders[:-1], *(borders[1:] - 1), *rng.integers(0, len(whole), size=500)]
     for start in map(int, starts):
@@ -398,161 +204,11 @@ def test_is_dataset(small, tmp_path):
         Dataset(small).split("test")
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
-
-
-def refusals(tmp_path: Path) -> dict[str, tuple[list, dict, list[str]]]:
-    """name -> (inputs, options of prepare, what the line must hold)"""
-    good, folder, empty = tmp_path / "good.txt", tmp_path / "folder", tmp_path / "empty"
-    good.write_text("good text")
-    folder.mkdir()
-    empty.mkdir()
-    (folder / "a.md").write_text("x")
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").write_text("x")
-    (tmp_path / "blank.txt").write_text("")
-    (tmp_path / "blank.jsonl").write_text("\n\n")
-    (tmp_path / "latin.txt").write_bytes(b"one\ntwo\nza\xbf\xf3\xb3\xe6")
-    (tmp_path / "latin.jsonl").write_bytes(b'{"text": "x"}\n{"text": "\xbf"}\n')
-    (tmp_path / "utf16.txt").write_text("x", encoding="utf-16")
-    for name, line in {
-        "torn": '{"text": "x',
-        "list": '["text"]',
-        "other": '{"body": "x", "url": "y"}',
-        "number": '{"text": 3}',
-        "null": '{"text": null}',
-        "lone": '{"text": "a \\ud800 b"}',
-        "deep": "[" * 100000,
-    }.items():
-        (tmp_path / f"{name}.jsonl").write_text('{"text": "first line"}\n\n' + line + "\n")
-    (tmp_path / "no-json").mkdir()
-    (tmp_path / "no-json" / "tokenizer.model").write_bytes(b"x")
-    (tmp_path / "bad-json").mkdir()
-    (tmp_path / "bad-json" / "tokenizer.json").write_text('{"version": "1.0"')
-    at = {name: tmp_path / name for name in ("torn", "list", "other", "number", "null", "lone", "deep")}
-    lines = {name: ([path.with_suffix(".jsonl")], {}, [f"{name}.jsonl:3:"]) for name, path in at.items()}
-    lines["other"][2].extend(["'body'", "--text-key"])
-    return {
-        **lines,
-        "no input": ([], {}, ["name some"]),
-        "missing": ([good, tmp_path / "nowhere.txt"], {}, ["nowhere.txt", "no such"]),
-        "ending": ([folder / "a.md"], {}, ["a.md", ".jsonl"]),
-        "no ending": ([tmp_path / "full" / "x"], {}, ["full/x", ".jsonl"]),
-        "nothing in folder": ([folder], {}, ["folder", ".txt"]),
-        "only empty": ([tmp_path / "blank.txt", tmp_path / "blank.jsonl"], {}, ["no documents"]),
-        "twice": ([good, tmp_path], {}, ["good.txt", "twice"]),
-        "not UTF-8": ([good, tmp_path / "latin.txt"], {}, ["latin.txt:3:", "0xbf", "UTF-8"]),
-        "not UTF-8 line": ([tmp_path / "latin.jsonl"], {}, ["latin.jsonl:2:", "UTF-8"]),
-        "UTF-16": ([tmp_path / "utf16.txt"], {}, ["utf16.txt:1:", "UTF-8"]),
-        "out taken": ([good], {"out": tmp_path / "full"}, ["full", "not empty"]),
-        "out a file": ([good], {"out": good}, ["good.txt", "not a folder"]),
-        "out under a file": ([good], {"out": good / "a" / "b"}, ["good.txt", "another place"]),
-        "tokenizer missing": ([good], {"tokenizer": tmp_path / "nowhere"}, ["nowhere", "mistral-v0.1"]),
-        "tokenizer slow": ([good], {"tokenizer": tmp_path / "no-json"}, ["no-json", "tokenizer.json"]),
-        "tokenizer broken": ([good], {"tokenizer": tmp_path / "bad-json"}, ["bad-json", "cannot be read"]),
-        "tokenizer empty": ([good], {"tokenizer": empty}, ["empty", "tokenizer.json"]),
-        "fraction 1": ([good], {"val_fraction": 1.0}, ["--val-fraction 1.0"]),
-        "fraction negative": ([good], {"val_fraction": -0.1}, ["--val-fraction -0.1"]),
-        "fraction NaN": ([good], {"val_fraction": float("nan")}, ["--val-fraction nan"]),
-        "all held out": ([good], {"val_fraction": 0.9999999}, ["--val-fraction", "all of 1"]),
-        "shard tokens": ([good], {"shard_tokens": 0}, ["--shard-tokens 0"]),
-    }
-
-
-def test_every_refusal_is_one_line_and_writes_nothing(tmp_path):
-    for name, (inputs, options, expected) in refusals(tmp_path).items():
-        before = sorted(tmp_path.rglob("*"))
-        options = {"out": tmp_path / "new" / "out", "progress": False, **options}
-        with pytest.raises(DataError) as caught:
-            prepare(inputs, **options)
-        message = str(caught.value)
-        assert all(part in message for part in expected) and "\n" not in message, (name, message)
-        assert sorted(tmp_path.rglob("*")) == before, name
-
-
-def command(*arguments) -> list[str]:
-    return [sys.executable, "-m", "halny.model.prepare_data", *map(str, arguments)]
-
-
-def test_command_refuses_in_one_line(tmp_path):
-    cases = refusals(tmp_path)
-    for name in ("torn", "not UTF-8", "out taken", "tokenizer broken", "fraction 1"):
-        inputs, options, expected = cases[name]
-        flags = [f"--{key.replace('_', '-')}={value}" for key, value in {"out": tmp_path / "o", **options}.items()]
-        before = sorted(tmp_path.rglob("*"))
-        ran = subprocess.run(command(*inputs, *flags), capture_output=True, text=True)
-        assert ran.returncode == 2 and ran.stdout == "" and ran.stderr.count("\n") == 1, (name, ran)
-        assert all(part in ran.stderr for part in expected) and sorted(tmp_path.rglob("*")) == before
-    for arguments in ((), ("x.txt", "--out", "o", "--val-fraction", "many"), ("x.txt", "--out", "o", "--no-such-flag")):
-        ran = subprocess.run(command(*arguments), capture_output=True, text=True)
-        assert ran.returncode == 2 and ran.stderr.count("\n") == 1 and "--help" in ran.stderr
-
-
-def test_command(tmp_path):
-    (tmp_path / "a.txt").write_text(POLISH, encoding="utf-8")
-    ran = subprocess.run(command(tmp_path / "a.txt", "--out", tmp_path / "o"), capture_output=True, text=True)
-    assert ran.returncode == 0 and ran.stdout == "" and ran.stderr.count("\n") == 1 and "1 documents" in ran.stderr
-    assert texts(tmp_path / "o") == [POLISH]
-    imports = (
-        "import sys, halny.model.prepare_data; assert not {'torch', 'transformers', 'tokenizers'} & set(sys.modules)"
-    )
-    assert subprocess.run([sys.executable, "-c", imports]).returncode == 0
-
-
-# --- interruptions ----------------------------------------------------------------------------------------------------
-
-
-def interrupted(tmp_path: Path, signum: int) -> tuple[int, str]:
-    """Starts a preparation of some seconds, sends the signal once tokens are being written."""
-    rng = random.Random(3)
-    if not (tmp_path / "big.jsonl").exists():
-        lines = ({"text": " ".join(str(rng.random()) for _ in range(200))} for _ in range(6000))
-        jsonl(tmp_path / "big.jsonl", lines)
-    arguments = command(tmp_path / "big.jsonl", "--out", tmp_path / "out")
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / ".out.partial" / "train-00000.npy").exists() and time.monotonic() < deadline:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.005)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
-    return process.returncode, errors
-
-
-def test_killed_preparation_leaves_nothing_and_can_be_run_again(tmp_path):
-    code, errors = interrupted(tmp_path, signal.SIGKILL)
-    assert code == -signal.SIGKILL and errors == ""
-    assert not (tmp_path / "out").exists() and not is_dataset(tmp_path / ".out.partial")
-    (tmp_path / ".out.partial" / "tokenizer").mkdir()
-    (tmp_path / ".out.partial" / "val-00007.npy").write_bytes(b"leftover")
-    (tmp_path / "short.txt").write_text("short")
-    prepare([tmp_path / "short.txt"], tmp_path / "out", progress=False)
-    assert texts(tmp_path / "out") == ["short"] and not (tmp_path / ".out.partial").exists()
-    assert not (tmp_path / "out" / "val-00007.npy").exists()
-
-
-@pytest.mark.parametrize("signum, expected", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_stopped_preparation_cleans_up(tmp_path, signum, expected):
-    code, errors = interrupted(tmp_path, signum)
-    assert code == expected and errors.count("\n") == 1 and "nothing was written" in errors
-    assert [file.name for file in tmp_path.iterdir()] == ["big.jsonl"]
-
-
-def test_two_at_once_on_one_folder(tmp_path):
-    (tmp_path / "a.txt").write_text("a")
-    with prepare_data._new_folder(tmp_path / "out") as folder:
-        (folder / "mine").write_text("x")
-        with pytest.raises(DataError, match="another process"):
-            prepare([tmp_path / "a.txt"], tmp_path / "out", progress=False)
-        assert (folder / "mine").exists()
-    assert (tmp_path / "out" / "mine").exists()
-
-
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(prepare_data, "sync", full)
+    monkeypatch.setattr(dataset, "sync", full)
     with pytest.raises(DataError, match="No space left on device"):
         write_dataset([np.arange(5)], tmp_path / "out", vocab_size=9)
     assert list(tmp_path.iterdir()) == []
@@ -563,3 +219,189 @@ def test_a_data_folder_may_be_moved(tmp_path):
     moved = tmp_path / "moved"
     (tmp_path / "out").rename(moved)
     assert Dataset(Path(os.path.relpath(moved))).split("train").read(0, 5).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_a_block_of_documents_is_written_as_they_would_be_one_by_one(tmp_path):
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(1, 60, size=300)
+    ids = rng.integers(0, 500, size=lengths.sum()).astype(np.uint16)
+    write_dataset(np.split(ids, np.cumsum(lengths)[:-1]), tmp_path / "one", vocab_size=500, shard_tokens=50)
+    (tmp_path / "block").mkdir()
+    with dataset.Writer(tmp_path / "block", 500, 50) as writer:
+        for part in np.split(np.arange(300), [1, 7, 200]):
+            begin = lengths[: part[0]].sum()
+            writer.add("train", ids[begin : begin + lengths[part].sum()], lengths[part])
+        with pytest.raises(DataError, match="document 302: token id 500"):
+            writer.add("val", np.array([1, 2, 3, 500]), np.array([1, 1, 2]))
+        writer.finish(None, {}, {"bos_id": None, "eos_id": None}, {})
+    one, block = (Dataset(tmp_path / name) for name in ("one", "block"))
+    assert one.manifest["splits"] == block.manifest["splits"] and one.fingerprint == block.fingerprint
+
+
+# --- raw .bin files ---------------------------------------------------------------------------------------------------
+
+
+def llm_c(path: Path, tokens: np.ndarray, magic: int, version: int) -> Path:
+    header = np.zeros(256, "<i4")
+    header[:3] = magic, version, len(tokens)
+    path.write_bytes(header.tobytes() + tokens.tobytes())
+    return path
+
+
+def test_raw_files(tmp_path):
+    tokens = np.arange(1000, dtype=np.uint16) + 32000
+    tokens.tofile(tmp_path / "train.bin")
+    tokens[:100].tofile(tmp_path / "val.bin")
+    data = open_dataset(tmp_path, dtype="uint16", vocab_size=33000)
+    data.verify()
+    assert data.vocab_size == 33000 and data.tokenizer is None
+    assert len(data.split("train")) == 1000 and data.split("val").read(5, 3).tolist() == [32005, 32006, 32007]
+    alone = open_dataset(tmp_path / "train.bin", dtype="uint16")
+    assert len(alone.split("val")) == 0 and alone.vocab_size == 65536 and alone.fingerprint != data.fingerprint
+    gpt2 = open_dataset(llm_c(tmp_path / "gpt2.bin", tokens, 20240520, 1))
+    llama = open_dataset(llm_c(tmp_path / "llama.bin", tokens.astype(np.uint32) * 2, 20240801, 7))
+    assert gpt2.split("train").read(0, 1000).tolist() == tokens.tolist() and gpt2.dtype == np.uint16
+    assert llama.split("train").read(999, 1).tolist() == [65998] and llama.split("train").n_documents == 1
+    before = data.fingerprint
+    tokens[500] = 1
+    tokens.tofile(tmp_path / "train.bin")
+    assert open_dataset(tmp_path, dtype="uint16").fingerprint != before
+    write_dataset([tokens], tmp_path / "folder", vocab_size=33000)
+    assert isinstance(open_dataset(tmp_path / "folder"), Dataset)
+
+
+def test_raw_files_are_verified_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "CHUNK", 10)
+    tokens = np.arange(100, dtype=np.uint32)
+    tokens[57] = 100_000
+    tokens.tofile(tmp_path / "t.bin")
+    data = open_dataset(tmp_path / "t.bin", "uint32", 100)
+    failed = []
+    for part in range(3):
+        try:
+            data.verify(part, 3)
+        except DataError as error:
+            failed.append((part, str(error)))
+    assert len(failed) == 1 and failed[0][0] == 2 and "id 100000 at token 57" in failed[0][1]
+
+
+def test_raw_refusals(tmp_path):
+    np.arange(10, dtype=np.uint16).tofile(tmp_path / "t.bin")
+    (tmp_path / "odd.bin").write_bytes(b"x" * 21)
+    (tmp_path / "empty.bin").write_bytes(b"")
+    cut = llm_c(tmp_path / "cut.bin", np.arange(10, dtype=np.uint16), 20240520, 1)
+    os.truncate(cut, cut.stat().st_size - 2)
+    write_dataset([np.arange(5)], tmp_path / "folder", vocab_size=9)
+    for arguments, named in {
+        ("t.bin",): "--dtype uint16 or uint32",
+        ("t.bin", "int64"): "int64",
+        ("t.bin", "uint16", 70000): "70000",
+        ("odd.bin", "uint16"): "21 bytes",
+        ("empty.bin", "uint16"): "no tokens",
+        ("cut.bin",): "10 tokens",
+        ("cut.bin", "uint32"): "header of llm.c",
+        ("nowhere.bin", "uint16"): "nowhere.bin",
+        ("folder", "uint16"): "only raw .bin files",
+        ("nowhere",): "no data folder",
+    }.items():
+        with pytest.raises(DataError) as caught:
+            open_dataset(tmp_path / arguments[0], *arguments[1:])
+        assert named in str(caught.value) and arguments[0] in str(caught.value) and "\n" not in str(caught.value)
+
+
+# --- --check ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checked(tmp_path, monkeypatch):
+    """A clean folder of documents 1 ... 2 in two shards a split, and --check with chunks that cut documents."""
+    monkeypatch.setattr(check_data, "CHUNK", 7)
+    monkeypatch.setattr(check_data, "GIANT_TOKENS", 40)
+    rng = np.random.default_rng(0)
+    docs = [[1, *rng.integers(3, 100, size=n), 2] for n in (5, 30, 1, 12, 8, 30, 1)]
+    write_dataset(docs[:5], tmp_path / "d", vocab_size=100, val_documents=docs[5:], shard_tokens=50)
+    edit_manifest(lambda m: m.update(document={"bos_id": 1, "eos_id": 2}))(tmp_path / "d")
+    return tmp_path / "d"
+
+
+def rewrite(folder: Path, name: str, change) -> None:
+    """Changes tokens of a shard and its checksum too, as a program would that writes such a folder."""
+    tokens = np.load(folder / name)
+    change(tokens)
+    np.save(folder / name, tokens)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for split in manifest["splits"].values():
+        for shard in split["files"]:
+            for record in (shard, shard["boundaries"]):
+                record["sha256"] = dataset.sha256(folder / record["name"])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def put(at: int, *values: int):
+    def change(tokens: np.ndarray) -> None:
+        tokens[at : at + len(values)] = values
+
+    return change
+
+
+FAULTS = {  # name of the file, what to do to it, and the findings with their counts and first places
+    "past the vocabulary": (
+        "train-00001.npy",
+        put(10, 100, 65535),
+        ["ids past the vocabulary: 2", "id 100 at token 10"],
+    ),
+    "doubled BOS": ("train-00000.npy", put(1, 1), ["doubled BOS: 1", "token 1 of train-00000"]),
+    "doubled BOS over chunks": ("train-00000.npy", put(13, 1, 1), ["doubled BOS: 1", "token 14 of"]),
+    "doubled EOS": ("val-00000.npy", put(29, 2, 2), ["doubled EOS: 2", "token 30 of val-00000"]),
+    "no BOS": ("train-00000.npy", put(7, 50), ["without BOS: 1", "document 1 of train-00000"]),
+    "no EOS": ("train-00000.npy", put(6, 50), ["without EOS: 1", "document 0 of train-00000"]),
+    "empty": ("train-00000.documents.npy", put(0, 2), ["empty documents: 1", "document 0 of train"]),
+    "ends disordered": ("train-00000.documents.npy", put(0, 40), ["out of order: 1", "document 1 of train"]),
+    "giant": ("train-00000.documents.npy", put(0, 1, 42), ["giant documents: 1", "document 1 of train"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_check_finds_each_fault(checked, fault, capsys):
+    assert check_data.check(checked) and "NOT CLEAN" not in capsys.readouterr().out
+    name, change, expected = FAULTS[fault]
+    rewrite(checked, name, change)
+    assert not check_data.check(checked)
+    out = capsys.readouterr().out
+    assert all(part in out for part in expected) and "clean      " not in out, out
+
+
+def test_check_finds_changed_and_truncated_files(checked, capsys):
+    shard = checked / "train-00000.npy"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert not check_data.check(checked)
+    assert "checksum says: 1" in (out := capsys.readouterr().out) and str(shard) in out
+    os.truncate(shard, len(content) - 2)
+    with pytest.raises(DataError, match="cut short"):
+        check_data.check(checked)
+
+
+def test_check_says_what_is_in_it(checked, tmp_path, capsys):
+    assert check_data.check(checked, tokens_per_second=0.001)
+    out = capsys.readouterr().out
+    assert "5 documents, 66 tokens, 13.2 tokens each" in out and "2 documents, 35 tokens" in out
+    histogram = {line.split()[0]: int(line.split()[3]) for line in out.splitlines() if line.endswith("#")}
+    assert histogram == {"2": 2, "4": 1, "8": 2, "32": 2}
+    assert "an epoch: 66 tokens, 0.76 days at 0.001 tokens/s" in out and out.count("  token ") == 4
+    np.arange(1000, dtype=np.uint16).tofile(tmp_path / "t.bin")
+    assert check_data.check(tmp_path / "t.bin", dtype="uint16", vocab_size=1000)
+    assert not check_data.check(tmp_path / "t.bin", dtype="uint16", vocab_size=999)
+    assert "ids past the vocabulary: 1; the first: id 999 at token 999" in capsys.readouterr().out
+
+
+def test_check_exit_codes(checked):
+    def run(*arguments) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "halny.model.prepare_data", "--check", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    assert (ran := run(checked)).returncode == 0 and ran.stderr == "" and f"clean      {checked}" in ran.stdout
+    rewrite(checked, "train-00000.npy", put(1, 1))
+    assert (ran := run(checked)).returncode == 1 and "NOT CLEAN  doubled BOS: 1" in ran.stdout
+    assert (ran := run(checked / "nowhere")).returncode == 2 and ran.stderr.count("\n") == 1 and ran.stdout == ""
+    assert run(checked, "--out", "x").returncode == 2

@@ -43,6 +43,7 @@ from runs import (
 
 import train
 from halny.model import checkpoint as checkpoints
+from halny.model.batches import Corpus, read_in_turn, sample_order
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import Mistral
 from halny.model.prepare_data import write_dataset
@@ -325,8 +326,7 @@ def test_fault_11_replay_names_sample_and_module(small, tmp_path):
     from halny.model.convert import save_hf
 
     rare = 41  # a token of the corpus that a sample or two hold
-    stream = train.Dataset(small).split("train")
-    rows, _ = train.read_samples(stream, np.arange(4), 64)
+    rows, *_ = read_in_turn(Corpus([str(small)], 64).train, np.arange(4))
     model = Mistral(MODELS["test"])
     model.init_weights(seed=0)
     holders = (rows == rare).any(1)
@@ -334,7 +334,7 @@ def test_fault_11_replay_names_sample_and_module(small, tmp_path):
     with torch.no_grad():
         model.embed.weight[rare] = float("nan")
     save_hf(model, tmp_path / "hf")
-    places = [int(train.sample_order(np.array([i]), 4, seed=0)[0]) for i in range(8)]
+    places = [int(sample_order(np.array([i]), 4, seed=0)[0]) for i in range(8)]
     bad = next(i for i in range(8) if holders[places[i]])
     first_bad = 1 + bad // 2
     command = [*SMALL, "--batch-tokens", 128, "--steps", 30, "--init-from", "hf", "--run-dir", "r", "--data", small]

@@ -14,9 +14,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import LONG, REPO, SMALL, checkpoint, column, flip_a_bit, metrics, run, snapshot, start, status, wait_for_step
+from runs import (
+    LONG,
+    REPO,
+    SMALL,
+    Ranks,
+    checkpoint,
+    column,
+    flip_a_bit,
+    lines,
+    metrics,
+    ranks_run,
+    run,
+    snapshot,
+    start,
+    status,
+    wait_for_step,
+)
 
 import train
+from halny.model.batches import Corpus, read_in_turn, sample_order
 from halny.model.convert import load_hf, save_hf
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import Mistral
@@ -36,13 +53,26 @@ def test_command_line_preset_then_file_then_flags(tmp_path):
     assert train.command_line([]) == train.Recipe(run_dir=Path("runs/tiny"))
     bielik = train.command_line(["bielik-7b", "--data", "d"])
     assert (bielik.steps, bielik.lr, bielik.min_lr, bielik.batch_tokens) == (17_350, 3e-5, 2e-5, 4_194_304)
-    assert bielik.run_dir == Path("runs/bielik-7b") and bielik.data == Path("d")
+    assert bielik.run_dir == Path("runs/bielik-7b") and bielik.data == ("d",)
 
     file = tmp_path / "mine.toml"
     file.write_text('preset = "bielik-7b"\nseq-len = 2048\nlr = 1e-4\nresume = false\n')
     mine = train.command_line([str(file), "--lr", "1", "--lr", "2e-4"])
     assert (mine.model, mine.seq_len, mine.lr, mine.resume) == ("mistral-7b", 2048, 2e-4, False)
     assert mine.run_dir == Path("runs/mine")
+
+
+def test_data_is_one_folder_or_several_with_weights(tmp_path):
+    two = ("pl:0.7", "en:0.3")
+    assert train.command_line(["--data", *two, "--documents"]).data == two
+    assert train.command_line(["--data", "x", "--data", *two, "--steps", "4"]).data == two
+    after = train.command_line(["--data", *two, "bielik-7b"])  # the preset may come last
+    assert after.data == two and after.steps == 17_350 and after.run_dir == Path("runs/bielik-7b")
+    file = tmp_path / "mine.toml"
+    file.write_text('data = ["pl:0.7", "en:0.3"]')
+    assert train.command_line([str(file)]).data == two == train.command_line(["--data", *two, str(file)]).data
+    file.write_text('data = "pl"')
+    assert train.command_line([str(file)]).data == ("pl",)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +92,7 @@ def test_command_line_preset_then_file_then_flags(tmp_path):
         (["--seed", str(2**63)], ["--seed"]),
         (["--dtype", "fp16"], ["--dtype", "fp16", "bf16, fp32"]),
         (["--data", ""], ["--data", "''"]),
+        (["--data"], ["--data"]),
         (["--stepz", "4"], ["--stepz", "--steps"]),
         (["bielik"], ["bielik", "bielik-7b"]),
         (["tiny", "extra"], ["extra"]),
@@ -92,6 +123,9 @@ def test_command_line_refuses_naming_flag_and_value(arguments, words):
         ("lr = 1" + "0" * 400, ["lr"]),
         ("steps = 1" + "0" * 5000, ["TOML"]),
         ('run_dir = "a\\u0000b"', ["run_dir"]),
+        ("data = []", ["data", "[]"]),
+        ('data = ["a:1", 2]', ["data", "2"]),
+        ("data = 1", ["data", "1"]),
     ],
 )
 def test_toml_refuses_naming_file_key_and_value(tmp_path, text, words):
@@ -136,12 +170,34 @@ def test_resolve_divides_the_batch():
         (["--lr", "1e-3", "--min-lr", "1e-2"], 1, ["--min-lr 0.01", "--lr 0.001"]),
         (["--model", "test"], 1, ["--data", "32000", "256"]),
         (["--model", "mistral-8b"], 1, ["--model mistral-8b", "mistral-7b"]),
+        (["--data", "pl:0", "en:1"], 1, ["--data pl:0", "1e-9"]),
+        (["--data", "pl:lots"], 1, ["--data pl:lots", "weight"]),
+        (["--data", "pl:1", "en"], 1, ["--data en", "weight"]),
     ],
 )
 def test_resolve_refuses_what_cannot_be(arguments, size, words):
     with pytest.raises(train.Refused) as refusal:
         train.resolve(train.command_line(arguments), world(size=size))
     assert all(word in str(refusal.value) for word in words)
+
+
+def test_data_dtype_is_for_raw_files(small, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.arange(250, dtype="<u4").tofile("ids.bin")
+
+    def opened(*arguments):
+        plan = train.resolve(train.command_line(["--model", "test", "--seq-len", "64", "--data", *arguments]), world())
+        return train.open_data(plan.recipe.data, plan)
+
+    assert opened("ids.bin", "--data-dtype", "uint32").vocab_size == 256
+    assert len(opened("ids.bin:1", f"{small}:1", "--data-dtype", "uint32").sources) == 2
+    for arguments, words in (
+        (["ids.bin"], "--data ids.bin: .* give --data-dtype uint16 or uint32"),
+        ([str(small), "--data-dtype", "uint16"], "--data-dtype uint16 .* leave it out"),
+        (["ids.bin", "--data-dtype", "uint32", "--documents"], "--data ids.bin: .* leave --documents out"),
+    ):
+        with pytest.raises(train.Refused, match=words):
+            opened(*arguments)
 
 
 def test_learning_rate_schedules():
@@ -161,75 +217,12 @@ def test_learning_rate_schedules():
     assert train.learning_rate(train.resolve(train.command_line([]), world()).recipe, 1) > 0
 
 
-# ----------------------------------------------------------------------------------------------------------------- data
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 65, 1000, 4097])
-def test_sample_order_is_a_new_permutation_every_epoch(n):
-    epochs = [train.sample_order(np.arange(e * n, (e + 1) * n), n, seed=7).tolist() for e in range(3)]
-    assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
-    if n >= 64:
-        other_seed = train.sample_order(np.arange(n), n, seed=8).tolist()
-        assert len({tuple(x) for x in [*epochs, other_seed, range(n)]}) == 5
-        for order in (*epochs, other_seed):  # no trace of the order it came from: rank correlation within 4 sigma
-            assert abs(np.corrcoef(np.arange(n), order)[0, 1]) < 4 / math.sqrt(n)
-
-
-def test_sample_order_is_a_function_of_the_number_alone():
-    n, numbers = 1000, np.random.default_rng(0).integers(0, 5000, 300)
-    alone = [int(train.sample_order(np.array([i]), n, seed=3)[0]) for i in numbers]
-    assert train.sample_order(numbers, n, seed=3).tolist() == alone
-    assert train.sample_order(np.array([2**40, 2**62]), 2**33 + 1, seed=3).max() < 2**33 + 1
-
-
-def test_samples_cover_the_stream_and_end_in_ignored_labels(small):
-    stream = Dataset(small).split("train")
-    assert train.n_samples(stream, 64) == 4
-    tokens, labels = train.read_samples(stream, np.array([0, 1, 2, 3, -1]), 64)
-    whole = stream.read(0, len(stream))
-    assert tokens[:3].flatten().tolist() == whole[:192].tolist()
-    assert labels[:3].flatten().tolist() == whole[1:193].tolist()
-    assert labels[3, :9].tolist() == whole[193:].tolist() and (labels[3, 9:] == -100).all()
-    assert (labels[4] == -100).all()
-
-
-@pytest.mark.parametrize("size, micro_batch", [(1, 1), (1, 8), (2, 2), (4, 1), (4, 2)])
-def test_every_division_of_the_batch_sees_the_same_samples(size, micro_batch):
-    plan = train.resolve(train.command_line(["--micro-batch", str(micro_batch)]), world(size=size))
-    for step in (1, 2, 77):
-        parts = [train.step_samples(plan, world(rank, size), step, n=50).ravel() for rank in range(size)]
-        expected = train.sample_order(np.arange((step - 1) * 8, step * 8), 50, seed=0)
-        assert sorted(np.concatenate(parts).tolist()) == sorted(expected.tolist())
-
-
-def test_loader_gives_the_steps_in_order_and_passes_errors_on(small):
-    plan = train.resolve(
-        train.command_line(["--model", "test", "--data", "d", "--seq-len", "64", "--batch-tokens", "256"]), world()
-    )
-    stream = Dataset(small).split("train")
-    loader = train.Loader(plan, world(), stream, first=3, last=5)
-    for step in (3, 4, 5):
-        tokens, labels = next(loader)
-        expected = train.read_samples(stream, train.step_samples(plan, world(), step, 4).ravel(), 64)
-        assert torch.equal(tokens.view(4, 64), expected[0]) and torch.equal(labels.view(4, 64), expected[1])
-
-    class Broken:
-        def __len__(self):
-            return 1000
-
-        def read(self, start, length):
-            raise OSError("the shard is gone")
-
-    with pytest.raises(OSError, match="the shard is gone"):
-        next(train.Loader(plan, world(), Broken(), 1, 1))
-
-
 # ----------------------------------------------------------------------------------------------------------- whole runs
 
 
 def plain_loop(data: Path, steps: int) -> list[tuple[float, float]]:
     """(loss, gradient norm) of each step, by the shortest single-process training loop there is."""
-    stream, model = Dataset(data).split("train"), Mistral(MODELS["test"])
+    [rows], model = Corpus([str(data)], 64).train, Mistral(MODELS["test"])
     model.init_weights(seed=0)
     norms = [p for p in model.parameters() if p.ndim == 1]
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -237,8 +230,7 @@ def plain_loop(data: Path, steps: int) -> list[tuple[float, float]]:
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), eps=1e-8, fused=False)
     history = []
     for step in range(steps):
-        indices = train.sample_order(np.arange(4 * step, 4 * step + 4), 4, seed=0)
-        tokens, labels = train.read_samples(stream, indices, 64)
+        tokens, labels, *_ = read_in_turn([rows], sample_order(np.arange(4 * step, 4 * step + 4), 4, seed=0))
         logits = model(tokens)
         loss = torch.nn.functional.cross_entropy(logits.view(-1, 256), labels.view(-1))
         optimizer.zero_grad()
@@ -260,15 +252,61 @@ def test_losses_equal_a_plain_loop_on_any_division_of_the_batch(small, tmp_path,
     np.testing.assert_allclose(ours, plain, rtol=2e-5)
     assert ours[0][0] - ours[-1][0] > 0.05
 
-    lines = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
-    held_out = [line for line in lines if "val_loss" in line]
+    held_out = [line for line in lines(tmp_path / "r") if "val_loss" in line]
     assert [line["step"] for line in held_out] == [4, 8] and "loss" not in held_out[0]
-    tokens, labels = train.read_samples(Dataset(small).split("val"), np.arange(3), 64)
+    tokens, labels, *_ = read_in_turn(Corpus([str(small)], 64).held_out, np.arange(3))
     loss, n_tokens, n_correct = load_hf(tmp_path / "r/export")(tokens, labels)
     assert n_tokens == 149
     assert held_out[-1]["val_loss"] == pytest.approx(loss.item() / 149, rel=1e-5)
     assert held_out[-1]["val_accuracy"] == pytest.approx(n_correct.item() / 149)
     assert status(tmp_path / "r") | {"state": "finished", "step": 8} == status(tmp_path / "r")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> Path:
+    """Folders a and b of short documents over the same 40 tokens, each with some held out."""
+    folder, rng = tmp_path_factory.mktemp("two"), np.random.default_rng(0)
+
+    def documents(n, stride):
+        return [np.arange(length) * stride % 40 for length in rng.integers(1, 150, n)]
+
+    for name, stride in (("a", 7), ("b", 3)):
+        write_dataset(documents(30, stride), folder / name, vocab_size=256, val_documents=documents(4, stride))
+    return folder
+
+
+@pytest.mark.parametrize("flags", [[], ["--documents"]])
+def test_a_mixture_trains_alike_on_one_rank_and_two_and_over_a_stop(two, tmp_path, flags):
+    command = [*SMALL, *flags, "--steps", 20, "--lr", "3e-3", "--eval-every", 10, "--save-every", 5]
+    alone = ranks_run(*command, "--data", f"{two}/a:0.7", f"{two}/b:0.3", "--run-dir", "alone", cwd=tmp_path).out
+    assert f"{two}/a: " in alone and "70.00% of the run's" in alone and ("padding" in alone) == bool(flags)
+    losses = column(tmp_path / "alone", "loss")
+    assert losses[0][0] - losses[-1][0] > 0.5
+
+    command += ["--data", f"{two}/b:3", f"{two}/a:7"]  # the same mixture
+    ranks_run(*command, "--run-dir", "both", ranks=2, cwd=tmp_path)
+    np.testing.assert_allclose(column(tmp_path / "both", "loss"), losses, rtol=1e-5)
+    shutil.copytree(tmp_path / "both", tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped/checkpoints/step-00000020")
+    ranks_run(*command, "--run-dir", "stopped", ranks=2, cwd=tmp_path)
+    assert column(tmp_path / "stopped", "loss") == column(tmp_path / "both", "loss")
+
+    rows = Corpus([f"{two}/a:7", f"{two}/b:3"], 64, bool(flags)).held_out
+    batch = read_in_turn(rows, np.arange(sum(map(len, rows))))
+    loss, n_tokens, _ = load_hf(tmp_path / "both/export")(*batch)
+    held_out = [line["val_loss"] for line in lines(tmp_path / "both") if "val_loss" in line]
+    assert held_out[-1] == pytest.approx(loss.item() / n_tokens.item(), rel=1e-5)
+
+
+def test_a_shard_that_is_cut_short_during_a_run_ends_it_by_name(two, tmp_path):
+    shutil.copytree(two, tmp_path / "two")
+    process = Ranks(*LONG, "--data", "two/a:1", "two/b:1", "--steps", 5000, "--run-dir", "r", ranks=2, cwd=tmp_path)
+    wait_for_step(process, tmp_path / "r", 3)
+    os.truncate(tmp_path / "two/b/train-00000.npy", 200)
+    assert process.codes() == [train.FAILED] * 2
+    assert "two/b/train-00000.npy: was changed or replaced" in process.err and "Traceback" not in process.err
+    failed = status(tmp_path / "r")
+    assert failed["state"] == "failed" and "two/b/train-00000.npy" in failed["reason"]
 
 
 def test_metrics_lines_say_what_they_should(small, tmp_path):
@@ -415,7 +453,7 @@ def test_init_from_hugging_face_is_exact_and_keeps_its_sizes(small, tmp_path):
     model = Mistral(MODELS["test"])
     save_hf(model, tmp_path / "hf")
     run(*SMALL, "--data", small, "--init-from", "hf", "--steps", 1, "--run-dir", "r", ranks=2, cwd=tmp_path)
-    tokens, labels = train.read_samples(Dataset(small).split("train"), np.arange(4), 64)
+    tokens, labels, *_ = read_in_turn(Corpus([str(small)], 64).train, np.arange(4))
     loss, n_tokens, _ = model(tokens, labels)
     assert column(tmp_path / "r", "loss")[0][0] == pytest.approx((loss / n_tokens).item(), rel=1e-5)
 
