@@ -669,20 +669,23 @@ def train_step(
     The loss is the mean over the real targets of all ranks and micro batches, so every token weighs alike however the
     batch is divided: each summed loss is scaled by world size / global targets, because FSDP averages over ranks.
 
-    Returns fp64 [6] on the device: the loss sum, targets and correct predictions of all ranks, the gradient norm before
-    clipping, and the guard's verdict on the update with the median of losses behind it.
+    Returns fp64 [7] on the device: of all ranks the loss sum, targets, correct predictions and pairs of a query and a
+    key (what attention cost); the gradient norm before clipping; the guard's verdict on the update, and the median of
+    losses behind it.
     """
     world_size = dist.get_world_size()
     n_targets = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
     dist.all_reduce(n_targets)
     scale = world_size / n_targets.clamp(min=1)
 
-    totals = torch.zeros(3, dtype=torch.float64, device=n_targets.device)
+    pairs = sum(roofline.attention_keys(batch.lengths, model.config.window) for batch in batches)
+    totals = torch.zeros(4, dtype=torch.float64, device=n_targets.device)
+    totals[3] = pairs
     for i, batch in enumerate(batches, start=1):
         model.set_requires_gradient_sync(i == len(batches))
-        loss, n_tokens, n_correct = model(*batch)
+        loss, n_tokens, n_correct = model(*batch.inputs)
         (loss * scale).backward()
-        totals += torch.stack([loss.detach().double(), n_tokens.double(), n_correct.double()])
+        totals[:3] += torch.stack([loss.detach().double(), n_tokens.double(), n_correct.double()])
     dist.all_reduce(totals)
 
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).full_tensor().double()
@@ -708,7 +711,7 @@ def evaluate(model: Mistral, corpus: Corpus, plan: Plan, world: World, alive: Ca
         alive()
         answers, asking = ask_everywhere(stop_signal is not None)
         batch = read_in_turn(corpus.held_out, first + world.rank * micro_batch + np.arange(micro_batch))
-        loss, n_tokens, n_correct = model(*batch.to(world.device))
+        loss, n_tokens, n_correct = model(*batch.to(world.device).inputs)
         totals += torch.stack([loss.double(), n_tokens.double(), n_correct.double()])
         asking.wait()
         if stopping := bool(answers.item()):
@@ -844,10 +847,11 @@ class InFlight:
         """The metrics line of this step, and what is to be said of its update if it was skipped or a spike."""
         if self.ready is not None:
             self.ready.synchronize()
-        *sums, grad_norm, verdict, median = self.values.tolist()
+        *sums, pairs, grad_norm, verdict, median = self.values.tolist()
         run.step_s = seconds_since()
         recipe = run.plan.recipe
         rate = recipe.batch_tokens / run.world.size / run.step_s
+        flops = roofline.step_flops(run.plan.model, recipe.batch_tokens, pairs)
         line = {
             "step": self.step,
             **loss_metrics(*sums),
@@ -855,7 +859,7 @@ class InFlight:
             "grad_norm": grad_norm,
             "tokens": self.step * recipe.batch_tokens,
             "tokens_per_second_per_gpu": rate,
-            "mfu": roofline.mfu(rate, run.plan.flops_per_token, run.plan.peak_flops),
+            "mfu": roofline.mfu(rate, flops / recipe.batch_tokens, run.plan.peak_flops),
             "peak_memory_gib": peak_memory_bytes(run.world) / 2**30,
             "data_wait_s": self.data_wait_s,
         }
@@ -1193,7 +1197,7 @@ def replay(run: Run, step: int) -> None:
         seen.clear()
         source, row = corpus.locate(number[None], recipe.seed)
         batch = read_batch(corpus.train, source, row)
-        loss, n_targets, _ = run.model(*batch.to(world.device))
+        loss, n_targets, _ = run.model(*batch.to(world.device).inputs)
         (loss / n_targets.clamp(min=1)).backward()
         norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), math.inf).full_tensor().item()
         run.optimizer.zero_grad()

@@ -396,12 +396,17 @@ def _check_goes_together(one: Dataset | RawDataset, other: Dataset | RawDataset)
 
 
 class Batch(NamedTuple):
-    """What the model computes at once: its arguments, in order."""
+    """What the model computes at once: ``model(*batch.inputs)``."""
 
     tokens: Tensor  # int64 [micro_batch, T]
     labels: Tensor  # int64 [micro_batch, T]: the token that follows, or IGNORED
     cu_seqlens: Tensor | None = None  # int32: where each document begins, and the end; None without --documents
     max_seqlen: int | None = None  # positions of the longest
+    lengths: Sequence[int] = ()  # positions of every document, on the host: what attention costs
+
+    @property
+    def inputs(self) -> tuple:
+        return self[:4]
 
     def to(self, device: torch.device) -> "Batch":
         return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
@@ -428,9 +433,9 @@ def read_batch(sources: Sequence[Rows], source: np.ndarray, row: np.ndarray, pin
         labels[i, filled:] = IGNORED
         documents += [*lengths.tolist(), seq_len - filled] if filled < seq_len else lengths.tolist()
     if isinstance(sources[0], Windows):
-        return Batch(tokens, labels)
+        return Batch(tokens, labels, lengths=[seq_len] * len(row))
     cu_seqlens = torch.tensor([0, *documents]).cumsum(0, dtype=torch.int32)
-    return Batch(tokens, labels, cu_seqlens.pin_memory() if pin else cu_seqlens, max(documents))
+    return Batch(tokens, labels, cu_seqlens.pin_memory() if pin else cu_seqlens, max(documents), documents)
 
 
 def read_in_turn(sources: Sequence[Rows], numbers: np.ndarray) -> Batch:

@@ -68,17 +68,26 @@ def attention_flops(config: MistralConfig, lengths: Iterable[int]) -> int:
     12 is 2 products (q k^T, weights v) x 2 FLOP x 3, and 3 is one forward and two gradients a product. What
     FlashAttention recomputes in its backward is not counted.
     """
-    return 12 * config.n_layers * config.n_heads * config.head_dim * attention_keys(lengths, config.window)
+    return _flops_per_pair(config) * attention_keys(lengths, config.window)
+
+
+def _flops_per_pair(config: MistralConfig) -> int:
+    return 12 * config.n_layers * config.n_heads * config.head_dim
+
+
+def step_flops(config: MistralConfig, n_tokens: int, pairs: float) -> float:
+    """FLOPs of a step on so many tokens, whose mask admits so many pairs of query and key (``attention_keys``).
+
+    6 x matmul weights a token + attention; 6 = 2 FLOP a weight x (forward, gradient to the input, gradient to the
+    weight). What a trainer's MFU divides by the step's time.
+    """
+    return 6 * matmul_parameters(config) * n_tokens + _flops_per_pair(config) * pairs
 
 
 def batch_flops(config: MistralConfig, lengths: Iterable[int]) -> int:
-    """FLOPs of a step on documents of these lengths, forward and backward, counting only what the mask admits.
-
-    6 x matmul weights a token + attention; 6 = 2 FLOP a weight x (forward, gradient to the input, gradient to the
-    weight). With packed documents an MFU divides this, summed over the step, by the step's time.
-    """
+    """``step_flops`` of documents of these lengths: counts only what the mask admits."""
     lengths = list(lengths)
-    return 6 * matmul_parameters(config) * int(sum(lengths)) + attention_flops(config, lengths)
+    return step_flops(config, int(sum(lengths)), attention_keys(lengths, config.window))
 
 
 def keys_per_query(seq_len: int, window: int | None) -> float:

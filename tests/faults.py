@@ -141,9 +141,8 @@ def disk_lies(save: str) -> None:
     before(Saver, "_read_back", int(save), flip)
 
 
-def slow_save(seconds: str) -> None:
-    for save in range(1, 50):
-        before(Saver, "_finish", save, lambda *_: time.sleep(float(seconds)))
+def slow_save(seconds: str, save: str) -> None:
+    before(Saver, "_finish", int(save), lambda *_: time.sleep(float(seconds)))
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers

@@ -406,7 +406,7 @@ def test_loss_of_a_packed_run_is_that_of_its_documents_alone(tmp_path):
     in_turn = [np.array([2, 0]), np.array([-1]), np.arange(3, len(rows)), np.array([1])]
     packed = [read_batch([rows], np.zeros(len(numbers), np.int64), numbers) for numbers in in_turn]
     with torch.no_grad():
-        sums = [model(*batch) for batch in packed]
+        sums = [model(*batch.inputs) for batch in packed]
         alone = [model(torch.tensor(d[None, :-1]), torch.tensor(d[None, 1:])) for d in documents if len(d) > 1]
     assert sum(s.n_tokens for s in sums) == sum(s.n_tokens for s in alone) == sum(len(d) - 1 for d in documents)
     assert sum(s.n_correct for s in sums) == sum(s.n_correct for s in alone)

@@ -176,17 +176,19 @@ def test_fault_08_a_disk_that_changes_a_bit_is_noticed_when_saving(command, tmp_
 
 def test_fault_14_a_save_longer_than_the_launchers_patience(command, twelve, tmp_path):
     """torchrun ends its ranks 30 s after it was told to stop (here 3): the save is lost, nothing before it is."""
-    patience = dict(env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}, ranks=1, cwd=tmp_path, fault=("slow_save", "8"))
-    process = start(*command, "--save-every", 4, "--steps", 5000, **patience)
-    wait_until(process, lambda: saved_steps(tmp_path / "r") if (tmp_path / "r/checkpoints").exists() else False)
+    if "--shutdown-timeout" not in _torchrun_help():
+        pytest.skip("this torchrun's patience cannot be set, and half a minute is long for a test")
+    command = [*command, "--save-every", 4, "--steps", 5000]
+    patience = dict(env={"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}, ranks=1, cwd=tmp_path, fault=("slow_save", "60", "2"))
+    process = start(*command, **patience)
+    wait_for_step(process, tmp_path / "r", 8)
     process.send_signal(signal.SIGTERM)
     began = time.monotonic()
     process.communicate(timeout=60)
-    if "--shutdown-timeout" in _torchrun_help():  # torch 2.11 may know neither the flag nor the variable
-        assert time.monotonic() - began < 8
-    assert saved_steps(tmp_path / "r")[0] == 4
-    again = Ranks(*command, "--save-every", 4, "--steps", 5000, cwd=tmp_path)
-    wait_until(again, lambda: "resuming after step" in again.out)
+    assert time.monotonic() - began < 40  # not the 60 that the save takes
+    assert saved_steps(tmp_path / "r") == [4] and (tmp_path / "r/checkpoints/.step-00000008.partial").exists()
+    again = Ranks(*command, cwd=tmp_path)
+    wait_until(again, lambda: "resuming after step 4" in again.out)
     again.kill()
 
 
