@@ -107,7 +107,7 @@ PACKAGES: dict[str, tuple[str, str]] = {
     # Without that last name a namespace would answer: flash-attn-4 installs into flash_attn/ too, without __init__.py.
     "flash-attn": (
         "flash_attn.flash_attn_interface",
-        "pip install flash-attn; no wheel for aarch64 (GH200), where it compiles for an hour",
+        "pip install flash-attn; no wheel for aarch64, so a GH200 compiles it",
     ),
 }
 _modules: dict[str, ModuleType] = {}  # those imported; a table, because torch.compile cannot look into an import
@@ -483,7 +483,7 @@ def _choose(backend: str, *case) -> str:
     return choose(backend, Case(*case))
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
