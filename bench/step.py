@@ -36,6 +36,7 @@ import torch
 import train
 from bench import measure
 from halny.model import roofline
+from halny.model.batches import Batch
 from halny.model.mistral import PRESETS, MistralConfig
 
 SEQ_LEN = 4096
@@ -125,9 +126,9 @@ class Step:
     def __init__(self, bench: measure.Bench, world: train.World, model: MistralConfig, micro_batch: int):
         self.bench, self.config, self.micro_batch = bench, model, micro_batch
         self.seq_len = 64 if bench.smoke else SEQ_LEN
-        recipe = train.Recipe(
-            model="test" if bench.smoke else "mistral-7b", data=Path("random tokens"), run_dir=Path("none"),
-            seq_len=self.seq_len, batch_tokens=micro_batch * self.seq_len, micro_batch=micro_batch, steps=1000,
+        recipe = train.Recipe(  # of a model of the built-in vocabulary, so that no data are asked for
+            model="mistral-7b", run_dir=Path("none"), seq_len=self.seq_len, micro_batch=micro_batch, steps=1000,
+            batch_tokens=micro_batch * self.seq_len,
         )  # fmt: skip
         plan = replace(train.resolve(recipe, world), model=model)
         self.recipe = plan.recipe
@@ -139,15 +140,17 @@ class Step:
             self.model.init_buffers()
         self.optimizer = train.build_optimizer(self.model, plan.recipe)
         self.guard, self.n_steps = train.Guard(plan.recipe, world.device), 0
-        shape = 4, 1, micro_batch, self.seq_len
-        self.tokens = torch.randint(model.vocab_size, shape, device=bench.device)
-        self.labels = torch.randint(model.vocab_size, shape, device=bench.device)
+        self.batches = [
+            Batch(*torch.randint(model.vocab_size, (2, micro_batch, self.seq_len), device=bench.device),
+                  lengths=[self.seq_len] * micro_batch)
+            for _ in range(4)
+        ]  # fmt: skip
 
     def run(self, i: int) -> torch.Tensor:
         """train.train_step on one of the batches; what it returns, on the device."""
-        self.n_steps, i = self.n_steps + 1, i % len(self.tokens)
-        batch = self.tokens[i], self.labels[i]
-        return train.train_step(self.model, self.optimizer, self.guard, self.n_steps, *batch, 1e-5, self.recipe.clip)
+        self.n_steps += 1
+        batches = [self.batches[i % len(self.batches)]]
+        return train.train_step(self.model, self.optimizer, self.guard, self.n_steps, batches, 1e-5, self.recipe.clip)
 
     @property
     def label(self) -> str:
@@ -213,7 +216,7 @@ def time_steps(bench: measure.Bench, step: Step, n_steps: int, seconds: float) -
     tokens_per_second = n_tokens / milliseconds["median"] * 1e3
     flops = roofline.flops_per_token(step.config, step.seq_len)
     peak = roofline.peak_flops(torch.cuda.get_device_name(bench.device)) if bench.on_gpu else None
-    loss_sum, n_targets, _, _, verdict, _ = totals.tolist()
+    loss_sum, n_targets, *_, verdict, _ = totals.tolist()
     if verdict % 2:  # as train.Guard counts
         raise RuntimeError(
             "the last update was skipped, as a loss or norm was not finite: what was timed is no training"
