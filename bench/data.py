@@ -6,8 +6,8 @@
 The corpus is generated: Polish-looking and English words, whose frequencies fall as in language, in documents of some 3
 kB, as .jsonl. "tokenizer alone" is `encode_batch_fast` of the `tokenizers` library on texts that are already in memory,
 a process a core; no JSON, no ids turned into arrays, nothing written. It is what prepare_data is held to: at least 85%.
-MB are 10^6 bytes of text; the best of the rounds. Start-up is counted in neither, and said apart. Core-seconds (user and
-system time of all processes) tell what the clock cannot where others compute too.
+MB are 10^6 bytes of text; the best of the rounds. Start-up is counted in neither, and said apart. Core-seconds (user
+and system time of all processes) tell what the clock cannot where others compute too.
 
 The loader (halny.model.batches) reads what was prepared, as one process with one thread of it does: samples of 4096,
 eight a batch, a batch a step, onto the CPU, the files in the page cache. A token is a position of a batch.

@@ -93,12 +93,11 @@ def interleave(numbers: np.ndarray, weights: Sequence[int], seed: int) -> tuple[
 
     - A line of slots in which source 0 has slot p where floor(p w / W) steps up (w its weight, W the sum of all): as
       even as whole numbers allow. The slots that are left, counted anew, are divided among the others the same way. So
-      how many of the first p slots a source has is a formula, and differs from its share of p by less than two for the
-      sources that come first and less than the number of sources for any.
+      how many of the first p slots a source has is a formula; it is off its share by less than the number of sources.
     - Within each BLOCK of sample numbers the slots are shuffled, by the permutation that ``sample_order`` gives it.
 
-    So in any window of samples, wherever it starts, a source is off its share by at most what two torn blocks hold of
-    it (at most a quarter of a block each) and the roundings. A number costs its block, whatever came before.
+    So in a window of samples, wherever it starts, a source is off its share by what the two blocks torn at its ends can
+    make of it (a quarter of a block each) and by rounding. A number costs its block, whatever came before.
     """
     numbers = np.asarray(numbers, dtype=np.int64)
     blocks, which = np.unique(numbers.ravel() // BLOCK, return_inverse=True)
@@ -413,9 +412,9 @@ class Batch(NamedTuple):
 
 
 def read_batch(sources: Sequence[Rows], source: np.ndarray, row: np.ndarray, pin: bool = False) -> Batch:
-    """The batch of ``row[i]`` of ``sources[source[i]]``; a row of -1 stands for no sample: nothing but ignored labels.
+    """A batch of rows: ``row[i]`` of ``sources[source[i]]``, or for -1 no sample, nothing but ignored labels.
 
-    What a row does not fill is a document of its own whose labels are ignored.
+    Positions that a row leaves free are a document of their own whose labels are ignored.
     """
     seq_len = sources[0].seq_len
     # Allocated anew for each batch: pinned memory comes from torch's caching allocator, which does not hand it out
@@ -467,7 +466,7 @@ class Loader:
             for numbers in steps:
                 located = zip(*corpus.locate(numbers, seed), strict=True)
                 self._ready.put([read_batch(corpus.train, source, row, pin) for source, row in located])
-            raise StopIteration
+            self._ready.put(StopIteration())
         except Exception as error:
             self._ready.put(error)
 

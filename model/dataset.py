@@ -540,10 +540,9 @@ def _map_raw(path: Path, dtype: str | None) -> np.ndarray:
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            header = np.frombuffer(file.read(12), dtype="<i4")
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "too short"
-        raise DataError(f"{path}: cannot be read as token ids ({reason}); check the path") from error
+            header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
     offset, known = 0, LLM_C_HEADERS.get(tuple(header[:2].tolist()))
     if known is not None and size >= LLM_C_HEADER_BYTES:
         if dtype not in (None, known):
@@ -608,6 +607,15 @@ def _check_manifest(manifest: dict) -> None:
     if manifest["tokenizer"] is not None:
         for record in manifest["tokenizer"]["files"]:
             check_file(record, TOKENIZER_FILES)
+    for record in manifest.get("sources", []):  # which, as "input", write_dataset and older versions leave out
+        count(record, "documents")
+        count(record, "tokens")
+        if not isinstance(record["name"], str):
+            raise TypeError(f"a source's name is {record['name']!r}")
+    if counts := manifest.get("input"):
+        count(counts, "documents")
+        for reason in [*counts.get("dropped", {}), *counts["skipped"]]:
+            count(counts["skipped"] if reason in counts["skipped"] else counts["dropped"], reason)
     for split in SPLITS:
         record = manifest["splits"][split]
         count(record, "documents")

@@ -8,9 +8,10 @@ Two halves. `read_blocks` runs in the main process: it reads files in order and 
 about a megabyte. `documents` runs in the workers: it makes texts of a block, or a `Fault` of what is none.
 
 Handled: a byte-order mark at the start of a file is no text; NUL, CR LF and any other character are; a blank line is no
-document. Skipped, counted by reason, and refused with `--strict`: everything that raises `Fault` here, and empty
-documents. A damaged file is read up to the damage. Refused always: what is wrong with a file as a whole (none of that
-name, not readable, of another ending) or with a flag.
+document. Skipped, counted by reason, and refused with `--strict`: everything that raises `Fault` here. A damaged file
+is read as far as it can be; a .gz may hide its damage up to the checksum at its end, and the count then warns of all
+before it. Refused always: what is wrong with a file as a whole (none of that name, not readable, of another ending) or
+with a flag.
 """
 
 import gzip
@@ -20,7 +21,7 @@ import operator
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,9 @@ from typing import Any, NamedTuple
 from halny.model.dataset import DataError, one_line
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+BOM = b"\xef\xbb\xbf"
 BLOCK_BYTES = 1 << 20
+BLOCK_FILES = 1000  # .txt files in a block, at most
 MAX_DOCUMENT_BYTES = 1 << 28  # a line or file beyond it is no document, and bounds the memory of a process
 
 
@@ -121,88 +124,99 @@ def check_packages(files: Iterable[tuple[int, Path]]) -> None:
 
 def read_blocks(files: Iterable[tuple[int, Path]], text_key: str, keep: "list[Condition]") -> Iterator[Block]:
     """The blocks of all files in order; DataError where the disk or the network fails."""
-    texts = None  # small .txt files share a block
+    together, source_before, size_together = [], 0, 0  # small .txt files share a block
+
+    def full(source: int, kind: str) -> bool:
+        other = kind != ".txt" or source != source_before
+        return bool(together) and (other or size_together >= BLOCK_BYTES or len(together) >= BLOCK_FILES)
+
     for source, file in files:
         kind = ending(file)
-        if texts and (kind != ".txt" or source != texts.source or texts.size >= BLOCK_BYTES):
-            yield texts
-            texts = None
+        if full(source, kind):
+            yield Block(source_before, together, size_together)
+            together, size_together = [], 0
         try:
             if kind == ".txt":
                 part, size = _read_text(file)
-                texts = Block(source, [*texts.parts, part], texts.size + size) if texts else Block(source, [part], size)
+                together.append(part)
+                source_before, size_together = source, size_together + size
             else:
                 parts = _read_rows(file, text_key, keep) if kind == ".parquet" else _read_lines(file, kind)
                 for part, size in parts:
                     yield Block(source, [part], size)
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({one_line(error)}); check the file or leave it out") from error
-    if texts:
-        yield texts
+    if together:
+        yield Block(source_before, together, size_together)
 
 
 def _read_text(file: Path) -> tuple[Part, int]:
     if (size := file.stat().st_size) > MAX_DOCUMENT_BYTES:
-        return Part(str(file), 1, _too_large(file, 1), is_text=True), size
-    return Part(str(file), 1, file.read_bytes().removeprefix(b"\xef\xbb\xbf"), is_text=True), size
+        return Part(str(file), 1, _too_large(f"{file}:1"), is_text=True), size
+    return Part(str(file), 1, file.read_bytes().removeprefix(BOM), is_text=True), size
 
 
-def _too_large(file: Path, line: int) -> Fault:
+def _too_large(where: str) -> Fault:
     size = f"a document of over {MAX_DOCUMENT_BYTES >> 20} MiB"
-    return Fault("too large", f"{file}:{line}: {size}, a whole corpus in one?; split it, or give it as .jsonl")
+    return Fault("too large", f"{where}: {size}, a whole corpus in one?; split it, or give it as .jsonl")
 
 
 def _read_lines(file: Path, kind: str) -> Iterator[tuple[Part, int]]:
     """Whole lines, about a block of them or one, and the bytes of the file that they took."""
-    number, taken, held, pieces, skipping = 1, 0, 0, [], False
+    number, taken, pieces, held, skipping, fault = 1, 0, [], 0, False, None
     with open(file, "rb") as raw:
-        try:
-            for first, chunk in enumerate(_chunks(raw, kind)):
-                chunk = chunk if first else chunk.removeprefix(b"\xef\xbb\xbf")
-                if skipping:
-                    if (cut := chunk.find(b"\n") + 1) == 0:
-                        continue
-                    yield Part(str(file), number, _too_large(file, number)), 0
-                    number, chunk, skipping = number + 1, chunk[cut:], False
-                if cut := chunk.rfind(b"\n") + 1:
-                    data = b"".join([*pieces, chunk[:cut]])
-                    size, taken = raw.tell() - taken, raw.tell()
-                    yield Part(str(file), number, data), size
-                    number, held, pieces = number + data.count(b"\n"), 0, []
-                pieces.append(chunk[cut:])
-                held += len(pieces[-1])
+        read, at_once = _reader(raw, kind)
+        while True:
+            try:
+                chunk = read(at_once)
+            except (EOFError, zlib.error, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                chunk, fault = b"", error
+            ended = not chunk
+            if skipping and (cut := chunk.find(b"\n") + 1):
+                yield Part(str(file), number, _too_large(f"{file}:{number}")), 0
+                number, chunk, skipping = number + 1, chunk[cut:], False
+            if not skipping:
+                pieces.append(chunk)
+                held += len(chunk)
+            if ended or (held >= BLOCK_BYTES and b"\n" in chunk) or held > MAX_DOCUMENT_BYTES:
+                data = b"".join(pieces)
+                cut = len(data) if ended and fault is None else data.rfind(b"\n") + 1
+                if cut:
+                    lines, before, taken = data[:cut], taken, raw.tell()
+                    yield Part(str(file), number, lines.removeprefix(BOM) if number == 1 else lines), taken - before
+                    number += lines.count(b"\n")
+                pieces, held = [data[cut:]], len(data) - cut
                 if held > MAX_DOCUMENT_BYTES:
-                    held, pieces, skipping = 0, [], True
-        except (EOFError, zlib.error, OSError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise
-            fault = Fault(
-                "damaged file",
-                f"{file}:{number}: the file is damaged from about here ({one_line(error)}), the lines before it are "
-                "used; mend the file or leave it out",
-                of_file=True,
-            )
-            yield Part(str(file), number, fault), raw.tell() - taken
-            return
-        if skipping:
-            yield Part(str(file), number, _too_large(file, number)), raw.tell() - taken
-        elif any(pieces):
-            yield Part(str(file), number, b"".join(pieces)), raw.tell() - taken
+                    pieces, held, skipping = [], 0, True
+            if ended:
+                break
+        if fault is not None:
+            yield Part(str(file), number, _damage(file, number, "line", fault)), raw.tell() - taken
+        elif skipping:
+            yield Part(str(file), number, _too_large(f"{file}:{number}")), raw.tell() - taken
 
 
-def _chunks(raw, kind: str) -> Iterator[bytes]:
-    """The content of an open .jsonl, .jsonl.gz or .jsonl.zst file; a damaged one raises after what could be read."""
+def _damage(file: Path, number: int, what: str, error: Exception) -> Fault:
+    message = f"the file is damaged at this {what} or before ({one_line(error)}), the {what}s before it are used"
+    return Fault("damaged file", f"{file}:{number}: {message}; mend the file or leave it out", of_file=True)
+
+
+def _reader(raw, kind: str) -> tuple[Callable[[int], bytes], int]:
+    """What reads the content of an open .jsonl, .jsonl.gz or .jsonl.zst, and how much at a time.
+
+    It raises on damage, after having given what comes before.
+    """
     if kind == ".jsonl":
-        read = raw.read
-    elif kind == ".jsonl.gz":
-        read = gzip.GzipFile(fileobj=raw).read1  # read() would lose what comes before the damage
-    else:
-        import pyarrow
+        return raw.read, BLOCK_BYTES
+    if kind == ".jsonl.gz":
+        return gzip.GzipFile(fileobj=raw).read1, BLOCK_BYTES  # read() would lose what comes before the damage
+    import pyarrow
 
-        # Not the package zstandard, whose reader takes a truncated file for a whole one.
-        read = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd").read
-    while chunk := read(BLOCK_BYTES):
-        yield chunk
+    # Not the package zstandard, whose reader takes a truncated file for a whole one. What is read in one go with the
+    # damage is lost, hence little.
+    return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd").read, min(BLOCK_BYTES, 1 << 16)
 
 
 def _read_rows(file: Path, text_key: str, keep: "list[Condition]") -> Iterator[tuple[Part, int]]:
@@ -241,13 +255,7 @@ def _read_rows(file: Path, text_key: str, keep: "list[Condition]") -> Iterator[t
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        fault = Fault(
-            "damaged file",
-            f"{file}:{number}: the file is damaged from about this row on ({one_line(error)}), the rows before it are "
-            "used; mend the file or leave it out",
-            of_file=True,
-        )
-        yield Part(str(file), number, fault), 0
+        yield Part(str(file), number, _damage(file, number, "row", error)), 0
 
 
 def _is_text(kind) -> bool:
@@ -330,7 +338,7 @@ def _text_of_row(raw: bytes | None, record: dict, where: str, keep: "list[Condit
     if raw is None:
         raise Fault("null", f"{where}: the text of this row is null; remove the row")
     if len(raw) > MAX_DOCUMENT_BYTES:
-        raise _too_large(*where.rsplit(":", 1))
+        raise _too_large(where)
     return first_failed(keep, record) or _not_empty(_decode(raw, where), where)
 
 

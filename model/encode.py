@@ -40,7 +40,6 @@ class Encoded:
 
     source: int
     size: int  # as in `Block`
-    text_bytes: int = 0
     ids: np.ndarray | None = None
     lengths: np.ndarray | None = None
     val: np.ndarray | None = None  # bool, a document each
@@ -74,7 +73,6 @@ def encode_block(job: Job, encoder: Encoder, block: Block) -> Encoded:
             val.append(_held_out(raw, job.val_fraction))
             if job.dedup:
                 digests.append(hashlib.blake2b(raw, digest_size=16).digest())
-            out.text_bytes += len(raw)
     head, tail = ([] if i is None else [np.array([i], job.tokenizer.dtype)] for i in (job.bos_id, job.eos_id))
     pieces, lengths = [np.array([], job.tokenizer.dtype)], []
     for ids in encoder.encode(texts):

@@ -13,7 +13,7 @@ results are taken in order. Memory depends on the number of workers and the larg
 aside.
 
 Processes and not the tokenizers library's own threads, since those stand still while Python parses JSON before them and
-turns ids into arrays after them, a tenth of the time of one core and so most of the time of many.
+makes arrays of ids after them: a small part of one core's time, and so the largest part of the time of many.
 """
 
 import argparse
@@ -113,7 +113,7 @@ def prepare(
     blocks = read_blocks(files, text_key, conditions)
     settings = {"text_key": text_key, "keep": [condition.text for condition in conditions], "dedup": bool(dedup)}
     settings |= {"val_fraction": val_fraction, "shard_tokens": shard_tokens}
-    sources = [name.resolve().name for name in inputs]
+    sources = [os.fsencode(name.resolve().name).decode(errors="replace") for name in inputs]
     _prepare(
         blocks,
         out,
@@ -182,7 +182,7 @@ def _prepare(
             keep = tally.add(block)
             if tally.first_faults and strict:
                 raise DataError(f"{next(iter(tally.first_faults.values()))} (refused because of --strict)")
-            if tally.faults.total() >= HOPELESS and not tally.documents.sum():
+            if tally.faults.total() >= HOPELESS and not tally.documents.sum() and not tally.dropped:
                 first = next(iter(tally.first_faults.values()))
                 raise DataError(f"none of the first {tally.faults.total():,} documents can be used; the first: {first}")
             for split, chosen in (("train", keep & ~block.val), ("val", keep & block.val)):
@@ -265,7 +265,7 @@ class DigestSet:
     """A set of 128-bit digests: open addressing in one array, 24 to 48 bytes each, where a Python set takes 130."""
 
     def __init__(self):
-        self.table, self.n = np.zeros((1 << 10, 2), np.uint64), 0  # a row of zeros is free; no digest is in 2^128 years
+        self.table, self.n = np.zeros((1 << 10, 2), np.uint64), 0  # a row of zeros is free
 
     def add(self, digests: np.ndarray) -> np.ndarray:
         """Which rows of [n, 2] uint64 are new, the first among equals, and puts them in."""
@@ -355,7 +355,7 @@ Kept as they are: NUL, CR LF, every character that is one. Not text: a byte-orde
 Skipped, and counted by reason with the first place of each: empty documents; bytes that are not UTF-8; lines that are
 not JSON, no object, without the key, or with something other than a string there; lone surrogates; null; documents over
 {MAX_DOCUMENT_BYTES >> 20} MiB; .parquet files without the column; what follows the damage in a damaged file.
-With --strict the first of them refuses the whole.
+With --strict the first of them refuses the whole, as do {HOPELESS:,} of them before anything else without it.
 """
 EPILOG = """Exit codes: 0 done; 1 a worker died; 2 refused; 130 interrupted; 143 terminated (nothing written unless 0).
 With --check: 0 clean; 1 not clean; 2 nothing that could be opened.

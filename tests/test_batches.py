@@ -303,8 +303,8 @@ def test_raw_files_mix_with_data_folders(tmp_path):
 def test_windows_cover_the_stream_and_end_in_ignored_labels(tmp_path):
     [rows] = corpus_of(make(tmp_path / "a", [100, 102]), seq_len=64).train
     assert len(rows) == 4 and rows.n_targets == 201
-    tokens, labels, cu_seqlens, _ = whole(rows)
-    assert cu_seqlens is None and tokens.dtype == labels.dtype == torch.int64
+    tokens, labels, cu_seqlens, _, lengths = whole(rows)
+    assert cu_seqlens is None and lengths == [64] * 4 and tokens.dtype == labels.dtype == torch.int64
     assert tokens.flatten()[:201].tolist() == list(range(201))
     assert labels.flatten()[:201].tolist() == list(range(1, 202)) and (labels.flatten()[201:] == IGNORED).all()
     nothing = read_batch([rows], np.array([0]), np.array([-1]))
@@ -371,11 +371,11 @@ def test_batches_of_documents_never_cross_a_boundary(tmp_path_factory, lengths, 
         patch.setattr(Packing, "AT_ONCE", at_once)
         [rows] = corpus_of(folder, documents=True).train
     assert isinstance(rows, Packing) and rows.n_targets == sum(lengths) - len(lengths)
-    tokens, labels, cu_seqlens, max_seqlen = whole(rows)
+    tokens, labels, cu_seqlens, max_seqlen, lengths = whole(rows)
     boundaries = cu_seqlens.tolist()
     assert cu_seqlens.dtype == torch.int32 and boundaries[0] == 0 and boundaries[-1] == tokens.numel()
     assert set(range(0, tokens.numel(), 16)) <= set(boundaries) and boundaries == sorted(set(boundaries))
-    assert max_seqlen == max(np.diff(boundaries)) and type(max_seqlen) is int
+    assert lengths == np.diff(boundaries).tolist() and max_seqlen == max(lengths) and type(max_seqlen) is int
     predicted = []
     for begin, end in itertools.pairwise(boundaries):
         piece, after = tokens.flatten()[begin:end].tolist(), labels.flatten()[begin:end].tolist()

@@ -145,6 +145,8 @@ DAMAGE = {
     "no tokens": (edit_manifest(lambda m: shard_of(m).update(tokens=0)), "tokens"),
     "total tokens": (edit_manifest(lambda m: m["splits"]["train"].update(tokens=31)), "31"),
     "total documents": (edit_manifest(lambda m: m["splits"]["train"].update(documents=3)), "3"),
+    "a source without a name": (edit_manifest(lambda m: m.update(sources=[{"documents": 1, "tokens": 3}])), "'name'"),
+    "counts of the input": (edit_manifest(lambda m: m["input"].update(skipped={"empty": -1})), "empty"),
     "shard tokens": (edit_manifest(lambda m: shard_of(m).update(tokens=29)), SHARD),
     "shard missing": (lambda d: (d / SHARD).unlink(), SHARD),
     "shard cut": (lambda d: os.truncate(d / SHARD, (d / SHARD).stat().st_size - 2), SHARD),

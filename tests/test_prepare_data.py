@@ -354,6 +354,7 @@ def test_any_partition_gives_the_same_tokens(mistral, encoder, files, shard_toke
         mock.patch.object(encode, "Encoder", lambda name: encoder),
         mock.patch.object(dataset, "sync", lambda path: None),
         mock.patch.object(reading, "BLOCK_BYTES", block),
+        mock.patch.object(reading, "BLOCK_FILES", 3),
     ):
         folder = Path(folder)
         (folder / "in").mkdir()
@@ -433,9 +434,9 @@ def test_formats_equal_jsonl(tmp_path, kind):
 
 
 def damaged(tmp_path: Path, name: str) -> Path:
-    """A file of 4,000 numbered documents that ends in damage."""
+    """A file of 12,000 numbered documents that ends in damage."""
     rng = random.Random(6)
-    content = [f"{i} {rng.random()}" for i in range(4000)]
+    content = [f"{i} {rng.random()}" for i in range(12000)]
     path = write(tmp_path / name.replace("corrupt-", ""), content)
     raw = bytearray(path.read_bytes())
     if "corrupt" in name:
@@ -450,25 +451,25 @@ def damaged(tmp_path: Path, name: str) -> Path:
 @pytest.mark.parametrize(
     "name, least",
     [
-        ("x.jsonl.gz", 1000),
-        ("x.jsonl.zst", 0),
-        ("corrupt-x.jsonl.gz", 1000),
+        ("x.jsonl.gz", 5000),
+        ("x.jsonl.zst", 3000),
+        ("corrupt-x.jsonl.gz", 5000),
         ("x.parquet", 0),
         ("corrupt-x.parquet", 0),
     ],
 )
-def test_damaged_files_are_read_up_to_the_damage(tmp_path, monkeypatch, name, least, capsys):
-    monkeypatch.setattr(reading, "BLOCK_BYTES", 4096)
+def test_damaged_files_are_read_up_to_the_damage(tmp_path, name, least, capsys):
     path = damaged(tmp_path, name)
     good = write(tmp_path / "z.jsonl", ["after the damage"])
     prepare([path, good], tmp_path / "out", val_fraction=0)
     prepared = texts(tmp_path / "out")
     assert prepared[-1] == "after the damage" and len(prepared) > least
-    assert [int(text.split()[0]) for text in prepared[:-1]] == list(range(len(prepared) - 1))
-    assert Dataset(tmp_path / "out").manifest["input"]["skipped"] == {"damaged file": 1}
-    line = next(line for line in capsys.readouterr().err.splitlines() if "skipped" in line)
-    assert f"skipped 1: damaged file; the first: {path}:" in line
-    with pytest.raises(DataError, match=f"{name}:[0-9]+: .*damaged.*--strict"):
+    n_sound = least if name == "corrupt-x.jsonl.gz" else len(prepared) - 1  # there, only the end tells
+    assert [int(text.split()[0]) for text in prepared[:n_sound]] == list(range(n_sound))
+    skipped = Dataset(tmp_path / "out").manifest["input"]["skipped"]
+    assert skipped["damaged file"] == 1 and (len(skipped) == 1 or name == "corrupt-x.jsonl.gz")
+    assert f"skipped 1: damaged file; the first: {path}:" in capsys.readouterr().err
+    with pytest.raises(DataError, match=f"{name}:[0-9]+: .*--strict"):
         prepare([path, good], tmp_path / "strict", strict=True, progress=False)
     assert not (tmp_path / "strict").exists()
 
@@ -732,6 +733,17 @@ def test_command(tmp_path):
     assert subprocess.run([sys.executable, "-c", imports]).returncode == 0
 
 
+def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
+    clock = iter([0.0, *(10.0 * i for i in range(1, 8))])
+    monkeypatch.setattr(prepare_data.time, "monotonic", lambda: next(clock))
+    with prepare_data.Progress(100_000_000) as progress:
+        for i in range(1, 8):
+            progress.update(10_000_000, 100 * i, 4_000_000 * i)
+    assert capsys.readouterr().err.splitlines() == [
+        "prepare_data: 40%, 400 documents, 1.0 MB/s, 400,000 tokens/s, 60 s left"
+    ]
+
+
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
@@ -803,6 +815,13 @@ def children(parent: int) -> list[int]:
     return out
 
 
+def wait_for_the_end_of(pids: list[int]) -> None:
+    deadline = time.monotonic() + 20
+    while running(pids) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not running(pids)
+
+
 @pytest.mark.parametrize("victim", ["parent", "worker"])
 def test_killed_processes_neither_hang_nor_outlive(tmp_path, victim):
     seen = []
@@ -812,15 +831,28 @@ def test_killed_processes_neither_hang_nor_outlive(tmp_path, victim):
         os.kill(process.pid if victim == "parent" else seen[0], signal.SIGKILL)
 
     code, errors = interrupted(tmp_path, kill)
-    deadline = time.monotonic() + 20
-    while running(seen) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert len(seen) == 2 and not running(seen) and not (tmp_path / "out").exists()
+    wait_for_the_end_of(seen)
+    assert len(seen) == 2 and not (tmp_path / "out").exists()
     if victim == "worker":
-        assert (
-            code == 1 and errors.count("\n") == 1 and "killed by SIGKILL" in errors and "nothing was written" in errors
-        )
+        assert code == 1 and errors.count("\n") == 1
+        assert "killed by SIGKILL" in errors and "nothing was written" in errors
         assert [file.name for file in tmp_path.iterdir()] == ["big.jsonl"]
+
+
+def test_idle_workers_do_not_outlive_their_parent():
+    code = (
+        "import operator, time; from halny.model.workers import ordered_map\n"
+        "results = ordered_map(operator.methodcaller, 'bit_length', range(100), 2)\n"
+        "print(next(results), flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    process.stdout.readline()
+    time.sleep(0.2)  # they have done all they were given
+    workers = children(process.pid)
+    process.kill()
+    process.communicate()
+    assert len(workers) == 2
+    wait_for_the_end_of(workers)
 
 
 def test_ordered_map():

@@ -293,7 +293,7 @@ def test_a_mixture_trains_alike_on_one_rank_and_two_and_over_a_stop(two, tmp_pat
 
     rows = Corpus([f"{two}/a:7", f"{two}/b:3"], 64, bool(flags)).held_out
     batch = read_in_turn(rows, np.arange(sum(map(len, rows))))
-    loss, n_tokens, _ = load_hf(tmp_path / "both/export")(*batch)
+    loss, n_tokens, _ = load_hf(tmp_path / "both/export")(*batch.inputs)
     held_out = [line["val_loss"] for line in lines(tmp_path / "both") if "val_loss" in line]
     assert held_out[-1] == pytest.approx(loss.item() / n_tokens.item(), rel=1e-5)
 
@@ -346,6 +346,9 @@ def test_a_finished_run_says_so_and_remakes_what_is_missing(small, tmp_path):
     weights = (tmp_path / "r/export/model.safetensors").read_bytes()
     (tmp_path / "r/export/model.safetensors").unlink()
     (tmp_path / "r/curves.png").unlink()
+    config = json.loads((tmp_path / "r/config.json").read_text())
+    del config["recipe"]["documents"]  # a run from before there was this switch is one without it
+    (tmp_path / "r/config.json").write_text(json.dumps(config))
     out = run(*command, cwd=tmp_path).stdout
     assert "finished" in out and (tmp_path / "r/curves.png").exists()
     assert (tmp_path / "r/export/model.safetensors").read_bytes() == weights
