@@ -216,6 +216,7 @@ class Case:
 
     def __init__(self, bench: Bench, operation: Operation, shape: dict, dtype: torch.dtype):
         self.bench, self.operation, self.shape, self.dtype = bench, operation, shape, dtype
+        allow_kept_graphs()
         torch.manual_seed(0)
         first = operation.inputs(shape, dtype, bench.device)
         size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
@@ -346,7 +347,6 @@ def run_case(
     """The rows of one case, a mode at a time. excluded: provider -> why it is not even tried."""
     clocks = clocks or Clocks(bench)
     torch._dynamo.reset()
-    allow_kept_graphs()
     case = Case(bench, operation, shape, dtype)
     functions, status, errors = judge(case, providers, excluded)
     case.truth = case.same_dtype = None  # the largest tensors of all

@@ -296,6 +296,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--budget-s", type=float, default=60, help="time steps for about so many seconds [60]")
     parser.add_argument("--commit", help="commit to record where there is no git checkout")
     given = parser.parse_args(arguments)
+    for name in ("steps", "layers", "micro_batch"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            print(
+                f"step.py: --{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}", file=sys.stderr
+            )
+            return 2
     try:
         bench = measure.bench_on(given.smoke)
     except RuntimeError as error:

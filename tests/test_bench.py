@@ -569,11 +569,25 @@ def test_a_name_that_does_not_exist_is_refused(capsys, tmp_path):
     for main in (kernels.main, bench_attention.main):
         assert main(["--smoke", "--only", "swigloo", "--out", str(tmp_path / "out")]) == 2
         assert "--only 'swigloo' is part of no name; there are" in capsys.readouterr().err
+    assert step.main(["--smoke", "--layers", "0", "--out", str(tmp_path / "out")]) == 2
+    assert "--layers must be at least 1, got 0" in capsys.readouterr().err
     assert gpu_pass.main(["--smoke", "--only", "tests,kernel", "--out", str(tmp_path / "out")]) == 2
     assert gpu_pass.main(["--smoke", "--budget-s", "-1", "--out", str(tmp_path / "out")]) == 2
     heard = capsys.readouterr().err
     assert "--only kernel: there are tests, kernels" in heard and "--budget-s must be positive, got -1" in heard
     assert not (tmp_path / "out").exists()
+
+
+def test_the_everyday_interface():
+    """``pytest bench --benchmark-only``: what the compiler makes keeps its graph, absent peers are skipped by name."""
+    command = ["-m", "pytest", "bench", "--benchmark-only", "-p", "no:cacheprovider", "-k", "rms_norm-backward", "-rs"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=measure.ROOT)
+    if torch.cuda.is_available():
+        assert done.returncode == 0, done.stdout[-3000:]
+        return
+    assert done.returncode == 0 and "8 passed" in done.stdout, done.stdout[-3000:]
+    assert "no GPU: tiny sizes on a CPU" in done.stdout
+    assert "needs a GPU" in done.stdout or "absent: ModuleNotFoundError" in done.stdout
 
 
 def test_a_command_can_be_repeated_elsewhere():
