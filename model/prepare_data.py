@@ -421,6 +421,9 @@ def main(argv: list[str] | None = None) -> int:
         message, code = str(error), 2
     except WorkerDied as error:
         message, code = f"{error}; nothing was written", 1
+    except BrokenPipeError:  # --check DIR | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except KeyboardInterrupt as error:
         terminated = isinstance(error, _Terminated)
         message, code = ("terminated", 143) if terminated else ("interrupted", 130)
