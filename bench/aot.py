@@ -1,6 +1,6 @@
 """Compile every kernel for GPUs that are not here, and hold registers, spills and load widths against recorded limits.
 
-    python bench/aot.py [--arch sm_90] [--only rope]      no GPU needed; exits 1 if a limit is exceeded
+    python bench/aot.py [--arch sm_90] [--only rope] [--json FILE]      no GPU needed; exits 1 if a limit is exceeded
 
 A memory-bound kernel is fast if it moves the minimum of bytes in 16-byte instructions with enough warps in flight. The
 first two show in the machine code, and the third needs few registers and no spills; so a table of these, at the shapes
@@ -13,7 +13,8 @@ Triton type, with ":16" where a launch would find the pointer or integer divisib
 nothing slips in unmeasured.
 
 The columns "load" and "store" count global memory instructions by width in bytes: 8x16 is eight of 16 bytes. They come
-from the machine code (SASS), not PTX: what the hardware runs.
+from the machine code (SASS), not PTX: what the hardware runs. "occup" is theoretical occupancy, for sm_90: the share of
+a multiprocessor's 64 warps that registers, shared memory and warps a program let be there at once.
 """
 
 from __future__ import annotations
@@ -81,6 +82,21 @@ class Compiled(NamedTuple):
     @property
     def narrow(self) -> int:
         return sum(n for widths in (self.loads, self.stores) for width, n in widths.items() if width < 16)
+
+
+def occupancy(registers: int, shared_bytes: int, num_warps: int) -> float:
+    """Resident warps over the most there can be, on sm_90.
+
+    CUDA's occupancy calculation with the limits of compute capability 9.0 (CUDA C++ Programming Guide, Technical
+    Specifications): 64 warps, 32 blocks and 228 KB of shared memory a multiprocessor; 16,384 registers in each of its
+    four partitions, given to a warp 256 at a time; shared memory 128 bytes at a time, 1 KB of each block the system's.
+    """
+    by_warps = 64 // num_warps
+    a_warp = -(-registers * 32 // 256) * 256
+    warps_a_block = -(-num_warps // 4) * 4  # spread over the partitions
+    by_registers = 16384 // a_warp * 4 // warps_a_block
+    by_shared = 228 * 1024 // (-(-(shared_bytes + 1024) // 128) * 128)
+    return min(by_warps, by_registers, by_shared, 32) * num_warps / 64
 
 
 def binary(name: str) -> Path:
@@ -155,10 +171,23 @@ def complaints(name: str, arch: str, result: Compiled) -> list[str]:
     return found
 
 
+def write_rows(path: Path, rows: list[dict]) -> None:
+    """A result file that says the same wherever it was made: nothing in it was measured."""
+    import torch
+
+    from bench import measure
+
+    described = measure.machine(measure.Bench(torch.device("cpu"), False, 0)) | {
+        "device": "none: compiled ahead of time"
+    }
+    measure.write_json(path, {"format": 1, "kind": "aot", "smoke": False, "machine": described, "rows": rows})
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", choices=ARCHS, action="append", help="GPU generation; may be repeated [all]")
     parser.add_argument("--only", help="kernels whose name contains this [all]")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a result file, for report.py")
     given = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         print("aot.py: TRITON_INTERPRET is set; interpreted kernels cannot be compiled", file=sys.stderr)
@@ -171,8 +200,11 @@ def main(arguments: list[str]) -> int:
     print(f"triton {triton.__version__}; no GPU is used; registers a thread, shared memory a program")
     if len(archs) < len(given.arch or ARCHS):
         print("sm_100: absent, this triton package has no ptxas-blackwell")
-    print(f"{'kernel, shape, dtype':42} {'arch':7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>6}  load / store")
-    failures = 0
+    print(
+        f"{'kernel, shape, dtype':42} {'arch':7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>6} {'occup':>5}"
+        "  load / store"
+    )
+    failures, rows = 0, []
     jobs = [(case, arch) for case in cases(given.only) for arch in archs]
     with ThreadPoolExecutor(2) as pool:  # ptxas and cuobjdump are processes of their own
         results = list(pool.map(lambda job: compile_case(*job), jobs))
@@ -181,13 +213,22 @@ def main(arguments: list[str]) -> int:
             " ".join(f"{n}x{width}" for width, n in sorted(x.items(), reverse=True))
             for x in (result.loads, result.stores)
         ]
-        row = f"{case[0]:42} {arch:7} {case[4]:5} {result.registers:5} {result.spills:6} {result.shared_bytes:6}"
+        warps, share = case[4], occupancy(result.registers, result.shared_bytes, case[4]) if arch == "sm_90" else None
+        row = f"{case[0]:42} {arch:7} {warps:5} {result.registers:5} {result.spills:6} {result.shared_bytes:6} "
+        row += f"{share:5.0%}" if share is not None else f"{'':5}"
         wrong = complaints(case[0], arch, result)
         failures += bool(wrong)
         print(f"{row}  {' / '.join(widths)}{'  <- ' + '; '.join(wrong) if wrong else ''}")
+        rows.append({
+            "kernel": case[0], "arch": arch, "warps": warps, "registers": result.registers, "spills": result.spills,
+            "shared_bytes": result.shared_bytes, "occupancy": share, "loads": result.loads, "stores": result.stores,
+        })  # fmt: skip
+    if given.json:
+        write_rows(given.json, rows)
     print(f"{len(jobs)} kernels compiled, {failures} beyond their limits")
     return 1 if failures or not jobs else 0
 
 
 if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/: see kernels.py
     sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,458 @@
+"""How this folder measures: two clocks, the ceilings of the machine, the error bound, and files that are whole.
+
+**Kernel time** is what the GPU spends between two CUDA events around a call. Before each call a buffer of four times
+the L2 cache is read, as often as it takes: so the cache holds nothing of the call's inputs (and nothing dirty, whose
+write-back would be charged to the call), and the host is far enough ahead that its own time cannot show. Inputs rotate
+through several sets besides, together larger than the cache. **Wall time** is the eager call as a training loop makes
+it: back to back, nothing in between, so a call whose launch takes longer than its kernels shows. **Host time** is the
+part of that before the call returns.
+
+Providers are interleaved, a few calls of each in turn, because clocks drift with temperature and power. Data are
+random: a matrix product of zeros is faster than one of data.
+
+On a CPU the same code runs with perf_counter in place of the events. That is a rehearsal (``smoke`` in every file it
+writes), never a figure.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = (
+    *("torch", "triton", "numpy", "transformers", "liger-kernel", "quack-kernels", "cut-cross-entropy"),
+    *("flash-attn", "flash-attn-3", "flash-attn-4", "nvidia-cutlass-dsl"),
+)
+
+# -------------------------------------------------------------------------------------------------------------- clocks
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where a benchmark runs: device, whether it is only a rehearsal, bytes of its last-level cache."""
+
+    device: torch.device
+    smoke: bool
+    cache_bytes: int
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.type == "cuda"
+
+    def synchronize(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+
+def bench_on(smoke: bool) -> Bench:
+    """The current GPU; with smoke the CPU. Raises RuntimeError without a GPU: what a CPU takes says nothing here."""
+    if smoke:
+        return Bench(torch.device("cpu"), True, 2**20)
+    if not torch.cuda.is_available():
+        raise RuntimeError("needs a CUDA GPU; --smoke rehearses on a CPU, at tiny sizes and without figures")
+    device = torch.device("cuda", torch.cuda.current_device())
+    return Bench(device, False, torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+@dataclass
+class Call:
+    """A provider to time: run(i) works on input set i of n_sets; prepare(i), untimed, restores what it spoils."""
+
+    run: Callable[[int], object]
+    n_sets: int
+    prepare: Callable[[int], None] | None = None
+
+
+def quantiles(milliseconds: list[float]) -> dict[str, float]:
+    """median, p5 and p95 by linear interpolation between the two nearest values."""
+    ordered = sorted(milliseconds)
+
+    def at(q: float) -> float:
+        place = q * (len(ordered) - 1)
+        low = int(place)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+    return {"median": at(0.5), "p5": at(0.05), "p95": at(0.95)}
+
+
+def summary(rounds: list[list[float]]) -> dict:
+    """Of rounds of milliseconds: quantiles over all of them, their number, and each round's own median, raw."""
+    every = [t for one in rounds for t in one]
+    return quantiles(every) | {"n": len(every), "rounds": [quantiles(one)["median"] for one in rounds]}
+
+
+class Clocks:
+    """Kernel, wall and host time of calls, interleaved."""
+
+    def __init__(self, bench: Bench, rounds: int = 5, seconds_a_call: float = 0.12, least: int = 2):
+        """rounds turns of every call, each of at least ``least`` runs and about seconds_a_call in all."""
+        self.bench, self.rounds, self.seconds_a_call, self.least = bench, rounds, seconds_a_call, least
+        # 4-byte elements, summed: a read of four times the cache
+        self._flushed = torch.zeros(bench.cache_bytes, dtype=torch.float32, device=bench.device)
+        self._flush_ms = self._once(self._flush)
+
+    def _flush(self) -> None:
+        self._flushed.sum()
+
+    def _once(self, work: Callable[[], object]) -> float:
+        """Milliseconds of work, waiting before and after; the least of five."""
+        least = float("inf")
+        for _ in range(5):
+            self.bench.synchronize()
+            start = time.perf_counter()
+            work()
+            self.bench.synchronize()
+            least = min(least, (time.perf_counter() - start) * 1e3)
+        return least
+
+    def _kernel_round(self, call: Call, n: int, first: int, host_ms: float) -> list[float]:
+        flushes = 1 + int(1.5 * host_ms / self._flush_ms)
+        marks = []
+        for i in range(first, first + n):
+            i %= call.n_sets
+            if call.prepare:
+                call.prepare(i)
+            for _ in range(flushes):
+                self._flush()
+            if self.bench.on_gpu:
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                call.run(i)
+                end.record()
+                marks.append((start, end))
+            else:
+                start = time.perf_counter()
+                call.run(i)
+                marks.append((start, time.perf_counter()))
+        self.bench.synchronize()
+        if self.bench.on_gpu:
+            return [start.elapsed_time(end) for start, end in marks]
+        return [(end - start) * 1e3 for start, end in marks]
+
+    def _wall_round(self, call: Call) -> tuple[float, float]:
+        """(wall, host) milliseconds a call, over one burst through all input sets."""
+        if call.prepare:
+            for i in range(call.n_sets):
+                call.prepare(i)
+        self.bench.synchronize()
+        start = time.perf_counter()
+        for i in range(call.n_sets):
+            call.run(i)
+        returned = time.perf_counter()
+        self.bench.synchronize()
+        wall = (time.perf_counter() - start) * 1e3 / call.n_sets
+        return wall, (returned - start) * 1e3 / call.n_sets
+
+    def time(self, calls: dict[str, Call]) -> dict[str, dict | Exception]:
+        """name -> {"kernel_ms", "wall_ms", "host_ms"} of summaries, or the exception that a call raised."""
+        results: dict[str, dict | Exception] = {}
+        plan: dict[str, tuple[int, float]] = {}
+        for name, call in calls.items():
+            try:
+                for _ in range(2):  # the first burst compiles and fills the allocator
+                    wall, host = self._wall_round(call)
+                n = int(self.seconds_a_call * 1e3 / self.rounds / (wall + 2 * self._flush_ms + 1.5 * host))
+                plan[name] = self.least if self.bench.smoke else max(self.least, min(20, n)), host
+            except Exception as error:
+                results[name] = error.with_traceback(None)  # whose frames hold tensors
+        times = {name: ([], [], []) for name in plan}
+        for i_round in range(self.rounds):
+            for name, (n, host) in plan.items():
+                if name in results:
+                    continue
+                try:
+                    kernel, walls, hosts = times[name]
+                    kernel.append(self._kernel_round(calls[name], n, i_round * n, host))
+                    for _ in range(max(1, min(n, 3))):
+                        wall, one_host = self._wall_round(calls[name])
+                        walls.append(wall)
+                        hosts.append(one_host)
+                except Exception as error:
+                    results[name] = error.with_traceback(None)
+        for name, (kernel, walls, hosts) in times.items():
+            if name not in results:
+                results[name] = {
+                    "kernel_ms": summary(kernel),
+                    "wall_ms": summary([[w] for w in walls]),
+                    "host_ms": summary([[h] for h in hosts]),
+                }
+        return results
+
+
+def peak_bytes(bench: Bench, call: Call) -> int | None:
+    """Bytes a call allocates at its peak above what is there before it; None on a CPU, which does not count them."""
+    if call.prepare:
+        call.prepare(0)
+    if not bench.on_gpu:
+        return None
+    bench.synchronize()
+    before = torch.cuda.memory_allocated(bench.device)
+    torch.cuda.reset_peak_memory_stats(bench.device)
+    call.run(0)
+    bench.synchronize()
+    return torch.cuda.max_memory_allocated(bench.device) - before
+
+
+# ------------------------------------------------------------------------------------------------------------- ceilings
+
+# Matrix products of a 7B step, [m, k] by [k, n], m the tokens of a micro batch: one a linear layer, forward; and the
+# head's three over one of its chunks of 2,048 rows.
+STEP_PRODUCTS = {
+    "qkv": (16384, 4096, 6144),
+    "out": (16384, 4096, 4096),
+    "gate_up": (16384, 4096, 28672),
+    "down": (16384, 14336, 4096),
+    "gate_up, input gradient": (16384, 28672, 4096),
+    "gate_up, weight gradient": (28672, 16384, 4096),
+}
+HEAD_PRODUCTS = {
+    "head": (2048, 4096, 32000),
+    "head, input gradient": (2048, 32000, 4096),
+    "head, weight gradient": (32000, 2048, 4096),
+}
+
+
+def copy_rate(bench: Bench) -> dict:
+    """GB/s of a device-to-device copy, bytes read plus bytes written: what no memory-bound kernel can beat."""
+    n_bytes = 2**22 if bench.smoke else 2**31
+    source = torch.randint(0, 255, (n_bytes,), dtype=torch.uint8, device=bench.device)
+    target = torch.empty_like(source)
+    milliseconds = Clocks(bench).time({"copy": Call(lambda _: target.copy_(source), 1)})["copy"]
+    if isinstance(milliseconds, Exception):
+        raise milliseconds
+    return {"gb_s": 2 * n_bytes / milliseconds["kernel_ms"]["median"] / 1e6, "kernel_ms": milliseconds["kernel_ms"]}
+
+
+def product_rates(bench: Bench, products: dict[str, tuple[int, int, int]]) -> dict[str, dict]:
+    """name -> TFLOP/s of torch's bf16 matrix product (cuBLAS) on random data at each shape."""
+    calls, flops = {}, {}
+    for name, (m, k, n) in products.items():
+        if bench.smoke:
+            m, k, n = m // 128, k // 128, n // 128
+        x, w = (torch.randn(*shape, device=bench.device, dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
+        calls[name], flops[name] = Call(lambda _, x=x, w=w: x @ w, 1), 2 * m * k * n
+    rates = {}
+    for name, result in Clocks(bench).time(calls).items():
+        if isinstance(result, Exception):
+            raise result
+        median = result["kernel_ms"]["median"]
+        rates[name] = {"tflop_s": flops[name] / median / 1e9, "flops": flops[name], "kernel_ms": result["kernel_ms"]}
+    return rates
+
+
+def combined_rate(rates: dict[str, dict]) -> float:
+    """TFLOP/s of several products one after another."""
+    return sum(r["flops"] for r in rates.values()) / sum(r["kernel_ms"]["median"] for r in rates.values()) / 1e9
+
+
+def ceilings(bench: Bench) -> dict:
+    """What this machine can do, measured now: "copy" in GB/s; "step", "head" and "square" (8192^3) in TFLOP/s."""
+    step, head = product_rates(bench, STEP_PRODUCTS), product_rates(bench, HEAD_PRODUCTS)
+    square = product_rates(bench, {"square": (8192, 8192, 8192)})
+    copy = copy_rate(bench)
+    return {
+        "copy_gb_s": copy["gb_s"],
+        "step_tflop_s": combined_rate(step),
+        "head_tflop_s": combined_rate(head),
+        "square_tflop_s": square["square"]["tflop_s"],
+        "products": step | head | square,
+        "copy": copy,
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def largest(x: Tensor, truth: Tensor | None = None) -> float:
+    """max |x - truth|, or max |x|, in fp64, a piece at a time; inf if a value that should be finite is not."""
+    if truth is not None and x.shape != truth.shape:
+        return float("inf")
+    found, flat = 0.0, x.detach().reshape(-1)
+    flat_truth = None if truth is None else truth.reshape(-1)
+    for start in range(0, flat.numel(), 2**26):
+        piece = flat[start : start + 2**26].double()
+        if flat_truth is not None:
+            piece = piece - flat_truth[start : start + 2**26].double()
+        top = piece.abs().max().item()
+        if not top < float("inf"):
+            return float("inf")
+        found = max(found, top)
+    return found
+
+
+def excess(out: Tensor, same_dtype: Tensor, truth: Tensor) -> dict[str, float]:
+    """The error of out and its bound, 2 |same_dtype - truth| + eps |truth|, each | | the largest over the tensor.
+
+    same_dtype is what plain PyTorch makes in the dtype of the inputs, truth what it makes in a wider one; eps is of
+    out's dtype. Right is error <= bound.
+    """
+    eps = torch.finfo(out.dtype).eps
+    return {
+        "error": largest(out, truth),
+        "torch_error": largest(same_dtype, truth),
+        "bound": 2 * largest(same_dtype, truth) + eps * largest(truth),
+    }
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def results_folder(bench: Bench, partial: bool = False) -> Path:
+    """bench/results/DATE-DEVICE; for a rehearsal, or a part that should not replace the whole, one that git ignores."""
+    if bench.smoke or partial:
+        return ROOT / "runs" / "bench"
+    name = f"{datetime.now(UTC):%Y-%m-%d}-{torch.cuda.get_device_name(bench.device)}"
+    return ROOT / "bench" / "results" / re.sub(r"[^A-Za-z0-9.]+", "-", name)
+
+
+def nvidia_smi() -> dict | None:
+    """Clocks, power and temperature now; None where there is no nvidia-smi. Nothing is ever set."""
+    fields = "driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu,utilization.gpu"
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-i", "0"]
+    try:
+        line = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    names = ("driver", "sm_mhz", "memory_mhz", "watts", "watts_limit", "celsius", "utilisation_percent")
+    return dict(zip(names, (value.strip() for value in line.strip().split(",")), strict=False))
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    found["cuda"] = str(torch.version.cuda)
+    found["cudnn"] = str(torch.backends.cudnn.version()) if torch.backends.cudnn.is_available() else "none"
+    return found
+
+
+def commit() -> str:
+    """The commit of the code that runs, "+ changes" if it was edited since; "unknown" outside a git checkout."""
+    try:
+        options = dict(cwd=ROOT, capture_output=True, text=True, check=True)
+        name = subprocess.run(["git", "rev-parse", "--short=12", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+        return f"{name} + changes" if changed else name
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def repeatable(argument: str) -> str:
+    """A command's argument as it can be typed elsewhere: paths from the repository on, of others only the name."""
+    path = Path(argument)
+    if not path.is_absolute():
+        return argument
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
+
+
+def machine(bench: Bench, given_commit: str | None = None) -> dict:
+    """What a reader needs to judge or repeat a figure."""
+    described = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "device": torch.cuda.get_device_name(bench.device) if bench.on_gpu else "CPU",
+        "versions": versions(),
+        "commit": given_commit or commit(),
+        "command": " ".join([Path(sys.executable).name, *map(repeatable, sys.argv)]),
+        "nvidia_smi_before": nvidia_smi() if bench.on_gpu else None,
+        "nvidia_smi_after": None,
+    }  # fmt: skip
+    if bench.on_gpu:
+        properties = torch.cuda.get_device_properties(bench.device)
+        described |= {
+            "memory_bytes": properties.total_memory,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+        }
+    return described
+
+
+def write_json(path: Path, value) -> None:
+    """Replace a JSON file in one step, so that whoever is stopped leaves the rows it had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+class BadResult(ValueError):
+    """A result file that does not say what it must; the message names file and field."""
+
+
+NUMBER = (int, float)
+MACHINE = {"date": str, "device": str, "versions": dict, "commit": str, "command": str}
+TIMES = {"median": NUMBER, "p5": NUMBER, "p95": NUMBER, "n": int, "rounds": list}
+CEILINGS = {"copy_gb_s": NUMBER, "step_tflop_s": NUMBER, "head_tflop_s": NUMBER, "square_tflop_s": NUMBER}
+ROW_WORDS = ("operation", "set", "dtype", "mode", "provider", "package", "call", "status", "reason", "ceiling")
+ROW = {
+    **dict.fromkeys(ROW_WORDS, str),
+    **{"shape": dict, "bytes": int, "flops": int},
+}
+TIMED_ROW = {"kernel_ms": TIMES, "wall_ms": TIMES, "host_ms": TIMES, "gb_s": NUMBER, "tflop_s": NUMBER,
+             "of_ceiling": NUMBER, "errors": dict}  # fmt: skip
+AOT_ROW = {"kernel": str, "arch": str, "warps": int, "registers": int, "spills": int, "shared_bytes": int,
+           "loads": dict, "stores": dict, "occupancy": (int, float, type(None))}  # fmt: skip
+STEP = {"label": str, "tokens_per_second": NUMBER, "step_ms": TIMES, "mfu": (int, float, type(None)),
+        "n_layers": int, "micro_batch": int, "seq_len": int, "flops_per_token": NUMBER,
+        "peak_memory_bytes": (int, type(None))}  # fmt: skip
+KINDS: dict[str, dict] = {
+    "kernels": {"ceilings": CEILINGS, "rows": [ROW]},
+    "step": {"step": STEP},
+    "aot": {"rows": [AOT_ROW]},
+    "profile": {"profile": {"label": str, "wall_ms": NUMBER, "idle_ms": NUMBER, "categories_ms": dict, "other": list}},
+    "pass": {"parts": dict},
+}
+
+
+def check(value, form, where: str) -> None:
+    """BadResult unless value has the form: a type or types, a dict of required fields, or [form of every entry]."""
+    if isinstance(form, dict):
+        check(value, dict, where)
+        for name, inner in form.items():
+            if name not in value:
+                raise BadResult(f"{where}.{name} is missing")
+            check(value[name], inner, f"{where}.{name}")
+    elif isinstance(form, list):
+        check(value, list, where)
+        for i, entry in enumerate(value):
+            check(entry, form[0], f"{where}[{i}]")
+    else:
+        kinds = form if isinstance(form, tuple) else (form,)
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise BadResult(f"{where} must be {' or '.join(k.__name__ for k in kinds)}, got {value!r:.60}")
+
+
+def read_result(path: Path) -> dict:
+    """A result file of this folder, checked. Raises BadResult naming file and field."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadResult(f"{path.name} is no JSON file that can be read: {error}") from None
+    where = path.name
+    check(value, {"format": int, "kind": str, "smoke": bool, "machine": MACHINE}, where)
+    if value["format"] != 1 or value["kind"] not in KINDS:
+        raise BadResult(
+            f"{where} has format {value['format']} and kind {value['kind']!r}, which this code does not read"
+        )
+    check(value, KINDS[value["kind"]], where)
+    if value["kind"] == "kernels":
+        for i, row in enumerate(value["rows"]):
+            if row["status"] == "ok":
+                check(row, TIMED_ROW, f"{where}.rows[{i}]")
+    return value
