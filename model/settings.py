@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import math
+import os
 import re
+import textwrap
 import tomllib
 import types
 import typing
@@ -58,6 +61,17 @@ def _kind(hint):
     """A type without its "| None"."""
     of = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next(kind for kind in of if kind is not types.NoneType)
+
+
+def _as_toml(value, where: str) -> str:
+    if isinstance(value, tuple):
+        return f"[{', '.join(_as_toml(v, where) for v in value)}]"
+    if isinstance(value, bool | int | float):
+        return repr(value).lower()
+    text = str(value)
+    if any("\ud800" <= c <= "\udfff" for c in text):  # bytes of a name that are no UTF-8
+        raise Refused(f"{where} {text!r} is not valid Unicode, which a TOML file must be; rename it")
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # else JSON's escapes are TOML's
 
 
 class Settings:
@@ -135,6 +149,12 @@ class Settings:
         parser._negative_number_matcher = re.compile(r"-\.?\d|-(inf|nan)")  # argparse takes -1e-3 for a flag otherwise
         default = next(iter(self.presets))
         parser.add_argument("preset", nargs="?", metavar="PRESET", help=f"preset or recipe file [{default}]")
+        parser.add_argument(
+            "--print-config",
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="print the recipe that the rest of the command line makes, as a FILE.toml, and exit",
+        )
         groups = {}
         for name, s in self.fields.items():
             if s.metadata["group"] not in groups:
@@ -157,8 +177,9 @@ class Settings:
         """The recipe of a command line: preset or TOML file, then flags; of a repeated one the last. Or Refused."""
         given, rest = self._parser().parse_known_args(arguments)
         if rest:
-            raise unknown("argument", rest[0].partition("=")[0], [flag(name) for name in self.fields])
+            raise unknown("argument", rest[0].partition("=")[0], [*map(flag, self.fields), "--print-config"])
         values = vars(given)
+        print_only = values.pop("print_config", False)
         preset = values.pop("preset")
         for name in [name for name in values if self.kinds[name] == NAMES]:
             *names, last = values[name]
@@ -173,4 +194,25 @@ class Settings:
             raise unknown("preset", preset, self.presets)
         values = {name: self.convert(name, value, flag(name)) for name, value in values.items()}
         recipe = self.recipe(**(base | values))
-        return recipe if recipe.run_dir else replace(recipe, run_dir=Path("runs") / run_name)
+        recipe = recipe if recipe.run_dir else replace(recipe, run_dir=Path("runs") / run_name)
+        if print_only:
+            if os.environ.get("RANK", "0") == "0":  # torchrun starts as many of us as it has ranks
+                print(self.to_toml(recipe), end="")
+            raise SystemExit(0)
+        return recipe
+
+    def to_toml(self, recipe) -> str:
+        """The recipe as a file that ``read_toml`` takes for the same one: each setting below its help line.
+
+        What is left open (None) is a comment, for TOML has no null and its help says what then holds.
+        """
+        lines, group = [], None
+        for name, s in self.fields.items():
+            if s.metadata["group"] != group:
+                group = s.metadata["group"]
+                lines += ["", f"# ---- {group}"]
+            value = getattr(recipe, name)
+            comment = textwrap.wrap(s.metadata["help"], 118, break_on_hyphens=False)
+            lines += ["", *(f"# {line}" for line in comment)]
+            lines.append(f"# {name} =" if value is None else f"{name} = {_as_toml(value, flag(name))}")
+        return "\n".join(lines[1:]) + "\n"
