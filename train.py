@@ -121,6 +121,9 @@ class Recipe:
     replay_step: int | None = setting("run", None,
         "run this one step again, from the checkpoint before it, and say which sample and module are not finite; "
         "changes nothing", minimum=1)
+    preflight: bool = setting("run", False,
+        "measure these machines for a minute instead of training: names the slow ones, predicts the rate, changes "
+        "nothing; exit code 0 is go, 1 no-go")
     peak_tflops: float | None = setting("run", None,
         "this device's dense peak in bf16, for MFU [known GPUs: by name]", above=0)
 
@@ -145,7 +148,7 @@ FREE_TO_CHANGE = (
     *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
     *("shard", "replicate", "reshard"),
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
-    *("max_hours", "deadline", "replay_step"),
+    *("max_hours", "deadline", "replay_step", "preflight"),
 )
 
 COMMAND = Settings(
@@ -243,6 +246,7 @@ from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open
 from halny.model.durable import in_words, write_json  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
+from halny.model.preflight import Job, preflight  # noqa: E402
 from halny.model.prepare_data import prepare_builtin  # noqa: E402
 from halny.model.ranks import (  # noqa: E402
     Probe,
@@ -924,6 +928,26 @@ def check_replay(recipe: Recipe) -> None:
         raise Refused(f"--replay-step {recipe.replay_step}: no run in {recipe.run_dir}; name its --run-dir")
 
 
+def look_before(recipe: Recipe) -> int:
+    """--preflight: whether these machines are fit for this run, and how fast it will be (model/preflight.py)."""
+    world = start_distributed(recipe.deadline)
+    plan = agreed(resolve, recipe, world)
+    r, watch = plan.recipe, Watch(world, min(recipe.deadline, 60.0), recipe.run_dir, write_failure)
+    global active
+    active = Active(watch, None)
+
+    def stage(what: str) -> None:
+        watch.at(what)
+        if told := next(filter(None, everywhere(stop_signal)), None):
+            raise Failed(f"the preflight was stopped by {told}")
+
+    job = Job(plan.model, plan.layout, r.micro_batch, plan.accumulation, r.seq_len, DTYPES[r.dtype], is_lean(r, world),
+        r.run_dir, r.keep)  # fmt: skip
+    say(world, sharding.describe(plan.layout))
+    opening = functools.partial(open_data, recipe.data, plan) if recipe.data else None
+    return FINISHED if preflight(job, world, opening, functools.partial(say, world), stage) else FAILED
+
+
 def set_up(recipe: Recipe) -> Run:
     """Everything before the first step: refusals first, then the folder, the data, the model and its weights."""
     began, replaying = time.monotonic(), recipe.replay_step is not None
@@ -979,6 +1003,8 @@ def set_up(recipe: Recipe) -> Run:
 
 def main(recipe: Recipe) -> int:
     """The whole run; returns the exit code of this rank. Raises Refused or Failed."""
+    if recipe.preflight:
+        return look_before(recipe)
     run = set_up(recipe)
     if recipe.replay_step:
         replay(run, recipe.replay_step)

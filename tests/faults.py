@@ -10,6 +10,7 @@ import errno
 import itertools
 import os
 import runpy
+import shutil
 import signal
 import sys
 import time
@@ -241,6 +242,35 @@ def wrong_gather(guilty: str) -> None:
         return result
 
     FSDPModule.unshard = unshard
+
+
+def one_rank_a_node() -> None:
+    """No fault: each rank takes itself for a node, so that links between nodes are measured."""
+    os.environ["LOCAL_WORLD_SIZE"] = "1"
+
+
+def slow_device(guilty: str, factor: str, operation: str = "mm") -> None:
+    """On one rank an operation of torch is done so many times over, each as a rank a node: a throttled device."""
+    one_rank_a_node()
+    owner = torch if operation == "mm" else torch.Tensor
+    original = getattr(owner, operation)
+
+    def repeated(*args, **kwargs):
+        for _ in range(int(factor)):
+            result = original(*args, **kwargs)
+        return result
+
+    if rank() == int(guilty):
+        setattr(owner, operation, repeated)
+
+
+def unfit(guilty: str) -> None:
+    """What a preflight must find: a network that lies and other software on one rank, and a full disk."""
+    wrong_all_reduce(guilty)
+    if rank() == int(guilty):
+        torch.__version__ = "0.0"
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
 
 
 def small_gpu(memory_bytes: str) -> None:
