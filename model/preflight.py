@@ -65,7 +65,7 @@ class Effort:
 
 
 GPU = Effort(seconds=4.0, repeats=20, copy_bytes=2**28, file_bytes=2**30, slow=0.9)
-CPU = Effort(seconds=0.3, repeats=3, copy_bytes=2**24, file_bytes=2**22, slow=0.25)  # of ranks that share their cores
+CPU = Effort(seconds=0.3, repeats=3, copy_bytes=2**23, file_bytes=2**22, slow=0.25)  # of ranks that share their cores
 
 RATES = {  # name -> what it is, unit, what a unit is
     "matmul": ("matrix product, gate and up of a layer", "TFLOP/s", 1e12),

@@ -32,7 +32,7 @@ def test_two_ranks_go_and_leave_nothing_behind(small, tmp_path):
 
 @pytest.mark.parametrize("operation, what", [("mm", "matrix product"), ("copy_", "copy in memory")])
 def test_a_slowed_rank_is_named_and_is_a_no_go(small, tmp_path, operation, what):
-    fault = ("slow_device", "1", "12", operation)
+    fault = ("slow_device", "1", "40", operation)
     run = ranks_run(*COMMAND, "--data", small, ranks=2, cwd=tmp_path, fault=fault, codes=[1, 1])
     reasons = run.out.partition("no-go\n")[2].splitlines()
     assert any(line.startswith(f"  - rank 1 on {HOST} is slow: {what}") for line in reasons), run.out
