@@ -1,0 +1,54 @@
+# What the .sbatch files here have in common: start the ranks, pass signals on, requeue what is not finished.
+# Sourced at their end, with the arguments of train.py; "binding" holds srun's options for the node's NUMA layout.
+#
+# srun starts the ranks itself, one task each, without torchrun: a signal reaches each of them directly, Slurm binds and
+# logs each, and nobody kills a rank 30 s into its last save. Where a rank dies, the others say which, and end.
+
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# One connection would put gathering and reducing in turn; some sites set it for other programs.
+unset CUDA_DEVICE_MAX_CONNECTIONS
+
+logs=logs/$SLURM_JOB_ID  # a file a rank, continued after a requeue; rank 0's is the run's
+mkdir -p "$logs"
+
+# The newest checkpoint of the run folder that the start-up lines name, so that no flag of train.py is parsed here.
+newest() {
+    local folder
+    folder=$(sed -n 's/^run      *\(.*\): a checkpoint every .*/\1/p' "$logs/0.txt" 2>/dev/null | tail -n 1)
+    [[ -z $folder ]] || ls -d "$folder"/checkpoints/step-* 2>/dev/null | tail -n 1
+}
+
+echo "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID: $SLURM_NTASKS ranks, the store on $MASTER_ADDR:$MASTER_PORT"
+before=$(newest)
+
+# --wait: a minute after the first rank ended, whatever is left is ended; the ranks need seconds to agree on the reason.
+srun --output="$logs/%t.txt" --open-mode=append --wait=60 --kill-on-bad-exit=0 "${binding[@]}" \
+    bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+             export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
+             exec python -u train.py "$@"' rank "$@" &
+ranks=$!
+
+# A signal to the whole job (preemption, scancel --full) reaches this shell too, which must outlive the ranks.
+trap 'kill -USR1 $ranks 2>/dev/null' USR1 TERM
+wait $ranks
+code=$?
+while kill -0 $ranks 2>/dev/null; do  # "wait" returns when a signal comes in
+    wait $ranks
+    code=$?
+done
+
+# Exit codes are train.py's; of several, srun returns the highest.
+if ((code == 0)); then
+    echo "finished"
+elif ((code == 2)); then
+    echo "refused: see $logs/0.txt"
+elif ((code == 75)) || [[ $(newest) != "$before" ]]; then
+    # Stopped and saved; or failed, but further than the last time, so that trying again comes to an end.
+    echo "ended with $code, saved $(basename "$(newest)"); back into the queue"
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+else
+    echo "failed with $code and came no further: see $logs"
+fi
+exit $code
