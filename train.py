@@ -16,8 +16,9 @@ The file reads from top to bottom:
     8  one step again      for whoever asks what went wrong in it
 
 What it stands on: model/settings.py (command line and TOML files), model/batches.py (which samples a step has, and how
-they reach the device), model/ranks.py (what the ranks agree on, and who ends a run that hangs), model/checkpoint.py
-(how a run is saved and found again), model/run_folder.py, model/prepare_data.py, model/mistral.py.
+they reach the device), model/ranks.py (what the ranks agree on, and who ends a run that hangs), model/sharding.py (who
+holds what of the model), model/checkpoint.py (how a run is saved and found again), model/run_folder.py,
+model/prepare_data.py, model/mistral.py.
 """
 
 from __future__ import annotations
@@ -92,6 +93,14 @@ class Recipe:
         "dtype of the computation; master weights and reductions are fp32 [bf16 on a GPU, fp32 on the CPU]",
         choices=("bf16", "fp32"))
 
+    shard: int | None = setting("ranks", None,
+        "ranks that share one copy of the model, neighbours [all, or what --replicate leaves]", minimum=1)
+    replicate: int | None = setting("ranks", None,
+        "such copies, between which gradients are summed: HSDP [what --shard leaves]", minimum=1)
+    reshard: str | None = setting("ranks", None,
+        "a layer's gathered weights after the forward pass: dropped always, never, or kept in parts on the ranks of a "
+        "node or on a number of ranks [by memory and node; the start-up lines say why]")
+
     run_dir: Path | None = setting("run", None, "folder of the run, on a file system that all nodes see [runs/PRESET]")
     resume: bool | None = setting("run", None,
         "--resume insists on a checkpoint to continue from; --no-resume sets an earlier run aside and starts anew "
@@ -134,6 +143,7 @@ PRESETS: dict[str, dict] = {
 # What a resumed run may change: what is computed stays, but for updates skipped. (Data may move: its fingerprint not.)
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
+    *("shard", "replicate", "reshard"),
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
     *("max_hours", "deadline", "replay_step"),
 )
@@ -212,11 +222,10 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from halny.kernels.dispatch import set_reference_only  # noqa: E402
-from halny.model import checkpoint, roofline  # noqa: E402
+from halny.model import checkpoint, roofline, sharding  # noqa: E402
 from halny.model.batches import (  # noqa: E402
     IGNORED,
     Batch,
@@ -248,6 +257,7 @@ from halny.model.ranks import (  # noqa: E402
     start_distributed,
 )
 from halny.model.run_folder import RunFolder  # noqa: E402
+from halny.model.sharding import Layout, choose_layout, shard_model  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
@@ -271,6 +281,7 @@ class Plan:
     model: MistralConfig
     samples_a_step: int
     accumulation: int
+    layout: Layout
     flops_per_token: float
     peak_flops: float | None
 
@@ -349,14 +360,23 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         for name, path in inputs:
             if path.exists() and path.resolve().is_relative_to(r.run_dir.resolve()):
                 raise Refused(f"--no-resume would set aside {name} {path}, which lies in --run-dir {r.run_dir}")
+    dtype = r.dtype or ("bf16" if world.device.type == "cuda" else "fp32")
+    layout = choose_layout(
+        model, size=world.size, node_size=world.node_size, shard=r.shard, replicate=r.replicate, reshard=r.reshard,
+        micro_batch=micro_batch, seq_len=r.seq_len, accumulation=share // micro_batch,
+        compute_bytes=DTYPES[dtype].itemsize, lean=is_lean(r, world), memory_bytes=world.memory_bytes,
+    )  # fmt: skip
     recipe = replace(
         recipe,
         model=str(r.init_from or r.model),
         micro_batch=micro_batch,
+        shard=layout.shard,
+        replicate=layout.replicate,
+        reshard=layout.reshard_name,
         warmup_steps=warmup_steps,
         decay_steps=decay_steps,
         min_lr=min_lr,
-        dtype=r.dtype or ("bf16" if world.device.type == "cuda" else "fp32"),
+        dtype=dtype,
         save_every=r.save_every or max(1, min(500, r.steps // 10)),
         eval_every=max(1, min(1000, r.steps // 5)) if r.eval_every is None else r.eval_every,
     )
@@ -365,17 +385,22 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         model,
         samples_a_step=samples_a_step,
         accumulation=share // micro_batch,
+        layout=layout,
         flops_per_token=roofline.flops_per_token(model, r.seq_len),
         peak_flops=roofline.peak_flops(device_name, r.peak_tflops),
     )
 
 
+def is_lean(recipe: Recipe, world: World) -> bool:
+    """Whether the layers keep less for their backward (kernels/lean_linear.py)."""
+    return world.device.type == "cuda" and recipe.kernels != "reference"
+
+
 def describe(plan: Plan, world: World, corpus: Corpus) -> str:
     """Everything derived, for the log, before the first step."""
     r, gib = plan.recipe, 2**30
-    lean = world.device.type == "cuda" and r.kernels != "reference"  # kernels/lean_linear.py
     memory = roofline.memory_estimate(
-        plan.model, world.size, r.micro_batch, r.seq_len, 4 if r.dtype == "fp32" else 2, lean
+        plan.model, r.shard, r.micro_batch, r.seq_len, DTYPES[r.dtype].itemsize, is_lean(r, world)
     )
     parts = ", ".join(f"{name.replace('_', ' ')} {size / gib:.2f}" for name, size in asdict(memory).items())
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
@@ -390,6 +415,7 @@ def describe(plan: Plan, world: World, corpus: Corpus) -> str:
         f"schedule   {r.warmup_steps} warm-up steps to {r.lr:g}, then {r.schedule}"
         + (f" to {r.min_lr:g}" if r.schedule != "constant" else ""),
         f"compute    {r.dtype} on {world.size} x {device}; {plan.flops_per_token / 1e9:.3f} GFLOP a token; peak {peak}",
+        sharding.describe(plan.layout),
         f"memory     about {memory.total / gib:.2f} GiB a rank: {parts}",
         f"run        {r.run_dir}: a checkpoint every {r.save_every} steps"
         + (f", evaluation every {r.eval_every}" if r.eval_every else ", no evaluation"),
@@ -435,17 +461,12 @@ def load_steps(first: int, last: int, run: Run) -> Loader:
 def build_model(plan: Plan, world: World) -> Mistral:
     """The model, sharded and allocated, its weights not yet filled.
 
-    FSDP2 in the form of the paper (Zhao et al. 2023, https://arxiv.org/abs/2304.11277): each layer is gathered in the
-    compute dtype when it is needed; embedding, final norm and head make up the root's group. Gradients are reduced in
-    fp32 into fp32 shards, beside the fp32 master weights.
+    FSDP2 or HSDP (model/sharding.py): each layer is gathered in the compute dtype when it is needed. Gradients are
+    reduced in fp32 into fp32 shards, beside the fp32 master weights.
     """
     with torch.device("meta"):
         model = Mistral(plan.model)
-    compute = DTYPES[plan.recipe.dtype]
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
-    for layer in model.layers:
-        fully_shard(layer, mesh=world.mesh, mp_policy=policy)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+    shard_model(model, plan.layout, world, DTYPES[plan.recipe.dtype])
     model.to_empty(device=world.device)
     return model
 
@@ -551,7 +572,7 @@ def train_step(
     totals = torch.zeros(4, dtype=torch.float64, device=n_targets.device)
     totals[3] = pairs
     for i, batch in enumerate(batches, start=1):
-        model.set_requires_gradient_sync(i == len(batches))
+        sharding.reduce_gradients(model, last=i == len(batches))
         loss, n_tokens, n_correct = model(*batch.inputs)
         (loss * scale).backward()
         totals[:3] += torch.stack([loss.detach().double(), n_tokens.double(), n_correct.double()])
@@ -585,7 +606,7 @@ def evaluate(model: Mistral, corpus: Corpus, plan: Plan, world: World, alive: Ca
         asking.wait()
         if stopping := bool(answers.item()):
             break
-    model.reshard()  # without a backward pass the root's parameters stay gathered, and are not those of the optimizer
+    sharding.reshard(model)  # without a backward pass some stay gathered, and are not those of the optimizer
     dist.all_reduce(totals)
     return None if stopping else loss_metrics(*totals.tolist())
 
@@ -862,7 +883,7 @@ def leave_results(run: Run, again: bool) -> None:
         stream = next((stream for stream in streams if len(stream) >= 16), streams[-1])
         prompt = torch.from_numpy(stream.read(0, min(16, len(stream))))
         ids = model.generate(prompt[None].to(world.device), 48, temperature=0.7, seed=plan.recipe.seed)[0].tolist()
-        model.reshard()
+        sharding.reshard(model)
         if world.is_main:
             begins, text = decode(own, ids[: len(prompt)]), decode(own, ids)
             (folder.path / "sample.txt").write_text(text + "\n", encoding="utf-8")

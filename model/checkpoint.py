@@ -2,7 +2,8 @@
 
 A checkpoint is a folder ``step-NNNNNNNN``:
 
-    shard-RRRRR-*.safetensors   each rank's shards of the fp32 master weights and AdamW's two moments
+    shard-RRRRR-*.safetensors   each rank's shards of the fp32 master weights and AdamW's two moments; what
+                                replicas (HSDP) have in common, one of them writes
     manifest.json               step, configuration, bytes and SHA-256 of every file, and what else a resume needs
     manifest.json.sha256        the manifest's own SHA-256, as sha256sum writes it
 
@@ -38,6 +39,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from halny.model.durable import in_words, sha256, sync, write_json
@@ -288,7 +290,8 @@ class Saver:
         self._all(step, self._begin, partial)
         files, written = {}, 0
         for name, x in staged.items():
-            files[name] = 1 + written // (BYTES_A_FILE * self.world.size)
+            shards = x.device_mesh.size(-1) if isinstance(x, DTensor) else 1
+            files[name] = 1 + written // (BYTES_A_FILE * shards)
             written += x.numel() * x.element_size()
         writer = dcp.HuggingFaceStorageWriter(str(partial), fqn_to_index_mapping=files, save_distributed=True)
         with one_line(_could_not(step)):

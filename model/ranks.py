@@ -39,11 +39,17 @@ class World:
     rank: int
     size: int
     device: torch.device
-    mesh: DeviceMesh
+    mesh: DeviceMesh  # of one dimension, all ranks
+    node_size: int = 1  # ranks on this host
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The whole memory of this GPU; None on a CPU."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
 
 
 def start_distributed(deadline: float) -> World:
@@ -64,7 +70,8 @@ def start_distributed(deadline: float) -> World:
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    return World(dist.get_rank(), dist.get_world_size(), device, mesh)
+    node_size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return World(dist.get_rank(), dist.get_world_size(), device, mesh, node_size)
 
 
 # ------------------------------------------------------------------------------------------------------------ agreement

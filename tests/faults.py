@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from halny.model import checkpoint, ranks
+from halny.model import checkpoint, ranks, sharding
 from halny.model.batches import Corpus
 from halny.model.checkpoint import Saver
 from halny.model.mistral import Mistral
@@ -241,6 +241,35 @@ def wrong_gather(guilty: str) -> None:
         return result
 
     FSDPModule.unshard = unshard
+
+
+def small_gpu(memory_bytes: str) -> None:
+    """No fault: the layout is chosen as on a GPU of so much memory, and overlap is set up as on one."""
+    ranks.World.memory_bytes = int(memory_bytes)
+    sharding.has_streams = lambda device: True
+
+
+def counted_collectives(file: str, memory_bytes: str | None = None) -> None:
+    """No fault: append the gradient reductions of FSDP to one file a rank, one a line; as ``small_gpu``."""
+    if memory_bytes:
+        small_gpu(memory_bytes)
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+    def note(what: str) -> None:
+        with open(f"{file}-{rank()}", "a") as stream:
+            stream.write(what + "\n")
+
+    for owner, name in ((dist, "all_reduce"), (dist, "reduce_scatter_tensor"), (dist, "reduce_scatter_single")):
+        if not hasattr(owner, name):
+            continue
+        original = getattr(owner, name)
+
+        def counted(*args, original=original, name=name, **kwargs):
+            if sys._getframe(1).f_code.co_filename == collectives.__file__:
+                note(name.removesuffix("_tensor").removesuffix("_single"))
+            return original(*args, **kwargs)
+
+        setattr(owner, name, counted)
 
 
 def slow_rank(guilty: str, factor: str) -> None:
