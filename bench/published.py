@@ -25,8 +25,10 @@ H100_HBM2E = replace(H100, hbm_bytes_per_second=2.4e12, memory_bytes=96 * 10**9)
 GH200 = roofline.GPUS["NVIDIA GH200 480GB"]
 
 # Architectures in the words of MistralConfig, which has three MLP matrices and no tied weights:
-MPT_7B = MistralConfig(  # two MLP matrices of 4 x 4096: as many weights in three; its tied embedding is gathered twice here
-    vocab_size=50368, hidden_dim=10923, n_kv_heads=32, window=None, max_seq_len=2048
+MPT_7B = (
+    MistralConfig(  # two MLP matrices of 4 x 4096: as many weights in three; its tied embedding is gathered twice here
+        vocab_size=50368, hidden_dim=10923, n_kv_heads=32, window=None, max_seq_len=2048
+    )
 )
 LLAMA2_7B = MistralConfig(hidden_dim=11008, n_kv_heads=32, window=None)
 LLAMA3_8B = MistralConfig(vocab_size=128256, window=None)
@@ -34,7 +36,9 @@ OLMO2_7B = MistralConfig(vocab_size=100352, hidden_dim=11008, n_kv_heads=32, win
 MISTRAL_7B = MistralConfig()
 
 LLM_FOUNDRY = "https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md"
-FMS_FSDP = "https://pytorch.org/blog/maximizing-training-throughput/, https://github.com/foundation-model-stack/fms-fsdp"
+FMS_FSDP = (
+    "https://pytorch.org/blog/maximizing-training-throughput/, https://github.com/foundation-model-stack/fms-fsdp"
+)
 TORCHTITAN = "https://github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3"
 BIELIK = "https://huggingface.co/speakleash/Bielik-7B-v0.1"
 
@@ -119,7 +123,9 @@ def fit(runs: list[Run], start: Rates = plan.RATES["good"], steps: int = 8) -> R
     x = np.array([start.matmul, start.straggling])
     for _ in range(steps):
         here = errors(x)
-        slopes = np.stack([(errors(x + widths * axis) - here) / width for axis, width in zip(np.eye(2), widths, strict=True)])
+        slopes = np.stack(
+            [(errors(x + widths * axis) - here) / width for axis, width in zip(np.eye(2), widths, strict=True)]
+        )
         x = np.clip(x - np.linalg.lstsq(slopes.T, here, rcond=None)[0], [0.2, 0.0], [1.0, 0.1])
     return replace(base, **dict(zip(names, map(float, x), strict=True)))
 
@@ -146,7 +152,9 @@ def predictions(runs: list[Run] = RUNS) -> list[Prediction]:
 
 def main() -> None:
     rows = predictions()
-    print("predicted by model/plan.py's model with constants fitted to other programs' runs; published: tokens/s a GPU\n")
+    print(
+        "predicted by model/plan.py's model with constants fitted to other programs' runs; published: tokens/s a GPU\n"
+    )
     print(f"{'program':<13}{'run':<38}{'published':>10}{'predicted':>11}{'error':>8}{'point out':>11}   constants")
     for p in rows:
         print(f"{p.run.program:<13}{p.run.what:<38}{p.run.published:>10,.0f}{p.predicted:>11,.0f}{p.error:>+8.1%}"

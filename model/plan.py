@@ -14,6 +14,7 @@ model is from published runs that had no part in choosing them.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from halny.model import roofline
 from halny.model.durable import in_words
 from halny.model.exits import Refused
 from halny.model.settings import unknown
+from halny.model.sharding import RESERVED, Layout, choose_layout
 
 if TYPE_CHECKING:
     from halny.model.mistral import MistralConfig
@@ -48,14 +50,13 @@ RATES = {
     "ideal": Rates(0.798, 0.489, 0.896, 0.0, 0.0),
     "leading": Rates(0.748, 0.438, 0.771, 0.02e-3, 0.005),
     "good": Rates(0.697, 0.395, 0.708, 0.3e-3, 0.010),
-    "published": Rates(0.6, 0.354, 0.708, 0.3e-3, 0.010),
+    "published": Rates(0.509, 0.354, 0.708, 0.3e-3, 0.0073),
 }
 
 # Assumed for every machine; --preflight measures them on the real one.
 NIC_SHARE = 0.85  # of a NIC's line rate that collectives reach
 NVLINK_SHARE = 0.80  # of NVLink's: NCCL's bus bandwidth on eight H100 is some 360 of 450 GB/s
 HOP_S = 5e-6  # a collective's latency for each node in its ring
-OVERHEAD_BYTES = 3e9  # CUDA context, gradients on their way, a layer's working memory, the allocator's fragments
 POWER_SHARE = 0.9  # of the board's limit, drawn on average while training
 CHUNK_ROWS = 2048  # rows of logits at once
 
@@ -112,6 +113,17 @@ class Sharding:
     name: str
     shards: int
     gathered_again: int = 0  # for the backward, among so many ranks (roofline.collectives); 0 all, 1 kept: not at all
+    holds_gradients: bool = True  # whole ones over the micro batches, reduced once
+
+    @classmethod
+    def of(cls, layout: Layout) -> Sharding:
+        """The trainer's layout, in this module's words."""
+        again = (
+            {"always": 0, "never": 1}.get(layout.reshard_name) if isinstance(layout.reshard, bool) else layout.reshard
+        )
+        kept = {0: "gathered again", 1: "kept gathered"}.get(again, f"gathered again among {again}")
+        name = f"HSDP {layout.shard} x {layout.replicate}" if layout.replicate > 1 else "FSDP"
+        return cls(f"{name}, {kept}", layout.shard, again, layout.holds_gradients)
 
 
 @dataclass(frozen=True)
@@ -203,7 +215,7 @@ def micro_step_s(
             now = start + backward
             waiting = max(0.0, waiting - max(0.0, backward - again))
             if waiting > reduce:
-                now, waiting = now + waiting - reduce, reduce
+                now, waiting = max(now, gathered) + waiting - reduce, reduce
             waiting += reduce
     end = network if communicators == 1 else now + waiting
     return max(end, now) + reduce_root
@@ -233,22 +245,28 @@ def step(work: Work, cluster: Cluster, sharding: Sharding, rates: Rates, communi
     backward_s += (backward_bytes + again_bytes) / bandwidth + rates.layer_gap_s * 2 / 3
 
     replicas = cluster.gpus // sharding.shards
-    seconds = dict.fromkeys(("gather", "gather_again", "gather_root", "reduce", "reduce_root"), 0.0)
+    each = dict.fromkeys(("gather", "gather_again", "gather_root", "reduce", "reduce_root"), 0.0)
+    between = {"reduce": 0.0, "reduce_root": 0.0}  # replicas: the last micro step only
     for c in roofline.collectives(
         config, sharding.shards, replicas, sharding.gathered_again, reduce_bytes=work.reduce_bytes
     ):
         name = "gather" if c.kind == "all-gather" else "reduce"
         name += "_root" if c.group == "root" else "_again" if name == "gather" and c.when == "backward" else ""
-        seconds[name] += collective_s(c, cluster)
-    timed = (n_layers, forward_s, head_s, backward_s)
-    last = micro_step_s(*timed, **seconds, communicators=communicators)
-    others = micro_step_s(*timed, **seconds | {"reduce": 0.0, "reduce_root": 0.0}, communicators=communicators)
+        (between if c.kind == "all-reduce" else each)[name] += collective_s(c, cluster)
+    last = each | {name: each[name] + s for name, s in between.items()}
+    earlier = each | dict.fromkeys(between, 0.0) if sharding.holds_gradients else each
     compute_s = n_layers * (forward_s + backward_s) + head_s
-    exposed = last + (n_micro - 1) * others - n_micro * compute_s
+    elapsed_s = network_s = 0.0
+    for times, seconds in ((1, last), (n_micro - 1, earlier)):
+        elapsed_s += times * micro_step_s(
+            n_layers, forward_s, head_s, backward_s, **seconds, communicators=communicators
+        )
+        network_s += times * sum(s * (1 if name.endswith("root") else n_layers) for name, s in seconds.items())
+    exposed = elapsed_s - n_micro * compute_s
 
-    gathers = n_layers * (seconds["gather"] + seconds["gather_again"]) + seconds["gather_root"]
-    network_s = n_micro * gathers + n_layers * seconds["reduce"] + seconds["reduce_root"]
-    optimizer_s = 36 * roofline.shard_numel(config, sharding.shards) / bandwidth  # AdamW 28 B a weight, the norm 4, zero 4
+    optimizer_s = (
+        36 * roofline.shard_numel(config, sharding.shards) / bandwidth
+    )  # AdamW 28 B a weight, the norm 4, zero 4
     busy = n_micro * compute_s + optimizer_s + exposed
     return Step(
         matmul=n_micro * (n_layers * (3 * matmul_s + again_matmul_s) + head_matmul_s),
@@ -271,17 +289,38 @@ def tokens_per_second(work: Work, step: Step) -> float:
 # -------------------------------------------------------------------------------------------------- sharding and memory
 
 
-def shardings(cluster: Cluster) -> list[Sharding]:
-    """The choices that are compared; of equal ones, the first."""
-    n, node = cluster.gpus, cluster.node
-    choices = [Sharding("FSDP, gathered again", n)]
-    if cluster.nodes > 1:
-        choices.append(Sharding("FSDP, gathered again in the node", n, node))
-    choices.append(Sharding("FSDP, kept gathered", n, 1))
-    for nodes in (8, 1):
-        if nodes < cluster.nodes and cluster.nodes % nodes == 0:
-            choices.append(Sharding(f"HSDP {nodes * node} x {cluster.nodes // nodes}", nodes * node))
-    return choices
+@dataclass(frozen=True)
+class Choice:
+    sharding: Sharding
+    step: Step  # at the rates called good
+    memory: dict[str, int]  # bytes on the fullest rank at the peak, by part
+    fits: bool
+    why: str  # the weights are gathered again, or not
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.memory.values())
+
+
+def choose(work: Work, cluster: Cluster, **asked) -> Choice:
+    """A layout as the trainer would choose it on this machine, where ``asked`` (shard, reshard) leaves it open."""
+    layout = choose_layout(
+        work.config, size=cluster.gpus, node_size=cluster.node, micro_batch=work.micro_batch, seq_len=work.seq_len,
+        accumulation=work.accumulation, lean=work.lean, memory_bytes=cluster.gpu.memory_bytes, **asked,
+    )  # fmt: skip
+    sharding = Sharding.of(layout)
+    parts = memory(work, cluster, sharding)
+    fits = sum(parts.values()) <= cluster.gpu.memory_bytes
+    return Choice(sharding, step(work, cluster, sharding, RATES["good"]), parts, fits, layout.reshard_why)
+
+
+def compare(work: Work, cluster: Cluster) -> list[Choice]:
+    """The choices side by side: gathered again everywhere, inside the node, not at all; HSDP of one node and of eight."""
+    asked = [{"reshard": "always"}, {"reshard": "node"}, {"reshard": "never"}]
+    if cluster.nodes == 1:
+        del asked[1]  # it is the first again
+    asked += [{"shard": n * cluster.node} for n in (8, 1) if n < cluster.nodes and cluster.nodes % n == 0]
+    return [choose(work, cluster, **options) for options in asked]
 
 
 def memory(work: Work, cluster: Cluster, sharding: Sharding) -> dict[str, int]:
@@ -292,38 +331,13 @@ def memory(work: Work, cluster: Cluster, sharding: Sharding) -> dict[str, int]:
             config, sharding.shards, work.micro_batch, work.seq_len, 2, work.lean, logits_chunk_rows=CHUNK_ROWS
         )
     )
-    layers = 2 * config.n_layers * roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
     if sharding.gathered_again:
-        parts["kept for the backward"] = layers // sharding.gathered_again
-    if work.accumulation > 1:
-        parts["accumulated gradients"] = 4 * roofline.parameters(config)  # whole: only the last micro step reduces
-    return {name.replace("_", " "): size for name, size in parts.items()} | {"overhead, assumed": int(OVERHEAD_BYTES)}
-
-
-@dataclass(frozen=True)
-class Choice:
-    sharding: Sharding
-    step: Step  # at the rates called good
-    memory: int
-    fits: bool
-
-
-def compare(work: Work, cluster: Cluster) -> list[Choice]:
-    """Every sharding's step and memory."""
-    return [
-        Choice(s, step(work, cluster, s, RATES["good"]), size, size <= cluster.gpu.memory_bytes)
-        for s in shardings(cluster)
-        for size in [sum(memory(work, cluster, s).values())]
-    ]
-
-
-def best(choices: list[Choice]) -> Choice:
-    """The fastest that fits; of those within half a percent of it, the smallest; where none fits, the smallest."""
-    fitting = [c for c in choices if c.fits]
-    if not fitting:
-        return min(choices, key=lambda c: c.memory)
-    fastest = min(c.step.total for c in fitting)
-    return min((c for c in fitting if c.step.total <= 1.005 * fastest), key=lambda c: c.memory)
+        layer = 2 * roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
+        parts["kept for the backward"] = config.n_layers * layer // sharding.gathered_again
+    if work.accumulation > 1 and sharding.holds_gradients:
+        parts["whole gradients"] = 4 * roofline.parameters(config)
+    parts["reserved, assumed"] = int(RESERVED * cluster.gpu.memory_bytes)
+    return {name.replace("_", " "): size for name, size in parts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- the command's part
@@ -343,6 +357,15 @@ class Request:
     gpu: str
     nic_gbs: float  # of each GPU, GB/s
     gpus_per_node: int
+    shard: int | None = None
+    replicate: int | None = None
+    reshard: str | None = None
+
+    @property
+    def asked(self) -> dict:
+        """What is asked for of the layout, as ``choose`` takes it."""
+        asked = {"shard": self.shard, "replicate": self.replicate, "reshard": self.reshard}
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 def machine(name: str) -> Machine:
@@ -357,7 +380,8 @@ def machine(name: str) -> Machine:
 def gpu_counts(gpus: str) -> list[int]:
     """The counts that --gpus asks for: one, or the doublings of a range."""
     first, dots, last = gpus.partition("..")
-    if not (first.isdecimal() and (last.isdecimal() or not dots)) or int(first) < 1 or len(gpus) > 16:
+    numbers = [first, last] if dots else [first]
+    if len(gpus) > 16 or not all(n.isascii() and n.isdecimal() and int(n) for n in numbers):
         raise Refused(f"--gpus must be a number or a range such as 8..2048, got {gpus!r}")
     if not dots:
         return [int(first)]
@@ -374,25 +398,35 @@ def cluster_of(request: Request, gpus: int) -> Cluster:
     return Cluster(m.gpu, gpus, node, m.nvlink, request.nic_gbs * 1e9)
 
 
+def divisors(n: int) -> list[int]:
+    small = [i for i in range(1, math.isqrt(n) + 1) if n % i == 0]
+    return sorted({*small, *(n // i for i in small)})
+
+
 def work_of(request: Request, gpus: int) -> Work:
-    """A GPU's share of the recipe's batch; the recipe's micro batch, or the most below it that divides the share."""
+    """A GPU's share of the recipe's batch; its micro batch, or where that does not divide the share, the most below it."""
     r = request
-    if r.batch_tokens % (r.seq_len * gpus):
-        samples = r.batch_tokens // r.seq_len
-        would = [str(n) for n in range(1, samples + 1) if samples % n == 0 and n & (n - 1) == 0] or ["1"]
+    samples, rest = divmod(r.batch_tokens, r.seq_len)
+    if rest or not samples:
+        raise Refused(f"--batch-tokens {r.batch_tokens} is not a multiple of --seq-len {r.seq_len}")
+    if samples % gpus:
+        possible = [n for n in divisors(samples) if n <= r.gpus_per_node or n % r.gpus_per_node == 0]
+        near = sorted(sorted(possible, key=lambda n: abs(math.log(n / gpus)))[:4])
         raise Refused(
-            f"--gpus {gpus}: --batch-tokens {r.batch_tokens} is {r.batch_tokens / r.seq_len:g} samples of "
-            f"--seq-len {r.seq_len}, which {gpus} do not divide; {', '.join(would)} GPUs would, or another --batch-tokens"
+            f"--gpus {gpus} do not divide the {samples} samples of --batch-tokens {r.batch_tokens} and --seq-len "
+            f"{r.seq_len}; {', '.join(map(str, near))} would, or another --batch-tokens"
         )
-    share = r.batch_tokens // r.seq_len // gpus
-    micro_batch = max(n for n in range(1, (r.micro_batch or 8) + 1) if share % n == 0)
+    share = samples // gpus
+    micro_batch = max(n for n in divisors(share) if n <= (r.micro_batch or 8))
     return Work(r.config, micro_batch, r.seq_len, share // micro_batch)
 
 
-def run(request: Request, plot: Path | None = None) -> str:
+def answer(request: Request, plot: Path | None = None) -> str:
     """The answer to --plan: a table for one number of GPUs, a sweep for a range. Refused for what cannot be."""
     if request.seq_len > request.config.max_seq_len:
-        raise Refused(f"--seq-len {request.seq_len} is beyond the model's limit of {request.config.max_seq_len} positions")
+        raise Refused(
+            f"--seq-len {request.seq_len} is beyond the model's limit of {request.config.max_seq_len} positions"
+        )
     counts = gpu_counts(request.gpus)
     clusters = [cluster_of(request, n) for n in counts]
     if len(counts) == 1:
@@ -403,8 +437,10 @@ def run(request: Request, plot: Path | None = None) -> str:
 def one(request: Request, work: Work, cluster: Cluster) -> str:
     """The plan for one number of GPUs."""
     r, m, config = request, machine(request.gpu), request.config
+    chosen = choose(work, cluster, **r.asked)
     choices = compare(work, cluster)
-    chosen = best(choices)
+    if all(c.sharding != chosen.sharding for c in choices):
+        choices.append(chosen)
     per_token = roofline.flops_per_token(config, r.seq_len)
     lines = [
         "a model of the run, calculated from stated constants (model/plan.py): nothing here is measured",
@@ -414,77 +450,91 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
         f"model      {roofline.parameters(config):,} parameters; {per_token / 1e9:.2f} GFLOP a token, "
         f"{per_token * r.batch_tokens / 1e15:,.1f} PFLOP a step",
         f"batch      {r.batch_tokens:,} tokens = {cluster.gpus} GPUs x {work.accumulation} accumulated x "
-        f"{work.micro_batch} x {r.seq_len}",
+        f"{work.micro_batch} x {r.seq_len}"
+        + (
+            f"; the trainer will want --micro-batch {work.micro_batch}, for {r.micro_batch} does not divide a rank's share"
+            if r.micro_batch and work.micro_batch != r.micro_batch
+            else ""
+        ),
         "",
-        f"{'sharding':<34}{'memory':>9}{'fits':>6}{'step':>10}{'network':>10}{'hidden':>9}{'exposed':>9}{'':>7}"
-        f"{'tokens/s/GPU':>14}",
+        f"{'sharding, at the rates called good':<36}{'memory':>9}{'fits':>6}{'step':>11}{'network':>10}{'hidden':>10}"
+        f"{'exposed':>10}{'':>7}{'tokens/s/GPU':>14}",
     ]
     for c in choices:
         s = c.step
-        lines.append(f"{c.sharding.name:<34}{in_words(c.memory):>9}{'yes' if c.fits else 'no':>6}{s.total * 1e3:>7.0f} ms"
-            f"{(s.hidden + s.exposed) * 1e3:>7.0f} ms{s.hidden * 1e3:>6.0f} ms{s.exposed * 1e3:>6.0f} ms"
+        lines.append(
+            f"{c.sharding.name:<36}{in_words(c.bytes):>9}{'yes' if c.fits else 'no':>6}{s.total * 1e3:>8,.0f} ms"
+            f"{(s.hidden + s.exposed) * 1e3:>7,.0f} ms{s.hidden * 1e3:>7,.0f} ms{s.exposed * 1e3:>7,.0f} ms"
             f"{s.exposed / s.total:>7.1%}{tokens_per_second(work, s):>14,.0f}"
-            f"{'  <- default' if c is chosen else ''}")  # fmt: skip
-    why = (
-        "the fastest that fits; of those within half a percent, the one with the least memory"
-        if chosen.fits
-        else "none fits: take a smaller --micro-batch, more GPUs, or GPUs with more memory; shown is the smallest"
-    )
-    lines += [f"default    {chosen.sharding.name}: {why}", ""]
+            + ("  <- " + ("asked for" if r.asked else "default") if c.sharding == chosen.sharding else "")
+        )
+    lines.append(f"chosen     {chosen.sharding.name}: {chosen.why}")
+    if not chosen.fits:
+        lines.append("memory     does not fit: take a smaller --micro-batch, more GPUs, or GPUs with more memory")
+    lines += ["", f"memory of the fullest rank, of {in_words(m.gpu.memory_bytes)}"]
+    lines += [f"  {name:<24}{in_words(size):>10}" for name, size in chosen.memory.items()]
+    left = m.gpu.memory_bytes - chosen.bytes
+    lines += [f"  {'left' if left >= 0 else 'MISSING':<24}{in_words(abs(left)):>10}", ""]
 
-    parts = memory(work, cluster, chosen.sharding)
-    lines += [f"memory of the fullest rank, of {in_words(m.gpu.memory_bytes)}"]
-    lines += [f"  {name:<24}{in_words(size):>10}" for name, size in parts.items()]
-    lines += [f"  {'left':<24}{in_words(max(0, m.gpu.memory_bytes - chosen.memory)):>10}", ""]
-
-    lines += [f"{'communication of a step':<34}{'times':>7}{'bytes each':>12}{'ranks':>7}{'each':>10}{'all':>10}"]
+    lines += [f"{'communication of a step':<34}{'times':>7}{'bytes each':>12}{'ranks':>7}{'each':>10}{'all':>11}"]
     for c in roofline.collectives(
         config, chosen.sharding.shards, cluster.gpus // chosen.sharding.shards, chosen.sharding.gathered_again,
-        work.accumulation,
+        work.accumulation, holds_gradients=chosen.sharding.holds_gradients,
     ):  # fmt: skip
         each = collective_s(c, cluster)
-        lines.append(f"  {f'{c.kind}, {c.group}, {c.when}':<32}{c.count:>7}{in_words(c.bytes):>12}{c.ranks:>7}"
-            f"{each * 1e3:>7.2f} ms{c.count * each * 1e3:>7.0f} ms")  # fmt: skip
+        lines.append(
+            f"  {f'{c.kind}, {c.group}, {c.when}':<32}{c.count:>7}{in_words(c.bytes):>12}{c.ranks:>7}"
+            f"{each * 1e3:>7.2f} ms{c.count * each * 1e3:>8,.0f} ms"
+        )
     s = chosen.step
-    lines += [f"  {s.hidden * 1e3:.0f} ms of it hide behind {(s.total - s.exposed - s.straggling) * 1e3:.0f} ms of "
-        f"computation, {s.exposed * 1e3:.0f} ms ({s.exposed / s.total:.1%}) are exposed", ""]  # fmt: skip
+    lines += [
+        f"  {s.hidden * 1e3:,.0f} ms of it hide behind {(s.total - s.exposed - s.straggling) * 1e3:,.0f} ms of computation, "
+        f"{s.exposed * 1e3:,.0f} ms ({s.exposed / s.total:.1%}) are exposed",
+        "",
+    ]
 
     steps = {name: step(work, cluster, chosen.sharding, rates) for name, rates in RATES.items()}
-    lines += ["a step, ms" + " " * 14 + "".join(f"{name:>11}" for name in steps)]
-    names = ("matmul", "attention", "memory_bound", "optimizer", "gaps", "exposed", "straggling", "total")
-    for name in names:
-        values = "".join(f"{getattr(x, name) * 1e3:>11.0f}" for x in steps.values())
-        lines.append(f"  {name.replace('_', ' '):<22}{values}")
     rate = {name: tokens_per_second(work, x) for name, x in steps.items()}
-    lines.append(f"  {'tokens/s/GPU':<22}" + "".join(f"{x:>11,.0f}" for x in rate.values()))
-    peak = m.gpu.bf16_flops
-    palm = roofline.palm_flops_per_token(config, r.seq_len)
-    lines.append(f"  {'MFU':<22}" + "".join(f"{roofline.mfu(x, per_token, peak):>11.1%}" for x in rate.values()))
-    lines.append(f"  {'MFU, PaLM formula':<22}" + "".join(f"{roofline.mfu(x, palm, peak):>11.1%}" for x in rate.values()))
-    lines.append(f"  {'rates assumed':<22}" + "".join(f"{f'{x.matmul:.0%} {x.memory:.0%}':>11}" for x in RATES.values())
-        + "   of the peak in matmuls, of the memory bandwidth")  # fmt: skip
+    peak, palm = m.gpu.bf16_flops, roofline.palm_flops_per_token(config, r.seq_len)
+
+    def row(name: str, values) -> str:
+        return f"  {name:<22}" + "".join(f"{value:>11}" for value in values)
+
+    lines.append(f"{'a step, ms':<24}" + "".join(f"{name:>11}" for name in steps))
+    for name in ("matmul", "attention", "memory_bound", "optimizer", "gaps", "exposed", "straggling", "total"):
+        lines.append(row(name.replace("_", " "), (f"{getattr(x, name) * 1e3:,.0f}" for x in steps.values())))
     lines += [
+        row("tokens/s/GPU", (f"{x:,.0f}" for x in rate.values())),
+        row("MFU", (f"{roofline.mfu(x, per_token, peak):.1%}" for x in rate.values())),
+        row("MFU, PaLM's formula", (f"{roofline.mfu(x, palm, peak):.1%}" for x in rate.values())),
+        row("assumed: matmul", (f"{x.matmul:.0%}" for x in RATES.values())) + "  of the peak",
+        row("assumed: attention", (f"{x.attention:.0%}" for x in RATES.values())) + "  of the peak",
+        row("assumed: memory", (f"{x.memory:.0%}" for x in RATES.values())) + "  of the bandwidth",
+        row("assumed: straggling", (f"{x.straggling:.1%}" for x in RATES.values())) + "  a doubling of the nodes",
+        "",
         f"speed      floor {steps['ideal'].total:.3f} s a step, {rate['ideal']:,.0f} tokens/s/GPU; expected "
-        f"{rate['good']:,.0f} to {rate['leading']:,.0f} with kernels as good as the best public ones, "
-        f"{rate['published']:,.0f} as published runs do",
+        f"{rate['good']:,.0f} to {rate['leading']:,.0f} with kernels as good as the best public ones; "
+        f"{rate['published']:,.0f} at the rates of published runs",
     ]
 
     size = roofline.checkpoint_bytes(config, chosen.sharding.shards)
     stall = roofline.checkpoint_stall_s(config, chosen.sharding.shards, m.host_copy)
-    saves = -(-r.steps // r.save_every)
-    days = {n: (r.steps * steps[n].total + saves * stall) / 86400 for n in ("leading", "good", "published")}
-    mwh = {n: cluster.gpus * m.watts * POWER_SHARE * d * 24 / 1e6 for n, d in days.items()}
-    # one replica saves: the others hold the same
+    hours = {name: (r.steps * x.total + r.steps // r.save_every * stall) / 3600 for name, x in steps.items()}
+    mwh = {name: cluster.gpus * m.watts * POWER_SHARE * h / 1e6 for name, h in hours.items()}
     lines += [
         f"checkpoint {in_words(12 * roofline.parameters(config))}, {in_words(size)} a rank; a save stalls {stall:.3f} s at "
         f"{in_words(m.host_copy)}/s, every {r.save_every} steps {stall / (r.save_every * s.total):.4%} of the time",
-        f"time       {r.steps:,} steps, {r.steps * r.batch_tokens / 1e9:,.1f} billion tokens: {days['leading']:.1f} to "
-        f"{days['good']:.1f} days, {days['published']:.1f} as published runs do; {cluster.gpus * days['good'] * 24:,.0f} "
-        "GPU hours (no evaluation, no queue)",
-        f"energy     {mwh['leading']:,.1f} to {mwh['good']:,.1f} MWh, {mwh['published']:,.1f} as published runs do: "
+        f"time       {r.steps:,} steps of {r.steps * r.batch_tokens / 1e9:,.1f} billion tokens: "
+        f"{in_days(hours['leading'])} to {in_days(hours['good'])}, {in_days(hours['published'])} at published rates; "
+        f"{cluster.gpus * hours['good']:,.0f} GPU hours (evaluation and queue come on top)",
+        f"energy     {mwh['leading']:,.2f} to {mwh['good']:,.2f} MWh, {mwh['published']:,.2f} at published rates: "
         f"{m.watts:g} W a board at {POWER_SHARE:.0%}, assumed; hosts, network and cooling come on top",
     ]
     return "\n".join(lines)
+
+
+def in_days(hours: float) -> str:
+    return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
 
 
 # ----------------------------------------------------------------------------------------------------------------- sweep
@@ -496,74 +546,83 @@ def sweep(request: Request, clusters: list[Cluster], plot: Path | None) -> str:
     grown = Work(r.config, r.micro_batch or 4, r.seq_len)
     lines = [
         "a model, calculated from stated constants (model/plan.py), at the rates called good: nothing here is measured",
-        f"{r.gpu}, {r.nic_gbs:g} GB/s a NIC, {r.gpus_per_node} a node; left the recipe's batch of {r.batch_tokens:,} "
-        f"tokens, right {grown.micro_batch} x {r.seq_len} tokens a GPU, whatever the batch",
+        f"{r.gpu}, {r.nic_gbs:g} GB/s a NIC, {r.gpus_per_node} a node, sharding as the trainer chooses it. Left the recipe's "
+        f"batch of {r.batch_tokens:,} tokens, right {grown.micro_batch} x {r.seq_len} tokens a GPU, whatever the batch",
         "",
-        f"{'GPUs':>6}{'batch/GPU':>12}  {'sharding':<34}{'memory':>9}{'exposed':>9}{'tokens/s/GPU':>14}   |{'exposed':>9}"
-        f"{'tokens/s/GPU':>14}{'million tokens/s':>18}",
+        f"{'GPUs':>6}{'batch/GPU':>11}  {'sharding':<25}{'memory':>9}{'exposed':>9}{'tokens/s/GPU':>14}{'of best':>9}   |"
+        f"{'exposed':>9}{'tokens/s/GPU':>14}{'of best':>9}{'million tokens/s':>18}",
     ]
-    fixed, growing = {}, {}
+    fixed: dict[int, tuple[Work, Choice]] = {}
+    growing = {cluster.gpus: (grown, choose(grown, cluster, **r.asked)) for cluster in clusters}
+    reasons = {}
     for cluster in clusters:
-        n = cluster.gpus
-        other = best(compare(grown, cluster))
-        growing[n] = tokens_per_second(grown, other.step), other.step.exposed / other.step.total
-        right = f"   |{growing[n][1]:>9.1%}{growing[n][0]:>14,.0f}{n * growing[n][0] / 1e6:>18.2f}"
-        right += "" if other.fits else "  does not fit"
         try:
-            work = work_of(r, n)
-        except Refused:
-            lines.append(f"{n:>6}{'-':>12}  {'less than a sample a GPU, or not divisible':<66}".ljust(84) + right)
-            continue
-        chosen = best(compare(work, cluster))
-        fixed[n] = tokens_per_second(work, chosen.step), chosen.step.exposed / chosen.step.total
-        memory = in_words(chosen.memory) + ("" if chosen.fits else "!")
-        lines.append(
-            f"{n:>6}{f'{work.accumulation} x {work.micro_batch}':>12}  {chosen.sharding.name:<34}{memory:>9}"
-            f"{fixed[n][1]:>9.1%}{fixed[n][0]:>14,.0f}" + right
-        )
-    lines += ["! does not fit", "", *limit(r, clusters[-1], grown, fixed, growing)]
+            work = work_of(r, cluster.gpus)
+        except Refused as refusal:
+            reasons[cluster.gpus] = str(refusal)
+        else:
+            fixed[cluster.gpus] = work, choose(work, cluster, **r.asked)
+    for n in growing:
+        if n in fixed:
+            work, chosen = fixed[n]
+            batch = f"{work.accumulation} x {work.micro_batch}"
+            memory = in_words(chosen.bytes) + ("" if chosen.fits else "!")
+            left = f"{batch:>11}  {chosen.sharding.name.removeprefix('FSDP, '):<25}{memory:>9}{columns(fixed, n)}"
+        else:
+            left = f"{'-':>11}  {'not divisible':<66}"
+        work, chosen = growing[n]
+        million = n * tokens_per_second(work, chosen.step) / 1e6
+        lines.append(f"{n:>6}{left}   |{columns(growing, n)}{million:>18.2f}{'' if chosen.fits else '!'}")
+    lines += ["! does not fit", *reasons.values(), "", *limit(r, clusters[-1], grown, fixed, growing)]
     if plot:
         draw(request, fixed, growing, plot)
-        lines.append(f"plot       {plot}")
+        lines.append(f"\nplot       {plot}")
     return "\n".join(lines)
 
 
-def limit(request: Request, last: Cluster, grown: Work, fixed: dict, growing: dict) -> list[str]:
-    """Where it stops scaling, and what would move that, at the largest number of GPUs."""
+Series = dict[int, tuple[Work, Choice]]  # number of GPUs -> what each computes, and how
+
+
+def rates_of(series: Series) -> dict[int, float]:
+    return {n: tokens_per_second(work, chosen.step) for n, (work, chosen) in series.items()}
+
+
+def columns(series: Series, n: int) -> str:
+    rates, step = rates_of(series), series[n][1].step
+    return f"{step.exposed / step.total:>9.1%}{rates[n]:>14,.0f}{rates[n] / max(rates.values()):>9.1%}"
+
+
+def limit(request: Request, last: Cluster, grown: Work, fixed: Series, growing: Series) -> list[str]:
+    """Where it stops scaling, and what would move that at the largest number of GPUs, starting from one sequence a GPU."""
     lines = []
     for what, series in (("the recipe's batch", fixed), ("a batch that grows", growing)):
-        if not series:
-            continue
-        reference = max(rate for rate, _ in series.values())
-        scaling = [n for n, (rate, _) in series.items() if rate >= 0.95 * reference]
-        beyond = [n for n in series if n > max(scaling)]
-        end = f"below that from {min(beyond)} on" if beyond else "nowhere less in this range above it"
-        lines.append(f"{what}: within 95% of its best rate a GPU up to {max(scaling)} GPUs, {end}")
-    smallest = replace(grown, micro_batch=1)
-    cases = {
-        "one sequence a GPU": (smallest, last, 2),
-        "micro batch of 2": (replace(grown, micro_batch=2), last, 2),
-        f"micro batch of {grown.micro_batch}": (grown, last, 2),
-        "one sequence, twice as long": (replace(smallest, seq_len=2 * grown.seq_len), last, 2),
-        "one sequence, NICs twice as fast": (smallest, replace(last, nic=2 * last.nic), 2),
-        "one sequence, a single communicator": (smallest, last, 1),
-    }
-    lines += ["", f"what moves the limit, at {last.gpus} GPUs{'':<10}" + f"{'exposed':>9}{'tokens/s/GPU':>14}  sharding"]
-    for name, (work, cluster, communicators) in cases.items():
-        chosen = best(compare(work, cluster)).sharding
-        s = step(work, cluster, chosen, RATES["good"], communicators)
-        lines.append(f"  {name:<42}{s.exposed / s.total:>9.1%}{tokens_per_second(work, s):>14,.0f}  {chosen.name}")
-    for c in compare(smallest, last):
-        if c.sharding.name != best(compare(smallest, last)).sharding.name:
-            fits = "" if c.fits else "  does not fit"
-            lines.append(
-                f"  {'one sequence, ' + c.sharding.name:<42.42}{c.step.exposed / c.step.total:>9.1%}"
-                f"{tokens_per_second(smallest, c.step):>14,.0f}{fits}"
-            )
+        if series:
+            rates = rates_of(series)
+            best = max(rates.values())
+            scaling = max(n for n, rate in rates.items() if rate >= 0.9 * best)
+            beyond = [n for n in rates if n > scaling]
+            end = f"at {beyond[0]} {rates[beyond[0]] / best:.0%}" if beyond else "the end of this range"
+            lines.append(f"{what + ':':<20} at least 90% of its best rate a GPU up to {scaling} GPUs, {end}")
+    base, asked = replace(grown, micro_batch=1), request.asked
+    plain = choose(base, last, **asked)
+    cases = [("one sequence a GPU", base, last, plain)]
+    cases += [("  HSDP", base, last, c) for c in compare(base, last) if c.sharding.shards < last.gpus]
+    cases += [("  kept gathered", base, last, choose(base, last, reshard="never"))]
+    for name, work, cluster in (
+        ("  NICs twice as fast", base, replace(last, nic=2 * last.nic)),
+        ("  sequence twice as long", replace(base, seq_len=2 * base.seq_len), last),
+        ("  micro batch of 2", replace(base, micro_batch=2), last),
+        ("  micro batch of 4", replace(base, micro_batch=4), last),
+    ):
+        cases.append((name, work, cluster, choose(work, cluster, **asked)))
+    lines += ["", f"{f'what moves the limit, at {last.gpus} GPUs':<40}{'exposed':>9}{'tokens/s/GPU':>14}  sharding"]
+    for name, work, _, c in cases:
+        lines.append(f"{name:<40}{c.step.exposed / c.step.total:>9.1%}{tokens_per_second(work, c.step):>14,.0f}  "
+            f"{c.sharding.name}{'' if c.fits else ', does not fit'}")  # fmt: skip
     return lines
 
 
-def draw(request: Request, fixed: dict, growing: dict, path: Path) -> None:
+def draw(request: Request, fixed: Series, growing: Series, path: Path) -> None:
     """Tokens/s/GPU and the exposed share over the number of GPUs, written to path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -575,16 +634,15 @@ def draw(request: Request, fixed: dict, growing: dict, path: Path) -> None:
         (f"batch of {request.batch_tokens / 1e6:.1f} million tokens", fixed, "o"),
         ("batch grows with the GPUs", growing, "s"),
     ):
-        if series:
-            counts = list(series)
-            speed.plot(counts, [rate for rate, _ in series.values()], marker=marker, label=label)
-            share.plot(counts, [100 * exposed for _, exposed in series.values()], marker=marker, label=label)
-    everything = fixed | growing
-    speed.set(ylabel="tokens/s/GPU", xscale="log")
-    speed.set_ylim(0, 1.15 * max(rate for series in (fixed, growing) for rate, _ in series.values()))
+        rates = rates_of(series)
+        exposed = [100 * c.step.exposed / c.step.total for _, c in series.values()]
+        speed.plot(list(rates), list(rates.values()), marker=marker, label=label)
+        share.plot(list(rates), exposed, marker=marker, label=label)
+    speed.set(ylabel="tokens/s/GPU")
+    speed.set_ylim(0, 1.15 * max(rates_of(growing).values()))
     share.set(ylabel="exposed communication, %", xlabel="GPUs", ylim=(0, None))
     speed.set_xscale("log", base=2)
-    share.set_xticks(list(everything), [str(n) for n in everything])
+    share.set_xticks(list(growing), [str(n) for n in growing])
     for axes in (speed, share):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -594,5 +652,10 @@ def draw(request: Request, fixed: dict, growing: dict, path: Path) -> None:
         f"{request.nic_gbs:g} GB/s a NIC, {request.gpus_per_node} a node",
         fontsize=10,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(partial, dpi=120, format="png")
+        partial.replace(path)
+    except OSError as error:
+        raise Refused(f"cannot write the plot {path}: {error.strerror}; name another --run-dir") from None

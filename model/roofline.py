@@ -271,30 +271,32 @@ def collectives(
     accumulation: int = 1,
     compute_bytes: int = 2,
     reduce_bytes: int = FP32_BYTES,
+    holds_gradients: bool = True,
 ) -> list[Collective]:
     """The collectives of one optimizer step on shards x replicas ranks, in the order of their first use.
 
     Each micro step gathers root and layers in the compute dtype for its forward, and the layers once more for its
     backward, among ``gathered_again`` ranks (0: all shards; 1: they were kept, so not at all; a node's GPUs: inside
-    the node). The last micro step alone reduces, in fp32 here. Those of a few numbers (gradient norm, loss) are left out.
+    the node). Gradients are reduced in fp32 here: by the last micro step, or where whole ones are not held by each of
+    them, between replicas by the last. Those of a few numbers (gradient norm, loss) are left out.
     """
     layer, root = padded_numel(layer_shapes(config), shards), padded_numel(root_shapes(config), shards)
     gather = [
         Collective("all-gather", "root", "forward", accumulation, root, compute_bytes * root, shards),
-        Collective("all-gather", "layer", "forward", accumulation * config.n_layers, layer, compute_bytes * layer, shards),
+        Collective(
+            "all-gather", "layer", "forward", accumulation * config.n_layers, layer, compute_bytes * layer, shards
+        ),
     ]
     if gathered_again != 1:
         ranks = gathered_again or shards
         gather.append(replace(gather[1], when="backward", ranks=ranks))
-    reduce = [
-        Collective("reduce-scatter", group, "backward", count, numel, reduce_bytes * numel, shards)
-        for group, count, numel in (("layer", config.n_layers, layer), ("root", 1, root))
-    ]
-    if replicas > 1:
-        reduce += [
-            Collective("all-reduce", c.group, "backward", c.count, c.numel // shards, c.bytes // shards, replicas)
-            for c in reduce
-        ]
+    times, reduce = 1 if holds_gradients else accumulation, []
+    for group, count, numel in (("layer", config.n_layers, layer), ("root", 1, root)):
+        size = reduce_bytes * numel
+        reduce.append(Collective("reduce-scatter", group, "backward", times * count, numel, size, shards))
+        if replicas > 1:
+            part = numel // shards, size // shards
+            reduce.append(Collective("all-reduce", group, "backward", count, *part, replicas))
     return gather + reduce
 
 
