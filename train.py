@@ -101,6 +101,17 @@ class Recipe:
         "a layer's gathered weights after the forward pass: dropped always, never, or kept in parts on the ranks of a "
         "node or on a number of ranks [by memory and node; the start-up lines say why]")
 
+    plan: bool = setting("plan", False,
+        "calculate what this run will do on the machine below (memory, speed, network, time, energy), print it and end; "
+        "needs no GPU")
+    gpus: str | None = setting("plan", None,
+        "how many, or a range of doublings, as in 8..2048, which is also plotted [256]")
+    gpu: str | None = setting("plan", None,
+        "a100-40, a100-80, h100-80, h200-141, gh200-96, gh200-144, b200-180 or the driver's name of one [gh200-96]")
+    nic_gbs: float | None = setting("plan", None,
+        "GB/s of the network card of each GPU, one direction; 400 Gb/s are 50 [25]", above=0)
+    gpus_per_node: int | None = setting("plan", None, "GPUs of a node, joined by NVLink [4]", minimum=1)
+
     run_dir: Path | None = setting("run", None, "folder of the run, on a file system that all nodes see [runs/PRESET]")
     resume: bool | None = setting("run", None,
         "--resume insists on a checkpoint to continue from; --no-resume sets an earlier run aside and starts anew "
@@ -148,7 +159,8 @@ FREE_TO_CHANGE = (
     *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
     *("shard", "replicate", "reshard"),
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
-    *("max_hours", "deadline", "replay_step", "preflight"),
+    *("max_hours", "deadline", "replay_step"),
+    *("plan", "gpus", "gpu", "nic_gbs", "gpus_per_node", "preflight"),
 )
 
 COMMAND = Settings(
@@ -246,6 +258,7 @@ from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open
 from halny.model.durable import in_words, write_json  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
+from halny.model.plan import Request, answer  # noqa: E402
 from halny.model.preflight import Job, preflight  # noqa: E402
 from halny.model.prepare_data import prepare_builtin  # noqa: E402
 from halny.model.ranks import (  # noqa: E402
@@ -320,6 +333,9 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     """Fill in what the recipe leaves open and refuse what cannot be. Reads little, allocates and writes nothing."""
     model = model_config(recipe)
     r = recipe
+    for name in ("gpus", "gpu", "nic_gbs", "gpus_per_node"):
+        if getattr(r, name) is not None:
+            raise Refused(f"{flag(name)} {getattr(r, name)} belongs to --plan; add that or leave it out")
     if r.seq_len > model.max_seq_len:
         raise Refused(f"--seq-len {r.seq_len} is beyond the model's limit of {model.max_seq_len} positions")
     sources = data_or_refused(parse_sources, r.data or ())
@@ -381,7 +397,7 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         decay_steps=decay_steps,
         min_lr=min_lr,
         dtype=dtype,
-        save_every=r.save_every or max(1, min(500, r.steps // 10)),
+        save_every=saving_interval(r),
         eval_every=max(1, min(1000, r.steps // 5)) if r.eval_every is None else r.eval_every,
     )
     return Plan(
@@ -398,6 +414,27 @@ def resolve(recipe: Recipe, world: World) -> Plan:
 def is_lean(recipe: Recipe, world: World) -> bool:
     """Whether the layers keep less for their backward (kernels/lean_linear.py)."""
     return world.device.type == "cuda" and recipe.kernels != "reference"
+
+
+def saving_interval(recipe: Recipe) -> int:
+    return recipe.save_every or max(1, min(500, recipe.steps // 10))
+
+
+def plan_ahead(recipe: Recipe) -> int:
+    """--plan: the run on another machine, calculated (model/plan.py). Starts nothing; returns an exit code."""
+    if os.environ.get("RANK", "0") != "0":
+        return FINISHED
+    r = recipe
+    if r.dtype == "fp32" or r.kernels == "reference":
+        raise Refused(
+            "--plan calculates a run in bf16 with our kernels; leave out --dtype fp32 and --kernels reference"
+        )
+    request = Request(
+        model_config(r), r.batch_tokens, r.seq_len, r.micro_batch, r.steps, saving_interval(r), r.gpus or "256",
+        r.gpu or "gh200-96", r.nic_gbs or 25.0, r.gpus_per_node or 4, r.shard, r.replicate, r.reshard,
+    )  # fmt: skip
+    print(answer(request, r.run_dir.with_name(f"{r.run_dir.name}-plan.png")))
+    return FINISHED
 
 
 def describe(plan: Plan, world: World, corpus: Corpus) -> str:
@@ -1047,6 +1084,8 @@ def run_to_exit_code(recipe: Recipe) -> int:
     """``main`` with its failures turned into one line, a status and an exit code."""
     rank, host = int(os.environ.get("RANK", "0")), socket.gethostname()
     try:
+        if recipe.plan:
+            return plan_ahead(recipe)
         code = main(recipe)
         dist.barrier()  # torchrun ends everyone when the first rank exits with an error: let all get here
         return code

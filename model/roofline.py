@@ -9,7 +9,7 @@ One FLOP is one addition or one multiplication, so a matrix product of [m, k] by
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # mistral.py imports torch; the trainer's --help does not want to wait for it
@@ -117,9 +117,32 @@ def palm_flops_per_token(config: MistralConfig, seq_len: int) -> float:
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
+def layer_shapes(config: MistralConfig) -> list[tuple[int, int]]:
+    """[rows, columns] of one layer's weights, in the model's order; a norm has one column. FSDP cuts the rows."""
+    qkv_rows = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    norm = (config.dim, 1)
+    attention = [(qkv_rows, config.dim), (config.dim, config.n_heads * config.head_dim)]
+    mlp = [(2 * config.hidden_dim, config.dim), (config.dim, config.hidden_dim)]
+    return [norm, *attention, norm, *mlp]
+
+
+def root_shapes(config: MistralConfig) -> list[tuple[int, int]]:
+    """[rows, columns] of the weights outside the layers: embedding, final norm, head."""
+    return [(config.vocab_size, config.dim), (config.dim, 1), (config.vocab_size, config.dim)]
+
+
+def padded_numel(shapes: Iterable[tuple[int, int]], shards: int) -> int:
+    """Elements that a collective moves for weights of these shapes: each's rows padded to a multiple of the shards.
+
+    32,000 rows on 1,024 shards are 32 a rank, of which the last 24 ranks have none: 2.4% of padding.
+    """
+    return sum(-(-rows // shards) * shards * columns for rows, columns in shapes)
+
+
 def shard_numel(config: MistralConfig, world_size: int) -> int:
-    """Weights a rank owns under FSDP; the padding of a dimension that world_size does not divide is left out."""
-    return -(-parameters(config) // world_size)
+    """Weights a rank holds under FSDP, padding included: what the fullest rank has."""
+    layer, root = padded_numel(layer_shapes(config), world_size), padded_numel(root_shapes(config), world_size)
+    return (config.n_layers * layer + root) // world_size
 
 
 def parameter_bytes(config: MistralConfig, world_size: int = 1) -> int:
@@ -201,6 +224,80 @@ def logits_bytes(config: MistralConfig, n_rows: int, compute_bytes: int = 2, chu
         return 3 * FP32_BYTES * n_rows * config.vocab_size
     buffer = compute_bytes * min(chunk_rows, n_rows) * config.vocab_size
     return buffer + FP32_BYTES * config.vocab_size * config.dim
+
+
+def memory_bound_bytes(config: MistralConfig, compute_bytes: int = 2, lean: bool = True) -> tuple[int, int]:
+    """Bytes a token that one layer's kernels without matrix products move: (forward, backward). 7B lean: 487,424 B.
+
+    What a fused kernel must read and write (b bytes an element; d, q and kv, f elements a token): RMSNorm 2d and 3d;
+    residual add + RMSNorm 4d and 4d; RoPE twice q and k each way; SwiGLU 3f and 5f; the MLP's residual add 3d each way.
+    Lean, the backward also writes SwiGLU's output (f) and remakes both norms' (read and write d each).
+    """
+    d, f = config.dim, config.hidden_dim
+    rope = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
+    forward = 2 * d + 4 * d + rope + 3 * f + 3 * d
+    backward = 3 * d + 4 * d + rope + 5 * f + 3 * d + (f + 4 * d if lean else 0)
+    return compute_bytes * forward, compute_bytes * backward
+
+
+def head_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2, chunk_rows: int = 2048) -> int:
+    """Bytes that the loss moves beside its matrix products: five passes over the logits (written, read and overwritten by
+    the gradient, read by two products), and the head's fp32 gradient read and written once a chunk."""
+    logits = 5 * compute_bytes * n_tokens * config.vocab_size
+    return logits + -(-n_tokens // chunk_rows) * 2 * FP32_BYTES * config.vocab_size * config.dim
+
+
+# -------------------------------------------------------------------------------------------------------- communication
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One kind of collective of an optimizer step, as FSDP2 issues it."""
+
+    kind: str  # all-gather, reduce-scatter or all-reduce
+    group: str  # layer or root: whose weights
+    when: str  # forward or backward
+    count: int  # times a step
+    numel: int  # elements of the whole, padded: an all-gather's output, the input of the other two
+    bytes: int  # numel in the dtype that travels
+    ranks: int  # that take part in each
+
+
+def collectives(
+    config: MistralConfig,
+    shards: int,
+    replicas: int = 1,
+    gathered_again: int = 0,
+    accumulation: int = 1,
+    compute_bytes: int = 2,
+    reduce_bytes: int = FP32_BYTES,
+    holds_gradients: bool = True,
+) -> list[Collective]:
+    """The collectives of one optimizer step on shards x replicas ranks, in the order of their first use.
+
+    Each micro step gathers root and layers in the compute dtype for its forward, and the layers once more for its
+    backward, among ``gathered_again`` ranks (0: all shards; 1: they were kept, so not at all; a node's GPUs: inside
+    the node). Gradients are reduced in fp32 here: by the last micro step, or where whole ones are not held by each of
+    them, between replicas by the last. Those of a few numbers (gradient norm, loss) are left out.
+    """
+    layer, root = padded_numel(layer_shapes(config), shards), padded_numel(root_shapes(config), shards)
+    gather = [
+        Collective("all-gather", "root", "forward", accumulation, root, compute_bytes * root, shards),
+        Collective(
+            "all-gather", "layer", "forward", accumulation * config.n_layers, layer, compute_bytes * layer, shards
+        ),
+    ]
+    if gathered_again != 1:
+        ranks = gathered_again or shards
+        gather.append(replace(gather[1], when="backward", ranks=ranks))
+    times, reduce = 1 if holds_gradients else accumulation, []
+    for group, count, numel in (("layer", config.n_layers, layer), ("root", 1, root)):
+        size = reduce_bytes * numel
+        reduce.append(Collective("reduce-scatter", group, "backward", times * count, numel, size, shards))
+        if replicas > 1:
+            part = numel // shards, size // shards
+            reduce.append(Collective("all-reduce", group, "backward", count, *part, replicas))
+    return gather + reduce
 
 
 @dataclass(frozen=True)

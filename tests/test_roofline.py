@@ -119,10 +119,35 @@ def test_memory_of_mistral_7b():
     assert whole.activations == pytest.approx(73.1e9, rel=1e-3)
 
 
+@pytest.mark.parametrize("name", PRESETS)
+def test_shapes_are_those_of_the_model(name):
+    config = PRESETS[name]
+    with torch.device("meta"):
+        model = Mistral(config)
+    shapes = [(*p.shape, 1)[:2] for p in model.layers[0].parameters()]
+    assert sorted(shapes) == sorted(roofline.layer_shapes(config))
+    root = [(*p.shape, 1)[:2] for n, p in model.named_parameters() if not n.startswith("layers")]
+    assert sorted(root) == sorted(roofline.root_shapes(config))
+    assert roofline.padded_numel(roofline.layer_shapes(config), 1) == roofline.layer_parameters(config)
+
+
+def test_memory_bound_bytes():
+    """Counted kernel by kernel for the 7B: d = 4096, f = 14336, 32 + 8 rotated heads of 128, two bytes each."""
+    norms, rope, swiglu, add = 2 * 4096 * (2 + 4), 2 * 2 * 40 * 128, 2 * 3 * 14_336, 2 * 3 * 4096
+    forward, backward = roofline.memory_bound_bytes(MISTRAL_7B, lean=False)
+    assert forward == norms + rope + swiglu + add
+    assert backward == 2 * 4096 * (3 + 4) + rope + 2 * 5 * 14_336 + add
+    lean = roofline.memory_bound_bytes(MISTRAL_7B)
+    assert lean == (forward, backward + 61_440)  # the 61 kB of kernels/lean_linear.py
+    assert 32 * 16_384 * (forward + backward) == pytest.approx(225e9, rel=0.02)
+
+
 def test_memory_at_the_edges():
     config = PRESETS["test"]
     n = roofline.parameters(config)
-    assert roofline.parameter_bytes(config, 7) == 4 * ((n + 6) // 7)  # rounded up: the fullest rank
+    shapes = 2 * roofline.layer_shapes(config) + roofline.root_shapes(config)
+    fullest = sum(-(-rows // 7) * columns for rows, columns in shapes)  # rank 0, whose share of rows is rounded up
+    assert roofline.parameter_bytes(config, 7) == 4 * fullest > 4 * n / 7
     assert roofline.gradient_bytes(config, 1) == 4 * n
     assert roofline.optimizer_bytes(config, 1) == 8 * n
     one_layer = MistralConfig(n_layers=1)  # no second layer to gather
