@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -21,21 +22,19 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
-from halny.model import roofline
+from halny.model import plan, roofline
 from halny.model.durable import in_words
 from halny.model.exits import Failed
 from halny.model.mistral import MistralConfig
 from halny.model.ranks import World, all_gather, check_collectives, everywhere, reduce_scatter
 from halny.model.sharding import RESERVED, Layout
-
-TRAFFIC = 3  # a layer's memory-bound kernels move so many times the bytes it keeps for its backward: 7B, 418 of 429 kB
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def preflight(job: Job, world: World, open_data: Callable | None, say: Callable,
 
     rate, parts = predict(job, {name: min(r[name] for r in measured if name in r) for name in measured[0]}, world)
     shares = ", ".join(f"{name} {seconds * 1e3:,.1f}" for name, seconds in parts.items())
-    say(f"predicted  {rate:,.0f} tokens/s a rank at the slowest rank's rates; ms a step: {shares}")
+    say(f"predicted  {rate:,.0f} tokens/s a rank, by model/plan.py at the slowest rank's rates; ms a step: {shares}")
     if against:
         say("no-go\n" + "\n".join(f"  - {reason}" for reason in against))
     else:
@@ -393,47 +392,25 @@ def poor_disk(job: Job, world: World, hosts: list[str], effort: Effort, say: Cal
 
 
 def predict(job: Job, rates: dict[str, float], world: World) -> tuple[float, dict[str, float]]:
-    """(tokens/s a rank, seconds of a step by part), from measured rates and roofline.py's counts.
+    """(tokens/s a rank, seconds of a step by part): model/plan.py's step, with measured rates for data sheets.
 
-    Matrix products and attention at the rate of the matrix product; what is bound by memory, and AdamW, at that of the
-    copy. Of communication only what is longer than the computation beside it, on a CPU all of it. No gaps between
-    kernels, no waiting for data: a floor for the step's time, so a ceiling for the rate.
+    Measured are matrix products, memory and the network; attention is taken to be as much slower than the products, and
+    gaps and straggling as large, as in the rates that plan.py calls good. Where nothing overlaps, as on a CPU, all
+    communication counts.
     """
-    config, layout, accumulated = job.model, job.layout, job.accumulation
-    tokens = job.micro_batch * job.seq_len
-    flops = tokens * roofline.flops_per_token(config, job.seq_len)
-    compute = flops / rates["matmul"]
-    kept = roofline.activation_bytes_per_token(config, job.dtype.itemsize)
-    traffic = TRAFFIC * tokens * kept / rates["copy"]
-    shard = roofline.shard_numel(config, layout.shard)
-    optimizer = 28 * shard / rates["copy"]  # fp32: reads weight, gradient, two moments; writes all but one
-
-    forward = backward = 0.0  # communication of a micro batch
-    sync = 0.0  # and what comes with the last one only
-    if "gather" in rates:
-        whole = roofline.parameters(config) * (layout.shard - 1) / layout.shard
-        gather = whole * job.dtype.itemsize / rates["gather"]
-        again = {True: gather, False: 0.0}.get(layout.reshard) if isinstance(layout.reshard, bool) else None
-        if again is None:
-            inside = rates.get("node_gather", rates["gather"])
-            again = roofline.parameters(config) * job.dtype.itemsize * (1 - 1 / layout.reshard) / inside
-        reduce = whole * 4 / rates["reduce"]
-        forward, backward = gather, again
-        if layout.holds_gradients:
-            sync += reduce
-        else:
-            backward += reduce
-    if layout.replicate > 1:  # an all-reduce sends what a reduce-scatter and an all-gather do
-        rate = rates.get("link") or rates.get("node_reduce") or rates["reduce"]
-        sync += 2 * 4 * shard * (layout.replicate - 1) / layout.replicate / rate
-
-    beside = (compute + traffic) if world.device.type == "cuda" else 0.0
-    exposed = accumulated * max(0.0, forward - beside / 3)
-    exposed += (accumulated - 1) * max(0.0, backward - beside * 2 / 3) + max(0.0, backward + sync - beside * 2 / 3)
-    parts = {
-        "matrix products and attention": accumulated * compute,
-        "memory-bound": accumulated * traffic,
-        "optimizer": optimizer,
-        "exposed communication": exposed,
-    }
-    return accumulated * tokens / sum(parts.values()), parts
+    good, n = plan.RATES["good"], job.layout.shard
+    node = world.node_size if world.size % world.node_size == 0 else 1
+    nvlink = rates.get("node_gather", math.inf)
+    nic = rates.get("link", math.inf)
+    if n > node and "gather" in rates:
+        nic = rates["gather"] / node  # a ring over nodes leaves each by one GPU, and all NICs of a node share it
+    gpu = roofline.GPU(rates["matmul"], rates["copy"], 0)
+    cluster = plan.Cluster(gpu, world.size, node, nvlink / plan.NVLINK_SHARE, nic / plan.NIC_SHARE)
+    work = plan.Work(job.model, job.micro_batch, job.seq_len, job.accumulation, job.lean)
+    reached = replace(good, matmul=1.0, attention=good.attention / good.matmul, memory=1.0)
+    step = plan.step(work, cluster, plan.Sharding.of(job.layout), reached)
+    parts = {name.replace("_", " "): seconds for name, seconds in asdict(step).items()}
+    hidden = parts.pop("hidden")
+    if world.device.type == "cpu":
+        parts["exposed"] += hidden
+    return work.accumulation * work.tokens / sum(parts.values()), parts
