@@ -256,6 +256,7 @@ from halny.model.checkpoint import Saver, step_of, training_state  # noqa: E402
 from halny.model.convert import check_hf_weights, load_hf_weights, read_hf_config, save_hf  # noqa: E402
 from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset  # noqa: E402
 from halny.model.durable import in_words, write_json  # noqa: E402
+from halny.model.gap import Gap  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
 from halny.model.plan import Request, answer  # noqa: E402
@@ -819,6 +820,8 @@ def train(run: Run) -> str | None:
     loader = load_steps(run.step + 1, recipe.steps, run)
     progress = Progress(plan, world, run.step + 1)
     probe = Probe(world.device)
+    gap = Gap.of_run(plan.model, plan.layout, recipe.micro_batch, recipe.seq_len, plan.accumulation,
+        is_lean(recipe, world), DTYPES[recipe.dtype], world)  # fmt: skip
     clock = time.perf_counter()
     in_flight: InFlight | None = None
 
@@ -834,10 +837,13 @@ def train(run: Run) -> str | None:
             return
         (line, remark), in_flight = in_flight.settle(run, seconds_since), None
         run.watch.probe(probe.seconds())
+        gap.add(run.step_s, line["data_wait_s"])
         if world.is_main:
             run.folder.log(line)
             progress.show(line)
             progress.complain(run.watch.slowest)
+            if line["step"] % progress.every == 0 and (text := gap.words(run.watch.slowest)):
+                say(world, text)
         if run.skips > recipe.max_skips:
             samples = step_numbers(line["step"], plan.samples_a_step)
             raise Failed(f"{remark}, {run.skips} in a row now (--max-skips {recipe.max_skips}). Its samples have the "
@@ -870,10 +876,12 @@ def train(run: Run) -> str | None:
                 run.saver.wait()
             if evaluation_is_due(run) and not stopping:
                 settle()
-                stopping = not log_evaluation(run)
+                with gap.spending("evaluation"):
+                    stopping = not log_evaluation(run)
             if stopping or step == recipe.steps or step % recipe.save_every == 0:
                 settle()
-                run.save()
+                with gap.spending("checkpoints"):
+                    run.save()
                 gc.collect()
         run.watch.at("checkpoint", run.step, long=True)
         run.saver.wait()

@@ -373,12 +373,21 @@ class Probe:
     EVERY = 8
 
     def __init__(self, device: torch.device):
-        n, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
+        n, dtype = self._size(device), torch.bfloat16 if device.type == "cuda" else torch.float32
         self._x = torch.randn(n, n, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
         self._out = torch.empty_like(self._x)
         self._events = [torch.cuda.Event(enable_timing=True) for _ in range(2)] if device.type == "cuda" else None
         self._seconds: float | None = None
         self._calls, self._pending = 0, False
+
+    @staticmethod
+    def _size(device: torch.device) -> int:
+        return 4096 if device.type == "cuda" else 256
+
+    @classmethod
+    def flops(cls, device: torch.device) -> int:
+        """Of the product."""
+        return 2 * cls._size(device) ** 3
 
     def begin(self) -> None:
         self._calls += 1
