@@ -1146,6 +1146,10 @@ def run_to_exit_code(recipe: Recipe) -> int:
             reason, speaks = active.watch.verdict("lost the connection to another rank")
             if speaks:
                 print(f"train.py: stopped: {reason}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.strerror and active is not None:  # a full disk, a folder taken away
+            where = error.filename or f"in {active.watch.phase}"
+            reason, speaks = f"rank {rank} on {host}: {where}: {error.strerror}", True
+            print(f"train.py: stopped: {reason}", file=sys.stderr)
         else:
             reason, speaks = f"rank {rank} on {host}: {type(error).__name__}: {error}", True
             print(f"train.py: rank {rank} on {host} failed", file=sys.stderr)
