@@ -185,6 +185,6 @@ if __name__ == "__main__":
         dist.destroy_process_group()
         print(
             f"{world} ranks: sharding the 7B and making its optimizer {times[1] - times[0]:.1f} s; two micro batches "
-            f"and an update of 32 narrow layers {times[3] - times[2]:.1f} s, fake copies included; the collectives of two "
-            "layers of full width are roofline.py's"
+            f"and an update of 32 narrow layers {times[3] - times[2]:.1f} s, fake copies included; the collectives of "
+            "two layers of full width are roofline.py's"
         )
