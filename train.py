@@ -687,6 +687,8 @@ class Run:
             "updates": updates, "skips": self.skips, "losses": self.guard.remembered(),
         }  # fmt: skip
         self.saver.save(self.step, training_state(self.model, self.optimizer), facts)
+        stalled = f"{self.saver.stalled_s * 1e3:.0f} ms"
+        say(self.world, f"saving step {self.step}; the training waited {stalled} for its copy")
         if self.world.is_main:
             self.folder.status("running", self.step)
 
@@ -1075,6 +1077,10 @@ def run_to_exit_code(recipe: Recipe) -> int:
             reason, speaks = active.watch.verdict("lost the connection to another rank")
             if speaks:
                 print(f"train.py: stopped: {reason}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.strerror and active is not None:  # a full disk, a folder taken away
+            where = error.filename or f"in {active.watch.phase}"
+            reason, speaks = f"rank {rank} on {host}: {where}: {error.strerror}", True
+            print(f"train.py: stopped: {reason}", file=sys.stderr)
         else:
             reason, speaks = f"rank {rank} on {host}: {type(error).__name__}: {error}", True
             print(f"train.py: rank {rank} on {host} failed", file=sys.stderr)
