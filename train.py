@@ -6,7 +6,7 @@
 
 The file reads from top to bottom:
 
-    1  the recipe          every setting, once, with its help; presets; command line and TOML
+    1  the recipe          every setting, once, with its help; presets
     2  starting up         signals, processes, refusals that every rank hears
     3  the plan            everything derived from the recipe, before anything is allocated or written
     4  data                what model/batches.py makes of --data, and this rank's share of it
@@ -15,40 +15,28 @@ The file reads from top to bottom:
     7  the run             the loop, and what it leaves behind
     8  one step again      for whoever asks what went wrong in it
 
-What it stands on: model/batches.py (which samples a step has, and how they reach the device), model/ranks.py (what the
-ranks agree on, and who ends a run that hangs), model/checkpoint.py (how a run is saved and found again),
-model/run_folder.py, model/prepare_data.py, model/mistral.py.
+What it stands on: model/settings.py (command line and TOML files), model/batches.py (which samples a step has, and how
+they reach the device), model/ranks.py (what the ranks agree on, and who ends a run that hangs), model/checkpoint.py
+(how a run is saved and found again), model/run_folder.py, model/prepare_data.py, model/mistral.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
-import difflib
 import math
 import os
-import re
 import signal
 import sys
 import time
-import tomllib
-import types
 import typing
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from halny.model.exits import FAILED, FINISHED, REFUSED, STOPPED, Failed, Refused
+from halny.model.settings import Settings, flag, setting, unknown
 
 # ------------------------------------------------------------------------------------------------------- 1 the recipe
-
-
-def setting(group: str, default, help: str, *, minimum=None, above=None, below=None, choices=None):
-    """A field of Recipe: the group it is listed under, its help line, and the values it admits."""
-    return field(
-        default=default,
-        metadata=dict(group=group, help=help, minimum=minimum, above=above, below=below, choices=choices),
-    )
 
 
 # One setting an entry, wrapped by hand to stay a table:
@@ -150,136 +138,17 @@ FREE_TO_CHANGE = (
     *("max_hours", "deadline", "replay_step"),
 )
 
-SETTINGS = {f.name: f for f in fields(Recipe)}
-KINDS = {  # the type of each setting, without its "| None"
-    name: next(k for k in typing.get_args(kind) or (kind,) if k is not types.NoneType)
-    for name, kind in typing.get_type_hints(Recipe).items()
-}
-NAMES = tuple[str, ...]
-KIND_NAMES = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "a name", Path: "a path",
-    NAMES: "a name or several",
-}  # fmt: skip
-
-
-def flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def unknown(kind: str, name: str, known) -> Refused:
-    close = difflib.get_close_matches(name, known, n=1)
-    remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
-    return Refused(f"unknown {kind} {name}: {remedy if close or len(known) < 10 else 'see train.py --help'}")
-
-
-def convert(name: str, value, where: str):
-    """A flag's text or a TOML value as its setting's type; Refused, naming where and the value, if it is none."""
-    kind, limits = KINDS[name], SETTINGS[name].metadata
-    wrong = Refused(f"{where} must be {KIND_NAMES[kind]}, got {value!r}")
-    if kind == NAMES:
-        names = [value] if isinstance(value, str) else value
-        if not (isinstance(names, list) and names and all(isinstance(n, str) and n and "\0" not in n for n in names)):
-            raise wrong
-        return tuple(names)
-    if isinstance(value, bool) != (kind is bool) or (kind in (str, Path, int) and isinstance(value, float)):
-        raise wrong
-    if kind in (str, Path) and not (isinstance(value, str) and value and "\0" not in value):
-        raise wrong
-    try:
-        value = kind(value)
-    except (TypeError, ValueError, OverflowError):
-        raise wrong from None
-    if kind is float and not math.isfinite(value):
-        raise Refused(f"{where} must be finite, got {value}")
-    for bound, words, broken in (
-        ("minimum", "at least", lambda limit: value < limit),
-        ("above", "more than", lambda limit: value <= limit),
-        ("below", "less than", lambda limit: value >= limit),
-    ):
-        if limits[bound] is not None and broken(limits[bound]):
-            raise Refused(f"{where} must be {words} {limits[bound]}, got {value}")
-    if limits["choices"] and value not in limits["choices"]:
-        raise Refused(f"{where} must be one of {', '.join(limits['choices'])}, got {value!r}")
-    return value
-
-
-def read_toml(path: Path) -> dict:
-    """A recipe file: settings under the names of their flags, and ``preset``, the one it starts from (tiny)."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise Refused(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise Refused(f"{path} is not valid TOML: {error}") from None
-    preset = table.pop("preset", "tiny")
-    if not isinstance(preset, str) or preset not in PRESETS:
-        raise unknown("preset", f"{preset} in {path}", PRESETS)
-    values = {}
-    for key, value in table.items():
-        name = key.replace("-", "_")
-        if name not in SETTINGS:
-            raise unknown(f"key in {path}:", key, SETTINGS)
-        if name in values:
-            raise Refused(f"{name} is named twice in {path}, with - and with _")
-        values[name] = convert(name, value, f"{key} in {path}")
-    return PRESETS[preset] | values
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise Refused(message)
-
-
-def command_line(arguments: list[str]) -> Recipe:
-    """The recipe of a command line: preset or TOML file, then flags, the last of a repeated flag wins. Or Refused."""
-    parser = Parser(
-        prog="train.py",
-        usage="torchrun [--nproc-per-node N ...] train.py [PRESET | FILE.toml] [--flag value ...]",
-        description="Train a Mistral with FSDP: fp32 master weights, exact resume, Hugging Face weights in and out. "
-        f"Presets: {', '.join(PRESETS)}. A FILE.toml holds the same settings (seq_len = 4096) and may start from a "
-        'preset (preset = "bielik-7b"). The same command again resumes. In [brackets]: what holds if the flag is left '
-        "out and the preset does not say.",
-        epilog="Exit codes of each rank: 0 finished, 2 refused, 75 stopped by a signal and resumable, 1 failed.",
-        allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=110),
-    )
-    parser._negative_number_matcher = re.compile(r"-\.?\d|-(inf|nan)")  # argparse takes -1e-3 for a flag otherwise
-    parser.add_argument("preset", nargs="?", metavar="PRESET", help="preset or recipe file [tiny]")
-    groups = {}
-    for name, s in SETTINGS.items():
-        if s.metadata["group"] not in groups:
-            groups[s.metadata["group"]] = parser.add_argument_group(s.metadata["group"])
-        options = dict(default=argparse.SUPPRESS, help=s.metadata["help"].replace("%", "%%"))
-        if s.default is not None:
-            options["help"] += f" [{s.default}]"
-        if KINDS[name] is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            choices = s.metadata["choices"]
-            plain = {int: "N", float: "X", Path: "DIR", str: "NAME", NAMES: "DIR[:WEIGHT]"}[KINDS[name]]
-            options["metavar"] = "{" + ",".join(choices) + "}" if choices else plain
-            if KINDS[name] == NAMES:
-                options["nargs"] = "+"
-        groups[s.metadata["group"]].add_argument(flag(name), **options)
-    given, rest = parser.parse_known_args(arguments)
-    if rest:
-        raise unknown("argument", rest[0].partition("=")[0], [flag(name) for name in SETTINGS])
-
-    values = vars(given)
-    preset = values.pop("preset")
-    *names, last = values.get("data", [""])
-    if preset is None and names and (last in PRESETS or last.endswith(".toml")):
-        preset, values["data"] = last, names  # --data takes all the names that follow it, a preset too
-    preset = preset or "tiny"
-    if preset.endswith(".toml"):
-        base, run_name = read_toml(Path(preset)), Path(preset).stem
-    elif preset in PRESETS:
-        base, run_name = PRESETS[preset], preset
-    else:
-        raise unknown("preset", preset, PRESETS)
-    values = {name: convert(name, value, flag(name)) for name, value in values.items()}
-    recipe = Recipe(**(base | values))
-    return recipe if recipe.run_dir else replace(recipe, run_dir=Path("runs") / run_name)
+COMMAND = Settings(
+    Recipe,
+    PRESETS,
+    usage="torchrun [--nproc-per-node N ...] train.py [PRESET | FILE.toml] [--flag value ...]",
+    description="Train a Mistral with FSDP: fp32 master weights, exact resume, Hugging Face weights in and out. "
+    f"Presets: {', '.join(PRESETS)}. A FILE.toml holds the same settings (seq_len = 4096) and may start from a "
+    'preset (preset = "bielik-7b"). The same command again resumes. In [brackets]: what holds if the flag is left '
+    "out and the preset does not say.",
+    epilog="Exit codes of each rank: 0 finished, 2 refused, 75 stopped by a signal and resumable, 1 failed.",
+)
+SETTINGS, read_toml, command_line = COMMAND.fields, COMMAND.read_toml, COMMAND.command_line
 
 
 # ------------------------------------------------------------------------------------------------------ 2 starting up
