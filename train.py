@@ -31,6 +31,7 @@ import signal
 import sys
 import time
 import typing
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -198,6 +199,8 @@ def begin(arguments: list[str]) -> Recipe:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on the CPU, huge pages for the logits
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # on a GPU, less fragmentation
     os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # errors only: torch 2.13's profiler announces itself on stderr
+    if os.environ.get("RANK", "0") != "0" and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # rank 0 has the same ones, and says them once
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # A killed torchrun (kill -9) cannot end its ranks; the kernel does it, so that they do not hold GPUs and locks.
         PR_SET_PDEATHSIG = 1
@@ -691,18 +694,18 @@ class Progress:
 
     def show(self, m: dict) -> None:
         rate = f"{m['tokens_per_second_per_gpu']:,.0f} tokens/s" + ("/GPU" if self.world.device.type == "cuda" else "")
-        mfu = "" if m["mfu"] is None else f"  mfu {m['mfu']:.1%}"
-        figures = (
-            f"loss {m['loss']:.4f}  ppl {m['perplexity']:,.1f}  acc {m['accuracy']:.2%}  {rate}{mfu}"
-            f"  {m['peak_memory_gib']:.2f} GiB"
-        )
-        if self.bar is not None:
-            self.bar.set_postfix_str(figures, refresh=False)
+        mfu = [] if m["mfu"] is None else [f"mfu {m['mfu']:.1%}"]
+        figures = [f"loss {m['loss']:.4f}", rate, *mfu, f"ppl {m['perplexity']:,.1f}", f"acc {m['accuracy']:.2%}",
+            f"{m['peak_memory_gib']:.2f} GiB"]  # fmt: skip
+        if self.bar is not None:  # as many as the window has room for, whole: tqdm would cut through a number
+            room = (self.bar.format_dict["ncols"] or 80) - 46 - 2 * len(f"{self.bar.total}")
+            fit = [f for i, f in enumerate(figures) if len("  ".join(figures[: i + 1])) <= room]
+            self.bar.set_postfix_str("  ".join(fit), refresh=False)
             self.bar.update(m["step"] - self.bar.n)
         elif m["step"] % self.every == 0 or m["step"] in (self.first, self.plan.recipe.steps):
             done, left = m["step"] - self.first + 1, self.plan.recipe.steps - m["step"]
             eta = int((time.perf_counter() - self.start) / done * left)
-            say(self.world, f"step {m['step']:>6}/{self.plan.recipe.steps}  {figures}  lr {m['lr']:.2e}  "
+            say(self.world, f"step {m['step']:>6}/{self.plan.recipe.steps}  {'  '.join(figures)}  lr {m['lr']:.2e}  "
                 f"norm {m['grad_norm']:.2f}  eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")  # fmt: skip
 
     def complain(self, slowest: dict | None) -> None:
