@@ -653,6 +653,8 @@ class Run:
         if self.scores and self.scores["step"] == self.step:
             facts["evaluation"] = {name: x for name, x in self.scores.items() if math.isfinite(x)}
         self.saver.save(self.step, training_state(self.model, self.optimizer), facts)
+        stalled = f"{self.saver.stalled_s * 1e3:.0f} ms"
+        say(self.world, f"saving step {self.step}; the training waited {stalled} for its copy")
         if self.world.is_main:
             self.folder.status("running", self.step)
 
