@@ -910,6 +910,7 @@ def evaluate_only(run: Run) -> int:
     """--eval-only: the scores of the weights that set_up has loaded, into evaluation.json."""
     scores = score(run)
     if scores is None:
+        say(run.world, "stopped by a signal; nothing was written")
         return STOPPED
     if run.world.is_main:
         source = f"step {run.step} of {run.folder.path}" if run.step else str(run.plan.recipe.init_from)
