@@ -11,14 +11,14 @@ The file reads from top to bottom:
     3  the plan            everything derived from the recipe, before anything is allocated or written
     4  data                what model/batches.py makes of --data, and this rank's share of it
     5  model, optimizer    meta device -> FSDP2 -> weights; AdamW; the learning rate
-    6  one step            forward, backward, clip, update or not; evaluation
+    6  one step            forward, backward, clip, update or not
     7  the run             the loop, and what it leaves behind
     8  one step again      for whoever asks what went wrong in it
 
 What it stands on: model/settings.py (command line and TOML files), model/batches.py (which samples a step has, and how
 they reach the device), model/ranks.py (what the ranks agree on, and who ends a run that hangs), model/sharding.py (who
-holds what of the model), model/checkpoint.py (how a run is saved and found again), model/run_folder.py,
-model/prepare_data.py, model/mistral.py.
+holds what of the model), model/checkpoint.py (how a run is saved and found again), model/evaluation.py,
+model/profiler.py (where a step's time goes), model/run_folder.py, model/prepare_data.py, model/mistral.py.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import signal
 import sys
 import time
 import typing
+import warnings
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -118,10 +119,15 @@ class Recipe:
         "[continue if there is a checkpoint]")
     save_every: int | None = setting("run", None,
         "steps between checkpoints [a tenth of --steps, at most 500]", minimum=1)
-    keep: int = setting("run", 2, "newest checkpoints kept", minimum=1)
+    keep: int = setting("run", 2, "newest checkpoints kept, beside the best of those evaluated", minimum=1)
     keep_every: int | None = setting("run", None, "also keep the checkpoints of every so many steps [none]", minimum=1)
     eval_every: int | None = setting("run", None,
-        "steps between evaluations on the held-out split; 0 for none [a fifth of --steps, at most 1000]", minimum=0)
+        "steps between evaluations, on the held-out split and --eval-data; 0: none [a fifth of --steps, at most 1000]",
+        minimum=0)
+    eval_data: tuple[str, ...] | None = setting("run", None,
+        "more sets to evaluate on, all tokens of data folders named here, as in pl:DIR en:DIR [none]", shown="NAME:DIR")
+    eval_only: bool = setting("run", False,
+        "evaluate the newest checkpoint, or if there is none --init-from, into evaluation.json; changes nothing else")
     export_dtype: str = setting("run", "bf16", "dtype of the final Hugging Face export", choices=("bf16", "fp32"))
     max_hours: float | None = setting("run", None,
         "stop, saved, before so many hours from the start: the limit of the batch system, less a little [no limit]",
@@ -135,6 +141,10 @@ class Recipe:
     preflight: bool = setting("run", False,
         "measure these machines for a minute instead of training: names the slow ones, predicts the rate, changes "
         "nothing; exit code 0 is go, 1 no-go")
+    profile: str | None = setting("run", None,
+        "profile these steps into traces/; alone: three, after five [none]", bare="auto", shown="FIRST[-LAST]")
+    profile_ranks: tuple[str, ...] | None = setting("run", None,
+        "ranks that --profile is for, or all [0]", shown="RANK")
     peak_tflops: float | None = setting("run", None,
         "this device's dense peak in bf16, for MFU [known GPUs: by name]", above=0)
 
@@ -159,7 +169,7 @@ FREE_TO_CHANGE = (
     *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
     *("shard", "replicate", "reshard"),
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
-    *("max_hours", "deadline", "replay_step"),
+    *("max_hours", "deadline", "replay_step", "eval_data", "eval_only", "profile", "profile_ranks"),
     *("plan", "gpus", "gpu", "nic_gbs", "gpus_per_node", "preflight"),
 )
 
@@ -212,6 +222,9 @@ def begin(arguments: list[str]) -> Recipe:
         signal.signal(number, ask_to_stop)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on the CPU, huge pages for the logits
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # on a GPU, less fragmentation
+    os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # errors only: torch 2.13's profiler announces itself on stderr
+    if os.environ.get("RANK", "0") != "0" and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # rank 0 has the same ones, and says them once
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # A killed torchrun (kill -9) cannot end its ranks; the kernel does it, so that they do not hold GPUs and locks.
         PR_SET_PDEATHSIG = 1
@@ -248,7 +261,6 @@ from halny.model.batches import (  # noqa: E402
     Loader,
     parse_sources,
     read_batch,
-    read_in_turn,
     share_of,
     step_numbers,
 )
@@ -256,12 +268,14 @@ from halny.model.checkpoint import Saver, step_of, training_state  # noqa: E402
 from halny.model.convert import check_hf_weights, load_hf_weights, read_hf_config, save_hf  # noqa: E402
 from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset  # noqa: E402
 from halny.model.durable import in_words, write_json  # noqa: E402
+from halny.model.evaluation import HELD_OUT, EvalSets, evaluate, loss_metrics, parse_named  # noqa: E402
 from halny.model.gap import Gap  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
 from halny.model.plan import Request, answer  # noqa: E402
 from halny.model.preflight import Job, preflight  # noqa: E402
 from halny.model.prepare_data import prepare_builtin  # noqa: E402
+from halny.model.profiler import StepProfiler, ranks_to_profile, steps_to_profile  # noqa: E402
 from halny.model.ranks import (  # noqa: E402
     Probe,
     Watch,
@@ -322,12 +336,12 @@ def model_config(recipe: Recipe) -> MistralConfig:
     raise unknown("--model", recipe.model, MODELS)
 
 
-def data_or_refused(make: Callable, *arguments):
-    """``make(*arguments)``, with its DataError as a refusal of --data."""
+def data_or_refused(make: Callable, *arguments, of: str = "--data"):
+    """``make(*arguments)``, with its DataError as a refusal of a flag."""
     try:
         return make(*arguments)
     except DataError as error:
-        raise Refused(f"--data {error}".replace("--dtype", "--data-dtype")) from None  # prepare_data's name for it
+        raise Refused(f"{of} {error}".replace("--dtype", "--data-dtype")) from None  # prepare_data's name for it
 
 
 def resolve(recipe: Recipe, world: World) -> Plan:
@@ -340,7 +354,8 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     if r.seq_len > model.max_seq_len:
         raise Refused(f"--seq-len {r.seq_len} is beyond the model's limit of {model.max_seq_len} positions")
     sources = data_or_refused(parse_sources, r.data or ())
-    if r.data is None and model.vocab_size != BUILTIN_VOCAB_SIZE:
+    named = data_or_refused(parse_named, r.eval_data or (), of="--eval-data")
+    if r.data is None and not (r.eval_only and named) and model.vocab_size != BUILTIN_VOCAB_SIZE:
         raise Refused(
             f"--data is needed: the built-in corpus has a vocabulary of {BUILTIN_VOCAB_SIZE}, but the model's is of "
             f"{model.vocab_size}"
@@ -374,10 +389,22 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     if min_lr > r.lr:
         raise Refused(f"--min-lr {min_lr} is above --lr {r.lr}")
 
+    if r.profile_ranks and not r.profile:
+        raise Refused(f"--profile-ranks {' '.join(r.profile_ranks)} belongs to --profile; name steps, or leave it out")
+    try:
+        steps_to_profile(r.profile or "auto", 1, r.steps)
+    except ValueError as error:
+        raise Refused(f"--profile {error}") from None
+    try:
+        ranks_to_profile(r.profile_ranks or "0", world.size)
+    except ValueError as error:
+        raise Refused(f"--profile-ranks {error}") from None
+
     device_name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     if r.resume is False:
         inputs = [(flag(name), Path(value)) for name in ("init_from", "model") if (value := getattr(r, name))]
         inputs += [("--data", folder) for folder, _ in sources]
+        inputs += [("--eval-data", folder) for folder in named.values()]
         for name, path in inputs:
             if path.exists() and path.resolve().is_relative_to(r.run_dir.resolve()):
                 raise Refused(f"--no-resume would set aside {name} {path}, which lies in --run-dir {r.run_dir}")
@@ -438,7 +465,7 @@ def plan_ahead(recipe: Recipe) -> int:
     return FINISHED
 
 
-def describe(plan: Plan, world: World, corpus: Corpus) -> str:
+def describe(plan: Plan, world: World, corpus: Corpus | None, eval_sets: EvalSets) -> str:
     """Everything derived, for the log, before the first step."""
     r, gib = plan.recipe, 2**30
     memory = roofline.memory_estimate(
@@ -450,7 +477,8 @@ def describe(plan: Plan, world: World, corpus: Corpus) -> str:
     weights = f"Hugging Face weights of {r.init_from}" if r.init_from else f"fresh weights, seed {r.seed}"
     return "\n".join([
         f"model      {plan.n_parameters:,} parameters; {weights}",
-        *(f"data       {line}" for line in corpus.describe(r.steps * plan.samples_a_step)),
+        *(f"data       {line}" for line in shortened(corpus.describe(r.steps * plan.samples_a_step) if corpus else [])),
+        *(f"evaluated  {line}" for line in shortened(eval_sets.describe())),
         f"batch      {r.batch_tokens:,} tokens a step = {world.size} rank(s) x {plan.accumulation} accumulated x "
         f"{r.micro_batch} x {r.seq_len}",
         f"length     {r.steps:,} steps = {r.steps * r.batch_tokens:,} tokens",
@@ -464,26 +492,45 @@ def describe(plan: Plan, world: World, corpus: Corpus) -> str:
     ])  # fmt: skip
 
 
+def shortened(lines: list[str], most: int = 9) -> list[str]:
+    return lines if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1} more"]
+
+
 # ------------------------------------------------------------------------------------------------------------- 4 data
+
+
+def open_one(path: Path, plan: Plan) -> Dataset | RawDataset:
+    return open_dataset(path, None if is_dataset(path) else plan.recipe.data_dtype, plan.model.vocab_size)
 
 
 def open_data(sources: tuple[str, ...], plan: Plan) -> Corpus:
     """The data that --data names, opened and cut into samples; Refused if this model cannot train on it."""
-    dtype = plan.recipe.data_dtype
-
-    def open_one(path: Path) -> Dataset | RawDataset:
-        return open_dataset(path, None if is_dataset(path) else dtype, plan.model.vocab_size)
-
-    corpus = data_or_refused(Corpus, sources, plan.recipe.seq_len, plan.recipe.documents, open_one)
-    if dtype and not any(isinstance(source.dataset, RawDataset) for source in corpus.sources):
-        raise Refused(f"--data-dtype {dtype} belongs to raw .bin files, and {' '.join(sources)} is none; leave it out")
-    padded = -(-corpus.vocab_size // 128) * 128  # models are often padded to a multiple of 128 rows, and that is fine
-    if not corpus.vocab_size <= plan.model.vocab_size <= padded:
-        raise Refused(
-            f"--data {' '.join(sources)} has a vocabulary of {corpus.vocab_size}, but the model's is of "
-            f"{plan.model.vocab_size}; prepare the data with the model's tokenizer"
-        )
+    r, open_source = plan.recipe, functools.partial(open_one, plan=plan)
+    corpus = data_or_refused(Corpus, sources, r.seq_len, r.documents, open_source)
+    if r.data_dtype and not any(isinstance(source.dataset, RawDataset) for source in corpus.sources):
+        raise Refused(f"--data-dtype {r.data_dtype} belongs to raw .bin files, and {' '.join(sources)} is none; "
+            "leave it out")  # fmt: skip
+    check_vocabulary(corpus.vocab_size, f"--data {' '.join(sources)}", plan)
     return corpus
+
+
+def open_eval_sets(corpus: Corpus | None, plan: Plan) -> EvalSets:
+    """The held-out split, if it has one, and what --eval-data names; Refused if this model cannot read that."""
+    r, open_source = plan.recipe, functools.partial(open_one, plan=plan)
+    named = data_or_refused(parse_named, r.eval_data or (), of="--eval-data")
+    sets = data_or_refused(EvalSets, corpus, named, r.seq_len, r.documents, open_source, of="--eval-data")
+    for dataset in sets.datasets.values():
+        check_vocabulary(dataset.vocab_size, f"--eval-data {dataset.path}", plan)
+    return sets
+
+
+def check_vocabulary(size: int, of: str, plan: Plan) -> None:
+    padded = -(-size // 128) * 128  # models are often padded to a multiple of 128 rows, and that is fine
+    if not size <= plan.model.vocab_size <= padded:
+        raise Refused(
+            f"{of} has a vocabulary of {size}, but the model's is of {plan.model.vocab_size}; prepare the data with "
+            "the model's tokenizer"
+        )
 
 
 def own_numbers(step: int, plan: Plan, world: World) -> np.ndarray:
@@ -630,34 +677,6 @@ def train_step(
     return torch.cat([totals, torch.stack([grad_norm, verdict, median])])
 
 
-@torch.no_grad()
-def evaluate(model: Mistral, corpus: Corpus, plan: Plan, world: World, alive: Callable[[], None]) -> dict | None:
-    """Loss, perplexity and accuracy a target over all that was held out, each row once whatever the world size.
-
-    ``alive`` is called for each batch. None if a rank was told to stop in the middle of it.
-    """
-    n, micro_batch = sum(map(len, corpus.held_out)), plan.recipe.micro_batch
-    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
-    stopping = False
-    for first in range(0, n, world.size * micro_batch):  # the same number of forward passes on every rank
-        alive()
-        answers, asking = ask_everywhere(stop_signal is not None)
-        batch = read_in_turn(corpus.held_out, first + world.rank * micro_batch + np.arange(micro_batch))
-        loss, n_tokens, n_correct = model(*batch.to(world.device).inputs)
-        totals += torch.stack([loss.double(), n_tokens.double(), n_correct.double()])
-        asking.wait()
-        if stopping := bool(answers.item()):
-            break
-    sharding.reshard(model)  # without a backward pass some stay gathered, and are not those of the optimizer
-    dist.all_reduce(totals)
-    return None if stopping else loss_metrics(*totals.tolist())
-
-
-def loss_metrics(loss_sum: float, n_targets: float, n_correct: float) -> dict[str, float]:
-    loss = loss_sum / max(n_targets, 1)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": n_correct / max(n_targets, 1)}
-
-
 # ---------------------------------------------------------------------------------------------------------- 7 the run
 
 
@@ -668,15 +687,17 @@ class Run:
     plan: Plan
     world: World
     folder: RunFolder
-    corpus: Corpus
+    corpus: Corpus | None  # None: --eval-only on other data than a run's own
+    eval_sets: EvalSets
     model: Mistral
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.AdamW | None  # None: --eval-only
     guard: Guard
     saver: Saver
     watch: Watch
     config: dict
     began: float  # time.monotonic() of its start
     step: int = 0  # the last one done
+    scores: dict | None = None  # of the last evaluation: its step, and the metrics
     skips: int = 0  # updates skipped in a row up to it, as far as the host knows
     step_s: float = 0.0  # how long it took
 
@@ -691,6 +712,8 @@ class Run:
             "config": self.config, "world_size": self.world.size,
             "updates": updates, "skips": self.skips, "losses": self.guard.remembered(),
         }  # fmt: skip
+        if self.scores and self.scores["step"] == self.step:
+            facts["evaluation"] = {name: x for name, x in self.scores.items() if math.isfinite(x)}
         self.saver.save(self.step, training_state(self.model, self.optimizer), facts)
         stalled = f"{self.saver.stalled_s * 1e3:.0f} ms"
         say(self.world, f"saving step {self.step}; the training waited {stalled} for its copy")
@@ -700,8 +723,11 @@ class Run:
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint that ``newest_sound`` has verified, whatever number of ranks wrote it."""
         facts = checkpoint.read_manifest(path)
-        checkpoint.load(path, training_state(self.model, self.optimizer))
+        checkpoint.load(path, training_state(self.model, self.optimizer), whole=self.optimizer is not None)
         self.model.init_buffers()
+        if self.optimizer is None:
+            self.step = facts["step"]
+            return
         try:
             for state in self.optimizer.state.values():
                 state["step"].fill_(facts["updates"])
@@ -732,18 +758,18 @@ class Progress:
 
     def show(self, m: dict) -> None:
         rate = f"{m['tokens_per_second_per_gpu']:,.0f} tokens/s" + ("/GPU" if self.world.device.type == "cuda" else "")
-        mfu = "" if m["mfu"] is None else f"  mfu {m['mfu']:.1%}"
-        figures = (
-            f"loss {m['loss']:.4f}  ppl {m['perplexity']:,.1f}  acc {m['accuracy']:.2%}  {rate}{mfu}"
-            f"  {m['peak_memory_gib']:.2f} GiB"
-        )
-        if self.bar is not None:
-            self.bar.set_postfix_str(figures, refresh=False)
+        mfu = [] if m["mfu"] is None else [f"mfu {m['mfu']:.1%}"]
+        figures = [f"loss {m['loss']:.4f}", rate, *mfu, f"ppl {m['perplexity']:,.1f}", f"acc {m['accuracy']:.2%}",
+            f"{m['peak_memory_gib']:.2f} GiB"]  # fmt: skip
+        if self.bar is not None:  # as many as the window has room for, whole: tqdm would cut through a number
+            room = (self.bar.format_dict["ncols"] or 80) - 46 - 2 * len(f"{self.bar.total}")
+            fit = [f for i, f in enumerate(figures) if len("  ".join(figures[: i + 1])) <= room]
+            self.bar.set_postfix_str("  ".join(fit), refresh=False)
             self.bar.update(m["step"] - self.bar.n)
         elif m["step"] % self.every == 0 or m["step"] in (self.first, self.plan.recipe.steps):
             done, left = m["step"] - self.first + 1, self.plan.recipe.steps - m["step"]
             eta = int((time.perf_counter() - self.start) / done * left)
-            say(self.world, f"step {m['step']:>6}/{self.plan.recipe.steps}  {figures}  lr {m['lr']:.2e}  "
+            say(self.world, f"step {m['step']:>6}/{self.plan.recipe.steps}  {'  '.join(figures)}  lr {m['lr']:.2e}  "
                 f"norm {m['grad_norm']:.2f}  eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")  # fmt: skip
 
     def complain(self, slowest: dict | None) -> None:
@@ -824,6 +850,7 @@ def train(run: Run) -> str | None:
     probe = Probe(world.device)
     gap = Gap.of_run(plan.model, plan.layout, recipe.micro_batch, recipe.seq_len, plan.accumulation,
         is_lean(recipe, world), DTYPES[recipe.dtype], world)  # fmt: skip
+    profiler = make_profiler(run)
     clock = time.perf_counter()
     in_flight: InFlight | None = None
 
@@ -861,8 +888,10 @@ def train(run: Run) -> str | None:
         while run.step < recipe.steps and not stopping:
             step = run.step + 1
             run.watch.at("step", step)
+            profiler.begin(step, run.model, run.optimizer)
             answers, asking = ask_everywhere(stop_signal is not None or run.out_of_time(), run.saver.failed)
-            batches = next(loader)
+            with profiler.region("data"):
+                batches = next(loader)
             lr = learning_rate(recipe, step)
             probe.begin()
             values = train_step(run.model, run.optimizer, run.guard, step, batches, lr, recipe.clip)
@@ -871,6 +900,10 @@ def train(run: Run) -> str | None:
             if in_flight.ready is None:  # on the CPU there is nothing to wait for
                 settle()
             run.step = run.watch.done = step
+            if step == profiler.last:
+                run.watch.at("profile", step, long=True)
+                settle()
+                say(world, profiler.end() or f"profile of steps {profiler.first} to {step}: in {profiler.folder}")
 
             asking.wait()
             stopping, save_failed = map(bool, answers.tolist())
@@ -892,6 +925,7 @@ def train(run: Run) -> str | None:
             run.saver.wait()
         raise
     finally:
+        profiler.close()
         progress.close()
         gc.enable()
     if not stopping:
@@ -899,22 +933,59 @@ def train(run: Run) -> str | None:
     return next(filter(None, everywhere(stop_signal)), None) or f"--max-hours {recipe.max_hours}"
 
 
+def make_profiler(run: Run) -> StepProfiler:
+    """--profile's; without it one of step 0, which never comes."""
+    recipe, world, first, last = run.plan.recipe, run.world, 0, 0
+    if recipe.profile:
+        first, last = steps_to_profile(recipe.profile, run.step + 1, recipe.steps)
+        if first <= run.step:
+            say(world, f"--profile {recipe.profile}: nothing is profiled, step {run.step} is done already")
+    chosen = world.rank in ranks_to_profile(recipe.profile_ranks or "0", world.size)
+    return StepProfiler(first, last, chosen, run.folder.path / "traces", world.rank, world.device)
+
+
 def evaluation_is_due(run: Run) -> bool:
     every, last = run.plan.recipe.eval_every, run.step == run.plan.recipe.steps
-    return bool(every) and any(map(len, run.corpus.held_out)) and run.step > 0 and (last or run.step % every == 0)
+    return bool(every and run.eval_sets.rows) and run.step > 0 and (last or run.step % every == 0)
+
+
+def score(run: Run) -> dict | None:
+    """Evaluate every set as of run.step: that and the metrics. None if a signal came in between."""
+    scores, alive = {"step": run.step}, lambda: run.watch.at("evaluation", run.step)
+    for key, rows in run.eval_sets.rows.items():
+        found = evaluate(
+            run.model, rows, run.plan.recipe.micro_batch, run.world, alive, lambda: stop_signal is not None
+        )
+        if found is None:
+            return None
+        scores |= {f"{key}_{name}": value for name, value in found.items()}
+        say(run.world, f"{'held out' if key == HELD_OUT else key.removeprefix(HELD_OUT + '_')} at step {run.step}: "
+            f"loss {found['loss']:.4f}  ppl {found['perplexity']:,.1f}  acc {found['accuracy']:.2%}")  # fmt: skip
+    return scores
 
 
 def log_evaluation(run: Run) -> bool:
     """Evaluate after run.step; False if a signal came in between, and nothing is logged."""
-    world = run.world
-    scores = evaluate(run.model, run.corpus, run.plan, world, lambda: run.watch.at("evaluation", run.step))
+    scores = score(run)
     if scores is None:
         return False
-    if world.is_main:
-        run.folder.log({"step": run.step} | {f"val_{name}": value for name, value in scores.items()})
-    say(world, f"held out at step {run.step}: loss {scores['loss']:.4f}  ppl {scores['perplexity']:,.1f}  "
-        f"acc {scores['accuracy']:.2%}")  # fmt: skip
+    run.scores = scores
+    if run.world.is_main:
+        run.folder.log(scores)
     return True
+
+
+def evaluate_only(run: Run) -> int:
+    """--eval-only: the scores of the weights that set_up has loaded, into evaluation.json."""
+    scores = score(run)
+    if scores is None:
+        say(run.world, "stopped by a signal; nothing was written")
+        return STOPPED
+    if run.world.is_main:
+        source = f"step {run.step} of {run.folder.path}" if run.step else str(run.plan.recipe.init_from)
+        write_json(run.folder.path / "evaluation.json", {"weights": source} | scores)
+        say(run.world, f"evaluation {run.folder.path / 'evaluation.json'}")
+    return FINISHED
 
 
 def leave_results(run: Run, again: bool) -> None:
@@ -970,9 +1041,16 @@ def check_disk(plan: Plan) -> None:
         )
 
 
-def check_replay(recipe: Recipe) -> None:
+def check_looking(recipe: Recipe) -> None:
+    """Refuse to look into a run that is not there."""
     if recipe.replay_step and not (recipe.run_dir / "config.json").exists():
         raise Refused(f"--replay-step {recipe.replay_step}: no run in {recipe.run_dir}; name its --run-dir")
+    if recipe.eval_only and (recipe.replay_step or recipe.resume is False):
+        other = f"--replay-step {recipe.replay_step}" if recipe.replay_step else "--no-resume"
+        raise Refused(f"--eval-only and {other} exclude each other; leave one out")
+    if recipe.eval_only and not recipe.init_from and not checkpoint.complete(recipe.run_dir / "checkpoints"):
+        raise Refused(f"--eval-only: no checkpoint in {recipe.run_dir}; name its --run-dir, or a Hugging Face folder "
+            "with --init-from")  # fmt: skip
 
 
 def look_before(recipe: Recipe) -> int:
@@ -997,12 +1075,14 @@ def look_before(recipe: Recipe) -> int:
 
 def set_up(recipe: Recipe) -> Run:
     """Everything before the first step: refusals first, then the folder, the data, the model and its weights."""
-    began, replaying = time.monotonic(), recipe.replay_step is not None
+    began, looking = time.monotonic(), recipe.replay_step is not None or recipe.eval_only
     world = start_distributed(recipe.deadline)
     plan = agreed(resolve, recipe, world)
-    agreed(check_replay, recipe)
+    agreed(check_looking, recipe)
     corpus = agreed(open_data, recipe.data, plan) if recipe.data else None
-    agreed(check_disk, plan)
+    eval_sets = agreed(open_eval_sets, corpus, plan)
+    if not looking:
+        agreed(check_disk, plan)
     set_reference_only(recipe.kernels == "reference")
 
     folder = RunFolder(recipe.run_dir)
@@ -1010,39 +1090,47 @@ def set_up(recipe: Recipe) -> Run:
     on_main(world, folder.open, None if restarted else recipe.resume)
     watch = Watch(world, recipe.deadline, folder.path, write_failure)
     global active
-    active = Active(watch, None if replaying else folder)  # from here on its status.json is told how it ended
-    if corpus is None:
-        data = folder.path / "data"
+    active = Active(watch, None if looking else folder)  # from here on its status.json is told how it ended
+    data = folder.path / "data"
+    if corpus is None and (not (recipe.eval_only and recipe.eval_data) or on_main(world, data.exists)):
         if world.is_main and not data.exists():
             say(world, "preparing the built-in corpus: the Python language reference, Mistral-7B-v0.1's tokenizer")
         on_main(world, lambda: data.exists() or prepare_builtin(data))
         corpus = agreed(open_data, (str(data),), plan)
+        eval_sets = agreed(open_eval_sets, corpus, plan)
     watch.at("verifying the data", long=True)
-    agreed(corpus.verify, world.rank, world.size)
-    config = {"recipe": asdict(plan.recipe), "model": asdict(plan.model), "data": corpus.fingerprint}
+    if recipe.eval_only and not eval_sets.rows:
+        raise Refused("--eval-only: nothing was held out; name something to evaluate on with --eval-data NAME:DIR")
+    for read in filter(None, (corpus, eval_sets)):
+        agreed(read.verify, world.rank, world.size)
+    config = {"recipe": asdict(plan.recipe), "model": asdict(plan.model), "data": corpus and corpus.fingerprint}
     on_main(world, folder.check_config, config, FREE_TO_CHANGE)
     watch.at("testing the collectives", long=True)
     check_collectives(world)
     watch.at("verifying the checkpoint", long=True)
     say_all = functools.partial(say, world)
-    path = checkpoint.newest_sound(folder.checkpoints, world, say_all, before=recipe.replay_step)
+    before = recipe.replay_step or (10**9 if recipe.eval_only else None)
+    path = checkpoint.newest_sound(folder.checkpoints, world, say_all, before)
+    if recipe.eval_only and path is None and on_main(world, checkpoint.complete, folder.checkpoints):
+        raise Refused(f"--eval-only: every checkpoint in {folder.checkpoints} is damaged")
     step = watch.done = step_of(path) if path else 0
-    if world.is_main and not replaying:
+    if world.is_main and not looking:
         versions = {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}
         write_json(folder.path / "config.json", config | {"world_size": world.size, "versions": versions})
         folder.keep_metrics_until(step)
         folder.status("running", step)
         watch.writes_heartbeat = True
-    say(world, describe(plan, world, corpus))
+    say(world, describe(plan, world, corpus, eval_sets))
 
     watch.at("filling the model", long=True)
     model = build_model(plan, world)
-    optimizer, guard = build_optimizer(model, plan.recipe), Guard(plan.recipe, world.device)
-    saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world)
-    run = Run(plan, world, folder, corpus, model, optimizer, guard, saver, watch, config, began)
+    optimizer = None if recipe.eval_only else build_optimizer(model, plan.recipe)
+    guard = Guard(plan.recipe, world.device)
+    saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world, best_by=eval_sets.decides)
+    run = Run(plan, world, folder, corpus, eval_sets, model, optimizer, guard, saver, watch, config, began)
     if path:
         run.restore(path)
-        say(world, f"resuming after step {run.step} from {path}")
+        say(world, f"{'evaluating' if recipe.eval_only else 'resuming after'} step {run.step} from {path}")
     else:
         fill_model(model, plan, world)
     return run
@@ -1056,6 +1144,8 @@ def main(recipe: Recipe) -> int:
     if recipe.replay_step:
         replay(run, recipe.replay_step)
         return FINISHED
+    if recipe.eval_only:
+        return evaluate_only(run)
     world, folder, again = run.world, run.folder, run.step == recipe.steps
     if again:
         say(world, f"this run is finished: {run.step} steps in {folder.path}")
@@ -1071,6 +1161,8 @@ def main(recipe: Recipe) -> int:
         say(world, f"stopped by {stopped} after step {run.step}; the same command again continues")
         return STOPPED
     leave_results(run, again)
+    if run.eval_sets.decides and (best := on_main(world, checkpoint.best, folder.checkpoints, run.eval_sets.decides)):
+        say(world, f"best       {best[0]}: {run.eval_sets.decides} {best[1]:.4f}")
     if world.is_main:
         folder.status("finished", run.step)
     return FINISHED
