@@ -170,7 +170,7 @@ def collective_s(c: roofline.Collective, cluster: Cluster) -> float:
     are whole nodes apart, so there each GPU's NIC carries its own shard.
     """
     inside = 1 if c.kind == "all-reduce" else min(c.ranks, cluster.node)
-    nodes, passes = c.ranks // inside, 2 if c.kind == "all-reduce" else 1
+    nodes, passes = -(-c.ranks // inside), 2 if c.kind == "all-reduce" else 1
     nic_s = c.bytes * (nodes - 1) / nodes / inside / (cluster.nic * NIC_SHARE)
     nvlink_s = c.bytes * (inside - 1) / inside / (cluster.nvlink * NVLINK_SHARE)
     return passes * (max(nic_s, nvlink_s) + HOP_S * (nodes - 1))
@@ -192,7 +192,7 @@ def micro_step_s(
 
     forward, backward: a layer's computation; head: forward and backward of the head. One communicator serves gathers
     and reductions in the order they were issued, and a layer's reduction waits for the one before it; with two, gathers
-    go first, reductions take what bandwidth is left, and two may be waiting.
+    go first and reductions take what bandwidth is left.
     """
     network = now = gather_root
     ends = []
@@ -214,8 +214,6 @@ def micro_step_s(
             gathered = start + again
             now = start + backward
             waiting = max(0.0, waiting - max(0.0, backward - again))
-            if waiting > reduce:
-                now, waiting = max(now, gathered) + waiting - reduce, reduce
             waiting += reduce
     end = network if communicators == 1 else now + waiting
     return max(end, now) + reduce_root
