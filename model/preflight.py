@@ -64,7 +64,7 @@ class Effort:
 
 
 GPU = Effort(seconds=4.0, repeats=20, copy_bytes=2**28, file_bytes=2**30, slow=0.9)
-CPU = Effort(seconds=0.3, repeats=3, copy_bytes=2**23, file_bytes=2**22, slow=0.25)  # of ranks that share their cores
+CPU = Effort(seconds=0.3, repeats=3, copy_bytes=2**23, file_bytes=2**22, slow=0.1)  # ranks share their cores
 
 RATES = {  # name -> what it is, unit, what a unit is
     "matmul": ("matrix product, gate and up of a layer", "TFLOP/s", 1e12),
@@ -304,7 +304,10 @@ def versions() -> dict[str, str]:
 def too_little_memory(job: Job, world: World, hosts: list[str], say: Callable) -> list[str]:
     sizes = (job.layout.shard, job.micro_batch, job.seq_len, job.dtype.itemsize, job.lean)
     needed = roofline.memory_estimate(job.model, *sizes).total
-    free = torch.cuda.mem_get_info(world.device)[0] if world.device.type == "cuda" else None
+    free = None
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the measurements used
+        free = torch.cuda.mem_get_info(world.device)[0]
     free = everywhere(free)
     if free[0] is None:
         say(f"checked    memory: about {in_words(needed)} a rank; that of a CPU is not looked at")
