@@ -102,8 +102,8 @@ class Recipe:
         "node or on a number of ranks [by memory and node; the start-up lines say why]")
 
     plan: bool = setting("plan", False,
-        "calculate what this run will do on the machine below (memory, speed, network, time, energy), print it and end; "
-        "needs no GPU")
+        "calculate what this run will do on the machine below (memory, speed, network, time, energy), without a GPU, "
+        "print it and end")
     gpus: str | None = setting("plan", None,
         "how many, or a range of doublings, as in 8..2048, which is also plotted [256]")
     gpu: str | None = setting("plan", None,

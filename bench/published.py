@@ -2,17 +2,17 @@
 
     python bench/published.py        needs no GPU; predictions of a model, not measurements
 
-Two constants are fitted to the runs, by least squares on the relative error of the step's time: the share of the peak in
-matrix products, and the straggling a doubling of the nodes. Each run is predicted by constants fitted to the runs of the
-*other* programs only (leaving out just the point itself would let its own program's other points give it away; that
-error is printed too, in the column "point out"). Everything else is model/plan.py's, and what is assumed of a run
-is said beside it.
+Two constants are fitted to the runs, by least squares on the relative error of the step's time: the share of the peak
+in matrix products, which here is whatever the other constants do not explain, and the straggling a doubling of the
+nodes. Each run is predicted by constants fitted to the runs of the *other* programs only: left out alone, its own
+program's other runs would give it away. That error is printed too, in the column "point out". Everything else is
+model/plan.py's, and what is assumed of a run is said with its source.
 """
 
 from __future__ import annotations
 
 import statistics
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -65,7 +65,8 @@ class Run:
 
 def mpt(gpus: int, published: float) -> Run:
     return Run(
-        "llm-foundry", f"MPT-7B, 6 x 2048, {gpus} H100", published, Work(MPT_7B, 6, 2048, lean=False), gpus, LLM_FOUNDRY,
+        "llm-foundry", f"MPT-7B, 6 x 2048, {gpus} H100", published,
+        Work(MPT_7B, 6, 2048, lean=False), gpus, LLM_FOUNDRY,
         "50 GB/s a GPU between nodes; fp32 reductions",
     )  # fmt: skip
 
@@ -78,8 +79,8 @@ def llama3(gpus: int, published: float) -> Run:
     return Run(
         "torchtitan", f"Llama 3.1 8B, 2 x 8192, {gpus} H100", published,
         Work(config, 2, 8192, lean=False, recomputed=share), gpus, TORCHTITAN,
-        f"selective recompute is every second product, {share:.0%} of a forward; its 2.4 TB/s, not its 500 W, are in the "
-        "model",
+        f"selective recompute is every second product, {share:.0%} of a forward; its 2.4 TB/s are in the model, its "
+        "limit of 500 W is not",
         gpu=H100_HBM2E,
     )  # fmt: skip
 
@@ -91,8 +92,10 @@ RUNS = [
     mpt(512, 9670),
     Run("llm-foundry", "MPT-7B, 16 x 4096, 8 H100", 8611, Work(replace(MPT_7B, max_seq_len=4096), 16, 4096, 2,
         lean=False, recomputed=1.0, recomputes_attention=True), 8, LLM_FOUNDRY, "activation checkpointing is full"),
-    Run("fms-fsdp", "Llama 2 7B, 2 x 4096, 96 H100", 9600, Work(LLAMA2_7B, 2, 4096, lean=False, reduce_bytes=2), 96, FMS_FSDP,
-        "HSDP 8 x 12; 800 Gb/s a node, 12.5 GB/s a GPU; bf16 reductions, its mixed-precision policy", nic_gbs=12.5, shards=8),
+    Run("fms-fsdp", "Llama 2 7B, 2 x 4096, 96 H100", 9600,
+        Work(LLAMA2_7B, 2, 4096, lean=False, reduce_bytes=2), 96, FMS_FSDP,
+        "HSDP 8 x 12; 800 Gb/s a node, 12.5 GB/s a GPU; bf16 reductions, its mixed-precision policy",
+        nic_gbs=12.5, shards=8),
     llama3(8, 6667),
     llama3(128, 6514),
     Run("OLMo-core", "OLMo 2 7B, 2 x 4096, 64 H100", 9850, Work(OLMO2_7B, 2, 4096, lean=False), 64,
@@ -157,15 +160,17 @@ def main() -> None:
     )
     print(f"{'program':<13}{'run':<38}{'published':>10}{'predicted':>11}{'error':>8}{'point out':>11}   constants")
     for p in rows:
-        print(f"{p.run.program:<13}{p.run.what:<38}{p.run.published:>10,.0f}{p.predicted:>11,.0f}{p.error:>+8.1%}"
-            f"{p.error_point_out:>+11.1%}   matmul {p.rates.matmul:.3f}, straggling {p.rates.straggling:.4f}")  # fmt: skip
+        print(
+            f"{p.run.program:<13}{p.run.what:<38}{p.run.published:>10,.0f}{p.predicted:>11,.0f}{p.error:>+8.1%}"
+            f"{p.error_point_out:>+11.1%}   matmul {p.rates.matmul:.3f}, straggling {p.rates.straggling:.4f}"
+        )
     for name, errors in (
         ("program left out", [abs(p.error) for p in rows]),
         ("point left out", [abs(p.error_point_out) for p in rows]),
     ):
         print(f"\n{name}: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}", end="")
     rates = fit(RUNS)
-    print(f"\n\nfitted to all: {rates}\n\nsources and assumptions")
+    print(f'\n\nfitted to all, model/plan.py\'s "published": {rates}\n\nsources and assumptions')
     for run in RUNS:
         print(f"  {run.what}: {run.source}; assumed: {run.assumed}")
 

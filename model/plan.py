@@ -85,7 +85,7 @@ MACHINES = {
     "b200-180": Machine("NVIDIA B200", 900e9, 1000, 25e9),
 }
 
-# ------------------------------------------------------------------------------------------------------ the step's model
+# ----------------------------------------------------------------------------------------------------- the step's model
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,9 @@ def micro_step_s(
 ) -> float:
     """Seconds from the start of a micro step to its last reduction, FSDP2's order of work played through.
 
-    forward, backward: a layer's computation; head: forward and backward of the head. One communicator serves gathers and
-    reductions in the order they were issued, and a layer's reduction waits for the one before it; with two, gathers go
-    first, reductions take what bandwidth is left, and two may be waiting.
+    forward, backward: a layer's computation; head: forward and backward of the head. One communicator serves gathers
+    and reductions in the order they were issued, and a layer's reduction waits for the one before it; with two, gathers
+    go first, reductions take what bandwidth is left, and two may be waiting.
     """
     network = now = gather_root
     ends = []
@@ -315,7 +315,7 @@ def choose(work: Work, cluster: Cluster, **asked) -> Choice:
 
 
 def compare(work: Work, cluster: Cluster) -> list[Choice]:
-    """The choices side by side: gathered again everywhere, inside the node, not at all; HSDP of one node and of eight."""
+    """Side by side: gathered again everywhere, in the node, not at all; HSDP in groups of eight nodes and of one."""
     asked = [{"reshard": "always"}, {"reshard": "node"}, {"reshard": "never"}]
     if cluster.nodes == 1:
         del asked[1]  # it is the first again
@@ -340,7 +340,7 @@ def memory(work: Work, cluster: Cluster, sharding: Sharding) -> dict[str, int]:
     return {name.replace("_", " "): size for name, size in parts.items()}
 
 
-# ---------------------------------------------------------------------------------------------------- the command's part
+# --------------------------------------------------------------------------------------------------- the command's part
 
 
 @dataclass(frozen=True)
@@ -404,7 +404,7 @@ def divisors(n: int) -> list[int]:
 
 
 def work_of(request: Request, gpus: int) -> Work:
-    """A GPU's share of the recipe's batch; its micro batch, or where that does not divide the share, the most below it."""
+    """A GPU's share of the batch, in micro batches of the recipe's size or the most below it that divides the share."""
     r = request
     samples, rest = divmod(r.batch_tokens, r.seq_len)
     if rest or not samples:
@@ -452,7 +452,7 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
         f"batch      {r.batch_tokens:,} tokens = {cluster.gpus} GPUs x {work.accumulation} accumulated x "
         f"{work.micro_batch} x {r.seq_len}"
         + (
-            f"; the trainer will want --micro-batch {work.micro_batch}, for {r.micro_batch} does not divide a rank's share"
+            f"; the trainer will want --micro-batch {work.micro_batch}: {r.micro_batch} does not divide a rank's share"
             if r.micro_batch and work.micro_batch != r.micro_batch
             else ""
         ),
@@ -488,7 +488,7 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
         )
     s = chosen.step
     lines += [
-        f"  {s.hidden * 1e3:,.0f} ms of it hide behind {(s.total - s.exposed - s.straggling) * 1e3:,.0f} ms of computation, "
+        f"  {s.hidden * 1e3:,.0f} ms of it hide behind {(s.total - s.exposed - s.straggling) * 1e3:,.0f} ms of work, "
         f"{s.exposed * 1e3:,.0f} ms ({s.exposed / s.total:.1%}) are exposed",
         "",
     ]
@@ -522,8 +522,8 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
     hours = {name: (r.steps * x.total + r.steps // r.save_every * stall) / 3600 for name, x in steps.items()}
     mwh = {name: cluster.gpus * m.watts * POWER_SHARE * h / 1e6 for name, h in hours.items()}
     lines += [
-        f"checkpoint {in_words(12 * roofline.parameters(config))}, {in_words(size)} a rank; a save stalls {stall:.3f} s at "
-        f"{in_words(m.host_copy)}/s, every {r.save_every} steps {stall / (r.save_every * s.total):.4%} of the time",
+        f"checkpoint {in_words(roofline.checkpoint_bytes(config))}, {in_words(size)} a rank; a save stalls {stall:.3f} "
+        f"s at {in_words(m.host_copy)}/s, every {r.save_every} steps {stall / (r.save_every * s.total):.4%} of it",
         f"time       {r.steps:,} steps of {r.steps * r.batch_tokens / 1e9:,.1f} billion tokens: "
         f"{in_days(hours['leading'])} to {in_days(hours['good'])}, {in_days(hours['published'])} at published rates; "
         f"{cluster.gpus * hours['good']:,.0f} GPU hours (evaluation and queue come on top)",
@@ -537,20 +537,20 @@ def in_days(hours: float) -> str:
     return f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"
 
 
-# ----------------------------------------------------------------------------------------------------------------- sweep
+# ---------------------------------------------------------------------------------------------------------------- sweep
 
 
 def sweep(request: Request, clusters: list[Cluster], plot: Path | None) -> str:
-    """A line a number of GPUs, with the recipe's batch and with a batch that grows with the GPUs; what moves the limit."""
+    """A line a number of GPUs, with the recipe's batch and with one that grows with the GPUs; what moves the limit."""
     r = request
     grown = Work(r.config, r.micro_batch or 4, r.seq_len)
     lines = [
         "a model, calculated from stated constants (model/plan.py), at the rates called good: nothing here is measured",
-        f"{r.gpu}, {r.nic_gbs:g} GB/s a NIC, {r.gpus_per_node} a node, sharding as the trainer chooses it. Left the recipe's "
-        f"batch of {r.batch_tokens:,} tokens, right {grown.micro_batch} x {r.seq_len} tokens a GPU, whatever the batch",
+        f"{r.gpu}, {r.nic_gbs:g} GB/s a NIC, {r.gpus_per_node} a node, sharding as the trainer chooses it. Left the "
+        f"recipe's batch of {r.batch_tokens:,} tokens, right {grown.micro_batch} x {r.seq_len} tokens a GPU",
         "",
-        f"{'GPUs':>6}{'batch/GPU':>11}  {'sharding':<25}{'memory':>9}{'exposed':>9}{'tokens/s/GPU':>14}{'of best':>9}   |"
-        f"{'exposed':>9}{'tokens/s/GPU':>14}{'of best':>9}{'million tokens/s':>18}",
+        f"{'GPUs':>6}{'batch/GPU':>11}  {'sharding':<25}{'memory':>9}{'exposed':>9}{'tokens/s/GPU':>14}{'of best':>9}"
+        f"   |{'exposed':>9}{'tokens/s/GPU':>14}{'of best':>9}{'million tokens/s':>18}",
     ]
     fixed: dict[int, tuple[Work, Choice]] = {}
     growing = {cluster.gpus: (grown, choose(grown, cluster, **r.asked)) for cluster in clusters}
@@ -593,7 +593,7 @@ def columns(series: Series, n: int) -> str:
 
 
 def limit(request: Request, last: Cluster, grown: Work, fixed: Series, growing: Series) -> list[str]:
-    """Where it stops scaling, and what would move that at the largest number of GPUs, starting from one sequence a GPU."""
+    """Where it stops scaling, and what would move that for one sequence a GPU at the largest number of GPUs."""
     lines = []
     for what, series in (("the recipe's batch", fixed), ("a batch that grows", growing)):
         if series:

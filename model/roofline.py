@@ -241,8 +241,11 @@ def memory_bound_bytes(config: MistralConfig, compute_bytes: int = 2, lean: bool
 
 
 def head_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2, chunk_rows: int = 2048) -> int:
-    """Bytes that the loss moves beside its matrix products: five passes over the logits (written, read and overwritten by
-    the gradient, read by two products), and the head's fp32 gradient read and written once a chunk."""
+    """Bytes that the loss moves beside its matrix products.
+
+    Five passes over the logits (written, read and overwritten by the gradient, read by two products), and the head's
+    fp32 gradient read and written once a chunk.
+    """
     logits = 5 * compute_bytes * n_tokens * config.vocab_size
     return logits + -(-n_tokens // chunk_rows) * 2 * FP32_BYTES * config.vocab_size * config.dim
 

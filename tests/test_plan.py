@@ -1,4 +1,4 @@
-"""model/plan.py: its parts against arithmetic done by hand, its timeline against a shorter program, its words; --plan."""
+"""model/plan.py: its parts against arithmetic done by hand, its timeline at its limits, its words; --plan."""
 
 import math
 import statistics
@@ -10,10 +10,10 @@ import pytest
 from runs import REPO
 
 sys.path.insert(0, str(REPO))
-from bench import published  # noqa: E402
-from halny.model import plan, roofline  # noqa: E402
-from halny.model.exits import Refused  # noqa: E402
-from halny.model.mistral import PRESETS  # noqa: E402
+from bench import published
+from halny.model import plan, roofline
+from halny.model.exits import Refused
+from halny.model.mistral import PRESETS
 
 MISTRAL_7B = PRESETS["mistral-7b"]
 BIELIK = plan.Request(MISTRAL_7B, 4_194_304, 4096, 4, 17_350, 500, "256", "gh200-96", 25.0, 4)
@@ -129,7 +129,7 @@ def test_bielik_on_256_gh200():
 
 
 def test_published_runs_are_predicted():
-    """The stated constants are those that fit; left out of choosing them, runs are predicted within 10% at the median."""
+    """The stated constants are those that fit; runs left out of choosing them: a median error of at most 10%."""
     stated, fitted = plan.RATES["published"], published.fit(published.RUNS)
     assert fitted.matmul == pytest.approx(stated.matmul, abs=2e-3)
     assert fitted.straggling == pytest.approx(stated.straggling, abs=3e-4)
@@ -204,7 +204,7 @@ def command(*arguments: str, folder) -> subprocess.CompletedProcess:
 
 
 def test_the_command_writes_nothing_but_what_it_says(tmp_path):
-    """Without torchrun, without a GPU; one line and exit code 2 for what cannot be; --gpus without --plan is refused."""
+    """Without torchrun or a GPU; one line and exit code 2 for what cannot be; --gpus without --plan is refused."""
     done = command("bielik-7b", "--plan", "--gpus", "256", "--gpu", "gh200-96", folder=tmp_path)
     assert done.returncode == 0 and done.stderr == "" and "256 x NVIDIA GH200 480GB, 4 a node; 25 GB/s" in done.stdout
     assert not list(tmp_path.iterdir())
