@@ -101,8 +101,8 @@ def preflight(job: Job, world: World, open_data: Callable | None, say: Callable,
         if values:
             low = min(values)
             where = next(r for r, rank in enumerate(measured) if rank.get(name) == low)
-            of_slowest = f", the least {low / scale:,.2f} on rank {where} ({hosts[where]})" if world.size > 1 else ""
-            say(f"measured   {what}: {statistics.median(values) / scale:,.2f} {unit}{of_slowest}")
+            of_slowest = f", the least {low / scale:.4g} on rank {where} ({hosts[where]})" if world.size > 1 else ""
+            say(f"measured   {what}: {statistics.median(values) / scale:.4g} {unit}{of_slowest}")
 
     for check in (wrong_collectives, other_versions, too_little_memory):
         stage(check.__name__.replace("_", " "))
@@ -240,8 +240,8 @@ def slow_ranks(measured: list[dict[str, float]], hosts: list[str], effort: Effor
         usual = statistics.median_high(values.values()) if values else 0.0
         slow = [rank for rank, value in values.items() if value < effort.slow * usual]
         for rank in slow[:8]:
-            reasons.append(f"rank {rank} on {hosts[rank]} is slow: {what} {values[rank] / scale:,.2f} {unit}, "
-                f"the median is {usual / scale:,.2f}")  # fmt: skip
+            reasons.append(f"rank {rank} on {hosts[rank]} is slow: {what} {values[rank] / scale:.4g} {unit}, "
+                f"the median is {usual / scale:.4g}")  # fmt: skip
         if len(slow) > 8:
             reasons.append(f"and {len(slow) - 8} more are slow in that")
     return reasons
