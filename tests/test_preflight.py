@@ -78,7 +78,8 @@ def test_the_slow_are_found_among_many():
         measured[rank]["link"] = 9e9
     measured[3]["gather"] = 1e9  # not its own: all of its group are as slow
     reasons = slow_ranks(measured, hosts, preflight.GPU)
-    assert len(reasons) == 5 and "rank 6 on node1 is slow: matrix product" in reasons[0] and "500 TFLOP/s, the median is 700" in reasons[0]
+    assert len(reasons) == 5 and "rank 6 on node1 is slow: matrix product" in reasons[0]
+    assert reasons[0].endswith("500 TFLOP/s, the median is 700")
     assert all(f"rank {r} on node2 is slow: to and from a neighbouring node" in reasons[r - 7] for r in range(8, 12))
 
 
