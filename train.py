@@ -1062,7 +1062,7 @@ def look_before(recipe: Recipe) -> int:
     active = Active(watch, None)
 
     def stage(what: str) -> None:
-        watch.at(what)
+        watch.at(what, long=True)
         if told := next(filter(None, everywhere(stop_signal)), None):
             raise Failed(f"the preflight was stopped by {told}")
 

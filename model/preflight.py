@@ -64,7 +64,7 @@ class Effort:
 
 
 GPU = Effort(seconds=4.0, repeats=20, copy_bytes=2**28, file_bytes=2**30, slow=0.9)
-CPU = Effort(seconds=0.3, repeats=3, copy_bytes=2**23, file_bytes=2**22, slow=0.25)  # of ranks that share their cores
+CPU = Effort(seconds=0.3, repeats=3, copy_bytes=2**23, file_bytes=2**22, slow=0.1)  # ranks share their cores
 
 RATES = {  # name -> what it is, unit, what a unit is
     "matmul": ("matrix product, gate and up of a layer", "TFLOP/s", 1e12),
@@ -101,8 +101,8 @@ def preflight(job: Job, world: World, open_data: Callable | None, say: Callable,
         if values:
             low = min(values)
             where = next(r for r, rank in enumerate(measured) if rank.get(name) == low)
-            of_slowest = f", the least {low / scale:,.2f} on rank {where} ({hosts[where]})" if world.size > 1 else ""
-            say(f"measured   {what}: {statistics.median(values) / scale:,.2f} {unit}{of_slowest}")
+            of_slowest = f", the least {low / scale:.4g} on rank {where} ({hosts[where]})" if world.size > 1 else ""
+            say(f"measured   {what}: {statistics.median(values) / scale:.4g} {unit}{of_slowest}")
 
     for check in (wrong_collectives, other_versions, too_little_memory):
         stage(check.__name__.replace("_", " "))
@@ -240,8 +240,8 @@ def slow_ranks(measured: list[dict[str, float]], hosts: list[str], effort: Effor
         usual = statistics.median_high(values.values()) if values else 0.0
         slow = [rank for rank, value in values.items() if value < effort.slow * usual]
         for rank in slow[:8]:
-            reasons.append(f"rank {rank} on {hosts[rank]} is slow: {what} {values[rank] / scale:,.2f} {unit}, "
-                f"the median is {usual / scale:,.2f}")  # fmt: skip
+            reasons.append(f"rank {rank} on {hosts[rank]} is slow: {what} {values[rank] / scale:.4g} {unit}, "
+                f"the median is {usual / scale:.4g}")  # fmt: skip
         if len(slow) > 8:
             reasons.append(f"and {len(slow) - 8} more are slow in that")
     return reasons
@@ -304,7 +304,10 @@ def versions() -> dict[str, str]:
 def too_little_memory(job: Job, world: World, hosts: list[str], say: Callable) -> list[str]:
     sizes = (job.layout.shard, job.micro_batch, job.seq_len, job.dtype.itemsize, job.lean)
     needed = roofline.memory_estimate(job.model, *sizes).total
-    free = torch.cuda.mem_get_info(world.device)[0] if world.device.type == "cuda" else None
+    free = None
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()  # what the measurements used
+        free = torch.cuda.mem_get_info(world.device)[0]
     free = everywhere(free)
     if free[0] is None:
         say(f"checked    memory: about {in_words(needed)} a rank; that of a CPU is not looked at")

@@ -268,14 +268,14 @@ def wrong_gather(guilty: str) -> None:
     FSDPModule.unshard = unshard
 
 
-def one_rank_a_node() -> None:
-    """No fault: each rank takes itself for a node, so that links between nodes are measured."""
-    os.environ["LOCAL_WORLD_SIZE"] = "1"
+def nodes_of(ranks: str) -> None:
+    """No fault: so many ranks take themselves for a node."""
+    os.environ["LOCAL_WORLD_SIZE"] = ranks
 
 
 def slow_device(guilty: str, factor: str, operation: str = "mm") -> None:
     """On one rank an operation of torch is done so many times over, each as a rank a node: a throttled device."""
-    one_rank_a_node()
+    nodes_of("1")
     owner = torch if operation == "mm" else torch.Tensor
     original = getattr(owner, operation)
 

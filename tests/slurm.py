@@ -46,6 +46,7 @@ def sbatch(arguments: list[str]) -> int:
         environment = os.environ | {
             "PATH": f"{bin_folder}:{os.environ['PATH']}",
             "FAKE_SLURM": str(STATE.absolute()), "SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": str(tasks),
+            "SLURM_CPUS_PER_TASK": header["cpus-per-task"],
             "SLURM_NNODES": str(nodes), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_RESTART_COUNT": str(start),
         }  # fmt: skip
         shell = subprocess.Popen(["bash", script, *arguments[place + 1 :]], env=environment)

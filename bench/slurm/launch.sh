@@ -6,6 +6,8 @@
 
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+# As torchrun would: numpy's and torch's threads on the CPU would otherwise be as many as there are cores.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # One connection would put gathering and reducing in turn; some sites set it for other programs.
 unset CUDA_DEVICE_MAX_CONNECTIONS
 
@@ -22,18 +24,20 @@ newest() {
 echo "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID: $SLURM_NTASKS ranks, the store on $MASTER_ADDR:$MASTER_PORT"
 before=$(newest)
 
+# --cpus-per-task: srun has not taken it from sbatch since Slurm 22.05.
 # --wait: a minute after the first rank ended, whatever is left is ended; the ranks need seconds to agree on the reason.
-srun --output="$logs/%t.txt" --open-mode=append --wait=60 --kill-on-bad-exit=0 "${binding[@]}" \
+srun --output="$logs/%t.txt" --open-mode=append --wait=60 --kill-on-bad-exit=0 \
+    --cpus-per-task="$SLURM_CPUS_PER_TASK" "${binding[@]}" \
     bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
              export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
              exec python -u train.py "$@"' rank "$@" &
 ranks=$!
 
 # A signal to the whole job (preemption, scancel --full) reaches this shell too, which must outlive the ranks.
-trap 'kill -USR1 $ranks 2>/dev/null' USR1 TERM
-wait $ranks
-code=$?
-while kill -0 $ranks 2>/dev/null; do  # "wait" returns when a signal comes in
+trap 'told=yes; kill -USR1 $ranks 2>/dev/null' USR1 TERM
+told=yes
+while [[ $told ]]; do  # "wait" returns when a signal comes in
+    told=
     wait $ranks
     code=$?
 done
