@@ -218,8 +218,10 @@ def begin(arguments: list[str]) -> Recipe:
     for stream in ("stdout", "stderr"):
         if getattr(sys, stream) is None:  # closed by whoever started us
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, ask_to_stop)
+        getattr(sys, stream).reconfigure(errors="replace")  # a terminal that cannot show a letter shows a "?"
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+            signal.signal(number, ask_to_stop)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on the CPU, huge pages for the logits
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # on a GPU, less fragmentation
     os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # errors only: torch 2.13's profiler announces itself on stderr
@@ -1045,6 +1047,10 @@ def check_looking(recipe: Recipe) -> None:
     """Refuse to look into a run that is not there."""
     if recipe.replay_step and not (recipe.run_dir / "config.json").exists():
         raise Refused(f"--replay-step {recipe.replay_step}: no run in {recipe.run_dir}; name its --run-dir")
+    if recipe.replay_step and recipe.resume is False:
+        raise Refused(f"--replay-step {recipe.replay_step} and --no-resume exclude each other; leave one out")
+    if recipe.replay_step and recipe.replay_step > recipe.steps:
+        raise Refused(f"--replay-step {recipe.replay_step} is beyond the last of --steps {recipe.steps}")
     if recipe.eval_only and (recipe.replay_step or recipe.resume is False):
         other = f"--replay-step {recipe.replay_step}" if recipe.replay_step else "--no-resume"
         raise Refused(f"--eval-only and {other} exclude each other; leave one out")

@@ -591,14 +591,21 @@ def describe_case(
     """
     if device is None:
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    elif device == "cpu" or isinstance(device, tuple):
-        capability = None if device == "cpu" else device
+    elif device == "cpu" or isinstance(device, tuple | list):
+        capability = None if device == "cpu" else tuple(device)
     elif device in CAPABILITIES:
         capability = CAPABILITIES[device]
     else:
         names = ", ".join(CAPABILITIES)
         raise ValueError(f"device must be one of {names}, 'cpu' or a compute capability like (9, 0), got {device!r}")
-    installed = None if installed is None else tuple(installed)
+    if capability is not None and not (len(capability) == 2 and all(isinstance(n, int) for n in capability)):
+        raise ValueError(f"device must be a name or a compute capability like (9, 0), got {device!r}")
+    for name, value in (("T", T), ("head_dim", head_dim), *([("window", window)] if window is not None else [])):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be a positive integer, got {value!r}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    installed = None if installed is None else (installed,) if isinstance(installed, str) else tuple(installed)
     unknown = set(installed or ()) - set(PACKAGES)
     if unknown:
         raise ValueError(f"installed must be among {', '.join(PACKAGES)}, got {', '.join(sorted(unknown))}")
@@ -653,7 +660,7 @@ def _check(q, k, v, window, cu_seqlens, max_seqlen, backend) -> None:
         raise ValueError(f"q's {H} heads must be a positive multiple of k's {k.shape[2]}")
     if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
         raise ValueError(f"window must be None or an integer of at least 1, got {window!r}")
-    if backend != "auto" and backend not in BACKENDS:
+    if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 1):
         raise ValueError(f"max_seqlen must be None or a positive integer, got {max_seqlen!r}")
@@ -673,6 +680,10 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, max_seqlen: int | None)
             f"got shape {tuple(cu_seqlens.shape)}"
         )
     if not can_check_values(cu_seqlens):
+        return
+    if B * T == 0:
+        if cu_seqlens.any():
+            raise ValueError(f"cu_seqlens must be zeros for a batch without positions, got {cu_seqlens.tolist()}")
         return
     lengths = cu_seqlens.diff()
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != B * T:

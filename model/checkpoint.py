@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import shutil
 import threading
 import time
@@ -71,8 +72,8 @@ def training_state(model: Mistral, optimizer: torch.optim.Optimizer | None) -> d
 
 
 def complete(folder: Path) -> list[Path]:
-    """The checkpoints that were renamed into place, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """The checkpoints that were renamed into place, oldest first. Folders of other names are not ours."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name) and path.is_dir())
 
 
 def step_of(checkpoint: Path) -> int:
@@ -81,9 +82,11 @@ def step_of(checkpoint: Path) -> int:
 
 def read_manifest(checkpoint: Path) -> dict:
     """Raises ValueError, saying why, for a manifest that is not as it was written, to the bit."""
+    paths = [checkpoint / name for name in ("manifest.json", "manifest.json.sha256")]
     try:
-        content = (checkpoint / "manifest.json").read_bytes()
-        recorded = (checkpoint / "manifest.json.sha256").read_bytes()
+        if missing := [path.name for path in paths if not path.is_file()]:  # a pipe would wait for a writer
+            raise ValueError(f"{missing[0]} cannot be read: no such file")
+        content, recorded = (path.read_bytes() for path in paths)
     except OSError as error:
         raise ValueError(f"{Path(error.filename).name} cannot be read: {error.strerror}") from None
     if recorded != checksum_line(content):
@@ -108,7 +111,7 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with every parts-th of a checkpoint's files (and with its manifest), or None."""
     try:
         manifest = read_manifest(checkpoint)
-        present = {path.name for path in checkpoint.iterdir() if path.is_file()}  # a pipe would wait for a writer
+        present = {path.name for path in checkpoint.iterdir() if path.is_file()}
         present -= {"manifest.json", "manifest.json.sha256"}
         if present != manifest["files"].keys():
             return f"files missing or too many: {', '.join(sorted(present ^ manifest['files'].keys()))}"
@@ -185,7 +188,31 @@ def delete(checkpoint: Path) -> None:
 def delete_leftovers(folder: Path) -> None:
     """What a killed save or deletion left; for the one process that holds the run's lock."""
     for leftover in folder.glob(".*.partial"):
-        shutil.rmtree(leftover)
+        if leftover.is_symlink():
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover)
+
+
+def prune(folder: Path, newest: Path, keep: int, keep_every: int | None, best_by: str | None) -> None:
+    """Delete what is older than ``newest``, which was just written, but for the newest keep - 1 and what is asked for.
+
+    Whatever a manifest does not show to be an older checkpoint of this folder neither counts nor is touched: copies
+    under another step, later steps, links.
+    """
+    older = []
+    for checkpoint in complete(folder):
+        with contextlib.suppress(ValueError):
+            if not checkpoint.is_symlink() and read_manifest(checkpoint)["step"] < step_of(newest):
+                older.append(checkpoint)
+    found = best(folder, best_by) if best_by else None
+    for old in older[: max(0, len(older) - (keep - 1))]:
+        asked_for = keep_every and step_of(old) % keep_every == 0
+        if not asked_for and (found is None or old != found[0]):
+            try:
+                delete(old)
+            except OSError as error:  # no reason to stop: nothing is lost by keeping it
+                tqdm.write(f"{old} cannot be deleted ({error.strerror or error})")
 
 
 # -------------------------------------------------------------------------------------------------------------- loading
@@ -368,11 +395,7 @@ class Saver:
         sync(partial)
         partial.rename(final)
         sync(self.folder)
-        found = best(self.folder, self.best_by) if self.best_by else None
-        for old in complete(self.folder)[: -self.keep]:
-            asked_for = self.keep_every and step_of(old) % self.keep_every == 0
-            if not asked_for and (found is None or old != found[0]):
-                delete(old)
+        prune(self.folder, final, self.keep, self.keep_every, self.best_by)
 
 
 def _could_not(step: int) -> str:

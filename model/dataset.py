@@ -605,6 +605,8 @@ def _check_manifest(manifest: dict) -> None:
     if not isinstance(manifest["settings"], dict):
         raise TypeError("settings is no object")
     if manifest["tokenizer"] is not None:
+        if not isinstance(manifest["tokenizer"]["sha256"], str):
+            raise TypeError("the sha256 of the tokenizer is no text")
         for record in manifest["tokenizer"]["files"]:
             check_file(record, TOKENIZER_FILES)
     for record in manifest.get("sources", []):  # which, as "input", write_dataset and older versions leave out

@@ -14,6 +14,8 @@ before it. Refused always: what is wrong with a file as a whole (none of that na
 with a flag.
 """
 
+import datetime
+import decimal
 import gzip
 import json
 import math
@@ -82,7 +84,7 @@ def find_files(inputs: Iterable[Path]) -> tuple[list[tuple[int, Path]], int]:
     files, ignored = [], 0
     for source, name in enumerate(inputs):
         if name.is_dir():
-            found = sorted(path for path in name.rglob("*") if path.is_file())
+            found = sorted(_walk(name))
             kept = [path for path in found if ending(path) and not _is_hidden(path, name)]
             files, ignored = files + [(source, path) for path in kept], ignored + len(found) - len(kept)
         elif not name.is_file():
@@ -101,6 +103,25 @@ def find_files(inputs: Iterable[Path]) -> tuple[list[tuple[int, Path]], int]:
     if not files:
         raise DataError(f"no {endings} files in {', '.join(map(str, inputs)) or 'the inputs'}; name some")
     return files, ignored
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """All files below a folder, through links too, each folder once. DataError for what cannot be looked into."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check it or leave it out")
+
+    seen = set()
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        if (real := os.path.realpath(root)) in seen:  # a link to where we have been
+            folders.clear()
+            continue
+        seen.add(real)
+        for path in (Path(root) / name for name in names):
+            if path.is_symlink() and not path.exists():
+                raise DataError(f"{path}: a link to {os.readlink(path)}, which is not there; mend it or leave it out")
+            if path.is_file():
+                yield path
 
 
 def _is_hidden(path: Path, folder: Path) -> bool:
@@ -382,6 +403,8 @@ class Condition:
         return value
 
     def holds(self, found: Any) -> bool:
+        if isinstance(found, bytes | datetime.date):  # of parquet: binary text, dates and times as they are written
+            found = found.decode("utf-8", "replace") if isinstance(found, bytes) else str(found)
         left, right = _number(found), _number(self.value)
         if self.operator in ("=", "!="):
             if isinstance(found, str):
@@ -423,10 +446,8 @@ def _number(value: Any) -> float | int | None:
             value = float(value)
         except ValueError:
             return None
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or (isinstance(value, float) and math.isnan(value))
-    ):
+    if isinstance(value, decimal.Decimal):
+        value = float(value)
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
         return None
     return value

@@ -7,6 +7,7 @@ folder: the lock (flock) goes with the process, however that ends.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -53,7 +54,7 @@ class RunFolder:
             self._lock = lock
             checkpoint.delete_leftovers(self.checkpoints)
         except OSError as error:
-            raise Refused(f"--run-dir {self.path} cannot be written: {error.strerror}") from None
+            raise Refused(f"--run-dir {self.path} cannot be written: {error.strerror or error}") from None
 
     def _take_lock(self):
         """The locked file, to be held until the process ends, however it ends."""
@@ -149,9 +150,16 @@ class RunFolder:
         """Append a line to metrics.jsonl. On a full disk it is kept, and written with the next that finds room."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         self._unwritten.append(json.dumps(values) + "\n")
+        content = "".join(self._unwritten).encode()
         try:
-            with self.metrics.open("a") as file:
-                file.write("".join(self._unwritten))
+            with self.metrics.open("ab", buffering=0) as file:
+                before = file.tell()
+                try:
+                    if file.write(content) < len(content):  # as much as there was room for
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                except OSError:
+                    file.truncate(before)
+                    raise
             self._unwritten = []
         except OSError as error:
             if len(self._unwritten) == 1:

@@ -1167,3 +1167,16 @@ def test_on_another_stream_and_device(name):
     if torch.cuda.device_count() > 1:
         there = attention(*(x.to("cuda:1") for x in (q, k, v)), backend=name)
         assert torch.equal(there.cpu(), want.cpu())
+
+
+def test_corners_of_empty_batches_and_of_explain():
+    zeros = torch.zeros(1, dtype=torch.int32)
+    empty = torch.zeros(0, 4, 2, 8)
+    assert attention(empty, empty, empty, cu_seqlens=zeros, max_seqlen=3).shape == empty.shape
+    with pytest.raises(ValueError, match="backend"):
+        attention(empty, empty, empty, backend=["flex"])
+    assert explain("H100", installed="flash-attn-4") == explain("H100", installed=("flash-attn-4",))
+    for wrong in (dict(window=0), dict(T=0), dict(head_dim=-8), dict(head_dim="128"), dict(dtype="bf16"),
+                  dict(dtype=torch.int64), dict(device=(9,))):  # fmt: skip
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            explain(**({"device": "H100"} | wrong))

@@ -315,6 +315,27 @@ def test_fault_24_the_newest_good_checkpoint_outlives_a_damaged_newer_one(comman
     assert saved_steps(run_dir) == [12]
 
 
+def test_fault_24_strangers_among_the_checkpoints_neither_count_nor_go(command, twelve, tmp_path):
+    """Copies under other names or numbers, and a link to another disk: what users leave there."""
+    run_dir = tmp_path / "r"
+    shutil.copytree(twelve, run_dir)
+    folder = run_dir / "checkpoints"
+    for path in sorted(folder.iterdir()):
+        if path.name not in ("step-00000002", "step-00000004", "step-00000006"):
+            shutil.rmtree(path)
+    for name in ("step-best", "step-00000006.bak", "step-00099999", "step-00000005"):
+        shutil.copytree(folder / "step-00000006", folder / name)
+    (folder / "step-00000002").rename(tmp_path / "elsewhere")
+    (folder / "step-00000002").symlink_to(tmp_path / "elsewhere")
+    again = ranks_run(*command, "--keep", 1, "--keep-every", 8, "--replay-step", 5, cwd=tmp_path)
+    assert "replaying step 5" in again.out
+    again = finish_like([*command, "--keep", 1, "--keep-every", 8], run_dir, twelve, after=6)
+    assert "step-00099999 is damaged" in again.out
+    left = sorted(path.name for path in folder.iterdir())
+    assert left == ["damaged-step-00099999-1", "step-00000002", "step-00000005", "step-00000006.bak", "step-00000008",
+        "step-00000012", "step-best"]  # fmt: skip
+
+
 def test_keep_every_keeps_old_ones_too(command, tmp_path):
     ranks_run(*command, "--keep", 1, "--keep-every", 4, cwd=tmp_path)
     assert saved_steps(tmp_path / "r") == [4, 8, 12]

@@ -6,7 +6,9 @@ changing bytes of a sound file. Checksums are forged where there are any, so tha
 
 import json
 import os
+import resource
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +108,10 @@ def test_manifest_deeply_nested_and_strangers_in_the_folder(saved, tmp_path):
     shutil.copytree(saved, folder)
     forge(folder, DEEP)
     assert "manifest.json is not one" in checkpoints.damage(folder)
+    (folder / "manifest.json").unlink()
+    os.mkfifo(folder / "manifest.json")  # to read it would be to wait for ever
+    assert "manifest.json cannot be read" in checkpoints.damage(folder)
+    (folder / "manifest.json").unlink()
     forge(folder, (saved / "manifest.json").read_bytes())
     assert checkpoints.damage(folder) is None
     shard = next(folder.glob("*.safetensors"))
@@ -246,3 +252,22 @@ def test_recipe_files(tmp_path_factory, content):
         train.Recipe(**train.read_toml(path))
     except train.Refused as refusal:
         assert str(refusal)
+
+
+def test_metrics_survive_a_disk_that_was_full(tmp_path, monkeypatch):
+    """A line that was only partly written is taken back, and written whole later."""
+    folder, limit = RunFolder(tmp_path), 70
+    monkeypatch.setattr("halny.model.run_folder.tqdm.write", lambda _: None)  # pytest's own file would be limited too
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for step in range(1, 6):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit if step < 5 else before[0], before[1]))
+            folder.log({"step": step, "loss": 0.123456789})
+            if step < 5:
+                assert folder.metrics.stat().st_size <= limit and folder.metrics.read_text().endswith("}\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [line["step"] for line in folder.lines()] == [1, 2, 3, 4, 5]
+    assert len(folder.metrics.read_text().splitlines()) == 5

@@ -870,3 +870,18 @@ def test_ordered_map():
     with pytest.raises(AttributeError, match="no_such"):
         list(ordered_map(operator.methodcaller, "no_such", range(3), 1))
     assert children(os.getpid()) == before
+
+
+def test_links_are_followed_once_and_broken_ones_refused(tmp_path):
+    (tmp_path / "in/real").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "in/real/a.txt").write_text("one")
+    (tmp_path / "elsewhere/b.txt").write_text("two")
+    (tmp_path / "in/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in")
+    prepare([tmp_path / "in"], tmp_path / "out", val_fraction=0.0, progress=False)
+    assert Dataset(tmp_path / "out").manifest["splits"]["train"]["documents"] == 2
+    (tmp_path / "in/broken.txt").symlink_to(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"a link to .*gone, which is not there"):
+        prepare([tmp_path / "in"], tmp_path / "other", progress=False)
+    assert not (tmp_path / "other").exists()

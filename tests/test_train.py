@@ -391,6 +391,8 @@ def finished(small, tmp_path_factory) -> Path:
         (["--data", "flipped"], ["flipped", "train-00000.npy"]),
         (["--run-dir", "no-config", "--seed", "9"], ["--seed was 0 and is 9"]),
         (["--run-dir", "a-file/r"], ["--run-dir a-file/r"]),
+        (["--replay-step", "5"], ["--replay-step 5", "--steps 4"]),
+        (["--replay-step", "2", "--no-resume"], ["--replay-step 2", "--no-resume"]),
         (["--batch-tokens", "100"], ["--batch-tokens 100"]),
     ],
 )
