@@ -112,6 +112,10 @@ class Recipe:
     replay_step: int | None = setting("run", None,
         "run this one step again, from the checkpoint before it, and say which sample and module are not finite; "
         "changes nothing", minimum=1)
+    profile: str | None = setting("run", None,
+        "profile these steps into traces/; alone: three, after five [none]", bare="auto", shown="FIRST[-LAST]")
+    profile_ranks: tuple[str, ...] | None = setting("run", None,
+        "ranks that --profile is for, or all [0]", shown="RANK")
     peak_tflops: float | None = setting("run", None,
         "this device's dense peak in bf16, for MFU [known GPUs: by name]", above=0)
 
@@ -135,7 +139,7 @@ PRESETS: dict[str, dict] = {
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
-    *("max_hours", "deadline", "replay_step"),
+    *("max_hours", "deadline", "replay_step", "profile", "profile_ranks"),
 )
 
 COMMAND = Settings(
@@ -187,6 +191,7 @@ def begin(arguments: list[str]) -> Recipe:
         signal.signal(number, ask_to_stop)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on the CPU, huge pages for the logits
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # on a GPU, less fragmentation
+    os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # errors only: torch 2.13's profiler announces itself on stderr
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # A killed torchrun (kill -9) cannot end its ranks; the kernel does it, so that they do not hold GPUs and locks.
         PR_SET_PDEATHSIG = 1
@@ -235,6 +240,7 @@ from halny.model.durable import in_words, write_json  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
 from halny.model.prepare_data import prepare_builtin  # noqa: E402
+from halny.model.profiler import StepProfiler, ranks_to_profile, steps_to_profile  # noqa: E402
 from halny.model.ranks import (  # noqa: E402
     Probe,
     Watch,
@@ -341,6 +347,17 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     min_lr = r.lr / 10 if r.min_lr is None else r.min_lr
     if min_lr > r.lr:
         raise Refused(f"--min-lr {min_lr} is above --lr {r.lr}")
+
+    if r.profile_ranks and not r.profile:
+        raise Refused(f"--profile-ranks {' '.join(r.profile_ranks)} belongs to --profile; name steps, or leave it out")
+    try:
+        steps_to_profile(r.profile or "auto", 1, r.steps)
+    except ValueError as error:
+        raise Refused(f"--profile {error}") from None
+    try:
+        ranks_to_profile(r.profile_ranks or "0", world.size)
+    except ValueError as error:
+        raise Refused(f"--profile-ranks {error}") from None
 
     device_name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     if r.resume is False:
@@ -757,6 +774,7 @@ def train(run: Run) -> str | None:
     loader = load_steps(run.step + 1, recipe.steps, run)
     progress = Progress(plan, world, run.step + 1)
     probe = Probe(world.device)
+    profiler = make_profiler(run)
     clock = time.perf_counter()
     in_flight: InFlight | None = None
 
@@ -791,8 +809,10 @@ def train(run: Run) -> str | None:
         while run.step < recipe.steps and not stopping:
             step = run.step + 1
             run.watch.at("step", step)
+            profiler.begin(step, run.model, run.optimizer)
             answers, asking = ask_everywhere(stop_signal is not None or run.out_of_time(), run.saver.failed)
-            batches = next(loader)
+            with profiler.region("data"):
+                batches = next(loader)
             lr = learning_rate(recipe, step)
             probe.begin()
             values = train_step(run.model, run.optimizer, run.guard, step, batches, lr, recipe.clip)
@@ -801,6 +821,10 @@ def train(run: Run) -> str | None:
             if in_flight.ready is None:  # on the CPU there is nothing to wait for
                 settle()
             run.step = run.watch.done = step
+            if step == profiler.last:
+                run.watch.at("profile", step, long=True)
+                settle()
+                say(world, profiler.end() or f"profile of steps {profiler.first} to {step}: in {profiler.folder}")
 
             asking.wait()
             stopping, save_failed = map(bool, answers.tolist())
@@ -820,11 +844,23 @@ def train(run: Run) -> str | None:
             run.saver.wait()
         raise
     finally:
+        profiler.close()
         progress.close()
         gc.enable()
     if not stopping:
         return None
     return next(filter(None, everywhere(stop_signal)), None) or f"--max-hours {recipe.max_hours}"
+
+
+def make_profiler(run: Run) -> StepProfiler:
+    """--profile's; without it one of step 0, which never comes."""
+    recipe, world, first, last = run.plan.recipe, run.world, 0, 0
+    if recipe.profile:
+        first, last = steps_to_profile(recipe.profile, run.step + 1, recipe.steps)
+        if first <= run.step:
+            say(world, f"--profile {recipe.profile}: nothing is profiled, step {run.step} is done already")
+    chosen = world.rank in ranks_to_profile(recipe.profile_ranks or "0", world.size)
+    return StepProfiler(first, last, chosen, run.folder.path / "traces", world.rank, world.device)
 
 
 def evaluation_is_due(run: Run) -> bool:
@@ -1015,6 +1051,10 @@ def run_to_exit_code(recipe: Recipe) -> int:
             reason, speaks = active.watch.verdict("lost the connection to another rank")
             if speaks:
                 print(f"train.py: stopped: {reason}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.strerror and active is not None:  # a full disk, a folder taken away
+            where = error.filename or f"in {active.watch.phase}"
+            reason, speaks = f"rank {rank} on {host}: {where}: {error.strerror}", True
+            print(f"train.py: stopped: {reason}", file=sys.stderr)
         else:
             reason, speaks = f"rank {rank} on {host}: {type(error).__name__}: {error}", True
             print(f"train.py: rank {rank} on {host} failed", file=sys.stderr)

@@ -15,14 +15,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import gzip
 import itertools
-import json
 import os
-import re
 import sys
 import time
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,67 +31,13 @@ import torch
 
 import train
 from bench import measure
-from halny.model import roofline
+from halny.model import profiler, roofline
 from halny.model.batches import Batch
 from halny.model.mistral import PRESETS, MistralConfig
 
 SEQ_LEN = 4096
 RESERVE_BYTES = 4 * 2**30  # CUDA context, a layer's working memory, fragments: what roofline's estimate leaves out
 TRACE_BYTES = 15 * 2**20
-
-# --------------------------------------------------------------------------------------------- where the time goes
-
-# The first pattern that is found in a kernel's name decides. Names are those of cuBLAS, cuDNN, NCCL, PyTorch and ours,
-# and "aten::" ones for a rehearsal on the CPU. What no pattern knows is "other", and listed by name.
-CATEGORIES: tuple[tuple[str, str], ...] = (
-    ("communication", r"nccl|c10d::"),
-    ("attention", r"flash|fmha|sdpa|scaled_dot_product|flex_attention"),
-    ("norm, RoPE, SwiGLU", r"^rms_norm_|^rope_kernel|^swiglu_"),
-    ("loss", r"^one_block_kernel|^online_kernel|^scale_kernel|[Ll]og_?[Ss]oft[Mm]ax|nll_loss"),
-    ("copies", r"^Mem(cpy|set)|[Cc]opy|CatArray|chunk_cat|split_with_sizes|aten::cat$|fsdp::"),
-    ("optimizer", r"multi_tensor_apply|[Ff]used_?[Aa]dam|_foreach_|linalg_vector_norm"),
-    ("matmul", r"gemm|nvjet|cublas|splitK|tensorop|aten::(add|b)?mm$"),
-)
-
-
-def category(kernel: str) -> str:
-    """The part of a step that a GPU kernel belongs to, by its name."""
-    return next((name for name, pattern in CATEGORIES if re.search(pattern, kernel)), "other")
-
-
-def union_ms(intervals: list[tuple[float, float]]) -> float:
-    """Length of the union of (start, end), in the same unit; what is not covered is idle."""
-    total, reached = 0.0, float("-inf")
-    for start, end in sorted(intervals):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total
-
-
-def breakdown(kernels: list[tuple[str, float, float]], wall_ms: float) -> dict:
-    """Of (name, start, end) in ms and the step's wall time: time by category, idle time, and the kernels of each.
-
-    The wall time is that of a step being profiled, longer than others by what the profiler costs the host.
-    Categories add up the kernels' own durations, so on overlapping streams their sum can exceed the wall time; idle is
-    what no kernel covers.
-    """
-    by_name: dict[str, list[float]] = defaultdict(list)
-    for name, start, end in kernels:
-        by_name[name].append(end - start)
-    parts: dict[str, float] = dict.fromkeys([name for name, _ in CATEGORIES] + ["other"], 0.0)
-    listed = []
-    for name, durations in by_name.items():
-        parts[category(name)] += sum(durations)
-        listed.append({"kernel": name[:200], "category": category(name), "n": len(durations), "ms": sum(durations)})
-    busy = union_ms([(start, end) for _, start, end in kernels])
-    return {
-        "wall_ms": wall_ms,
-        "categories_ms": parts,
-        "idle_ms": max(0.0, wall_ms - busy),
-        "kernels": sorted(listed, key=lambda k: -k["ms"])[:60],
-        "other": sorted((k for k in listed if k["category"] == "other"), key=lambda k: -k["ms"])[:20],
-    }
-
 
 # ------------------------------------------------------------------------------------------------------------ the step
 
@@ -237,17 +179,6 @@ def time_steps(bench: measure.Bench, step: Step, n_steps: int, seconds: float) -
     }
 
 
-def kernels_of(trace: Path) -> list[tuple[str, float, float]]:
-    """(name, start, end) in ms of what ran on the GPU in a Chrome trace: kernels, copies, fills; no annotations."""
-    with gzip.open(trace, "rt", encoding="utf-8") as file:
-        events = json.load(file)["traceEvents"]
-    return [
-        (e["name"], e["ts"] / 1e3, (e["ts"] + e["dur"]) / 1e3)
-        for e in events
-        if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    ]
-
-
 def profile(bench: measure.Bench, step: Step, trace: Path) -> dict:
     """One step under torch.profiler; its Chrome trace goes to ``trace``, unless it is too large to keep."""
     from torch.profiler import ProfilerActivity
@@ -262,23 +193,20 @@ def profile(bench: measure.Bench, step: Step, trace: Path) -> dict:
         bench.synchronize()
         wall_ms = (time.perf_counter() - start) * 1e3
     profiled.export_chrome_trace(str(trace))
-    if bench.on_gpu:
-        kernels = kernels_of(trace)
-    else:  # operators on the CPU nest: each counts for what it does itself, laid end to end
-        kernels, at = [], 0.0
-        for event in profiled.events():
-            kernels.append((event.name, at, at + event.self_cpu_time_total / 1e3))
-            at += event.self_cpu_time_total / 1e3
+    on_gpu = bench.on_gpu
+    kernels = profiler.kernels_of(profiler.events_of(trace)) if on_gpu else profiler.operators_of(profiled)
     size = trace.stat().st_size
     if size > TRACE_BYTES:
         trace.unlink()
-    return breakdown(kernels, wall_ms) | {"label": step.label, "trace_bytes": size, "trace_kept": size <= TRACE_BYTES}
+    return profiler.breakdown(kernels, wall_ms) | {
+        "label": step.label,
+        "trace_bytes": size,
+        "trace_kept": size <= TRACE_BYTES,
+    }
 
 
 def print_breakdown(found: dict) -> None:
-    for name, ms in sorted(found["categories_ms"].items(), key=lambda item: -item[1]):
-        print(f"  {name:20}{ms:10.2f} ms {ms / found['wall_ms']:6.1%}")
-    print(f"  {'idle':20}{found['idle_ms']:10.2f} ms {found['idle_ms'] / found['wall_ms']:6.1%}")
+    print("\n".join(profiler.category_lines(found)))
     for kernel in found["other"][:5]:
         print(f"  other: {kernel['ms']:8.2f} ms {kernel['n']:5} x {kernel['kernel'][:80]}")
 

@@ -32,9 +32,13 @@ def in_words(n_bytes: float) -> str:
 def write_json(path: Path, value) -> None:
     """Replace a JSON file in one step: a reader sees the old one or the new one."""
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with partial.open("w") as file:
-        json.dump(value, file, indent=2, default=str)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w") as file:
+            json.dump(value, file, indent=2, default=str)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

@@ -208,6 +208,10 @@ class Watch:
         step = self.done if step is None else step
         self._place = {"phase": phase, "step": step, "since": time.monotonic(), "limit": limit}
 
+    @property
+    def phase(self) -> str:
+        return self._place["phase"]
+
     def probe(self, seconds: float | None) -> None:
         if seconds is not None:
             self._probes = [*self._probes[-31:], seconds]

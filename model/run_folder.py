@@ -107,10 +107,16 @@ class RunFolder:
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """status.json: running, stopped (resumable), finished or failed; the last step done; why."""
-        write_json(self.path / "status.json", {
+        now = {
             "state": state, "step": step, "reason": reason, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "host": socket.gethostname(), "pid": os.getpid(),
-        })  # fmt: skip
+        }  # fmt: skip
+        try:
+            write_json(self.path / "status.json", now)
+        except OSError as error:
+            if state != "running":  # no reason to stop: a full disk is for the next checkpoint to report
+                raise
+            tqdm.write(f"{self.path / 'status.json'} cannot be written ({error.strerror})")
 
     def state(self) -> str:
         """What status.json says now; "" where it says nothing readable."""

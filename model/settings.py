@@ -34,12 +34,15 @@ KIND_NAMES = {
 }  # fmt: skip
 
 
-def setting(group: str, default, help: str, *, minimum=None, above=None, below=None, choices=None):
-    """A field: the group it is listed under, its help line, and the values it admits."""
-    return field(
-        default=default,
-        metadata=dict(group=group, help=help, minimum=minimum, above=above, below=below, choices=choices),
-    )
+def setting(
+    group: str, default, help: str, *, minimum=None, above=None, below=None, choices=None, bare=None, shown=None
+):
+    """A field: the group it is listed under, its help line, and the values it admits.
+
+    bare: the value that the flag alone stands for, if it may stand alone; shown: what the help shows for its value.
+    """
+    limits = dict(minimum=minimum, above=above, below=below, choices=choices)
+    return field(default=default, metadata=dict(group=group, help=help, **limits, bare=bare, shown=shown))
 
 
 def flag(name: str) -> str:
@@ -167,7 +170,9 @@ class Settings:
                 options["action"] = argparse.BooleanOptionalAction
             else:
                 plain = {int: "N", float: "X", Path: "DIR", str: "NAME", NAMES: "DIR[:WEIGHT]"}[kind]
-                options["metavar"] = "{" + ",".join(choices) + "}" if choices else plain
+                options["metavar"] = "{" + ",".join(choices) + "}" if choices else s.metadata["shown"] or plain
+                if s.metadata["bare"] is not None:
+                    options |= dict(nargs="?", const=s.metadata["bare"])
                 if kind == NAMES:
                     options["nargs"] = "+"
             groups[s.metadata["group"]].add_argument(flag(name), **options)
@@ -181,10 +186,14 @@ class Settings:
         values = vars(given)
         print_only = values.pop("print_config", False)
         preset = values.pop("preset")
-        for name in [name for name in values if self.kinds[name] == NAMES]:
-            *names, last = values[name]
-            if preset is None and names and (last in self.presets or last.endswith(".toml")):
-                preset, values[name] = last, names  # such a flag takes all the names that follow it, a preset too
+        for (
+            name,
+            value,
+        ) in values.items():  # a flag that takes all the names that follow, or one or none, takes a preset too
+            bare = self.fields[name].metadata["bare"]
+            *names, last = value if self.kinds[name] == NAMES else [bare, value]
+            if preset is None and names and names != [None] and (last in self.presets or str(last).endswith(".toml")):
+                preset, values[name] = last, names if self.kinds[name] == NAMES else bare
         preset = preset or next(iter(self.presets))
         if preset.endswith(".toml"):
             base, run_name = self.read_toml(Path(preset)), Path(preset).stem

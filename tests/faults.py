@@ -6,6 +6,7 @@ A fault is a function here; its arguments arrive as texts. Most let the first sa
 fall back to.
 """
 
+import contextlib
 import errno
 import itertools
 import os
@@ -125,6 +126,17 @@ def disk_fills_unseen(save: str) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     before(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", int(save), full)
+
+
+def fills(folder: str, forward: str) -> None:
+    """Another program takes all the room there is, before a forward pass."""
+
+    def fill(*_) -> None:
+        with open(Path(folder) / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(b"x" * 4096)
+
+    before(Mistral, "forward", int(forward), fill)
 
 
 def disk_lies(save: str) -> None:

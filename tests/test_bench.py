@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import aot, gpu_pass, kernels, measure, peers, report, step
 from bench import attention as bench_attention
 from halny.kernels.attention import attention_mask
+from halny.model import profiler
 
 CPU = measure.Bench(torch.device("cpu"), True, 2**16)
 SHAPE = kernels.SMOKE_SETS["7b"]
@@ -285,18 +286,18 @@ def test_occupancy_by_hand(registers, shared, warps, expected):
     ],
 )  # fmt: skip
 def test_kernels_are_assigned_by_name(kernel, expected):
-    assert step.category(kernel) == expected
+    assert profiler.category(kernel) == expected
 
 
 def test_our_kernels_have_a_category():
     """Each kernel of kernels/ has one, so a new one is not lost in "other"."""
     for case in aot.cases():
-        assert step.category(case.kernel.__name__) in ("norm, RoPE, SwiGLU", "loss"), case.name
+        assert profiler.category(case.kernel.__name__) in ("norm, RoPE, SwiGLU", "loss"), case.name
 
 
 def test_breakdown_counts_idle_once_and_names_the_rest():
     kernels_run = [("nvjet_a", 0.0, 4.0), ("ncclDevKernel_AllGather", 3.0, 6.0), ("mystery", 8.0, 9.0)]
-    found = step.breakdown(kernels_run, wall_ms=10.0)
+    found = profiler.breakdown(kernels_run, wall_ms=10.0)
     assert found["categories_ms"]["matmul"] == 4 and found["categories_ms"]["communication"] == 3
     assert found["idle_ms"] == 10 - (6 + 1)
     assert [k["kernel"] for k in found["other"]] == ["mystery"]
@@ -386,7 +387,7 @@ def step_result() -> dict:
 
 def write_results(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    found = step.breakdown([("nvjet_a", 0.0, 6.0), ("mystery", 6.0, 7.0)], 10.0) | {"label": "13 of 32 layers"}
+    found = profiler.breakdown([("nvjet_a", 0.0, 6.0), ("mystery", 6.0, 7.0)], 10.0) | {"label": "13 of 32 layers"}
     aot_row = {"kernel": "rope 32/8x128 bf16", "arch": "sm_90", "warps": 4, "registers": 42, "spills": 0,
                "shared_bytes": 0, "loads": {"16": 10, "4": 1}, "stores": {"16": 2}, "occupancy": 0.625}  # fmt: skip
     about = {"format": 1, "smoke": False, "machine": machine()}

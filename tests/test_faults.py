@@ -162,6 +162,29 @@ def test_fault_07_disk_full(command, twelve, tmp_path):
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def test_fault_07_no_room_for_anything_but_the_checkpoints(command, twelve, tmp_path):
+    """The disk fills up, but not under the checkpoints: what else is written fails, and training goes on."""
+    disk = tmp_path / "disk"
+    (tmp_path / "checkpoints").mkdir()
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no right to mount a tmpfs")
+    try:
+        (disk / "r").mkdir()
+        (disk / "r/checkpoints").symlink_to(tmp_path / "checkpoints")
+        command = [*command, "--run-dir", disk / "r"]
+        failed = ranks_run(*command, cwd=tmp_path, fault=("fills", str(disk), "3"), codes=[train.FAILED])
+        assert "status.json cannot be written (No space left on device)" in failed.out
+        assert re.fullmatch(r"train.py: stopped: .*: No space left on device.*\n", failed.err), failed.err
+        assert checkpoints.complete(tmp_path / "checkpoints")[-1].name == "step-00000012"
+        (disk / "filler").unlink()
+        ranks_run(*command, cwd=tmp_path)
+        assert status(disk / "r")["state"] == "finished" and equal(checkpoint(disk / "r", 12), checkpoint(twelve, 12))
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def test_fault_07_disk_fills_in_the_middle_of_a_shard(command, twelve, tmp_path):
     failed = ranks_run(*command, cwd=tmp_path, fault=("disk_fills_unseen", "3"), codes=[train.FAILED])
     assert failed.err.count("\n") == 1 and "No space left on device" in failed.err
