@@ -30,7 +30,7 @@ import signal
 import sys
 import time
 import typing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from halny.model.exits import FAILED, FINISHED, REFUSED, STOPPED, Failed, Refused
@@ -116,6 +116,10 @@ class Recipe:
         "profile these steps into traces/; alone: three, after five [none]", bare="auto", shown="FIRST[-LAST]")
     profile_ranks: tuple[str, ...] | None = setting("run", None,
         "ranks that --profile is for, or all [0]", shown="RANK")
+    tensorboard: bool = setting("run", False, "write metrics.jsonl's figures for TensorBoard too, into tensorboard/")
+    wandb: str | None = setting("run", None,
+        "send them to this project of Weights & Biases; WANDB_MODE=offline keeps them in wandb/ [none; alone: halny]",
+        bare="halny", shown="PROJECT")
     peak_tflops: float | None = setting("run", None,
         "this device's dense peak in bf16, for MFU [known GPUs: by name]", above=0)
 
@@ -139,7 +143,7 @@ PRESETS: dict[str, dict] = {
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
-    *("max_hours", "deadline", "replay_step", "profile", "profile_ranks"),
+    *("max_hours", "deadline", "replay_step", "profile", "profile_ranks", "tensorboard", "wandb"),
 )
 
 COMMAND = Settings(
@@ -237,6 +241,7 @@ from halny.model.checkpoint import Saver, step_of, training_state  # noqa: E402
 from halny.model.convert import check_hf_weights, load_hf_weights, read_hf_config, save_hf  # noqa: E402
 from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset  # noqa: E402
 from halny.model.durable import in_words, write_json  # noqa: E402
+from halny.model.loggers import check_loggers, start_loggers  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
 from halny.model.prepare_data import prepare_builtin  # noqa: E402
@@ -254,6 +259,7 @@ from halny.model.ranks import (  # noqa: E402
     start_distributed,
 )
 from halny.model.run_folder import RunFolder  # noqa: E402
+from halny.model.summary import energy_joules, in_lines, spent_on, summarize  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
@@ -633,7 +639,10 @@ class Run:
     step: int = 0  # the last one done
     skips: int = 0  # updates skipped in a row up to it, as far as the host knows
     step_s: float = 0.0  # how long it took
+    spent: dict[str, float] = field(default_factory=dict)  # seconds of this start, by what they were spent on
+    energy_j: float | None = None  # what this rank's GPU had drawn when the steps began
 
+    @spent_on("checkpoints")
     def save(self) -> None:
         """Begin a checkpoint of the last step done, after a look whether all ranks see the same weights."""
         self.watch.at("checkpoint", self.step, long=True)
@@ -646,9 +655,16 @@ class Run:
             "updates": updates, "skips": self.skips, "losses": self.guard.remembered(),
         }  # fmt: skip
         self.saver.save(self.step, training_state(self.model, self.optimizer), facts)
-        say(self.world, f"saving step {self.step}; the training waited {self.saver.stalled_s * 1e3:.0f} ms for its copy")
+        say(
+            self.world, f"saving step {self.step}; the training waited {self.saver.stalled_s * 1e3:.0f} ms for its copy"
+        )
         if self.world.is_main:
             self.folder.status("running", self.step)
+
+    @spent_on("checkpoints")
+    def finish_saving(self) -> None:
+        self.watch.at("checkpoint", self.step, long=True)
+        self.saver.wait()
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint that ``newest_sound`` has verified, whatever number of ranks wrote it."""
@@ -769,6 +785,7 @@ def peak_memory_bytes(world: World) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@spent_on("steps")
 def train(run: Run) -> str | None:
     """The steps after run.step up to the plan's last; why it stopped before that, or None."""
     plan, world, recipe = run.plan, run.world, run.plan.recipe
@@ -791,6 +808,7 @@ def train(run: Run) -> str | None:
             return
         (line, remark), in_flight = in_flight.settle(run, seconds_since), None
         run.watch.probe(probe.seconds())
+        run.spent["waiting for data"] = run.spent.get("waiting for data", 0.0) + line["data_wait_s"]
         if world.is_main:
             run.folder.log(line)
             progress.show(line)
@@ -838,8 +856,7 @@ def train(run: Run) -> str | None:
                 settle()
                 run.save()
                 gc.collect()
-        run.watch.at("checkpoint", run.step, long=True)
-        run.saver.wait()
+        run.finish_saving()
     except Failed:
         with contextlib.suppress(Failed):  # the reason is known; but a checkpoint under way is worth the wait
             run.saver.wait()
@@ -869,6 +886,7 @@ def evaluation_is_due(run: Run) -> bool:
     return bool(every) and any(map(len, run.corpus.held_out)) and run.step > 0 and (last or run.step % every == 0)
 
 
+@spent_on("evaluation")
 def log_evaluation(run: Run) -> bool:
     """Evaluate after run.step; False if a signal came in between, and nothing is logged."""
     world = run.world
@@ -882,6 +900,7 @@ def log_evaluation(run: Run) -> bool:
     return True
 
 
+@spent_on("export")
 def leave_results(run: Run, again: bool) -> None:
     """The Hugging Face export, the curves and a sample of text; with ``again`` only those that are missing."""
     plan, world, folder, model, own = run.plan, run.world, run.folder, run.model, run.corpus.tokenizer
@@ -904,6 +923,17 @@ def leave_results(run: Run, again: bool) -> None:
             begins, text = decode(own, ids[: len(prompt)]), decode(own, ids)
             (folder.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
             say(world, f"prompt     {begins!r}\ncontinued  {text[len(begins) :]!r}")
+
+
+def leave_summary(run: Run) -> None:
+    """summary.json, and the same in lines."""
+    drawn = everywhere(None if run.energy_j is None else energy_joules(run.world.device) - run.energy_j)
+    if run.world.is_main:
+        energy_j = None if None in drawn else sum(drawn)
+        wall_s = time.monotonic() - run.began
+        summary = summarize(run.folder.lines(), run.plan, run.spent, wall_s, energy_j)
+        write_json(run.folder.path / "summary.json", summary)
+        say(run.world, in_lines(summary))
 
 
 def is_complete_export(folder: Path) -> bool:
@@ -948,6 +978,7 @@ def set_up(recipe: Recipe) -> Run:
     agreed(check_replay, recipe)
     corpus = agreed(open_data, recipe.data, plan) if recipe.data else None
     agreed(check_disk, plan)
+    on_main(world, check_loggers, plan.recipe.tensorboard, plan.recipe.wandb)
     set_reference_only(recipe.kernels == "reference")
 
     folder = RunFolder(recipe.run_dir)
@@ -974,6 +1005,10 @@ def set_up(recipe: Recipe) -> Run:
     step = watch.done = step_of(path) if path else 0
     if world.is_main and not replaying:
         versions = {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}
+        if step < plan.recipe.steps:
+            folder.loggers = start_loggers(
+                plan.recipe.tensorboard, plan.recipe.wandb, folder.path, step, config, say_all
+            )
         write_json(folder.path / "config.json", config | {"world_size": world.size, "versions": versions})
         folder.keep_metrics_until(step)
         folder.status("running", step)
@@ -990,6 +1025,7 @@ def set_up(recipe: Recipe) -> Run:
         say(world, f"resuming after step {run.step} from {path}")
     else:
         fill_model(model, plan, world)
+    run.spent["start-up"], run.energy_j = time.monotonic() - began, energy_joules(world.device)
     return run
 
 
@@ -1011,9 +1047,12 @@ def main(recipe: Recipe) -> int:
         if world.is_main:
             folder.plot_curves()
             folder.status("stopped", run.step, stopped)
+        leave_summary(run)
         say(world, f"stopped by {stopped} after step {run.step}; the same command again continues")
         return STOPPED
     leave_results(run, again)
+    if not (again and on_main(world, (folder.path / "summary.json").exists)):
+        leave_summary(run)
     if world.is_main:
         folder.status("finished", run.step)
     return FINISHED
@@ -1060,6 +1099,9 @@ def run_to_exit_code(recipe: Recipe) -> int:
             reason, speaks = f"rank {rank} on {host}: {type(error).__name__}: {error}", True
             print(f"train.py: rank {rank} on {host} failed", file=sys.stderr)
             traceback.print_exc()
+    finally:
+        if active is not None and active.folder is not None:
+            active.folder.close_loggers()
     if speaks:
         write_failure(reason)
     return FAILED
