@@ -100,6 +100,9 @@ class Recipe:
         "steps between checkpoints [a tenth of --steps, at most 500]", minimum=1)
     keep: int = setting("run", 2, "newest checkpoints kept", minimum=1)
     keep_every: int | None = setting("run", None, "also keep the checkpoints of every so many steps [none]", minimum=1)
+    on_checkpoint: str | None = setting("run", None,
+        "shell command after each checkpoint, beside the training, with HALNY_CHECKPOINT (its folder), HALNY_STEP and "
+        "HALNY_RUN_DIR in its environment [none]", shown="CMD")
     eval_every: int | None = setting("run", None,
         "steps between evaluations on the held-out split; 0 for none [a fifth of --steps, at most 1000]", minimum=0)
     export_dtype: str = setting("run", "bf16", "dtype of the final Hugging Face export", choices=("bf16", "fp32"))
@@ -143,7 +146,7 @@ PRESETS: dict[str, dict] = {
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
-    *("max_hours", "deadline", "replay_step", "profile", "profile_ranks", "tensorboard", "wandb"),
+    *("max_hours", "deadline", "replay_step", "profile", "profile_ranks", "tensorboard", "wandb", "on_checkpoint"),
 )
 
 COMMAND = Settings(
@@ -241,7 +244,8 @@ from halny.model.checkpoint import Saver, step_of, training_state  # noqa: E402
 from halny.model.convert import check_hf_weights, load_hf_weights, read_hf_config, save_hf  # noqa: E402
 from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset  # noqa: E402
 from halny.model.durable import in_words, write_json  # noqa: E402
-from halny.model.loggers import check_loggers, start_loggers  # noqa: E402
+from halny.model.hook import CheckpointHook  # noqa: E402
+from halny.model.loggers import PATIENCE_S, check_loggers, start_loggers  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
 from halny.model.prepare_data import prepare_builtin  # noqa: E402
@@ -633,6 +637,7 @@ class Run:
     optimizer: torch.optim.AdamW
     guard: Guard
     saver: Saver
+    hook: CheckpointHook
     watch: Watch
     config: dict
     began: float  # time.monotonic() of its start
@@ -1018,8 +1023,9 @@ def set_up(recipe: Recipe) -> Run:
     watch.at("filling the model", long=True)
     model = build_model(plan, world)
     optimizer, guard = build_optimizer(model, plan.recipe), Guard(plan.recipe, world.device)
-    saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world)
-    run = Run(plan, world, folder, corpus, model, optimizer, guard, saver, watch, config, began)
+    hook = CheckpointHook(recipe.on_checkpoint, folder.path, say_all)
+    saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world, hook.saved)
+    run = Run(plan, world, folder, corpus, model, optimizer, guard, saver, hook, watch, config, began)
     if path:
         run.restore(path)
         say(world, f"resuming after step {run.step} from {path}")
@@ -1048,6 +1054,7 @@ def main(recipe: Recipe) -> int:
             folder.plot_curves()
             folder.status("stopped", run.step, stopped)
         leave_summary(run)
+        run.hook.wait(PATIENCE_S)
         say(world, f"stopped by {stopped} after step {run.step}; the same command again continues")
         return STOPPED
     leave_results(run, again)
@@ -1055,6 +1062,8 @@ def main(recipe: Recipe) -> int:
         leave_summary(run)
     if world.is_main:
         folder.status("finished", run.step)
+    run.watch.at("on-checkpoint", run.step, long=True)
+    run.hook.wait(recipe.deadline)
     return FINISHED
 
 

@@ -213,10 +213,18 @@ class Saver:
 
     stalled_s  how long the last save held up the training, in seconds; took_s: until it was on the disk under its name
     failed     whether one could not be written; ``wait`` says why
+    saved      called on rank 0 with each checkpoint that is on the disk; it must not wait
     """
 
-    def __init__(self, folder: Path, keep: int, keep_every: int | None, world: World):
-        self.folder, self.keep, self.keep_every, self.world = folder, keep, keep_every, world
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        keep_every: int | None,
+        world: World,
+        saved: Callable[[Path], None] = lambda checkpoint: None,
+    ):
+        self.folder, self.keep, self.keep_every, self.world, self.saved = folder, keep, keep_every, world, saved
         self.stalled_s = self.took_s = 0.0
         self._group = dist.new_group(backend="gloo")  # made by all ranks; used by the threads alone
         on_gpu = world.device.type == "cuda"
@@ -296,6 +304,8 @@ class Saver:
         listed = self._all(step, self._read_back, partial, staged)
         listed = {name: entry for part in listed for name, entry in sorted(part.items())}
         self._all(step, self._finish, partial, final, {"format": FORMAT, "step": step, **facts, "files": listed})
+        if self.world.is_main:
+            self.saved(final)
 
     def _all(self, step: int, action: Callable, *arguments) -> list:
         """``action`` on every rank, and its results from all; if it fails on one, all fail with that one's reason."""

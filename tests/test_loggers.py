@@ -16,6 +16,7 @@ import train
 from bench import report
 from halny.model import loggers
 from halny.model.exits import Refused
+from halny.model.hook import CheckpointHook
 from halny.model.loggers import Logger, check_loggers
 from halny.model.summary import spent_on
 
@@ -235,3 +236,49 @@ def test_curves_of_two_runs_in_one_picture(tmp_path, capsys, monkeypatch):
     (tmp_path / "new").mkdir()
     assert report.main([str(a), str(tmp_path / "new"), "--png", str(png)]) == 2
     assert "new has no step" in capsys.readouterr().err and [*tmp_path.glob(".both*")] == []
+
+
+# ------------------------------------------------------------------------------------------------------ --on-checkpoint
+
+
+def test_on_checkpoint_runs_after_each_save_with_its_folder_whole(small, tmp_path):
+    command = (
+        'test -f "$HALNY_CHECKPOINT/manifest.json" && echo "$HALNY_STEP $HALNY_RUN_DIR ${RANK-none}" >> seen.txt; '
+        'echo said by "$HALNY_STEP"; test "$HALNY_STEP" != 5 || exit 3'
+    )
+    done = ranks_run(*TEN, "--keep", 2, "--data", small, "--on-checkpoint", command, ranks=2, cwd=tmp_path)
+    assert (tmp_path / "seen.txt").read_text() == f"5 {tmp_path / 'r'} none\n10 {tmp_path / 'r'} none\n"
+    assert done.out.count("--on-checkpoint: failed for step-00000005: exit code 3") == 1
+    assert "failed for step-00000010" not in done.out and status(tmp_path / "r")["state"] == "finished"
+    assert "said by 5\n" in (tmp_path / "r/on-checkpoint.log").read_text()
+
+
+def test_on_checkpoint_never_waits_and_never_runs_two_at_once(tmp_path):
+    said: list[str] = []
+    go, busy = tmp_path / "go", tmp_path / "busy"
+    command = f"mkdir {busy} || echo two >> {tmp_path}/two; until test -e {go}; do sleep 0.02; done; rmdir {busy}"
+    hook, began = CheckpointHook(command, tmp_path, said.append), time.perf_counter()
+    for step in range(1, 13):
+        hook.saved(tmp_path / f"step-{step:08d}")
+    hook.wait(0.1)
+    assert time.perf_counter() - began < 1
+    passed_over = [text for text in said if "not run for" in text]
+    assert 3 <= len(passed_over) <= 4 and "step-00000012" in passed_over[-1] and "not ended 0.1 s" in said[-1]
+    go.touch()
+    hook.wait(30)
+    assert not (tmp_path / "two").exists() and not busy.exists()
+    names = [line for line in hook.log.read_text().splitlines() if line.startswith("---")]
+    assert names == [f"--- step-{step:08d}" for step in range(1, 13 - len(passed_over))]
+    assert len(said) == len(passed_over) + 1
+
+
+def test_on_checkpoint_that_cannot_be_started_or_logged_is_said(tmp_path):
+    said: list[str] = []
+    hook = CheckpointHook("kill -9 $$", tmp_path, said.append)
+    hook.saved(tmp_path / "step-00000001")
+    hook.wait(30)
+    hook.log.unlink()
+    hook.log.mkdir()
+    hook.saved(tmp_path / "step-00000002")
+    hook.wait(30)
+    assert len(said) == 2 and "step-00000001: killed by signal 9" in said[0] and "step-00000002: " in said[1]
