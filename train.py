@@ -26,6 +26,7 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
 import time
@@ -48,6 +49,8 @@ class Recipe:
     model: str = setting("model", "tiny", "model preset, or a Hugging Face folder whose config.json gives the sizes")
     init_from: Path | None = setting("model", None,
         "Hugging Face folder to start from: its sizes and its weights [fresh weights]")
+    freeze: str | None = setting("model", None,
+        r"regular expression on parameters that stay as they are, as in 'embed|layers\.[0-7]\.' [none]", shown="REGEX")
     seed: int = setting("model", 0, "fixes the fresh weights and the order of the samples", minimum=0,
         below=2**63)
     kernels: str = setting("model", "auto",
@@ -241,7 +244,7 @@ from halny.model.batches import (  # noqa: E402
     step_numbers,
 )
 from halny.model.checkpoint import Saver, step_of, training_state  # noqa: E402
-from halny.model.convert import check_hf_weights, load_hf_weights, read_hf_config, save_hf  # noqa: E402
+from halny.model.convert import check_hf_weights, load_hf_weights, pieces, read_hf_config, save_hf  # noqa: E402
 from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset  # noqa: E402
 from halny.model.durable import in_words, write_json  # noqa: E402
 from halny.model.hook import CheckpointHook  # noqa: E402
@@ -317,12 +320,30 @@ def data_or_refused(make: Callable, *arguments):
         raise Refused(f"--data {error}".replace("--dtype", "--data-dtype")) from None  # prepare_data's name for it
 
 
+def is_frozen(name: str, recipe: Recipe) -> bool:
+    return recipe.freeze is not None and re.search(recipe.freeze, name) is not None
+
+
+def check_freeze(recipe: Recipe, model: MistralConfig) -> None:
+    names = [name for name, _ in pieces(model)]
+    try:
+        frozen = sum(is_frozen(name, recipe) for name in names)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise Refused(f"--freeze {recipe.freeze!r} is not a regular expression: {error}") from None
+    if recipe.freeze is not None and frozen in (0, len(names)):
+        what = "every parameter" if frozen else "no parameter"
+        raise Refused(
+            f"--freeze {recipe.freeze!r} matches {what}; their names are {names[0]}, {names[1]}, ... {names[-1]}"
+        )
+
+
 def resolve(recipe: Recipe, world: World) -> Plan:
     """Fill in what the recipe leaves open and refuse what cannot be. Reads little, allocates and writes nothing."""
     model = model_config(recipe)
     r = recipe
     if r.seq_len > model.max_seq_len:
         raise Refused(f"--seq-len {r.seq_len} is beyond the model's limit of {model.max_seq_len} positions")
+    check_freeze(r, model)
     sources = data_or_refused(parse_sources, r.data or ())
     if r.data is None and model.vocab_size != BUILTIN_VOCAB_SIZE:
         raise Refused(
@@ -409,7 +430,8 @@ def describe(plan: Plan, world: World, corpus: Corpus) -> str:
     peak = "unknown, so no MFU (--peak-tflops)" if plan.peak_flops is None else f"{plan.peak_flops / 1e12:,.0f} TFLOP/s"
     weights = f"Hugging Face weights of {r.init_from}" if r.init_from else f"fresh weights, seed {r.seed}"
     return "\n".join([
-        f"model      {plan.n_parameters:,} parameters; {weights}",
+        f"model      {plan.n_parameters:,} parameters; {weights}"
+        + (f"; frozen: {r.freeze} (memory and MFU as if not)" if r.freeze else ""),
         *(f"data       {line}" for line in corpus.describe(r.steps * plan.samples_a_step)),
         f"batch      {r.batch_tokens:,} tokens a step = {world.size} rank(s) x {plan.accumulation} accumulated x "
         f"{r.micro_batch} x {r.seq_len}",
@@ -468,6 +490,8 @@ def build_model(plan: Plan, world: World) -> Mistral:
     """
     with torch.device("meta"):
         model = Mistral(plan.model)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not is_frozen(name, plan.recipe))
     compute = DTYPES[plan.recipe.dtype]
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
     for layer in model.layers:
@@ -491,8 +515,8 @@ def build_optimizer(model: Mistral, recipe: Recipe) -> torch.optim.AdamW:
 
     ``found_inf`` is the fused kernel's own switch: where it is 1, an update changes nothing, and no host has to look.
     """
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and p.requires_grad]
+    vectors = [p for p in model.parameters() if p.ndim < 2 and p.requires_grad]
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},

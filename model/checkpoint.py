@@ -51,11 +51,11 @@ BYTES_A_FILE = 500_000_000  # DCP serialises a whole file in memory, holding Pyt
 
 
 def training_state(model: Mistral, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of a run by name: master weights and the two moments, each rank's shards of them."""
+    """All tensors of a run by name: master weights and the moments of those that are trained, each rank's shards."""
     state = {}
     for name, p in model.named_parameters():
         state[f"model.{name}"] = p.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in ("exp_avg", "exp_avg_sq") if p.requires_grad else ():
             state[f"{moment}.{name}"] = optimizer.state[p][moment]
     return state
 
