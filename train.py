@@ -684,9 +684,8 @@ class Run:
             "updates": updates, "skips": self.skips, "losses": self.guard.remembered(),
         }  # fmt: skip
         self.saver.save(self.step, training_state(self.model, self.optimizer), facts)
-        say(
-            self.world, f"saving step {self.step}; the training waited {self.saver.stalled_s * 1e3:.0f} ms for its copy"
-        )
+        stalled = f"{self.saver.stalled_s * 1e3:.0f} ms"
+        say(self.world, f"saving step {self.step}; the training waited {stalled} for its copy")
         if self.world.is_main:
             self.folder.status("running", self.step)
 
