@@ -11,13 +11,14 @@ The file reads from top to bottom:
     3  the plan            everything derived from the recipe, before anything is allocated or written
     4  data                what model/batches.py makes of --data, and this rank's share of it
     5  model, optimizer    meta device -> FSDP2 -> weights; AdamW; the learning rate
-    6  one step            forward, backward, clip, update or not; evaluation
+    6  one step            forward, backward, clip, update or not
     7  the run             the loop, and what it leaves behind
     8  one step again      for whoever asks what went wrong in it
 
 What it stands on: model/settings.py (command line and TOML files), model/batches.py (which samples a step has, and how
 they reach the device), model/ranks.py (what the ranks agree on, and who ends a run that hangs), model/checkpoint.py
-(how a run is saved and found again), model/run_folder.py, model/prepare_data.py, model/mistral.py.
+(how a run is saved and found again), model/evaluation.py, model/profiler.py (where a step's time goes),
+model/run_folder.py, model/prepare_data.py, model/mistral.py.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import signal
 import sys
 import time
 import typing
+import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -101,13 +103,18 @@ class Recipe:
         "[continue if there is a checkpoint]")
     save_every: int | None = setting("run", None,
         "steps between checkpoints [a tenth of --steps, at most 500]", minimum=1)
-    keep: int = setting("run", 2, "newest checkpoints kept", minimum=1)
+    keep: int = setting("run", 2, "newest checkpoints kept, beside the best of those evaluated", minimum=1)
     keep_every: int | None = setting("run", None, "also keep the checkpoints of every so many steps [none]", minimum=1)
     on_checkpoint: str | None = setting("run", None,
         "shell command after each checkpoint, beside the training, with HALNY_CHECKPOINT (its folder), HALNY_STEP and "
         "HALNY_RUN_DIR in its environment [none]", shown="CMD")
     eval_every: int | None = setting("run", None,
-        "steps between evaluations on the held-out split; 0 for none [a fifth of --steps, at most 1000]", minimum=0)
+        "steps between evaluations, on the held-out split and --eval-data; 0: none [a fifth of --steps, at most 1000]",
+        minimum=0)
+    eval_data: tuple[str, ...] | None = setting("run", None,
+        "more sets to evaluate on, all tokens of data folders named here, as in pl:DIR en:DIR [none]", shown="NAME:DIR")
+    eval_only: bool = setting("run", False,
+        "evaluate the newest checkpoint, or if there is none --init-from, into evaluation.json; changes nothing else")
     export_dtype: str = setting("run", "bf16", "dtype of the final Hugging Face export", choices=("bf16", "fp32"))
     max_hours: float | None = setting("run", None,
         "stop, saved, before so many hours from the start: the limit of the batch system, less a little [no limit]",
@@ -149,7 +156,8 @@ PRESETS: dict[str, dict] = {
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
-    *("max_hours", "deadline", "replay_step", "profile", "profile_ranks", "tensorboard", "wandb", "on_checkpoint"),
+    *("max_hours", "deadline", "replay_step", "eval_data", "eval_only", "profile", "profile_ranks"),
+    *("tensorboard", "wandb", "on_checkpoint"),
 )
 
 COMMAND = Settings(
@@ -202,6 +210,8 @@ def begin(arguments: list[str]) -> Recipe:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on the CPU, huge pages for the logits
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # on a GPU, less fragmentation
     os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # errors only: torch 2.13's profiler announces itself on stderr
+    if os.environ.get("RANK", "0") != "0" and not sys.warnoptions:
+        warnings.simplefilter("ignore")  # rank 0 has the same ones, and says them once
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         # A killed torchrun (kill -9) cannot end its ranks; the kernel does it, so that they do not hold GPUs and locks.
         PR_SET_PDEATHSIG = 1
@@ -239,7 +249,6 @@ from halny.model.batches import (  # noqa: E402
     Loader,
     parse_sources,
     read_batch,
-    read_in_turn,
     share_of,
     step_numbers,
 )
@@ -247,6 +256,7 @@ from halny.model.checkpoint import Saver, step_of, training_state  # noqa: E402
 from halny.model.convert import check_hf_weights, load_hf_weights, pieces, read_hf_config, save_hf  # noqa: E402
 from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset  # noqa: E402
 from halny.model.durable import in_words, write_json  # noqa: E402
+from halny.model.evaluation import HELD_OUT, EvalSets, evaluate, loss_metrics, parse_named  # noqa: E402
 from halny.model.hook import CheckpointHook  # noqa: E402
 from halny.model.loggers import PATIENCE_S, check_loggers, start_loggers  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
@@ -312,12 +322,12 @@ def model_config(recipe: Recipe) -> MistralConfig:
     raise unknown("--model", recipe.model, MODELS)
 
 
-def data_or_refused(make: Callable, *arguments):
-    """``make(*arguments)``, with its DataError as a refusal of --data."""
+def data_or_refused(make: Callable, *arguments, of: str = "--data"):
+    """``make(*arguments)``, with its DataError as a refusal of a flag."""
     try:
         return make(*arguments)
     except DataError as error:
-        raise Refused(f"--data {error}".replace("--dtype", "--data-dtype")) from None  # prepare_data's name for it
+        raise Refused(f"{of} {error}".replace("--dtype", "--data-dtype")) from None  # prepare_data's name for it
 
 
 def is_frozen(name: str, recipe: Recipe) -> bool:
@@ -345,7 +355,8 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         raise Refused(f"--seq-len {r.seq_len} is beyond the model's limit of {model.max_seq_len} positions")
     check_freeze(r, model)
     sources = data_or_refused(parse_sources, r.data or ())
-    if r.data is None and model.vocab_size != BUILTIN_VOCAB_SIZE:
+    named = data_or_refused(parse_named, r.eval_data or (), of="--eval-data")
+    if r.data is None and not (r.eval_only and named) and model.vocab_size != BUILTIN_VOCAB_SIZE:
         raise Refused(
             f"--data is needed: the built-in corpus has a vocabulary of {BUILTIN_VOCAB_SIZE}, but the model's is of "
             f"{model.vocab_size}"
@@ -394,6 +405,7 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     if r.resume is False:
         inputs = [(flag(name), Path(value)) for name in ("init_from", "model") if (value := getattr(r, name))]
         inputs += [("--data", folder) for folder, _ in sources]
+        inputs += [("--eval-data", folder) for folder in named.values()]
         for name, path in inputs:
             if path.exists() and path.resolve().is_relative_to(r.run_dir.resolve()):
                 raise Refused(f"--no-resume would set aside {name} {path}, which lies in --run-dir {r.run_dir}")
@@ -418,7 +430,7 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     )
 
 
-def describe(plan: Plan, world: World, corpus: Corpus) -> str:
+def describe(plan: Plan, world: World, corpus: Corpus | None, eval_sets: EvalSets) -> str:
     """Everything derived, for the log, before the first step."""
     r, gib = plan.recipe, 2**30
     lean = world.device.type == "cuda" and r.kernels != "reference"  # kernels/lean_linear.py
@@ -432,7 +444,8 @@ def describe(plan: Plan, world: World, corpus: Corpus) -> str:
     return "\n".join([
         f"model      {plan.n_parameters:,} parameters; {weights}"
         + (f"; frozen: {r.freeze} (memory and MFU as if not)" if r.freeze else ""),
-        *(f"data       {line}" for line in corpus.describe(r.steps * plan.samples_a_step)),
+        *(f"data       {line}" for line in shortened(corpus.describe(r.steps * plan.samples_a_step) if corpus else [])),
+        *(f"evaluated  {line}" for line in shortened(eval_sets.describe())),
         f"batch      {r.batch_tokens:,} tokens a step = {world.size} rank(s) x {plan.accumulation} accumulated x "
         f"{r.micro_batch} x {r.seq_len}",
         f"length     {r.steps:,} steps = {r.steps * r.batch_tokens:,} tokens",
@@ -445,26 +458,45 @@ def describe(plan: Plan, world: World, corpus: Corpus) -> str:
     ])  # fmt: skip
 
 
+def shortened(lines: list[str], most: int = 9) -> list[str]:
+    return lines if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1} more"]
+
+
 # ------------------------------------------------------------------------------------------------------------- 4 data
+
+
+def open_one(path: Path, plan: Plan) -> Dataset | RawDataset:
+    return open_dataset(path, None if is_dataset(path) else plan.recipe.data_dtype, plan.model.vocab_size)
 
 
 def open_data(sources: tuple[str, ...], plan: Plan) -> Corpus:
     """The data that --data names, opened and cut into samples; Refused if this model cannot train on it."""
-    dtype = plan.recipe.data_dtype
-
-    def open_one(path: Path) -> Dataset | RawDataset:
-        return open_dataset(path, None if is_dataset(path) else dtype, plan.model.vocab_size)
-
-    corpus = data_or_refused(Corpus, sources, plan.recipe.seq_len, plan.recipe.documents, open_one)
-    if dtype and not any(isinstance(source.dataset, RawDataset) for source in corpus.sources):
-        raise Refused(f"--data-dtype {dtype} belongs to raw .bin files, and {' '.join(sources)} is none; leave it out")
-    padded = -(-corpus.vocab_size // 128) * 128  # models are often padded to a multiple of 128 rows, and that is fine
-    if not corpus.vocab_size <= plan.model.vocab_size <= padded:
-        raise Refused(
-            f"--data {' '.join(sources)} has a vocabulary of {corpus.vocab_size}, but the model's is of "
-            f"{plan.model.vocab_size}; prepare the data with the model's tokenizer"
-        )
+    r, open_source = plan.recipe, functools.partial(open_one, plan=plan)
+    corpus = data_or_refused(Corpus, sources, r.seq_len, r.documents, open_source)
+    if r.data_dtype and not any(isinstance(source.dataset, RawDataset) for source in corpus.sources):
+        raise Refused(f"--data-dtype {r.data_dtype} belongs to raw .bin files, and {' '.join(sources)} is none; "
+            "leave it out")  # fmt: skip
+    check_vocabulary(corpus.vocab_size, f"--data {' '.join(sources)}", plan)
     return corpus
+
+
+def open_eval_sets(corpus: Corpus | None, plan: Plan) -> EvalSets:
+    """The held-out split, if it has one, and what --eval-data names; Refused if this model cannot read that."""
+    r, open_source = plan.recipe, functools.partial(open_one, plan=plan)
+    named = data_or_refused(parse_named, r.eval_data or (), of="--eval-data")
+    sets = data_or_refused(EvalSets, corpus, named, r.seq_len, r.documents, open_source, of="--eval-data")
+    for dataset in sets.datasets.values():
+        check_vocabulary(dataset.vocab_size, f"--eval-data {dataset.path}", plan)
+    return sets
+
+
+def check_vocabulary(size: int, of: str, plan: Plan) -> None:
+    padded = -(-size // 128) * 128  # models are often padded to a multiple of 128 rows, and that is fine
+    if not size <= plan.model.vocab_size <= padded:
+        raise Refused(
+            f"{of} has a vocabulary of {size}, but the model's is of {plan.model.vocab_size}; prepare the data with "
+            "the model's tokenizer"
+        )
 
 
 def own_numbers(step: int, plan: Plan, world: World) -> np.ndarray:
@@ -618,34 +650,6 @@ def train_step(
     return torch.cat([totals, torch.stack([grad_norm, verdict, median])])
 
 
-@torch.no_grad()
-def evaluate(model: Mistral, corpus: Corpus, plan: Plan, world: World, alive: Callable[[], None]) -> dict | None:
-    """Loss, perplexity and accuracy a target over all that was held out, each row once whatever the world size.
-
-    ``alive`` is called for each batch. None if a rank was told to stop in the middle of it.
-    """
-    n, micro_batch = sum(map(len, corpus.held_out)), plan.recipe.micro_batch
-    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
-    stopping = False
-    for first in range(0, n, world.size * micro_batch):  # the same number of forward passes on every rank
-        alive()
-        answers, asking = ask_everywhere(stop_signal is not None)
-        batch = read_in_turn(corpus.held_out, first + world.rank * micro_batch + np.arange(micro_batch))
-        loss, n_tokens, n_correct = model(*batch.to(world.device).inputs)
-        totals += torch.stack([loss.double(), n_tokens.double(), n_correct.double()])
-        asking.wait()
-        if stopping := bool(answers.item()):
-            break
-    model.reshard()  # without a backward pass the root's parameters stay gathered, and are not those of the optimizer
-    dist.all_reduce(totals)
-    return None if stopping else loss_metrics(*totals.tolist())
-
-
-def loss_metrics(loss_sum: float, n_targets: float, n_correct: float) -> dict[str, float]:
-    loss = loss_sum / max(n_targets, 1)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": n_correct / max(n_targets, 1)}
-
-
 # ---------------------------------------------------------------------------------------------------------- 7 the run
 
 
@@ -656,9 +660,10 @@ class Run:
     plan: Plan
     world: World
     folder: RunFolder
-    corpus: Corpus
+    corpus: Corpus | None  # None: --eval-only on other data than a run's own
+    eval_sets: EvalSets
     model: Mistral
-    optimizer: torch.optim.AdamW
+    optimizer: torch.optim.AdamW | None  # None: --eval-only
     guard: Guard
     saver: Saver
     hook: CheckpointHook
@@ -666,6 +671,7 @@ class Run:
     config: dict
     began: float  # time.monotonic() of its start
     step: int = 0  # the last one done
+    scores: dict | None = None  # of the last evaluation: its step, and the metrics
     skips: int = 0  # updates skipped in a row up to it, as far as the host knows
     step_s: float = 0.0  # how long it took
     spent: dict[str, float] = field(default_factory=dict)  # seconds of this start, by what they were spent on
@@ -683,6 +689,8 @@ class Run:
             "config": self.config, "world_size": self.world.size,
             "updates": updates, "skips": self.skips, "losses": self.guard.remembered(),
         }  # fmt: skip
+        if self.scores and self.scores["step"] == self.step:
+            facts["evaluation"] = {name: x for name, x in self.scores.items() if math.isfinite(x)}
         self.saver.save(self.step, training_state(self.model, self.optimizer), facts)
         stalled = f"{self.saver.stalled_s * 1e3:.0f} ms"
         say(self.world, f"saving step {self.step}; the training waited {stalled} for its copy")
@@ -697,8 +705,11 @@ class Run:
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint that ``newest_sound`` has verified, whatever number of ranks wrote it."""
         facts = checkpoint.read_manifest(path)
-        checkpoint.load(path, training_state(self.model, self.optimizer))
+        checkpoint.load(path, training_state(self.model, self.optimizer), whole=self.optimizer is not None)
         self.model.init_buffers()
+        if self.optimizer is None:
+            self.step = facts["step"]
+            return
         try:
             for state in self.optimizer.state.values():
                 state["step"].fill_(facts["updates"])
@@ -729,18 +740,18 @@ class Progress:
 
     def show(self, m: dict) -> None:
         rate = f"{m['tokens_per_second_per_gpu']:,.0f} tokens/s" + ("/GPU" if self.world.device.type == "cuda" else "")
-        mfu = "" if m["mfu"] is None else f"  mfu {m['mfu']:.1%}"
-        figures = (
-            f"loss {m['loss']:.4f}  ppl {m['perplexity']:,.1f}  acc {m['accuracy']:.2%}  {rate}{mfu}"
-            f"  {m['peak_memory_gib']:.2f} GiB"
-        )
-        if self.bar is not None:
-            self.bar.set_postfix_str(figures, refresh=False)
+        mfu = [] if m["mfu"] is None else [f"mfu {m['mfu']:.1%}"]
+        figures = [f"loss {m['loss']:.4f}", rate, *mfu, f"ppl {m['perplexity']:,.1f}", f"acc {m['accuracy']:.2%}",
+            f"{m['peak_memory_gib']:.2f} GiB"]  # fmt: skip
+        if self.bar is not None:  # as many as the window has room for, whole: tqdm would cut through a number
+            room = (self.bar.format_dict["ncols"] or 80) - 46 - 2 * len(f"{self.bar.total}")
+            fit = [f for i, f in enumerate(figures) if len("  ".join(figures[: i + 1])) <= room]
+            self.bar.set_postfix_str("  ".join(fit), refresh=False)
             self.bar.update(m["step"] - self.bar.n)
         elif m["step"] % self.every == 0 or m["step"] in (self.first, self.plan.recipe.steps):
             done, left = m["step"] - self.first + 1, self.plan.recipe.steps - m["step"]
             eta = int((time.perf_counter() - self.start) / done * left)
-            say(self.world, f"step {m['step']:>6}/{self.plan.recipe.steps}  {figures}  lr {m['lr']:.2e}  "
+            say(self.world, f"step {m['step']:>6}/{self.plan.recipe.steps}  {'  '.join(figures)}  lr {m['lr']:.2e}  "
                 f"norm {m['grad_norm']:.2f}  eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")  # fmt: skip
 
     def complain(self, slowest: dict | None) -> None:
@@ -911,21 +922,47 @@ def make_profiler(run: Run) -> StepProfiler:
 
 def evaluation_is_due(run: Run) -> bool:
     every, last = run.plan.recipe.eval_every, run.step == run.plan.recipe.steps
-    return bool(every) and any(map(len, run.corpus.held_out)) and run.step > 0 and (last or run.step % every == 0)
+    return bool(every and run.eval_sets.rows) and run.step > 0 and (last or run.step % every == 0)
+
+
+def score(run: Run) -> dict | None:
+    """Evaluate every set as of run.step: that and the metrics. None if a signal came in between."""
+    scores, alive = {"step": run.step}, lambda: run.watch.at("evaluation", run.step)
+    for key, rows in run.eval_sets.rows.items():
+        found = evaluate(
+            run.model, rows, run.plan.recipe.micro_batch, run.world, alive, lambda: stop_signal is not None
+        )
+        if found is None:
+            return None
+        scores |= {f"{key}_{name}": value for name, value in found.items()}
+        say(run.world, f"{'held out' if key == HELD_OUT else key.removeprefix(HELD_OUT + '_')} at step {run.step}: "
+            f"loss {found['loss']:.4f}  ppl {found['perplexity']:,.1f}  acc {found['accuracy']:.2%}")  # fmt: skip
+    return scores
 
 
 @spent_on("evaluation")
 def log_evaluation(run: Run) -> bool:
     """Evaluate after run.step; False if a signal came in between, and nothing is logged."""
-    world = run.world
-    scores = evaluate(run.model, run.corpus, run.plan, world, lambda: run.watch.at("evaluation", run.step))
+    scores = score(run)
     if scores is None:
         return False
-    if world.is_main:
-        run.folder.log({"step": run.step} | {f"val_{name}": value for name, value in scores.items()})
-    say(world, f"held out at step {run.step}: loss {scores['loss']:.4f}  ppl {scores['perplexity']:,.1f}  "
-        f"acc {scores['accuracy']:.2%}")  # fmt: skip
+    run.scores = scores
+    if run.world.is_main:
+        run.folder.log(scores)
     return True
+
+
+def evaluate_only(run: Run) -> int:
+    """--eval-only: the scores of the weights that set_up has loaded, into evaluation.json."""
+    scores = score(run)
+    if scores is None:
+        say(run.world, "stopped by a signal; nothing was written")
+        return STOPPED
+    if run.world.is_main:
+        source = f"step {run.step} of {run.folder.path}" if run.step else str(run.plan.recipe.init_from)
+        write_json(run.folder.path / "evaluation.json", {"weights": source} | scores)
+        say(run.world, f"evaluation {run.folder.path / 'evaluation.json'}")
+    return FINISHED
 
 
 @spent_on("export")
@@ -993,20 +1030,29 @@ def check_disk(plan: Plan) -> None:
         )
 
 
-def check_replay(recipe: Recipe) -> None:
+def check_looking(recipe: Recipe) -> None:
+    """Refuse to look into a run that is not there."""
     if recipe.replay_step and not (recipe.run_dir / "config.json").exists():
         raise Refused(f"--replay-step {recipe.replay_step}: no run in {recipe.run_dir}; name its --run-dir")
+    if recipe.eval_only and (recipe.replay_step or recipe.resume is False):
+        other = f"--replay-step {recipe.replay_step}" if recipe.replay_step else "--no-resume"
+        raise Refused(f"--eval-only and {other} exclude each other; leave one out")
+    if recipe.eval_only and not recipe.init_from and not checkpoint.complete(recipe.run_dir / "checkpoints"):
+        raise Refused(f"--eval-only: no checkpoint in {recipe.run_dir}; name its --run-dir, or a Hugging Face folder "
+            "with --init-from")  # fmt: skip
 
 
 def set_up(recipe: Recipe) -> Run:
     """Everything before the first step: refusals first, then the folder, the data, the model and its weights."""
-    began, replaying = time.monotonic(), recipe.replay_step is not None
+    began, looking = time.monotonic(), recipe.replay_step is not None or recipe.eval_only
     world = start_distributed(recipe.deadline)
     plan = agreed(resolve, recipe, world)
-    agreed(check_replay, recipe)
+    agreed(check_looking, recipe)
     corpus = agreed(open_data, recipe.data, plan) if recipe.data else None
-    agreed(check_disk, plan)
-    on_main(world, check_loggers, plan.recipe.tensorboard, plan.recipe.wandb)
+    eval_sets = agreed(open_eval_sets, corpus, plan)
+    if not looking:
+        agreed(check_disk, plan)
+        on_main(world, check_loggers, plan.recipe.tensorboard, plan.recipe.wandb)
     set_reference_only(recipe.kernels == "reference")
 
     folder = RunFolder(recipe.run_dir)
@@ -1014,24 +1060,31 @@ def set_up(recipe: Recipe) -> Run:
     on_main(world, folder.open, None if restarted else recipe.resume)
     watch = Watch(world, recipe.deadline, folder.path, write_failure)
     global active
-    active = Active(watch, None if replaying else folder)  # from here on its status.json is told how it ended
-    if corpus is None:
-        data = folder.path / "data"
+    active = Active(watch, None if looking else folder)  # from here on its status.json is told how it ended
+    data = folder.path / "data"
+    if corpus is None and (not (recipe.eval_only and recipe.eval_data) or on_main(world, data.exists)):
         if world.is_main and not data.exists():
             say(world, "preparing the built-in corpus: the Python language reference, Mistral-7B-v0.1's tokenizer")
         on_main(world, lambda: data.exists() or prepare_builtin(data))
         corpus = agreed(open_data, (str(data),), plan)
+        eval_sets = agreed(open_eval_sets, corpus, plan)
     watch.at("verifying the data", long=True)
-    agreed(corpus.verify, world.rank, world.size)
-    config = {"recipe": asdict(plan.recipe), "model": asdict(plan.model), "data": corpus.fingerprint}
+    if recipe.eval_only and not eval_sets.rows:
+        raise Refused("--eval-only: nothing was held out; name something to evaluate on with --eval-data NAME:DIR")
+    for read in filter(None, (corpus, eval_sets)):
+        agreed(read.verify, world.rank, world.size)
+    config = {"recipe": asdict(plan.recipe), "model": asdict(plan.model), "data": corpus and corpus.fingerprint}
     on_main(world, folder.check_config, config, FREE_TO_CHANGE)
     watch.at("testing the collectives", long=True)
     check_collectives(world)
     watch.at("verifying the checkpoint", long=True)
     say_all = functools.partial(say, world)
-    path = checkpoint.newest_sound(folder.checkpoints, world, say_all, before=recipe.replay_step)
+    before = recipe.replay_step or (10**9 if recipe.eval_only else None)
+    path = checkpoint.newest_sound(folder.checkpoints, world, say_all, before)
+    if recipe.eval_only and path is None and on_main(world, checkpoint.complete, folder.checkpoints):
+        raise Refused(f"--eval-only: every checkpoint in {folder.checkpoints} is damaged")
     step = watch.done = step_of(path) if path else 0
-    if world.is_main and not replaying:
+    if world.is_main and not looking:
         versions = {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}
         if step < plan.recipe.steps:
             folder.loggers = start_loggers(
@@ -1041,17 +1094,18 @@ def set_up(recipe: Recipe) -> Run:
         folder.keep_metrics_until(step)
         folder.status("running", step)
         watch.writes_heartbeat = True
-    say(world, describe(plan, world, corpus))
+    say(world, describe(plan, world, corpus, eval_sets))
 
     watch.at("filling the model", long=True)
     model = build_model(plan, world)
-    optimizer, guard = build_optimizer(model, plan.recipe), Guard(plan.recipe, world.device)
+    optimizer = None if recipe.eval_only else build_optimizer(model, plan.recipe)
+    guard = Guard(plan.recipe, world.device)
     hook = CheckpointHook(recipe.on_checkpoint, folder.path, say_all)
-    saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world, hook.saved)
-    run = Run(plan, world, folder, corpus, model, optimizer, guard, saver, hook, watch, config, began)
+    saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world, eval_sets.decides, hook.saved)
+    run = Run(plan, world, folder, corpus, eval_sets, model, optimizer, guard, saver, hook, watch, config, began)
     if path:
         run.restore(path)
-        say(world, f"resuming after step {run.step} from {path}")
+        say(world, f"{'evaluating' if recipe.eval_only else 'resuming after'} step {run.step} from {path}")
     else:
         fill_model(model, plan, world)
     run.spent["start-up"], run.energy_j = time.monotonic() - began, energy_joules(world.device)
@@ -1064,6 +1118,8 @@ def main(recipe: Recipe) -> int:
     if recipe.replay_step:
         replay(run, recipe.replay_step)
         return FINISHED
+    if recipe.eval_only:
+        return evaluate_only(run)
     world, folder, again = run.world, run.folder, run.step == recipe.steps
     if again:
         say(world, f"this run is finished: {run.step} steps in {folder.path}")
@@ -1081,6 +1137,8 @@ def main(recipe: Recipe) -> int:
         say(world, f"stopped by {stopped} after step {run.step}; the same command again continues")
         return STOPPED
     leave_results(run, again)
+    if run.eval_sets.decides and (best := on_main(world, checkpoint.best, folder.checkpoints, run.eval_sets.decides)):
+        say(world, f"best       {best[0]}: {run.eval_sets.decides} {best[1]:.4f}")
     if not (again and on_main(world, (folder.path / "summary.json").exists)):
         leave_summary(run)
     if world.is_main:

@@ -381,6 +381,11 @@ def _key(seed: int, fingerprint: str) -> int:
 def _check_goes_together(one: Dataset | RawDataset, other: Dataset | RawDataset) -> None:
     if one.fingerprint == other.fingerprint:
         raise DataError(f"{one.path} and {other.path} hold the same tokens; name one of them, with the sum of weights")
+    check_one_tokenizer(one, other)
+
+
+def check_one_tokenizer(one: Dataset | RawDataset, other: Dataset | RawDataset) -> None:
+    """DataError if the ids of two data folders mean different tokens, as far as they say."""
     if one.vocab_size != other.vocab_size and not any(isinstance(dataset, RawDataset) for dataset in (one, other)):
         raise DataError(
             f"{one.path} has a vocabulary of {one.vocab_size}, {other.path} of {other.vocab_size}; prepare them with "

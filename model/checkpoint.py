@@ -50,11 +50,16 @@ READERS = 4  # files read at once on a rank, to compare or to checksum them
 BYTES_A_FILE = 500_000_000  # DCP serialises a whole file in memory, holding Python's lock for a fraction of a second
 
 
-def training_state(model: Mistral, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """All tensors of a run by name: master weights and the moments of those that are trained, each rank's shards."""
+def training_state(model: Mistral, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    """All tensors of a run by name: master weights and the moments of those that are trained, each rank's shards.
+
+    Without an optimizer, the weights alone.
+    """
     state = {}
     for name, p in model.named_parameters():
         state[f"model.{name}"] = p.detach()
+        if optimizer is None:
+            continue
         for moment in ("exp_avg", "exp_avg_sq") if p.requires_grad else ():
             state[f"{moment}.{name}"] = optimizer.state[p][moment]
     return state
@@ -124,6 +129,20 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
+def best(folder: Path, metric: str) -> tuple[Path, float] | None:
+    """The complete checkpoint with the lowest ``metric`` among those evaluated when saved, and that; or None.
+
+    The evaluation is in the manifest, so which one is best outlives every crash with the checkpoints themselves.
+    """
+    found = []
+    for checkpoint in complete(folder):
+        with contextlib.suppress(ValueError):  # a damaged manifest: newest_sound puts that one aside
+            value = read_manifest(checkpoint).get("evaluation", {}).get(metric)
+            if value is not None:
+                found.append((value, checkpoint))
+    return min(found)[::-1] if found else None
+
+
 def newest_sound(folder: Path, world: World, say: Callable[[str], None], before: int | None = None) -> Path | None:
     """The newest complete and undamaged checkpoint, every byte verified; None if there never was one.
 
@@ -170,15 +189,17 @@ def delete_leftovers(folder: Path) -> None:
 # -------------------------------------------------------------------------------------------------------------- loading
 
 
-def load(checkpoint: Path, state: dict[str, Tensor]) -> None:
+def load(checkpoint: Path, state: dict[str, Tensor], whole: bool = True) -> None:
     """Fill ``state`` (names, global shapes and dtypes of this run) in place, whatever number of ranks wrote it.
+
+    With whole=False the checkpoint may hold more, which is left where it is.
 
     Raises Refused, naming the tensor, where the checkpoint holds another one: DCP itself would cast a dtype silently.
     """
     reader = dcp.HuggingFaceStorageReader(str(checkpoint))
     with one_line(f"{checkpoint} could not be read"):
         found = reader.read_metadata().state_dict_metadata
-        if strangers := sorted(found.keys() ^ state.keys()):
+        if strangers := sorted(found.keys() ^ state.keys() if whole else state.keys() - found.keys()):
             where = "checkpoint" if strangers[0] in found else "run"
             raise Refused(f"{checkpoint} is of another model: {strangers[0]} is only in the {where}")
         for name, x in state.items():
@@ -211,6 +232,8 @@ def one_line(what_failed: str):
 class Saver:
     """Writes checkpoints beside the training; keeps the newest ``keep`` and those of every ``keep_every``-th step.
 
+    Also kept is the ``best`` by the metric ``best_by``, if there is one.
+
     stalled_s  how long the last save held up the training, in seconds; took_s: until it was on the disk under its name
     failed     whether one could not be written; ``wait`` says why
     saved      called on rank 0 with each checkpoint that is on the disk; it must not wait
@@ -222,9 +245,11 @@ class Saver:
         keep: int,
         keep_every: int | None,
         world: World,
+        best_by: str | None = None,
         saved: Callable[[Path], None] = lambda checkpoint: None,
     ):
         self.folder, self.keep, self.keep_every, self.world, self.saved = folder, keep, keep_every, world, saved
+        self.best_by = best_by
         self.stalled_s = self.took_s = 0.0
         self._group = dist.new_group(backend="gloo")  # made by all ranks; used by the threads alone
         on_gpu = world.device.type == "cuda"
@@ -351,8 +376,10 @@ class Saver:
         sync(partial)
         partial.rename(final)
         sync(self.folder)
+        found = best(self.folder, self.best_by) if self.best_by else None
         for old in complete(self.folder)[: -self.keep]:
-            if not (self.keep_every and step_of(old) % self.keep_every == 0):
+            asked_for = self.keep_every and step_of(old) % self.keep_every == 0
+            if not asked_for and (found is None or old != found[0]):
                 delete(old)
 
 

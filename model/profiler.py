@@ -257,13 +257,11 @@ class StepProfiler:
         if self._step is not None:
             self._step.__enter__()
 
-    def _record_memory(self, **options) -> bool:
-        """Switch torch's memory history, private in every release so far; False where there is none."""
+    def _record_memory(self, **options) -> None:
+        """Switch torch's memory history, private in every release so far, where there is one."""
         record = getattr(torch.cuda.memory, "_record_memory_history", None)
-        if record is None or not hasattr(torch.cuda.memory, "_dump_snapshot"):
-            return False
-        record(**options)
-        return True
+        if record is not None and hasattr(torch.cuda.memory, "_dump_snapshot"):
+            record(**options)
 
     def end(self) -> str | None:
         """After the last step: write the files; the tables, or what went wrong. None where nothing was recorded."""
@@ -275,25 +273,33 @@ class StepProfiler:
         wall_ms = (time.perf_counter() - self._began) * 1e3
         profiled = self._stop()
         name = f"steps-{self.first}-{self.last}-rank-{self.rank}"
-        path = self.folder / f"{name}.json.gz"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / f".partial-{name}.json.gz"
-            profiled.export_chrome_trace(str(partial))
-            events = events_of(partial)
-            partial.replace(path)
+            with self._whole(f"{name}.json.gz") as partial:
+                profiled.export_chrome_trace(str(partial))
+                events = events_of(partial)
             if self.device.type == "cuda" and hasattr(torch.cuda.memory, "_dump_snapshot"):
-                partial = self.folder / f".partial-{name}.memory.pickle"
-                torch.cuda.memory._dump_snapshot(str(partial))
-                partial.replace(self.folder / f"{name}.memory.pickle")
+                with self._whole(f"{name}.memory.pickle") as partial:
+                    torch.cuda.memory._dump_snapshot(str(partial))
+            text = self._tables(events, profiled, wall_ms) + f"\ntrace      {self.folder / name}.json.gz"
+            with self._whole(f"{name}.txt") as partial:
+                partial.write_text(text + "\n", encoding="utf-8")
+        except (OSError, ValueError, RuntimeError) as error:  # a full disk is no reason to stop training
+            return f"profile of steps {self.first} to {self.last}: {self.folder / name} could not be written: {error}"
+        finally:
+            if self.device.type == "cuda":
                 self._record_memory(enabled=None)
-            text = self._tables(events, profiled, wall_ms) + f"\ntrace      {path}"
-            partial = self.folder / f".partial-{name}.txt"
-            partial.write_text(text + "\n", encoding="utf-8")
-            partial.replace(self.folder / f"{name}.txt")
-        except OSError as error:  # a full disk is no reason to stop training
-            return f"profile of steps {self.first} to {self.last}: {path} could not be written: {error.strerror}"
         return text
+
+    @contextlib.contextmanager
+    def _whole(self, name: str):
+        """A path to write to, which gets its name when that is done, or is deleted."""
+        partial = self.folder / f".partial-{name}"
+        try:
+            yield partial
+            partial.replace(self.folder / name)
+        finally:
+            partial.unlink(missing_ok=True)
 
     def _stop(self) -> profile:
         self._spans.close()

@@ -145,7 +145,7 @@ class RunFolder:
             partial.replace(self.metrics)
 
     def has_evaluation(self, step: int) -> bool:
-        return any("val_loss" in line and line["step"] == step for line in self.lines())
+        return any(line["step"] == step and any(key.startswith("val_") for key in line) for line in self.lines())
 
     def log(self, line: dict) -> None:
         """Append a line to metrics.jsonl. On a full disk it is kept, and written with the next that finds room."""
@@ -172,7 +172,13 @@ class RunFolder:
         lines = self.lines()
         figure = Figure(figsize=(12, 3.6), layout="constrained")
         for axes, name in zip(figure.subplots(1, 3), ("loss", "perplexity", "accuracy"), strict=True):
-            for key, label, style in ((name, "training", "-"), (f"val_{name}", "held out", "o-")):
+            sets = sorted(
+                {k for line in lines for k in line if k.startswith("val_") and k.endswith(f"_{name}")}, key=len
+            )
+            labels = {name: "training", f"val_{name}": "held out"}
+            for key in (name, *sets):
+                label = labels.get(key, key.removeprefix("val_").removesuffix(f"_{name}"))
+                style = "-" if key == name else "o-"
                 points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
                 if points:
                     axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)

@@ -15,6 +15,7 @@ import runpy
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
@@ -227,6 +228,17 @@ def raises(guilty: str, forward: str) -> None:
 
     if rank() == int(guilty):
         before(Mistral, "forward", int(forward), fail)
+
+
+def warns() -> None:
+    """Every rank warns of the same thing in every forward pass."""
+    original = Mistral.forward
+
+    def forward(*args, **kwargs):
+        warnings.warn("injected warning", stacklevel=1)
+        return original(*args, **kwargs)
+
+    Mistral.forward = forward
 
 
 def wrong_all_reduce(guilty: str) -> None:
