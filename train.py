@@ -27,12 +27,13 @@ import contextlib
 import ctypes
 import math
 import os
+import re
 import signal
 import sys
 import time
 import typing
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from halny.model.exits import FAILED, FINISHED, REFUSED, STOPPED, Failed, Refused
@@ -50,6 +51,8 @@ class Recipe:
     model: str = setting("model", "tiny", "model preset, or a Hugging Face folder whose config.json gives the sizes")
     init_from: Path | None = setting("model", None,
         "Hugging Face folder to start from: its sizes and its weights [fresh weights]")
+    freeze: str | None = setting("model", None,
+        r"regular expression on parameters that stay as they are, as in 'embed|layers\.[0-7]\.' [none]", shown="REGEX")
     seed: int = setting("model", 0, "fixes the fresh weights and the order of the samples", minimum=0,
         below=2**63)
     kernels: str = setting("model", "auto",
@@ -121,6 +124,9 @@ class Recipe:
         "steps between checkpoints [a tenth of --steps, at most 500]", minimum=1)
     keep: int = setting("run", 2, "newest checkpoints kept, beside the best of those evaluated", minimum=1)
     keep_every: int | None = setting("run", None, "also keep the checkpoints of every so many steps [none]", minimum=1)
+    on_checkpoint: str | None = setting("run", None,
+        "shell command after each checkpoint, beside the training, with HALNY_CHECKPOINT (its folder), HALNY_STEP and "
+        "HALNY_RUN_DIR in its environment [none]", shown="CMD")
     eval_every: int | None = setting("run", None,
         "steps between evaluations, on the held-out split and --eval-data; 0: none [a fifth of --steps, at most 1000]",
         minimum=0)
@@ -145,6 +151,10 @@ class Recipe:
         "profile these steps into traces/; alone: three, after five [none]", bare="auto", shown="FIRST[-LAST]")
     profile_ranks: tuple[str, ...] | None = setting("run", None,
         "ranks that --profile is for, or all [0]", shown="RANK")
+    tensorboard: bool = setting("run", False, "write metrics.jsonl's figures for TensorBoard too, into tensorboard/")
+    wandb: str | None = setting("run", None,
+        "send them to this project of Weights & Biases; WANDB_MODE=offline keeps them in wandb/ [none; alone: halny]",
+        bare="halny", shown="PROJECT")
     peak_tflops: float | None = setting("run", None,
         "this device's dense peak in bf16, for MFU [known GPUs: by name]", above=0)
 
@@ -171,6 +181,7 @@ FREE_TO_CHANGE = (
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
     *("max_hours", "deadline", "replay_step", "eval_data", "eval_only", "profile", "profile_ranks"),
     *("plan", "gpus", "gpu", "nic_gbs", "gpus_per_node", "preflight"),
+    *("tensorboard", "wandb", "on_checkpoint"),
 )
 
 COMMAND = Settings(
@@ -267,11 +278,13 @@ from halny.model.batches import (  # noqa: E402
     step_numbers,
 )
 from halny.model.checkpoint import Saver, step_of, training_state  # noqa: E402
-from halny.model.convert import check_hf_weights, load_hf_weights, read_hf_config, save_hf  # noqa: E402
+from halny.model.convert import check_hf_weights, load_hf_weights, pieces, read_hf_config, save_hf  # noqa: E402
 from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset  # noqa: E402
 from halny.model.durable import in_words, write_json  # noqa: E402
 from halny.model.evaluation import HELD_OUT, EvalSets, evaluate, loss_metrics, parse_named  # noqa: E402
 from halny.model.gap import Gap  # noqa: E402
+from halny.model.hook import CheckpointHook  # noqa: E402
+from halny.model.loggers import PATIENCE_S, check_loggers, start_loggers  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
 from halny.model.plan import Request, answer  # noqa: E402
@@ -292,6 +305,7 @@ from halny.model.ranks import (  # noqa: E402
 )
 from halny.model.run_folder import RunFolder  # noqa: E402
 from halny.model.sharding import Layout, choose_layout, shard_model  # noqa: E402
+from halny.model.summary import energy_joules, in_lines, spent_on, summarize  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
@@ -346,6 +360,23 @@ def data_or_refused(make: Callable, *arguments, of: str = "--data"):
         raise Refused(f"{of} {error}".replace("--dtype", "--data-dtype")) from None  # prepare_data's name for it
 
 
+def is_frozen(name: str, recipe: Recipe) -> bool:
+    return recipe.freeze is not None and re.search(recipe.freeze, name) is not None
+
+
+def check_freeze(recipe: Recipe, model: MistralConfig) -> None:
+    names = [name for name, _ in pieces(model)]
+    try:
+        frozen = sum(is_frozen(name, recipe) for name in names)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise Refused(f"--freeze {recipe.freeze!r} is not a regular expression: {error}") from None
+    if recipe.freeze is not None and frozen in (0, len(names)):
+        what = "every parameter" if frozen else "no parameter"
+        raise Refused(
+            f"--freeze {recipe.freeze!r} matches {what}; their names are {names[0]}, {names[1]}, ... {names[-1]}"
+        )
+
+
 def resolve(recipe: Recipe, world: World) -> Plan:
     """Fill in what the recipe leaves open and refuse what cannot be. Reads little, allocates and writes nothing."""
     model = model_config(recipe)
@@ -355,6 +386,7 @@ def resolve(recipe: Recipe, world: World) -> Plan:
             raise Refused(f"{flag(name)} {getattr(r, name)} belongs to --plan; add that or leave it out")
     if r.seq_len > model.max_seq_len:
         raise Refused(f"--seq-len {r.seq_len} is beyond the model's limit of {model.max_seq_len} positions")
+    check_freeze(r, model)
     sources = data_or_refused(parse_sources, r.data or ())
     named = data_or_refused(parse_named, r.eval_data or (), of="--eval-data")
     if r.data is None and not (r.eval_only and named) and model.vocab_size != BUILTIN_VOCAB_SIZE:
@@ -478,7 +510,8 @@ def describe(plan: Plan, world: World, corpus: Corpus | None, eval_sets: EvalSet
     peak = "unknown, so no MFU (--peak-tflops)" if plan.peak_flops is None else f"{plan.peak_flops / 1e12:,.0f} TFLOP/s"
     weights = f"Hugging Face weights of {r.init_from}" if r.init_from else f"fresh weights, seed {r.seed}"
     return "\n".join([
-        f"model      {plan.n_parameters:,} parameters; {weights}",
+        f"model      {plan.n_parameters:,} parameters; {weights}"
+        + (f"; frozen: {r.freeze} (memory and MFU as if not)" if r.freeze else ""),
         *(f"data       {line}" for line in shortened(corpus.describe(r.steps * plan.samples_a_step) if corpus else [])),
         *(f"evaluated  {line}" for line in shortened(eval_sets.describe())),
         f"batch      {r.batch_tokens:,} tokens a step = {world.size} rank(s) x {plan.accumulation} accumulated x "
@@ -557,6 +590,8 @@ def build_model(plan: Plan, world: World) -> Mistral:
     """
     with torch.device("meta"):
         model = Mistral(plan.model)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not is_frozen(name, plan.recipe))
     shard_model(model, plan.layout, world, DTYPES[plan.recipe.dtype])
     model.to_empty(device=world.device)
     return model
@@ -576,8 +611,8 @@ def build_optimizer(model: Mistral, recipe: Recipe) -> torch.optim.AdamW:
 
     ``found_inf`` is the fused kernel's own switch: where it is 1, an update changes nothing, and no host has to look.
     """
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    matrices = [p for p in model.parameters() if p.ndim >= 2 and p.requires_grad]
+    vectors = [p for p in model.parameters() if p.ndim < 2 and p.requires_grad]
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -695,6 +730,7 @@ class Run:
     optimizer: torch.optim.AdamW | None  # None: --eval-only
     guard: Guard
     saver: Saver
+    hook: CheckpointHook
     watch: Watch
     config: dict
     began: float  # time.monotonic() of its start
@@ -702,7 +738,10 @@ class Run:
     scores: dict | None = None  # of the last evaluation: its step, and the metrics
     skips: int = 0  # updates skipped in a row up to it, as far as the host knows
     step_s: float = 0.0  # how long it took
+    spent: dict[str, float] = field(default_factory=dict)  # seconds of this start, by what they were spent on
+    energy_j: float | None = None  # what this rank's GPU had drawn when the steps began
 
+    @spent_on("checkpoints")
     def save(self) -> None:
         """Begin a checkpoint of the last step done, after a look whether all ranks see the same weights."""
         self.watch.at("checkpoint", self.step, long=True)
@@ -721,6 +760,11 @@ class Run:
         say(self.world, f"saving step {self.step}; the training waited {stalled} for its copy")
         if self.world.is_main:
             self.folder.status("running", self.step)
+
+    @spent_on("checkpoints")
+    def finish_saving(self) -> None:
+        self.watch.at("checkpoint", self.step, long=True)
+        self.saver.wait()
 
     def restore(self, path: Path) -> None:
         """Continue from a checkpoint that ``newest_sound`` has verified, whatever number of ranks wrote it."""
@@ -844,6 +888,7 @@ def peak_memory_bytes(world: World) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+@spent_on("steps")
 def train(run: Run) -> str | None:
     """The steps after run.step up to the plan's last; why it stopped before that, or None."""
     plan, world, recipe = run.plan, run.world, run.plan.recipe
@@ -869,6 +914,7 @@ def train(run: Run) -> str | None:
         (line, remark), in_flight = in_flight.settle(run, seconds_since), None
         run.watch.probe(probe.seconds())
         gap.add(run.step_s, line["data_wait_s"])
+        run.spent["waiting for data"] = run.spent.get("waiting for data", 0.0) + line["data_wait_s"]
         if world.is_main:
             run.folder.log(line)
             progress.show(line)
@@ -920,8 +966,7 @@ def train(run: Run) -> str | None:
                 with gap.spending("checkpoints"):
                     run.save()
                 gc.collect()
-        run.watch.at("checkpoint", run.step, long=True)
-        run.saver.wait()
+        run.finish_saving()
     except Failed:
         with contextlib.suppress(Failed):  # the reason is known; but a checkpoint under way is worth the wait
             run.saver.wait()
@@ -966,6 +1011,7 @@ def score(run: Run) -> dict | None:
     return scores
 
 
+@spent_on("evaluation")
 def log_evaluation(run: Run) -> bool:
     """Evaluate after run.step; False if a signal came in between, and nothing is logged."""
     scores = score(run)
@@ -990,6 +1036,7 @@ def evaluate_only(run: Run) -> int:
     return FINISHED
 
 
+@spent_on("export")
 def leave_results(run: Run, again: bool) -> None:
     """The Hugging Face export, the curves and a sample of text; with ``again`` only those that are missing."""
     plan, world, folder, model, own = run.plan, run.world, run.folder, run.model, run.corpus.tokenizer
@@ -1012,6 +1059,17 @@ def leave_results(run: Run, again: bool) -> None:
             begins, text = decode(own, ids[: len(prompt)]), decode(own, ids)
             (folder.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
             say(world, f"prompt     {begins!r}\ncontinued  {text[len(begins) :]!r}")
+
+
+def leave_summary(run: Run) -> None:
+    """summary.json, and the same in lines."""
+    drawn = everywhere(None if run.energy_j is None else energy_joules(run.world.device) - run.energy_j)
+    if run.world.is_main:
+        energy_j = None if None in drawn else sum(drawn)
+        wall_s = time.monotonic() - run.began
+        summary = summarize(run.folder.lines(), run.plan, run.spent, wall_s, energy_j)
+        write_json(run.folder.path / "summary.json", summary)
+        say(run.world, in_lines(summary))
 
 
 def is_complete_export(folder: Path) -> bool:
@@ -1089,6 +1147,7 @@ def set_up(recipe: Recipe) -> Run:
     eval_sets = agreed(open_eval_sets, corpus, plan)
     if not looking:
         agreed(check_disk, plan)
+        on_main(world, check_loggers, plan.recipe.tensorboard, plan.recipe.wandb)
     set_reference_only(recipe.kernels == "reference")
 
     folder = RunFolder(recipe.run_dir)
@@ -1122,6 +1181,10 @@ def set_up(recipe: Recipe) -> Run:
     step = watch.done = step_of(path) if path else 0
     if world.is_main and not looking:
         versions = {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}
+        if step < plan.recipe.steps:
+            folder.loggers = start_loggers(
+                plan.recipe.tensorboard, plan.recipe.wandb, folder.path, step, config, say_all
+            )
         write_json(folder.path / "config.json", config | {"world_size": world.size, "versions": versions})
         folder.keep_metrics_until(step)
         folder.status("running", step)
@@ -1132,13 +1195,15 @@ def set_up(recipe: Recipe) -> Run:
     model = build_model(plan, world)
     optimizer = None if recipe.eval_only else build_optimizer(model, plan.recipe)
     guard = Guard(plan.recipe, world.device)
-    saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world, best_by=eval_sets.decides)
-    run = Run(plan, world, folder, corpus, eval_sets, model, optimizer, guard, saver, watch, config, began)
+    hook = CheckpointHook(recipe.on_checkpoint, folder.path, say_all)
+    saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world, eval_sets.decides, hook.saved)
+    run = Run(plan, world, folder, corpus, eval_sets, model, optimizer, guard, saver, hook, watch, config, began)
     if path:
         run.restore(path)
         say(world, f"{'evaluating' if recipe.eval_only else 'resuming after'} step {run.step} from {path}")
     else:
         fill_model(model, plan, world)
+    run.spent["start-up"], run.energy_j = time.monotonic() - began, energy_joules(world.device)
     return run
 
 
@@ -1164,13 +1229,19 @@ def main(recipe: Recipe) -> int:
         if world.is_main:
             folder.plot_curves()
             folder.status("stopped", run.step, stopped)
+        leave_summary(run)
+        run.hook.wait(PATIENCE_S)
         say(world, f"stopped by {stopped} after step {run.step}; the same command again continues")
         return STOPPED
     leave_results(run, again)
     if run.eval_sets.decides and (best := on_main(world, checkpoint.best, folder.checkpoints, run.eval_sets.decides)):
         say(world, f"best       {best[0]}: {run.eval_sets.decides} {best[1]:.4f}")
+    if not (again and on_main(world, (folder.path / "summary.json").exists)):
+        leave_summary(run)
     if world.is_main:
         folder.status("finished", run.step)
+    run.watch.at("on-checkpoint", run.step, long=True)
+    run.hook.wait(recipe.deadline)
     return FINISHED
 
 
@@ -1217,6 +1288,9 @@ def run_to_exit_code(recipe: Recipe) -> int:
             reason, speaks = f"rank {rank} on {host}: {type(error).__name__}: {error}", True
             print(f"train.py: rank {rank} on {host} failed", file=sys.stderr)
             traceback.print_exc()
+    finally:
+        if active is not None and active.folder is not None:
+            active.folder.close_loggers()
     if speaks:
         write_failure(reason)
     return FAILED

@@ -1,6 +1,7 @@
 """Tables and plots from result files, and from nothing else.
 
     python bench/report.py [FOLDER] [--write README.md]
+    python bench/report.py RUN [RUN ...] [--png curves.png]      training curves of several runs in one picture
 
 FOLDER is what bench/gpu_pass.py left (default: the newest under bench/results/). The tables are Markdown, printed, or
 with --write put between the lines ``<!-- benchmarks -->`` and ``<!-- /benchmarks -->`` of a file; the plots are PNG
@@ -325,16 +326,71 @@ def plots(results: dict[str, dict], folder: Path) -> list[Path]:
     return made
 
 
+# ---------------------------------------------------------------------------------------------------------- runs
+
+
+def overlay(runs: list[Path], png: Path) -> None:
+    """Loss, accuracy and speed of several runs of train.py over the tokens they have seen, in one picture.
+
+    Over tokens and not steps, so that runs of different batches compare. Raises BadResult for a run without a step.
+    """
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    from halny.model.run_folder import RunFolder
+
+    figure = Figure(figsize=(15, 4.6), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, 3)
+    columns = ("loss", "accuracy", "tokens_per_second_per_gpu")
+    for i, run in enumerate(runs):
+        lines = RunFolder(run).lines()
+        tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
+        if not tokens:
+            raise BadResult(f"{run} has no step in its metrics.jsonl; name a run of train.py that has begun")
+        color = colormaps["tab10"](i % 10)
+        for axes, name in zip(panels, columns, strict=True):
+            points = [(tokens[line["step"]], line[name]) for line in lines if line.get(name) is not None]
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=1, alpha=0.7, label=str(run))
+            held_out = [
+                (tokens[line["step"]], line[f"val_{name}"])
+                for line in lines
+                if line.get(f"val_{name}") is not None and line["step"] in tokens
+            ]
+            if held_out:
+                axes.plot(*zip(*held_out, strict=True), "o--", color=color, linewidth=1, markersize=5)
+    for axes, title in zip(panels, ("loss", "accuracy", "tokens/s/GPU"), strict=True):
+        axes.set(title=title, xlabel="tokens")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[1].set_ylim(bottom=0)
+    panels[2].set_ylim(bottom=0)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False,
+                  title="line: training, dots: held out")  # fmt: skip
+    partial = png.with_name(f".{png.stem}.partial.png")
+    figure.savefig(partial, dpi=120)
+    partial.replace(png)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("folder", nargs="?", type=Path, help="folder of result files [the newest in bench/results/]")
+    parser.add_argument("folder", nargs="*", type=Path,
+        help="folder of result files [the newest in bench/results/]; or run folders of train.py")  # fmt: skip
+    parser.add_argument("--png", type=Path, default=Path("curves.png"), metavar="FILE",
+        help="where the curves of run folders go [curves.png]")  # fmt: skip
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"put the tables between {BEGIN} and {END} of FILE")
     given = parser.parse_args(arguments)
-    folder = given.folder or newest(RESULTS)
     try:
+        if any((folder / "metrics.jsonl").exists() for folder in given.folder):
+            overlay(given.folder, given.png)
+            print(f"curves of {len(given.folder)} run(s): {given.png}")
+            return 0
+        if len(given.folder) > 1:
+            raise BadResult(f"{given.folder[0]} and the rest are no runs of train.py; name one folder of results")
+        folder = given.folder[0] if given.folder else newest(RESULTS)
         results = load(folder) if folder else {}
         if not results:
-            where = given.folder or "bench/results/"
+            where = folder or "bench/results/"
             print(f"no results in {where}: nothing has been measured; bench/gpu_pass.py makes them on a GPU")
             return 0
         text = markdown(results)

@@ -54,7 +54,7 @@ BYTES_A_FILE = 500_000_000  # DCP serialises a whole file in memory, holding Pyt
 
 
 def training_state(model: Mistral, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    """All tensors of a run by name: master weights and the two moments, each rank's shards of them.
+    """All tensors of a run by name: master weights and the moments of those that are trained, each rank's shards.
 
     Without an optimizer, the weights alone.
     """
@@ -63,7 +63,7 @@ def training_state(model: Mistral, optimizer: torch.optim.Optimizer | None) -> d
         state[f"model.{name}"] = p.detach()
         if optimizer is None:
             continue
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in ("exp_avg", "exp_avg_sq") if p.requires_grad else ():
             state[f"{moment}.{name}"] = optimizer.state[p][moment]
     return state
 
@@ -265,10 +265,19 @@ class Saver:
 
     stalled_s  how long the last save held up the training, in seconds; took_s: until it was on the disk under its name
     failed     whether one could not be written; ``wait`` says why
+    saved      called on rank 0 with each checkpoint that is on the disk; it must not wait
     """
 
-    def __init__(self, folder: Path, keep: int, keep_every: int | None, world: World, best_by: str | None = None):
-        self.folder, self.keep, self.keep_every, self.world = folder, keep, keep_every, world
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        keep_every: int | None,
+        world: World,
+        best_by: str | None = None,
+        saved: Callable[[Path], None] = lambda checkpoint: None,
+    ):
+        self.folder, self.keep, self.keep_every, self.world, self.saved = folder, keep, keep_every, world, saved
         self.best_by = best_by
         self.stalled_s = self.took_s = 0.0
         self._group = dist.new_group(backend="gloo")  # made by all ranks; used by the threads alone
@@ -350,6 +359,8 @@ class Saver:
         listed = self._all(step, self._read_back, partial, staged)
         listed = {name: entry for part in listed for name, entry in sorted(part.items())}
         self._all(step, self._finish, partial, final, {"format": FORMAT, "step": step, **facts, "files": listed})
+        if self.world.is_main:
+            self.saved(final)
 
     def _all(self, step: int, action: Callable, *arguments) -> list:
         """``action`` on every rank, and its results from all; if it fails on one, all fail with that one's reason."""

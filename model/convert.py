@@ -99,6 +99,7 @@ TOKENIZER_FILES = (
     *TOKENIZERS,
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
 )
+MAX_SHARD_BYTES = 5_000_000_000
 EXPORT_FILES = {SINGLE, INDEX, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES}  # and SHARD: all that save_hf ever writes
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
@@ -359,7 +360,7 @@ def save_hf(
     *,
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
-    max_shard_bytes: int = 5_000_000_000,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """``MistralForCausalLM.save_pretrained(path)``, whole or not at all: what transformers 4 and 5 load as it is.
@@ -379,8 +380,7 @@ def save_hf(
     and leaves ``path`` as it was.
     """
     _check_dtype(dtype)
-    if isinstance(max_shard_bytes, bool) or not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
-        raise ValueError(f"max_shard_bytes must be a positive integer, got {max_shard_bytes!r}")
+    _check_shard_bytes(max_shard_bytes)
     _reshard(model)
     _check_materialised(model)
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -398,7 +398,8 @@ def save_hf(
     tensors = _whole_tensors(model, dtype)
     try:
         if writes:
-            _write(model, dtype, tensors, partial, tokenizer, max_shard_bytes)
+            stored = {name: dtype or parameter.dtype for name, parameter in model.named_parameters()}
+            _write(model.config, stored, tensors, partial, tokenizer, max_shard_bytes)
             _move_into_place(partial, target)
     except Exception as caught:
         error = caught
@@ -408,6 +409,37 @@ def save_hf(
     for _ in tensors:  # the part that other ranks play; and rank 0 after a failure, for their sake
         pass
     _raise_everywhere(error, sharded, group)
+
+
+def write_hf(
+    config: MistralConfig,
+    dtype: torch.dtype,
+    parameters: Iterator[tuple[str, Tensor]],
+    path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """``save_hf`` by one process and without a model: of parameters (our names, whole) in the order of ``pieces``.
+
+    Writes the same bytes as ``save_hf`` of a model with these parameters, takes them one by one and holds one file's
+    tensors at a time. Raises what ``save_hf`` raises, and what ``parameters`` raises; then ``path`` is as it was.
+    """
+    _check_dtype(dtype)
+    _check_shard_bytes(max_shard_bytes)
+    target = Path(os.path.realpath(path))
+    partial = _begin(target, tokenizer)
+    tensors = (
+        (piece.hf_name, whole[piece.first_row : piece.first_row + piece.shape[0]])
+        for (_, placed), (_, x) in zip(pieces(config), parameters, strict=True)
+        for whole in [x.to(dtype)]
+        for piece in placed
+    )
+    try:
+        _write(config, {name: dtype for name, _ in pieces(config)}, tensors, partial, tokenizer, max_shard_bytes)
+        _move_into_place(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # renamed away by now, if all went well
 
 
 def _whole_tensors(model: Mistral, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
@@ -434,10 +466,16 @@ def _raise_everywhere(error: Exception | None, sharded: bool, group: dist.Proces
         raise error
 
 
-def _write(model, dtype, tensors, partial: Path, tokenizer: str | Path | None, max_shard_bytes: int) -> None:
-    stored = {name: dtype or parameter.dtype for name, parameter in model.named_parameters()}
+def _write(
+    config: MistralConfig,
+    stored: dict[str, torch.dtype],  # of our parameters
+    tensors: Iterator[tuple[str, Tensor]],
+    partial: Path,
+    tokenizer: str | Path | None,
+    max_shard_bytes: int,
+) -> None:
     numbers, total, size, n_files = {}, 0, 0, 1
-    for name, placed in pieces(model.config):
+    for name, placed in pieces(config):
         for piece in placed:
             n_bytes = prod(piece.shape) * stored[name].itemsize
             if size and size + n_bytes > max_shard_bytes:
@@ -448,8 +486,8 @@ def _write(model, dtype, tensors, partial: Path, tokenizer: str | Path | None, m
     def file_of(hf_name: str) -> str:
         return SINGLE if n_files == 1 else f"model-{numbers[hf_name]:05}-of-{n_files:05}.safetensors"
 
-    _write_json(partial / CONFIG, _hf_config(model.config, reduce(torch.promote_types, stored.values())))
-    ids = {"bos_token_id": model.config.bos_id, "eos_token_id": model.config.eos_id}
+    _write_json(partial / CONFIG, _hf_config(config, reduce(torch.promote_types, stored.values())))
+    ids = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id}
     _write_json(partial / GENERATION_CONFIG, {"_from_model_config": True, **ids})
     for file, in_file in groupby(tensors, key=lambda item: file_of(item[0])):
         # transformers refuses a file whose metadata does not name the format
@@ -589,6 +627,11 @@ def _check_materialised(model: Mistral) -> None:
 def _check_dtype(dtype: torch.dtype | None) -> None:
     if dtype is not None and dtype not in DTYPES.values():
         raise TypeError(f"dtype must be None or one of {', '.join(map(str, DTYPES.values()))}, got {dtype!r}")
+
+
+def _check_shard_bytes(n: int) -> None:
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f"max_shard_bytes must be a positive integer, got {n!r}")
 
 
 def _few(names: set[str]) -> str:

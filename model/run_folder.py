@@ -23,6 +23,7 @@ from halny.model import checkpoint
 from halny.model.convert import check_replaceable
 from halny.model.durable import write_json
 from halny.model.exits import Refused
+from halny.model.loggers import Logger
 
 
 class RunFolder:
@@ -32,6 +33,7 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics = path / "metrics.jsonl"
+        self.loggers: list[Logger] = []  # told what metrics.jsonl is told
         self._lock = None
         self._unwritten: list[str] = []
 
@@ -149,6 +151,8 @@ class RunFolder:
     def log(self, line: dict) -> None:
         """Append a line to metrics.jsonl. On a full disk it is kept, and written with the next that finds room."""
         values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+        for logger in self.loggers:
+            logger.log({k: v for k, v in values.items() if v is not None})
         self._unwritten.append(json.dumps(values) + "\n")
         content = "".join(self._unwritten).encode()
         try:
@@ -164,6 +168,10 @@ class RunFolder:
         except OSError as error:
             if len(self._unwritten) == 1:
                 tqdm.write(f"{self.metrics} cannot be written ({error.strerror}); its lines wait for room")
+
+    def close_loggers(self) -> None:
+        for logger in self.loggers:
+            logger.close()
 
     def plot_curves(self) -> None:
         """curves.png: loss, perplexity and accuracy over the steps, training and held-out."""

@@ -8,6 +8,7 @@ fall back to.
 
 import contextlib
 import errno
+import importlib.util
 import itertools
 import os
 import runpy
@@ -335,6 +336,21 @@ def slow_rank(guilty: str, factor: str) -> None:
         return value and value * (float(factor) if rank() == int(guilty) else 1)
 
     ranks.Probe.seconds = seconds
+
+
+def tensorboard_dies(scalar: str) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    def die(*_):
+        raise RuntimeError("the lights went out")
+
+    before(SummaryWriter, "add_scalar", int(scalar), die)
+
+
+def without(package: str) -> None:
+    """As if it were not installed."""
+    original = importlib.util.find_spec
+    importlib.util.find_spec = lambda name, *args: None if name == package else original(name, *args)
 
 
 if __name__ == "__main__":

@@ -75,12 +75,12 @@ def _start_server() -> None:
         os.environ["PYTHONPATH"] = before
 
 
-def _be_a_rank(rank: int, size: int, port: int, cwd: Path, arguments: list[str], fault: tuple) -> None:
+def _be_a_rank(rank: int, size: int, port: int, cwd: Path, arguments: list[str], fault: tuple, env: dict) -> None:
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(cwd / f"{name}-{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.chdir(cwd)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | env
     torch.set_num_threads(1)
     recipe = train.begin(arguments)
     if fault:
@@ -96,7 +96,7 @@ def _be_a_rank(rank: int, size: int, port: int, cwd: Path, arguments: list[str],
 class Ranks:
     """The ranks of one run, started; ``codes`` waits for their exit codes (minus the signal that killed one)."""
 
-    def __init__(self, *arguments, ranks: int = 1, cwd: Path, fault: tuple = ()):
+    def __init__(self, *arguments, ranks: int = 1, cwd: Path, fault: tuple = (), env: dict | None = None):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -104,7 +104,8 @@ class Ranks:
         texts = list(map(str, arguments))
         self.cwd = cwd
         self.processes = [
-            _server.Process(target=_be_a_rank, args=(rank, ranks, port, cwd, texts, fault)) for rank in range(ranks)
+            _server.Process(target=_be_a_rank, args=(rank, ranks, port, cwd, texts, fault, env or {}))
+            for rank in range(ranks)
         ]
         for process in self.processes:
             process.start()
