@@ -144,6 +144,9 @@ class Recipe:
     replay_step: int | None = setting("run", None,
         "run this one step again, from the checkpoint before it, and say which sample and module are not finite; "
         "changes nothing", minimum=1)
+    allow_change: tuple[str, ...] | None = setting("run", None,
+        "settings that this run may go on with changed though its losses depend on them, as in steps lr data; "
+        "config.json's history states each [none]", shown="NAME")
     preflight: bool = setting("run", False,
         "measure these machines for a minute instead of training: names the slow ones, predicts the rate, changes "
         "nothing; exit code 0 is go, 1 no-go")
@@ -181,8 +184,14 @@ FREE_TO_CHANGE = (
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
     *("max_hours", "deadline", "replay_step", "eval_data", "eval_only", "profile", "profile_ranks"),
     *("plan", "gpus", "gpu", "nic_gbs", "gpus_per_node", "preflight"),
-    *("tensorboard", "wandb", "on_checkpoint"),
+    *("tensorboard", "wandb", "on_checkpoint", "allow_change"),
 )
+# What it may change when --allow-change says so, stated in config.json's history. ("data": to other tokens.)
+CHANGE_WHEN_ASKED = (
+    *("steps", "lr", "min_lr", "schedule", "warmup_steps", "decay_steps"),
+    *("weight_decay", "beta1", "beta2", "eps", "clip", "data"),
+)
+IMPLIED = {"steps": ("warmup_steps", "decay_steps"), "lr": ("min_lr",)}  # which follow it, where not given
 
 COMMAND = Settings(
     Recipe,
@@ -387,6 +396,9 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     if r.seq_len > model.max_seq_len:
         raise Refused(f"--seq-len {r.seq_len} is beyond the model's limit of {model.max_seq_len} positions")
     check_freeze(r, model)
+    for name in r.allow_change or ():
+        if name not in CHANGE_WHEN_ASKED:
+            raise Refused(f"--allow-change {name}: it can be one of {', '.join(CHANGE_WHEN_ASKED)}")
     sources = data_or_refused(parse_sources, r.data or ())
     named = data_or_refused(parse_named, r.eval_data or (), of="--eval-data")
     if r.data is None and not (r.eval_only and named) and model.vocab_size != BUILTIN_VOCAB_SIZE:
@@ -1044,7 +1056,10 @@ def leave_results(run: Run, again: bool) -> None:
     export = folder.path / "export"
     if not (again and on_main(world, is_complete_export, export)):
         tokenizer = own or (plan.recipe.init_from if has_tokenizer(plan.recipe.init_from) else None)
-        save_hf(model, export, dtype=DTYPES[plan.recipe.export_dtype], tokenizer=tokenizer)
+        try:
+            save_hf(model, export, dtype=DTYPES[plan.recipe.export_dtype], tokenizer=tokenizer)
+        except ValueError as error:  # on all ranks: a tokenizer that is gone, say
+            raise Failed(f"the export could not be written: {error}; the same command again makes it") from None
         say(world, f"export     {export}")
     if world.is_main and not (again and (folder.path / "curves.png").exists()):
         folder.plot_curves()
@@ -1167,9 +1182,10 @@ def set_up(recipe: Recipe) -> Run:
     if recipe.eval_only and not eval_sets.rows:
         raise Refused("--eval-only: nothing was held out; name something to evaluate on with --eval-data NAME:DIR")
     for read in filter(None, (corpus, eval_sets)):
-        agreed(read.verify, world.rank, world.size)
+        agreed(data_or_refused, read.verify, world.rank, world.size)
     config = {"recipe": asdict(plan.recipe), "model": asdict(plan.model), "data": corpus and corpus.fingerprint}
-    on_main(world, folder.check_config, config, FREE_TO_CHANGE)
+    asked = [other for name in recipe.allow_change or () for other in (name, *IMPLIED.get(name, ()))]
+    history, changed = on_main(world, folder.check_config, config, FREE_TO_CHANGE, asked)
     watch.at("testing the collectives", long=True)
     check_collectives(world)
     watch.at("verifying the checkpoint", long=True)
@@ -1185,7 +1201,14 @@ def set_up(recipe: Recipe) -> Run:
             folder.loggers = start_loggers(
                 plan.recipe.tensorboard, plan.recipe.wandb, folder.path, step, config, say_all
             )
-        write_json(folder.path / "config.json", config | {"world_size": world.size, "versions": versions})
+        if changed:
+            history = [*history, {"after_step": step, "changed": changed}]
+            say(
+                world,
+                f"changed from here on: {'; '.join(f'{k} from {old} to {new}' for k, (old, new) in changed.items())}",
+            )
+        facts = {"world_size": world.size, "versions": versions, "history": history}
+        write_json(folder.path / "config.json", config | facts)
         folder.keep_metrics_until(step)
         folder.status("running", step)
         watch.writes_heartbeat = True

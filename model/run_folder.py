@@ -81,8 +81,11 @@ class RunFolder:
         with contextlib.suppress(OSError):
             tqdm.write(f"the earlier run is now {aside}")
 
-    def check_config(self, config: dict, free: Collection[str]) -> None:
-        """Refuse to continue a run that differs in anything its losses depend on: all but the ``free`` settings."""
+    def check_config(self, config: dict, free: Collection[str], asked: Collection[str] = ()) -> tuple[list, dict]:
+        """Refuse to continue a run that differs in anything its losses depend on: all but the ``free`` settings.
+
+        Returns (config.json's history so far, name -> (old, new) of the ``asked`` settings that have changed now).
+        """
         path = self.path / "config.json"
         checkpoints = checkpoint.complete(self.checkpoints)
         try:
@@ -91,22 +94,25 @@ class RunFolder:
             elif checkpoints:
                 earlier = checkpoint.read_manifest(checkpoints[-1])["config"]
             else:
-                return
+                return [], {}
             recipe = {k: v for k, v in config["recipe"].items() if k not in free}
             off = {k: False for k, v in recipe.items() if isinstance(v, bool)}  # what a switch was before there was one
-            pairs = [("--" + k.replace("_", "-"), (off | earlier["recipe"]).get(k), v) for k, v in recipe.items()]
-            pairs += [(f"model {k}", earlier["model"].get(k), v) for k, v in config["model"].items()]
-            pairs += [("data fingerprint", earlier["data"], config["data"])]
+            rows = [(k, "--" + k.replace("_", "-"), (off | earlier["recipe"]).get(k), v) for k, v in recipe.items()]
+            rows += [("model", f"model {k}", earlier["model"].get(k), v) for k, v in config["model"].items()]
+            rows += [("data", "data fingerprint", earlier["data"], config["data"])]
+            history = list(earlier.get("history", []))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise Refused(f"{path} is not readable; --no-resume sets the run aside and starts anew") from None
         if not checkpoints and not (self.metrics.exists() and self.metrics.stat().st_size):
-            return  # nothing was done yet under the earlier settings
-        different = [f"{name} was {old} and is {new}" for name, old, new in pairs if str(old) != str(new)]
-        if different:
+            return [], {}  # nothing was done yet under the earlier settings
+        rows = [row for row in rows if str(row[2]) != str(row[3])]
+        refused = [f"{label} was {old} and is {new}" for key, label, old, new in rows if key not in asked]
+        if refused:
             raise Refused(
-                f"--run-dir {self.path} holds another run: {'; '.join(different)}. Repeat its settings, choose another "
-                "--run-dir, or set it aside with --no-resume"
+                f"--run-dir {self.path} holds another run: {'; '.join(refused)}. Repeat its settings, choose another "
+                "--run-dir, set it aside with --no-resume, or see --allow-change"
             )
+        return history, {key: (old, new) for key, _, old, new in rows}
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """status.json: running, stopped (resumable), finished or failed; the last step done; why."""

@@ -441,6 +441,28 @@ def test_a_run_folder_in_use_is_refused_and_left_alone(small, tmp_path):
         process.communicate()
 
 
+def test_a_run_goes_on_with_changes_that_were_asked_for(small, tmp_path):
+    """More steps, another rate, other data: refused unless named, stated in the history, and only once."""
+    rng = np.random.default_rng(3)
+    write_dataset([rng.integers(0, 256, 500)], tmp_path / "other", vocab_size=256)
+    command = [*SMALL, "--run-dir", "r", "--eval-every", 0, "--warmup-steps", 2]
+    ranks_run(*command, "--data", small, "--steps", 6, "--lr", "1e-3", cwd=tmp_path)
+    changed = [*command, "--data", "other", "--steps", 9, "--lr", "5e-4"]
+    refused = ranks_run(*changed, "--allow-change", "steps", "data", cwd=tmp_path, codes=[train.REFUSED])
+    assert "--lr was 0.001 and is 0.0005" in refused.err and "--steps" not in refused.err.partition(":")[2]
+    refused = ranks_run(*changed, "--allow-change", "seed", cwd=tmp_path, codes=[train.REFUSED])
+    assert "--allow-change seed: it can be one of steps, lr" in refused.err
+    went_on = ranks_run(*changed, "--allow-change", "steps", "lr", "data", cwd=tmp_path)
+    assert "resuming after step 6" in went_on.out and "steps from 6 to 9" in went_on.out
+    for _ in range(2):  # the second start finds nothing changed
+        history = json.loads((tmp_path / "r/config.json").read_text())["history"]
+        assert [entry["after_step"] for entry in history] == [6]
+        assert history[0]["changed"].keys() == {"steps", "lr", "min_lr", "data"}
+        assert history[0]["changed"]["lr"] == [1e-3, 5e-4]
+        ranks_run(*changed, cwd=tmp_path)
+    assert column(tmp_path / "r", "lr")[6][0] < 5e-4 and len(metrics(tmp_path / "r")) == 9
+
+
 def test_no_resume_sets_the_earlier_run_aside(small, tmp_path):
     command = [*SMALL, "--data", small, "--steps", 4, "--run-dir", "r"]
     run(*command, cwd=tmp_path)
