@@ -63,7 +63,7 @@ def build(config, world: int, rank: int = 0, **asked):
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     everyone = World(rank, world, torch.device("cpu"), init_device_mesh("cpu", (world,)), NODE)
     layout = choose_layout(config, size=world, node_size=NODE, micro_batch=1, seq_len=8, accumulation=2, **asked)
-    plan = SimpleNamespace(model=config, recipe=SimpleNamespace(dtype="bf16"), layout=layout)
+    plan = SimpleNamespace(model=config, recipe=SimpleNamespace(dtype="bf16", freeze=None), layout=layout)
     model = train.build_model(plan, everyone)
     return model, train.build_optimizer(model, train.Recipe()), layout
 
