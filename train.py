@@ -969,6 +969,7 @@ def train(run: Run) -> str | None:
             stopping, save_failed = map(bool, answers.tolist())
             if save_failed:
                 run.saver.wait()
+                raise Failed("another rank could not write its part of the checkpoint, and says why")
             if evaluation_is_due(run) and not stopping:
                 settle()
                 with gap.spending("evaluation"):
