@@ -202,19 +202,17 @@ def traced_samples(file: str) -> None:
 
 
 def signals_itself(number: str, guilty: str, where: str) -> None:
-    """One rank gets a signal in the middle of an evaluation, a save, or a step."""
-    owner, name = {
-        "evaluation": (torch.Tensor, "clamp"),  # replaced below: evaluate() is no method
+    """One rank gets a signal as an evaluation, a save, its writing or a load begins."""
+    import train
+
+    places = {
+        "evaluation": (train, "evaluate"),
         "save": (Saver, "save"),
         "writing": (Saver, "_finish"),
         "loading": (checkpoint, "load"),
-    }[where]
-    if where == "evaluation":
-        import train
-
-        owner, name = train, "evaluate"
+    }
     if rank() == int(guilty):
-        before(owner, name, 1, lambda *_: os.kill(os.getpid(), int(number)))
+        before(*places[where], 1, lambda *_: os.kill(os.getpid(), int(number)))
 
 
 def hangs(guilty: str, forward: str) -> None:
