@@ -117,6 +117,112 @@ def palm_flops_per_token(config: MistralConfig, seq_len: int) -> float:
     return 6 * parameters(config) + 12 * config.n_layers * config.n_heads * config.head_dim * seq_len
 
 
+# --------------------------------------------------------------------------------- bytes of a step, by kind of kernel
+
+# What each kind must move if it reads every operand and writes every result once; what bench/account.py counts is held
+# against these. n_tokens: of a micro batch. b stands for compute_bytes.
+
+
+def matmul_bytes(config: MistralConfig, n_tokens: int, chunk_rows: int, compute_bytes: int = 2) -> int:
+    """Operands and results of a micro batch's matrix products, forward and backward, the head's in chunks of rows.
+
+    A weight of [n, k] on T tokens has three products on the same three matrices, [T, k], [n, k] and [T, n], so moves
+    3 b (T k + n k + T n). In c chunks the head's weight is read c times in two of them; its gradient is summed in fp32,
+    written c times and read c - 1 times, or for c = 1 written once in the compute dtype.
+    """
+    b, d, V, T = compute_bytes, config.dim, config.vocab_size, n_tokens
+    weights = [shape for shape in layer_shapes(config) if shape[1] > 1]
+    layer = sum(3 * b * (T * k + n * k + T * n) for n, k in weights)
+    c = -(-T // chunk_rows)
+    summed = FP32_BYTES * V * d * (2 * c - 1) if c > 1 else b * V * d
+    return config.n_layers * layer + 3 * b * T * (d + V) + 2 * c * b * V * d + summed
+
+
+def attention_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
+    """What fused attention takes and gives, q and kv elements a token: L T (6 b (q + kv) + 8 H).
+
+    Forward q, k, v in, out and an fp32 log-sum-exp a head out: 2q + 2kv. Backward those five and d_out in, three
+    gradients out: 4q + 4kv. What a kernel keeps for itself (FlashAttention's fp32 sum for dq) is not counted.
+    """
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    return config.n_layers * n_tokens * (6 * compute_bytes * (q + kv) + 2 * FP32_BYTES * config.n_heads)
+
+
+def row_kernel_bytes(config: MistralConfig, n_tokens: int, lean: bool, programs: int, compute_bytes: int = 2) -> int:
+    """Norms, RoPE and SwiGLU of a micro batch, forward and backward; q, kv and f elements a token.
+
+    A layer's attention norm 2d and 3d, its MLP's norm with the addition before it 4d and 4d, RoPE q, k and the v that
+    it copies along, 2 (q + 2kv) each way, SwiGLU 3f and 5f. Lean, norms are made again (2d each) and SwiGLU's backward
+    writes its output (f). Then the last norm, 5d; each norm's fp32 rstd, written and read; its weight; and its weight's
+    gradient, of which each of ``programs`` writes an fp32 row, all of which are read and summed.
+    """
+    b, d, T = compute_bytes, config.dim, n_tokens
+    q, kv, f = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.hidden_dim
+    remade = 4 * d + f if lean else 0
+    layer = b * (13 * d + 4 * (q + 2 * kv) + 8 * f + remade) + FP32_BYTES * (4 + (2 if lean else 0))
+    norms, reads = 2 * config.n_layers + 1, 2 * (2 * config.n_layers + 1) + (2 * config.n_layers if lean else 0)
+    gradients = norms * d * (2 * FP32_BYTES * programs + 2 * FP32_BYTES + b)
+    return T * (config.n_layers * layer + 5 * d * b + 2 * FP32_BYTES) + reads * d * b + gradients
+
+
+def residual_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
+    """6 b L T d: the addition after each MLP, and autograd's of the two gradients that meet where a layer begins.
+
+    The other addition of a layer is part of its norm.
+    """
+    return 6 * compute_bytes * config.n_layers * n_tokens * config.dim
+
+
+def loss_bytes(config: MistralConfig, n_tokens: int, chunk_rows: int, compute_bytes: int = 2) -> int:
+    """The loss beside its products: logits read and overwritten by their gradient, 2 b T V; gradients scaled.
+
+    The scaling reads and writes d_hidden, 2 b T d, and the head's gradient, which it rounds from the chunks' fp32 sum.
+    A row's label (int64), loss (fp32) and whether it is right (int32) are 16 bytes.
+    """
+    b, d, V, T = compute_bytes, config.dim, config.vocab_size, n_tokens
+    head = (FP32_BYTES if T > chunk_rows else b) + b
+    return 2 * b * T * V + 16 * T + 2 * b * T * d + head * V * d
+
+
+def embedding_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
+    """Rows looked up by int64 ids, 2 b T d + 8 T; the gradient: b T d + 8 T in, b V d of zeros and the rows it has.
+
+    Those rows are at most as many as tokens or as the vocabulary has, and are counted so.
+    """
+    b, d, V, T = compute_bytes, config.dim, config.vocab_size, n_tokens
+    return T * (3 * b * d + 16) + b * d * (V + min(T, V))
+
+
+def metrics_bytes(n_tokens: int) -> int:
+    """28 T: labels compared with the ignored one and 1-byte results summed, by trainer and loss; loss, hits summed."""
+    return n_tokens * (2 * (8 + 1 + 1) + 2 * FP32_BYTES)
+
+
+ADAMW_BYTES = 28  # a weight: fp32 weight, gradient and two moments read, all but the gradient written
+
+
+def sharded_update_bytes(n_weights: int) -> int:
+    """AdamW on fp32 shards, 28 B a weight, the norm of their gradients, 4, and clipping, which rewrites them, 8."""
+    return (ADAMW_BYTES + 3 * FP32_BYTES) * n_weights
+
+
+def fsdp_copy_bytes(config: MistralConfig, shards: int, gathers: int, compute_bytes: int = 2) -> int:
+    """FSDP2's copies beside its collectives; ``gathers`` of the layers a step: 2 if the backward gathers them again.
+
+    For each gather a rank's fp32 shard is cast and copied into place (4 + 3 b a weight of it); what arrives is copied
+    out into one tensor a weight, 2 b a weight, padding included; gradients of b bytes are copied into the fp32 input of
+    the reduce-scatter, padded (b + 4).
+    """
+    b, whole = compute_bytes, []
+    for shapes in (layer_shapes(config), root_shapes(config)):
+        shapes = list(shapes)
+        padded, own = padded_numel(shapes, shards), sum(n * k for n, k in shapes)
+        gather = padded * 2 * b + padded // shards * (FP32_BYTES + 3 * b)
+        whole.append((gather, own * b + padded * FP32_BYTES))
+    (layer, reduce), (root, reduce_root) = whole
+    return config.n_layers * (gathers * layer + reduce) + root + reduce_root
+
+
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
