@@ -75,10 +75,10 @@ HOST_SHARE = 0.25  # of the step's floor that the host may take
 
 # ----------------------------------------------------------------------------------------------------------- the count
 
-ROWS, OTHER = "norm, RoPE, SwiGLU", "other: "
-PARTS = (  # the categories of model/profiler.py, what it calls "other" in parts
-    *("matmul", "attention", ROWS, "loss", "optimizer", "copies", "communication"),
-    *(OTHER + name for name in ("residual adds", "embedding", "gradient sums", "metrics")),
+ROWS, SUMS, OTHER = "norm, RoPE, SwiGLU", "optimizer: gradient sums", "other: "
+PARTS = (  # the categories of model/profiler.py, some of them in parts
+    *("matmul", "attention", ROWS, "loss", "optimizer", SUMS, "copies", "communication"),
+    *(OTHER + name for name in ("residual adds", "embedding", "metrics")),
 )
 
 
@@ -164,7 +164,7 @@ PART_OF = {
     **dict.fromkeys(("one_block_kernel", "online_kernel", "scale_kernel"), "loss"),
     **dict.fromkeys(("embedding", "embedding_dense_backward"), OTHER + "embedding"),
     **dict.fromkeys(("adamw_kernel", "_fused_adamw_", "_foreach_mul_", "_foreach_norm"), "optimizer"),
-    **{"linalg_vector_norm": "optimizer", "add_rounded_kernel": OTHER + "gradient sums"},
+    **{"linalg_vector_norm": "optimizer", "add_rounded_kernel": SUMS},
     **dict.fromkeys(("copy_", "_to_copy", "clone", "_foreach_copy_"), "copies"),
     **dict.fromkeys(("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat"), "copies"),
 }
@@ -253,7 +253,7 @@ class Count(TorchDispatchMode):
             if self._inside is not None:
                 label, part = f"{label} in {self._inside}", "loss" if "entropy" in self._inside else ROWS
             elif name in ("add", "add_") and out.numel() >= LARGE:
-                part = OTHER + ("residual adds" if out.ndim == 3 else "gradient sums")
+                part = OTHER + "residual adds" if out.ndim == 3 else SUMS
             self._add(label, part, read, written)
 
 
@@ -414,11 +414,11 @@ def expected(case: Case) -> dict[str, tuple[int, int]]:
         ROWS: (0, micro * roofline.row_kernel_bytes(config, T, programs)),
         "loss": (0, micro * roofline.loss_bytes(config, T)),
         "optimizer": (0, updated),
+        SUMS: (0, roofline.gradient_sum_bytes(config, case.moments, micro)),
         "copies": (0, copied),
         "communication": (0, sent),
         OTHER + "residual adds": (0, micro * roofline.residual_bytes(config, T)),
         OTHER + "embedding": (0, micro * roofline.embedding_bytes(config, T)),
-        OTHER + "gradient sums": (0, roofline.gradient_sum_bytes(config, case.moments, micro)),
         OTHER + "metrics": (0, micro * roofline.metrics_bytes(T)),
     }
 
@@ -505,13 +505,13 @@ def kernel_lines(rows: list[dict], least: float = 1e7) -> list[str]:
 
 
 def part_lines(parts: list[Part]) -> list[str]:
-    head = f"  {'category':22}{'calls':>6}{'TFLOP':>9}{'roofline':>10}{'diff':>8}"
+    head = f"  {'category':26}{'calls':>6}{'TFLOP':>9}{'roofline':>10}{'diff':>8}"
     lines = [f"{head}{'GB':>10}{'roofline':>10}{'diff':>8}{'floor ms':>10}"]
     for p in parts:
         flops = f"{p.flops / 1e12:9.2f}{p.roofline_flops / 1e12:10.2f}{difference(p.flops, p.roofline_flops):>8}"
         moved = f"{p.bytes / 1e9:10.3f}{p.roofline_bytes / 1e9:10.3f}{difference(p.bytes, p.roofline_bytes):>8}"
         floor = "hidden" if p.name == "communication" and p.calls else f"{p.floor_ms:.2f}"
-        lines.append(f"  {p.name:22}{p.calls:6}{flops}{moved}{floor:>10}{'  <- apart' if p.differs else ''}")
+        lines.append(f"  {p.name:26}{p.calls:6}{flops}{moved}{floor:>10}{'  <- apart' if p.differs else ''}")
     return lines
 
 

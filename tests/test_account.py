@@ -26,7 +26,7 @@ from halny.kernels import dispatch, rms_norm, rope, swiglu
 from halny.kernels.attention import attention_mask
 from halny.kernels.cross_entropy import cross_entropy
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
-from halny.model import mistral, roofline
+from halny.model import mistral, profiler, roofline
 from halny.model.batches import Batch
 from halny.model.guard import Guard
 from halny.model.mistral import PRESETS, Mistral
@@ -131,6 +131,14 @@ def test_a_kernel_whose_traffic_is_not_stated_stops_the_count(monkeypatch):
     monkeypatch.delitem(account.TRAFFIC, "swiglu_forward_kernel")
     with pytest.raises(KeyError, match="swiglu_forward_kernel"):
         counted(swiglu.swiglu, bf16(24, 64))
+
+
+def test_categories_are_the_profilers():
+    """Ours are its own, some in parts; and a kernel of ours is in the same one there, or not yet in any."""
+    assert {part.partition(":")[0] for part in account.PARTS} == {name for name, _ in profiler.CATEGORIES} | {"other"}
+    for kernel in account.TRAFFIC:
+        part = account.PART_OF.get(kernel, account.ROWS).partition(":")[0]
+        assert profiler.category(kernel) in (part, "other"), kernel
 
 
 def test_the_switch_restores_itself(launches):
@@ -428,6 +436,7 @@ def reads_of(cwd: Path, *arguments, planted: bool = False) -> dict:
     process = _server.Process(target=record_reads, args=(cwd, list(map(str, arguments)), planted))
     process.start()
     process.join(120)
+    process.kill()
     assert process.exitcode == 0
     return json.loads((cwd / "reads.json").read_text())
 
@@ -444,8 +453,9 @@ def test_the_loop_reads_only_the_step_before(dtype, small, tmp_path):
     steps = [["step", 1], ["step", 2], ["settle", 1], ["step", 3], ["settle", 2], ["settle", 3]]  # 3 is saved
     assert found["order"] == [*steps, ["step", 4], ["settle", 4], ["step", 5], ["settle", 5]]  # 4 is followed by a look
 
-    planted = reads_of(tmp_path / "planted", *command, planted=True)
-    assert ["test_account.py", "<lambda>"] in [read[:2] for read in planted["reads"]]
+    if dtype == "bf16":
+        planted = reads_of(tmp_path / "planted", *command, planted=True)
+        assert ["test_account.py", "<lambda>"] in [read[:2] for read in planted["reads"]]
 
 
 @pytest.mark.gpu
