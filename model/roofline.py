@@ -152,10 +152,10 @@ def row_kernel_bytes(config: MistralConfig, n_tokens: int, programs: int, comput
     """Norms, RoPE and SwiGLU of a micro batch, forward and backward; q, kv and f elements a token.
 
     A norm with the addition before it is 4d each way, and a layer has two; the first of all has nothing to add, 2d and
-    3d, and the last's sum nobody uses, 4d and 3d. RoPE moves q, k and the v that it copies along, 2 (q + 2kv) each way,
-    SwiGLU 3f and 5f, and lean as it is the backward also writes the outputs of norms and SwiGLU, 2d + f. Each norm's
-    fp32 rstd is written and read, its weight read twice, and of the weight's gradient each of ``programs`` writes an
-    fp32 row; their sum is rounded.
+    3d, and the last's sum goes nowhere else, 4d and 3d. RoPE moves q, k and the v that it copies along, 2 (q + 2kv)
+    each way, SwiGLU 3f and 5f, and lean as it is the backward also writes the outputs of norms and SwiGLU, 2d + f. Each
+    norm's fp32 rstd is written and read, its weight read twice, and of the weight's gradient each of ``programs``
+    writes an fp32 row; their sum is rounded.
     """
     b, d, T = compute_bytes, config.dim, n_tokens
     q, kv, f = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.hidden_dim
