@@ -16,12 +16,19 @@ writes), never a figure.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import importlib.metadata
+import itertools
 import json
+import os
 import platform
 import re
+import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +37,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from halny.kernels.linear_cross_entropy import chunk_rows
+from halny.model import roofline
+from halny.model.mistral import MistralConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -272,6 +283,207 @@ def ceilings(bench: Bench) -> dict:
         "products": step | head | square,
         "copy": copy,
     }
+
+
+# ------------------------------------------------------------------------------------------------------- training steps
+
+
+def steady_steps(bench: Bench, step: Callable[[int], object], n_steps: int, seconds: float, warm_up: int = 3) -> dict:
+    """Steps one after another as a training loop makes them, nothing read back between them: summary of ms a step.
+
+    After the warm-up and one step that is only looked at, at most n_steps, and about ``seconds`` of them. On a GPU the
+    time between two events around each step, so whatever the device waits for is in it; the garbage collector is off,
+    as in train.py's loop.
+    """
+    for i in range(1 if bench.smoke else warm_up):
+        step(i)
+    bench.synchronize()
+    start = time.perf_counter()
+    step(0)
+    bench.synchronize()
+    n_steps = max(3, min(n_steps, int(seconds / (time.perf_counter() - start))))
+    if bench.on_gpu:
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    marks = [mark(bench)]
+    gc.collect()
+    gc.disable()
+    for i in range(n_steps):
+        step(i)
+        marks.append(mark(bench))
+    bench.synchronize()
+    gc.enable()
+    return summary([list(itertools.starmap(milliseconds_between, itertools.pairwise(marks)))])
+
+
+def mark(bench: Bench):
+    """A point in the device's time."""
+    if not bench.on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds_between(a, b) -> float:
+    return (b - a) * 1e3 if isinstance(a, float) else a.elapsed_time(b)
+
+
+def step_figures(config: MistralConfig, n_tokens: int, seq_len: int, ms: float, device: str) -> dict:
+    """Rates of a step on n_tokens that takes ms: the one place where ours and others' are divided."""
+    rate, peak = n_tokens / ms * 1e3, roofline.peak_flops(device)
+    flops = roofline.flops_per_token(config, seq_len)
+    return {
+        "tokens_per_second": rate,
+        "flops_per_token": flops,
+        "tflop_s": rate * flops / 1e12,
+        "mfu": roofline.mfu(rate, flops, peak),
+        "mfu_palm": roofline.mfu(rate, roofline.palm_flops_per_token(config, seq_len), peak),
+        "peak_flops": peak,
+    }
+
+
+def memory_figures(bench: Bench) -> dict:
+    """Bytes at the peak since it was last reset: of tensors, of the allocator, and of the device now, all processes."""
+    if not bench.on_gpu:
+        return {"peak_memory_bytes": None, "peak_reserved_bytes": None, "device_used_bytes": None}
+    free, total = torch.cuda.mem_get_info(bench.device)
+    return {
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(bench.device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(bench.device),
+        "device_used_bytes": total - free,
+    }
+
+
+def products_of(config: MistralConfig, n_tokens: int) -> dict[str, tuple[str, int, int, int, int]]:
+    """name -> (kind, rows, out, in, times a step) of every matrix product of a step on n_tokens, out and in a weight's.
+
+    forward: x [rows, in] by w [out, in] transposed; input gradient: dy [rows, out] by w; weight gradient: dy transposed
+    by x. The head's come a chunk of rows at a time (kernels/linear_cross_entropy.py).
+    """
+    weights = {
+        "qkv": ((config.n_heads + 2 * config.n_kv_heads) * config.head_dim, config.dim),
+        "out": (config.dim, config.n_heads * config.head_dim),
+        "gate_up": (2 * config.hidden_dim, config.dim),
+        "down": (config.dim, config.hidden_dim),
+    }
+    rows = chunk_rows(n_tokens, config.vocab_size, 2)
+    found = {}
+    for kind in ("forward", "input gradient", "weight gradient"):
+        for name, (n_out, n_in) in weights.items():
+            found[f"{name}, {kind}"] = kind, n_tokens, n_out, n_in, config.n_layers
+        found[f"head, {kind}"] = kind, rows, config.vocab_size, config.dim, -(-n_tokens // rows)
+    return found
+
+
+def matmul_ceiling(bench: Bench, config: MistralConfig, n_tokens: int, seconds: float = 2.0) -> dict:
+    """The step's own matrix products and nothing else, by torch (cuBLAS) in bf16 on random data, back to back.
+
+    In turn and without a pause for about ``seconds``, so clocks and power are those of work that goes on. tflop_s and
+    ms are of all products of a step, ``products`` has each one's median.
+    """
+    products = products_of(config, n_tokens)
+    if bench.smoke:
+        products = {name: (kind, 8, 16, 16, times) for name, (kind, *_, times) in products.items()}
+    largest = [max(a * b for a, b in sizes) for sizes in zip(
+        *(((rows, n_in), (rows, n_out), (n_out, n_in)) for _, rows, n_out, n_in, _ in products.values()), strict=True
+    )]  # fmt: skip
+    flat = [torch.randn(n, device=bench.device, dtype=torch.bfloat16) for n in largest]
+
+    def operands(kind: str, rows: int, n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
+        shapes = (rows, n_in), (rows, n_out), (n_out, n_in)
+        x, dy, w = (one[: a * b].view(a, b) for one, (a, b) in zip(flat, shapes, strict=True))
+        return {"forward": (x, w.T), "input gradient": (dy, w), "weight gradient": (dy.T, x)}[kind]
+
+    pairs = {name: operands(*shape[:4]) for name, shape in products.items()}
+
+    def turn() -> list:
+        marks = []
+        for a, b in pairs.values():
+            marks.append(mark(bench))
+            torch.mm(a, b)
+        return [*marks, mark(bench)]
+
+    turn()
+    bench.synchronize()
+    begun = time.perf_counter()
+    turn()
+    bench.synchronize()
+    n = 2 if bench.smoke else max(5, int(seconds / (time.perf_counter() - begun)))
+    turns = [turn() for _ in range(n)]
+    bench.synchronize()
+    times = [list(itertools.starmap(milliseconds_between, itertools.pairwise(marks))) for marks in turns]
+    found, ms, flops = {}, 0.0, 0
+    for i, (name, (_, rows, n_out, n_in, n_times)) in enumerate(products.items()):
+        median = statistics.median(one[i] for one in times)
+        found[name] = {"ms": median, "tflop_s": 2 * rows * n_out * n_in / median / 1e9, "times": n_times}
+        ms, flops = ms + n_times * median, flops + n_times * 2 * rows * n_out * n_in
+    return {"tflop_s": flops / ms / 1e9, "ms": ms, "flops": flops, "products": found}
+
+
+class Watch:
+    """nvidia-smi beside the work, twice a second: clocks, power and temperature while it went on. Sets nothing."""
+
+    def __enter__(self) -> Watch:
+        self._file = tempfile.TemporaryFile("w+")
+        self._process = None
+        with contextlib.suppress(OSError):
+            fields = "clocks.sm,power.draw,temperature.gpu"
+            command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-i", "0", "-lms", "500"]
+            self._process = subprocess.Popen(command, stdout=self._file, stderr=subprocess.DEVNULL)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+        self._file.seek(0)
+        self.found = watched(self._file.read())
+        self._file.close()
+
+
+def watched(text: str) -> dict | None:
+    """Medians of what nvidia-smi printed, and the hottest; None if that is nothing."""
+    rows = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            sm, watts, celsius = map(float, line.split(","))
+            rows.append((sm, watts, celsius))
+    if not rows:
+        return None
+    sm, watts, celsius = zip(*rows, strict=True)
+    return {"n": len(rows), "sm_mhz": statistics.median(sm), "watts": statistics.median(watts), "celsius": max(celsius)}
+
+
+# ---------------------------------------------------------------------------------------------- a process for each case
+
+
+def in_its_own_process(arguments: list[str], seconds: float) -> dict:
+    """``python *arguments FILE``, whose FILE holds a JSON object when it ends: that object; or "status" and "reason".
+
+    So a case's memory is given back whole, and one that crashes, hangs or poisons its CUDA context loses only its row.
+    What it wrote before it was ended counts.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "row.json"
+        process = subprocess.Popen([sys.executable, *arguments, str(path)], cwd=ROOT, start_new_session=True)
+        reason = None
+        try:
+            code = process.wait(max(1.0, seconds))
+            if code:
+                reason = f"its process was ended by signal {-code}" if code < 0 else f"its process ended with {code}"
+        except subprocess.TimeoutExpired:
+            reason = f"was not done after {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            process.wait()
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            row = {"status": "failed", "reason": reason or "its process left nothing"}
+        if reason and row["status"] != "ok":
+            row |= {"status": "failed", "reason": row.get("reason") or reason}
+        return row
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
