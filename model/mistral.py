@@ -115,17 +115,16 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
-    def forward(self, x_btd):
-        return rms_norm(x_btd, self.weight, self.eps)
+    def forward(self, x_btd, residual_btd):
+        """norm(x + residual)"""
+        return add_rms_norm(x_btd, residual_btd, self.weight, self.eps)[0]
 
-    def linear(self, x_btd, linear: nn.Linear, lean: bool):
-        """linear(norm(x))"""
-        if lean:
-            return rms_norm_linear(x_btd, self.weight, linear.weight, self.eps)
-        return linear(rms_norm(x_btd, self.weight, self.eps))
-
-    def add_linear(self, x_btd, residual_btd, linear: nn.Linear, lean: bool):
-        """(linear(norm(x + residual)), x + residual)"""
+    def linear(self, x_btd, residual_btd, linear: nn.Linear, lean: bool):
+        """(linear(norm(x + residual)), x + residual); residual None stands for zero."""
+        if residual_btd is None:
+            if lean:
+                return rms_norm_linear(x_btd, self.weight, linear.weight, self.eps), x_btd
+            return linear(rms_norm(x_btd, self.weight, self.eps)), x_btd
         if lean:
             return add_rms_norm_linear(x_btd, residual_btd, self.weight, linear.weight, self.eps)
         normed_btd, s_btd = add_rms_norm(x_btd, residual_btd, self.weight, self.eps)
@@ -141,12 +140,16 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_btd, cos, sin, positions_bt, plan):
-        qkv_btz = self.attention_norm.linear(x_btd, self.attention.qkv, self.lean)
+    def forward(self, x_btd, residual_btd, cos, sin, positions_bt, plan):
+        """(x, residual): what this layer adds to the residual stream, and the stream before that is added.
+
+        So each addition is made by the norm that follows it, in the same pass over memory; in the next layer, if need be.
+        """
+        qkv_btz, residual_btd = self.attention_norm.linear(x_btd, residual_btd, self.attention.qkv, self.lean)
         attended_btd = self.attention(qkv_btz, cos, sin, positions_bt, plan)
-        attended_btd = attended_btd.to(x_btd.dtype)  # they differ under autocast only
-        gate_up_btf, x_btd = self.mlp_norm.add_linear(attended_btd, x_btd, self.mlp.gate_up, self.lean)
-        return x_btd + self.mlp(gate_up_btf, self.lean)
+        attended_btd = attended_btd.to(residual_btd.dtype)  # they differ under autocast only
+        gate_up_btf, residual_btd = self.mlp_norm.linear(attended_btd, residual_btd, self.mlp.gate_up, self.lean)
+        return self.mlp(gate_up_btf, self.lean).to(residual_btd.dtype), residual_btd
 
 
 class Mistral(nn.Module):
@@ -208,9 +211,10 @@ class Mistral(nn.Module):
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
         )
+        residual_btd = None
         for layer in self.layers:
-            x_btd = layer(x_btd, self.rope_cos, self.rope_sin, positions_bt, plan)
-        x_btd = self.norm(x_btd)
+            x_btd, residual_btd = layer(x_btd, residual_btd, self.rope_cos, self.rope_sin, positions_bt, plan)
+        x_btd = self.norm(x_btd, residual_btd)
         if labels is None:
             return self.head(x_btd)
         return linear_cross_entropy(x_btd, self.head.weight, labels, reduction="sum")

@@ -571,12 +571,12 @@ def kept_bytes(config, lean: bool, B: int = 1, T: int = 4096) -> tuple[int, int]
     """Bytes a token that one layer keeps for its backward in bf16, and attention's own share (output, log-sum-exp).
 
     Fake tensors have shapes and storages but no memory, so the shapes are the real ones. Each storage is counted once,
-    weights and tables left out; the layer's input counts, its output (the next layer's input) does not.
+    weights and tables left out; the sum of its two inputs counts, that of its outputs (the next layer's) does not.
     """
     with FakeTensorMode():
         layer = mistral.Block(config, lean)
         tables = [torch.empty(T, config.head_dim // 2, dtype=torch.float32) for _ in range(2)]
-        x = torch.empty(B, T, config.dim, dtype=torch.bfloat16, requires_grad=True)
+        x, residual = (torch.empty(B, T, config.dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
         not_counted = {y.untyped_storage()._cdata for y in (*layer.parameters(), *tables)}
         kept = {}
 
@@ -587,7 +587,7 @@ def kept_bytes(config, lean: bool, B: int = 1, T: int = 4096) -> tuple[int, int]
             return y
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y):
-            layer(x, *tables, None, None)
+            layer(x, residual, *tables, None, None)
     heads = 2 * config.n_heads * config.head_dim + 4 * config.n_heads
     return sum(size for size, _ in kept.values()) // (B * T), heads
 
@@ -643,7 +643,7 @@ def test_a_checkpointed_block_rms_norm_rope_swiglu(lean, launches):
     """Whole, and selectively: the norms' operators saved by name, so that they are not launched again."""
     config = mistral.PRESETS["test"]
     block = mistral.Block(config, lean)
-    x = torch.randn(1, 6, config.dim, requires_grad=True)
+    x, residual = (torch.randn(1, 6, config.dim, requires_grad=True) for _ in range(2))
     tables = rope_tables(6, config.head_dim, 1e4)
     plan = plan_attention(1, 6, config.head_dim, x.dtype, x.device, window=config.window)
     saved = [rms_norm.rms_norm_forward, rms_norm.add_rms_norm_forward]
@@ -655,8 +655,8 @@ def test_a_checkpointed_block_rms_norm_rope_swiglu(lean, launches):
         lambda *x: checkpoint(block, *x, use_reentrant=False, context_fn=select),
     ):
         launches.clear()
-        y = wrap(x, *tables, None, plan)
-        gradients.append(torch.autograd.grad(y.sin().sum(), [x, *block.parameters()]))
+        y, stream = wrap(x, residual, *tables, None, plan)
+        gradients.append(torch.autograd.grad((y + stream).sin().sum(), [x, residual, *block.parameters()]))
         counts.append(dict(launches))
     for other in gradients[1:]:
         assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))

@@ -1,0 +1,479 @@
+"""AdamW for weights that live once, in two halves, with moments in fp32, bf16 or 8 bits. One pass over memory.
+
+    w <- w - lr wd w                                            Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101
+    m <- m + (1 - b1) (g - m),   v <- b2 v + (1 - b2) g^2
+    w <- w - (lr / c1) m / (sqrt(v) / c2 + eps),   c1 = 1 - b1^t,  c2 = sqrt(1 - b2^t)
+
+**Weights.** A master weight is fp32; the model computes with it rounded to bf16. Kept apart, the two are 6 bytes a weight.
+But the master weight *is* the bf16 weight and 16 bits more: ``split`` rounds to the nearest bf16 and keeps the difference
+of the two bit patterns, -32768 .. 32767, in an int16. The model's parameters are the high halves, the optimizer's state
+the low ones, 4 bytes together, and ``join`` gives the fp32 weight back to the bit: nothing is approximated. (Split SGD:
+Kalamkar et al. 2019, https://arxiv.org/abs/1905.12322, which truncates. Rounding gives the model the better half.)
+
+**Stochastic rounding.** Moments change by a fraction 1 - b of themselves a step, 0.05 or 0.001; bf16's nearest neighbours
+lie 0.004 to 0.008 apart, so round-to-nearest would return the same v step after step. Adding 16 random bits below the
+last that is kept, then truncating, goes up with the probability of the remainder: right on average. The random
+bits are a hash of the element's index and two keys made of the seed: no state, equal bits for equal inputs. One hash
+serves an element, its low half for m and its high half for v.
+
+**8 bits.** A group of 256 consecutive elements of the flattened tensor shares an exponent E, of its largest element; a
+code is a small float beneath it: 4 exponent bits and 3 of mantissa with a sign for m, 4 and 4 without one for sqrt(v).
+The smallest exponent holds evenly spaced numbers down to 0, as in IEEE formats, so rounding stays unbiased to the bottom.
+The root is kept because it is what divides: it has half of v's binades. A group whose largest is inf or NaN reads as NaN.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from halny.kernels.dispatch import AotCase, cdiv, check_floating, check_same_device, launch, runs_kernel
+
+MOMENTS = ("fp32", "bf16", "8bit")
+GROUP = 256  # elements that share one exponent in 8bit
+
+LOWEST_EXPONENT, NAN_EXPONENT = 32, 255  # of a group: 2^-95, so that its smallest number, 2^-113, is no denormal of fp32
+
+
+# ------------------------------------------------------------------------------------------------------------ two halves
+
+
+def split(x: Tensor) -> tuple[Tensor, Tensor]:
+    """``x.bfloat16()`` and what it lost: fp32 x -> (high bf16, low int16), bits of x == (bits of high << 16) + low.
+
+    Exact for every finite x. Rounds to nearest, ties away from zero. From 2^128 - 2^119 on high is inf, as in any
+    rounding to bf16, and join still gives x back. inf stays inf; a NaN becomes the quiet NaN. Raises TypeError if x is not fp32.
+    """
+    if not isinstance(x, Tensor) or x.dtype != torch.float32:
+        raise TypeError(f"x must be an fp32 tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
+    bits = x.detach().contiguous().view(torch.int32)
+    bits = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
+    high = (bits + 0x8000) >> 16
+    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+
+
+def join(high: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
+    """The fp32 tensor that ``split`` took apart, to the bit; into ``out`` where that is given.
+
+    Raises TypeError for other dtypes than bf16 and int16, ValueError for shapes or devices that differ.
+    """
+    _check_halves(high, low)
+    x = ((high.detach().contiguous().view(torch.int16).int() << 16) + low).view(torch.float32)
+    return x if out is None else out.copy_(x)
+
+
+# --------------------------------------------------------------------------------------------------------------- moments
+
+
+def new_moments(weight: Tensor, moments: str) -> dict[str, Tensor]:
+    """Zeros for ``adamw_``: {"exp_avg", "exp_avg_sq"} of weight's shape, on its device.
+
+    In 8bit they are uint8 codes, beside "exp_avg_exponents" and "exp_avg_sq_exponents", uint8 [ceil(numel / GROUP)].
+    Raises ValueError for another ``moments`` than those of MOMENTS.
+    """
+    dtype = _dtype_of(moments)
+    state = {name: torch.zeros(weight.shape, dtype=dtype, device=weight.device) for name in ("exp_avg", "exp_avg_sq")}
+    if moments == "8bit":
+        groups = cdiv(weight.numel(), GROUP)
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[f"{name}_exponents"] = torch.zeros(groups, dtype=dtype, device=weight.device)
+    return state
+
+
+def moment_bytes(n: int, moments: str) -> int:
+    """Bytes of ``new_moments`` for n elements."""
+    return 2 * n * _dtype_of(moments).itemsize + (2 * cdiv(n, GROUP) if moments == "8bit" else 0)
+
+
+def _dtype_of(moments: str) -> torch.dtype:
+    if moments not in MOMENTS:
+        raise ValueError(f"moments must be one of {', '.join(MOMENTS)}, got {moments!r}")
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[moments]
+
+
+# ------------------------------------------------------------------------------------------------------------- reference
+# int32 stands for uint32: sums and products wrap alike, and >> needs a mask.
+
+
+def keys_of(seed: int) -> tuple[int, int]:
+    """Two int32 from a seed: SplitMix64's finalizer (Steele et al. 2014), so that neighbouring seeds share nothing."""
+    z = (seed + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    z ^= z >> 31
+    return _signed(z), _signed(z >> 32)
+
+
+def _signed(x: int) -> int:
+    return (x & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
+
+
+def random_bits_reference(n: int, seed: int, device=None) -> Tensor:
+    """int32 [n], 32 random bits each: the hash lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/), with
+    one key before its first round and one before its second, so that seeds do not merely permute one sequence."""
+    first, second = keys_of(seed)
+    index = torch.arange(n, device=device)
+    x = index.int() ^ (index >> 32).int() * _signed(0x9E3779B9) ^ first
+    x = (x ^ x >> 16 & 0xFFFF) * 0x7FEB352D
+    x = ((x ^ x >> 15 & 0x1FFFF) + second) * _signed(0x846CA68B)
+    return x ^ x >> 16 & 0xFFFF
+
+
+def _to_bf16(x: Tensor, random: Tensor) -> Tensor:
+    """fp32 rounded to bf16, up with the probability of the remainder: random is 0 .. 65535. Finite stays finite."""
+    bits = x.view(torch.int32)
+    magnitude = bits & 0x7FFFFFFF
+    rounded = (magnitude + random).clamp(max=0x7F7FFFFF)
+    rounded = torch.where(magnitude < 0x7F800000, rounded, torch.where(magnitude == 0x7F800000, magnitude, 0x7FC00000))
+    return ((rounded | bits & -0x80000000) >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+def _float_of(bits: Tensor) -> Tensor:
+    return bits.view(torch.float32)
+
+
+def _decode(codes: Tensor, exponents: Tensor, mantissa_bits: int) -> Tensor:
+    """Codes [groups, GROUP], without a sign, and exponents [groups] -> fp32 [groups, GROUP]."""
+    codes, exponents = codes.int(), exponents.int().clamp(min=LOWEST_EXPONENT)[:, None]
+    one = 1 << mantissa_bits
+    bits = (codes | (codes < one).int() << mantissa_bits) << 23 - mantissa_bits
+    x = _float_of(bits + (exponents - 15 << 23))
+    x = torch.where(codes < one, x - _float_of(exponents - 14 << 23), x)
+    return torch.where(exponents == NAN_EXPONENT, float("nan"), x)
+
+
+def _encode(x: Tensor, random: Tensor, mantissa_bits: int) -> tuple[Tensor, Tensor]:
+    """x >= 0, fp32 [groups, GROUP] -> (codes int32, exponents int32 [groups]), rounded stochastically."""
+    one, dropped = 1 << mantissa_bits, 23 - mantissa_bits
+    largest = x.view(torch.int32).amax(1)
+    # up by one where the largest would round up to the next power of two
+    exponents = (largest + (1 << dropped) - 1 >> 23).clamp(LOWEST_EXPONENT, NAN_EXPONENT - 1)
+    exponents = torch.where(largest >= 0x7F800000, NAN_EXPONENT, exponents)
+    e = exponents[:, None]
+    smallest = _float_of(e - 14 << 23)  # of the numbers with a leading one
+    below = x < smallest
+    bits = torch.where(below, x + smallest, x).view(torch.int32)
+    codes = (bits + (random << dropped - 16) >> dropped) - (e - 15 + below.int() << mantissa_bits)
+    return codes.clamp(max=16 * one - 1), exponents
+
+
+def _read(moments: dict[str, Tensor], name: str) -> Tensor:
+    """A moment as fp32 [numel], or sqrt(v) for 8bit's exp_avg_sq."""
+    stored = moments[name].flatten()
+    if stored.dtype != torch.uint8:
+        return stored.float()
+    n = stored.numel()
+    codes = torch.nn.functional.pad(stored, (0, -n % GROUP)).view(-1, GROUP)
+    exponents = moments[f"{name}_exponents"]
+    if name == "exp_avg_sq":
+        return _decode(codes, exponents, 4).flatten()[:n]
+    x = _decode(codes & 0x7F, exponents, 3)
+    return torch.where(codes >= 128, -x, x).flatten()[:n]
+
+
+def _stored(x: Tensor, random: Tensor, dtype: torch.dtype, name: str) -> dict[str, Tensor]:
+    """A moment, fp32 [numel], rounded to what ``moments`` holds; 8bit's exp_avg_sq is given as its root."""
+    if dtype == torch.float32:
+        return {name: x}
+    if dtype == torch.bfloat16:
+        return {name: _to_bf16(x, random)}
+    n, signed = x.numel(), name == "exp_avg"
+    x, random = (torch.nn.functional.pad(y, (0, -n % GROUP)).view(-1, GROUP) for y in (x, random))
+    codes, exponents = _encode(x.abs(), random, 3 if signed else 4)
+    # Never 0 for what is more: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
+    codes = codes | (x < 0).int() << 7 if signed else torch.maximum(codes, (x > 0).int())
+    return {name: codes.to(torch.uint8).flatten()[:n], f"{name}_exponents": exponents.to(torch.uint8)}
+
+
+@torch.no_grad()
+def adamw_reference_(
+    high: Tensor, low: Tensor, gradient: Tensor, moments: dict[str, Tensor], scalars: Tensor,
+    *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int,
+) -> None:  # fmt: skip
+    """The definition of ``adamw_``, in plain PyTorch. The kernel gives the same bits, but for the last of sums that a
+    GPU fuses with products."""
+    lr, c1, c2, gradient_scale, found_inf = scalars.unbind()
+    dtype = moments["exp_avg"].dtype
+    random = random_bits_reference(high.numel(), seed, high.device)
+    w, g = join(high, low).flatten(), gradient.float().flatten() * gradient_scale
+    m, v = _read(moments, "exp_avg"), _read(moments, "exp_avg_sq")
+    if dtype == torch.uint8:
+        v = v * v
+
+    w = w - lr * weight_decay * w
+    m = m + (1 - beta1) * (g - m)
+    v = beta2 * v + (1 - beta2) * g * g
+    root = v.sqrt()
+    update = m / (root / c2 + eps)
+    if dtype == torch.uint8:
+        bound = c2 * largest_ratio(beta1, beta2)
+        update = torch.where(update > bound, bound, torch.where(update < -bound, -bound, update))
+    w = w - lr / c1 * update
+
+    new_high, new_low = split(w)
+    new = {"high": new_high, "low": new_low}
+    new |= _stored(m, random & 0xFFFF, dtype, "exp_avg")
+    new |= _stored(root if dtype == torch.uint8 else v, random >> 16 & 0xFFFF, dtype, "exp_avg_sq")
+    skip = found_inf != 0
+    for name, old in ({"high": high, "low": low} | moments).items():
+        old.copy_(torch.where(skip, old, new[name].view(old.shape)))
+
+
+def largest_ratio(beta1: float, beta2: float) -> float:
+    """The most that |m| / sqrt(v) can be, whatever the gradients, or inf: by Cauchy and Schwarz
+    (1 - b1) / sqrt(1 - b2) * sqrt(sum of (b1^2 / b2)^k). 8bit's rounded moments are held to it."""
+    if beta1**2 >= beta2:
+        return float("inf")
+    return (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
+
+
+@torch.no_grad()
+def add_rounded_reference_(total: Tensor, x: Tensor, *, seed: int) -> None:
+    """The definition of ``add_rounded_``, in plain PyTorch."""
+    random = random_bits_reference(total.numel(), seed, total.device).view(total.shape)
+    total.copy_(_to_bf16(total.float() + x.float(), random & 0xFFFF))
+
+
+# ------------------------------------------------------------------------------------------------------------ kernels
+# A program takes BLOCK consecutive elements as [BLOCK / 256, 256]. With 128 threads each has 8 of them, one after the
+# other: 16 bytes of bf16, and a group of 256 is one warp's, so that its largest is found without shared memory.
+
+BLOCK, NUM_WARPS = 1024, 4
+
+
+@triton.jit
+def _random_bits(start, offsets, first, second):
+    x = offsets.to(tl.uint32) + start.to(tl.uint32)
+    x = x ^ ((start >> 32).to(tl.uint32) * 0x9E3779B9) ^ first.to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = ((x ^ (x >> 15)) + second.to(tl.uint32, bitcast=True)) * 0x846CA68B
+    return (x ^ (x >> 16)).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _bf16_of_bits(bits):
+    """The upper halves of int32 as bf16."""
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _round_to_bf16(x, random):
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = bits & 0x7FFFFFFF
+    rounded = tl.minimum(magnitude + random, 0x7F7FFFFF)
+    rounded = tl.where(magnitude < 0x7F800000, rounded, tl.where(magnitude == 0x7F800000, magnitude, 0x7FC00000))
+    return _bf16_of_bits(rounded | (bits & -0x80000000))
+
+
+@triton.jit
+def _float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _decoded(codes, exponents, MANTISSA_BITS: tl.constexpr, LOWEST: tl.constexpr):
+    one: tl.constexpr = 1 << MANTISSA_BITS
+    e = tl.maximum(exponents.to(tl.int32), LOWEST)[:, None]
+    bits = (codes | tl.where(codes < one, one, 0)) << (23 - MANTISSA_BITS)
+    x = _float(bits + ((e - 15) << 23))
+    x = x - tl.where(codes < one, _float((e - 14) << 23), 0.0)
+    return tl.where(e == 255, float("nan"), x)
+
+
+@triton.jit
+def _encoded(x, random, MANTISSA_BITS: tl.constexpr, LOWEST: tl.constexpr):
+    one: tl.constexpr = 1 << MANTISSA_BITS
+    dropped: tl.constexpr = 23 - MANTISSA_BITS
+    largest = tl.max(x.to(tl.int32, bitcast=True), 1)
+    exponents = tl.minimum(tl.maximum((largest + ((1 << dropped) - 1)) >> dropped >> MANTISSA_BITS, LOWEST), 254)
+    exponents = tl.where(largest >= 0x7F800000, 255, exponents)
+    e = exponents[:, None]
+    smallest = _float((e - 14) << 23)
+    below = x < smallest
+    bits = (x + tl.where(below, smallest, 0.0)).to(tl.int32, bitcast=True)
+    codes = ((bits + (random << (dropped - 16))) >> dropped) - ((e - 15 + below.to(tl.int32)) << MANTISSA_BITS)
+    return tl.minimum(codes, 16 * one - 1), exponents
+
+
+@triton.jit(do_not_specialize=["first_key", "second_key"])
+def adamw_kernel(
+    p_high, p_low, p_gradient, p_m, p_v, p_m_exponents, p_v_exponents, p_scalars,
+    n, first_key, second_key,
+    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, largest_ratio,
+    EIGHT_BITS: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    if tl.load(p_scalars + 4) == 0.0:
+        lr = tl.load(p_scalars)
+        c1 = tl.load(p_scalars + 1)
+        c2 = tl.load(p_scalars + 2)
+        gradient_scale = tl.load(p_scalars + 3)
+
+        ROWS: tl.constexpr = BLOCK // 256
+        start = tl.program_id(0).to(tl.int64) * BLOCK
+        offsets = tl.arange(0, ROWS)[:, None] * 256 + tl.arange(0, 256)[None, :]
+        mask = start + offsets < n
+        b_random = _random_bits(start, offsets, first_key, second_key)
+        b_high = tl.load(p_high + start + offsets, mask=mask, other=0.0).to(tl.int16, bitcast=True)
+        b_low = tl.load(p_low + start + offsets, mask=mask, other=0)
+        b_g = tl.load(p_gradient + start + offsets, mask=mask, other=0.0).to(tl.float32) * gradient_scale
+        b_w = _float((b_high.to(tl.int32) << 16) + b_low.to(tl.int32))
+        if EIGHT_BITS:
+            groups = start // 256 + tl.arange(0, ROWS)
+            group_mask = groups * 256 < n
+            b_codes = tl.load(p_m + start + offsets, mask=mask, other=0).to(tl.int32)
+            b_exponents = tl.load(p_m_exponents + groups, mask=group_mask, other=0)
+            b_m = _decoded(b_codes & 0x7F, b_exponents, 3, LOWEST)
+            b_m = tl.where(b_codes >= 128, -b_m, b_m)
+            b_codes = tl.load(p_v + start + offsets, mask=mask, other=0).to(tl.int32)
+            b_exponents = tl.load(p_v_exponents + groups, mask=group_mask, other=0)
+            b_v = _decoded(b_codes, b_exponents, 4, LOWEST)
+            b_v = b_v * b_v
+        else:
+            b_m = tl.load(p_m + start + offsets, mask=mask, other=0.0).to(tl.float32)
+            b_v = tl.load(p_v + start + offsets, mask=mask, other=0.0).to(tl.float32)
+
+        b_w = b_w - lr * weight_decay * b_w
+        b_m = b_m + one_minus_beta1 * (b_g - b_m)
+        b_v = beta2 * b_v + one_minus_beta2 * b_g * b_g
+        b_root = tl.sqrt_rn(b_v)
+        b_update = tl.div_rn(b_m, tl.div_rn(b_root, c2) + eps)
+        if EIGHT_BITS:
+            bound = c2 * largest_ratio
+            b_update = tl.where(b_update > bound, bound, tl.where(b_update < -bound, -bound, b_update))
+        b_w = b_w - tl.div_rn(lr, c1) * b_update
+
+        bits = b_w.to(tl.int32, bitcast=True)
+        bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
+        high = (bits + 0x8000) >> 16
+        tl.store(p_high + start + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
+        tl.store(p_low + start + offsets, (bits - (high << 16)).to(tl.int16), mask=mask)
+        if EIGHT_BITS:
+            b_codes, b_exponents = _encoded(tl.abs(b_m), b_random & 0xFFFF, 3, LOWEST)
+            b_codes = b_codes | tl.where(b_m < 0, 128, 0)
+            tl.store(p_m + start + offsets, b_codes.to(tl.uint8), mask=mask)
+            tl.store(p_m_exponents + groups, b_exponents.to(tl.uint8), mask=group_mask)
+            b_codes, b_exponents = _encoded(b_root, (b_random >> 16) & 0xFFFF, 4, LOWEST)
+            # Never 0 for what is more: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
+            b_codes = tl.where((b_codes == 0) & (b_root > 0), 1, b_codes)
+            tl.store(p_v + start + offsets, b_codes.to(tl.uint8), mask=mask)
+            tl.store(p_v_exponents + groups, b_exponents.to(tl.uint8), mask=group_mask)
+        elif p_m.dtype.element_ty == tl.float32:
+            tl.store(p_m + start + offsets, b_m, mask=mask)
+            tl.store(p_v + start + offsets, b_v, mask=mask)
+        else:
+            tl.store(p_m + start + offsets, _round_to_bf16(b_m, b_random & 0xFFFF), mask=mask)
+            tl.store(p_v + start + offsets, _round_to_bf16(b_v, (b_random >> 16) & 0xFFFF), mask=mask)
+
+
+@triton.jit(do_not_specialize=["first_key", "second_key"])
+def add_rounded_kernel(p_total, p_x, n, first_key, second_key, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    mask = start + offsets < n
+    b_random = _random_bits(start, offsets, first_key, second_key)
+    b_sum = tl.load(p_total + start + offsets, mask=mask, other=0.0).to(tl.float32)
+    b_sum += tl.load(p_x + start + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(p_total + start + offsets, _round_to_bf16(b_sum, b_random & 0xFFFF), mask=mask)
+
+
+# --------------------------------------------------------------------------------------------------- public functions
+
+
+def adamw_(
+    high: Tensor, low: Tensor, gradient: Tensor, moments: dict[str, Tensor], scalars: Tensor,
+    *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int,
+) -> None:  # fmt: skip
+    """One step of ``torch.optim.AdamW`` for one tensor whose fp32 weights are ``join(high, low)``, in place.
+
+    high bf16, low int16, gradient bf16 or fp32, all contiguous and of one shape; moments as ``new_moments`` makes them.
+    scalars: fp32 [5] on their device, so that nothing is read back and nothing waits: lr, 1 - beta1^t,
+    sqrt(1 - beta2^t), what the gradient is multiplied by (the clip), and found_inf: unless that is 0 nothing is
+    changed at all. Arithmetic is fp32; with fp32 moments a step is that of AdamW(fused=True) but for the last bits.
+    Moments in bf16 and 8bit are rounded stochastically; seed (any integer) and an element's index decide how, and equal
+    inputs give equal bits. Use another seed for every tensor and step. Bytes a weight with a bf16 gradient: 26 fp32, 18 bf16,
+    14 + 4/256 8bit. No autograd: it neither records nor notices the change.
+
+    Raises TypeError for other dtypes or an unfit moments, ValueError for shapes, strides, devices or numbers that do not fit.
+    """
+    _check(high, low, gradient, moments, scalars, beta1, beta2, eps, weight_decay, seed)
+    if high.numel() == 0:
+        return
+    settings = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, seed=seed)
+    if not runs_kernel(high):
+        return adamw_reference_(high, low, gradient, moments, scalars, **settings)
+    m, v = moments["exp_avg"], moments["exp_avg_sq"]
+    launch(
+        adamw_kernel, (cdiv(high.numel(), BLOCK),),
+        high, low, gradient, m, v, moments.get("exp_avg_exponents", m), moments.get("exp_avg_sq_exponents", v), scalars,
+        high.numel(), *keys_of(seed),
+        1 - beta1, beta2, 1 - beta2, eps, weight_decay, largest_ratio(beta1, beta2),
+        EIGHT_BITS=m.dtype == torch.uint8, LOWEST=LOWEST_EXPONENT, BLOCK=BLOCK, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def add_rounded_(total: Tensor, x: Tensor, *, seed: int) -> None:
+    """``total += x`` in fp32, rounded stochastically to total's bf16: sums lose nothing on average, however small x.
+
+    For gradients over micro batches: total bf16, x bf16 or fp32, contiguous and of one shape. seed as for ``adamw_``.
+    6 bytes an element with a bf16 x. Raises TypeError for other dtypes, ValueError for shapes, strides or devices that do not fit.
+    """
+    _check_tensor("total", total, (torch.bfloat16,))
+    _check_tensor("x", x, (torch.bfloat16, torch.float32), total.shape)
+    check_same_device(total=total, x=x)
+    _check_seed(seed)
+    if total.numel() == 0:
+        return
+    if not runs_kernel(total):
+        return add_rounded_reference_(total, x, seed=seed)
+    grid = (cdiv(total.numel(), BLOCK),)
+    launch(add_rounded_kernel, grid, total, x, total.numel(), *keys_of(seed), BLOCK=BLOCK, num_warps=NUM_WARPS)
+
+
+def _check_halves(high: Tensor, low: Tensor) -> None:
+    for name, x, dtype in (("high", high, torch.bfloat16), ("low", low, torch.int16)):
+        if not isinstance(x, Tensor) or x.dtype != dtype:
+            raise TypeError(f"{name} must be a tensor of {dtype}, got {getattr(x, 'dtype', type(x).__name__)}")
+    if high.shape != low.shape:
+        raise ValueError(f"low must have high's shape {tuple(high.shape)}, got {tuple(low.shape)}")
+    check_same_device(high=high, low=low)
+
+
+def _check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], shape: torch.Size | None = None) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in dtypes:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a tensor of {' or '.join(str(d) for d in dtypes)}, got {got}")
+    if shape is not None and x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+
+
+def _check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
+
+
+def _check(high, low, gradient, moments, scalars, beta1, beta2, eps, weight_decay, seed) -> None:
+    _check_tensor("high", high, (torch.bfloat16,))
+    _check_tensor("low", low, (torch.int16,), high.shape)
+    _check_tensor("gradient", gradient, (torch.bfloat16, torch.float32), high.shape)
+    _check_tensor("scalars", scalars, (torch.float32,), torch.Size([5]))
+    if not isinstance(moments, dict) or not {"exp_avg", "exp_avg_sq"} <= moments.keys():
+        raise TypeError("moments must be a dict with exp_avg and exp_avg_sq, as new_moments makes it")
+    dtype = moments["exp_avg"].dtype
+    for name in ("exp_avg", "exp_avg_sq"):
+        _check_tensor(f"moments[{name!r}]", moments[name], (torch.float32, torch.bfloat16, torch.uint8), high.shape)
+        if moments[name].dtype != dtype:
+            raise TypeError(f"moments must all have one dtype, got {dtype} and {moments[name].dtype}")
+    if dtype == torch.uint8:
+        for name in ("exp_avg_exponents", "exp_avg_sq_exponents"):
+            shape = torch.Size([cdiv(high.numel(), GROUP)])
+            _check_tensor(f"moments[{name!r}]", moments.get(name), (torch.uint8,), shape)
+    check_same_device(high=high, low=low, gradient=gradient, scalars=scalars, **moments)
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name} must be in [0, 1), got {beta!r}")
+    for name, x in (("eps", eps), ("weight_decay", weight_decay)):
+        if not x >= 0:
+            raise ValueError(f"{name} must be at least 0, got {x!r}")
+    _check_seed(seed)
