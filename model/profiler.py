@@ -198,13 +198,12 @@ def floors(
                         gradients have a floor too: bf16 out of the buffer of a gather, and into fp32 to be reduced
     optimizer_bytes     that clipping and update move in all
     exposed_s           communication that no computation can hide
-    Other is residual additions. Idle and what is not named can be nothing.
+    Idle and what has no name can be nothing.
     """
     config, tokens, n_layers = work.config, work.accumulation * work.tokens, work.config.n_layers
     matmul_flops = 6 * roofline.matmul_parameters(config) * tokens
     attention_flops = work.accumulation * roofline.attention_flops(config, [work.seq_len] * work.micro_batch)
     rows = sum(roofline.memory_bound_bytes(config, 2, work.lean)) * n_layers * tokens
-    residual = 2 * 6 * config.dim * n_layers * tokens  # x + mlp(x) and its gradient: three passes each, two bytes
     copied = 0
     if sharding is not None:
         again = 4 if sharding.gathered_again != 1 else 0
@@ -214,10 +213,10 @@ def floors(
     seconds = {
         "matmul": matmul_flops / speeds.matmul,
         "attention": attention_flops / speeds.attention,
-        "norm, RoPE, SwiGLU": (rows - residual) / speeds.memory,
+        "norm, RoPE, SwiGLU": rows / speeds.memory,
         "loss": loss / speeds.memory,
         "optimizer": optimizer_bytes / speeds.memory,
-        "other": residual / speeds.memory,
+        "other": 0.0,
         "copies": copied / speeds.memory,
         "communication": exposed_s,
         "idle": 0.0,
