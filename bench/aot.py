@@ -48,6 +48,8 @@ LIMITS: dict[str, tuple[int, int, int]] = {
     "rms_norm backward 4096 fp32": (80, 32, 1),
     "add_rms_norm backward 4096 bf16": (80, 8192, 1),
     "add_rms_norm backward 4096 fp32": (80, 32, 1),
+    "add_rms_norm backward and y 4096 bf16": (64, 16384, 1),  # 64 are the most for 2 programs of 16 warps an SM
+    "add_rms_norm backward and y 4096 fp32": (64, 64, 1),
     "rope forward 32/8x128 bf16": (56, 0, 0),
     "rope forward 32/8x128 fp32": (56, 0, 0),
     "rope forward, positions 32/8x128 bf16": (56, 0, 1),  # loads the position

@@ -41,6 +41,7 @@ from halny.kernels.dispatch import (
     check_same_device,
     is_reference_only,
     register_operator,
+    stands_for,
     upcast,
 )
 
@@ -225,12 +226,14 @@ flash4_forward = register_operator(
     "flash4_forward(Tensor q, Tensor k, Tensor v, Tensor? cu_seqlens, int max_seqlen, int? window) -> (Tensor, Tensor)",
     _flash4_forward,
     _flash4_forward_fake,
+    launches=False,
 )
 flash4_backward = register_operator(
     "flash4_backward(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? cu_seqlens, "
     "int max_seqlen, int? window, bool deterministic) -> (Tensor, Tensor, Tensor)",
     _flash4_backward,
     _flash4_backward_fake,
+    launches=False,
 )
 
 
@@ -514,8 +517,12 @@ def plan_attention(
     if is_reference_only() or B == 0 or T == 0:
         backend = "reference"
     else:
-        capability = _capability(device) if device.type == "cuda" else None
-        described = window is not None, cu_seqlens is not None, T == 1, deterministic
+        gpu, installed = stands_for(device), None
+        if gpu is not None:
+            capability, installed = gpu.capability, gpu.packages
+        elif device.type == "cuda":
+            capability = _capability(device)
+        described = window is not None, cu_seqlens is not None, T == 1, deterministic, installed
         backend = _choose(backend, capability, dtype, head_dim, *described)
     block_mask = None
     if backend in ("flex", "flex_flash"):

@@ -5,6 +5,7 @@ tensors on CUDA                         the Triton kernel
 tensors on the CPU                      the reference, plain PyTorch
 tensors on the CPU, TRITON_INTERPRET=1  the Triton kernel, in Triton's interpreter (for its numerics)
 inside ``reference_only()``             the reference, everywhere: is a kernel to blame?
+tensors on meta, inside ``stand_in``    the Triton kernel's path, each launch written down and none made
 ======================================  ===========================================================
 
 An operation's public function checks its arguments, asks ``runs_kernel``, and calls one or the other. Kernels start
@@ -31,9 +32,42 @@ _reference_only = False
 _checks_cuda_values = False
 
 
+class StandIn(NamedTuple):
+    """The GPU that meta tensors stand for inside ``stand_in``: all that decides which kernels run, and their grids."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    packages: tuple[str, ...]  # those of attention.PACKAGES that it has
+    record: Callable[[str, tuple, dict], None]  # called in place of a launch: kernel's name, arguments, constants
+
+
+_stand_in: StandIn | None = None
+
+
+@contextmanager
+def stand_in(gpu: StandIn):
+    """Let meta tensors go the way of that GPU's tensors, up to the launches: for bench/account.py, which counts."""
+    global _stand_in
+    before, _stand_in = _stand_in, gpu
+    try:
+        yield
+    finally:
+        _stand_in = before
+
+
+def stands_for(device: torch.device) -> StandIn | None:
+    """The GPU that tensors on this device stand for, if they do."""
+    return _stand_in if device.type == "meta" else None
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether x is on a CUDA device, or stands for a tensor that is."""
+    return x.is_cuda or (_stand_in is not None and x.is_meta)
+
+
 def runs_kernel(x: Tensor) -> bool:
     """Whether an operation on ``x`` runs its Triton kernel (True) or its reference (False)."""
-    return not _reference_only and (x.is_cuda or (INTERPRETED and x.device.type == "cpu"))
+    return not _reference_only and (on_gpu(x) or (INTERPRETED and x.device.type == "cpu"))
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
@@ -46,7 +80,9 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
         named = named.fn
     launches[named.__name__] += 1
     device = args[0].device
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
+    if gpu := stands_for(device):
+        gpu.record(named.__name__, args, constants)
+    elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constants)
     else:
@@ -54,21 +90,31 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
 
 
 _library = torch.library.Library("halny", "FRAGMENT")
+implementations: dict[Callable, Callable] = {}  # of the operators below that launch kernels of ours
 
 
-def register_operator(schema: str, implementation, fake):
+def register_operator(schema: str, implementation, fake, launches: bool = True):
     """Register ``torch.ops.halny.NAME`` and return it, for schema "NAME(Tensor x, ...) -> Tensor".
 
     A registered operator is what selective checkpointing can save, torch.compile keeps whole and profilers name.
     implementation launches the kernels; fake makes outputs of the right shape, dtype and strides without data.
+    launches: whether the kernels are ours, started by ``launch``; if not, a ``stand_in`` has the fake run.
     Autograd stays outside, in an autograd.Function that calls operators in both directions (the cheapest on the host).
     """
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, implementation, "CUDA")
     _library.impl(name, implementation, "CPU")  # for the interpreter
-    torch.library.register_fake(f"halny::{name}", fake, lib=_library)
-    return getattr(torch.ops.halny, name).default
+
+    def without_data(*args):
+        real = launches and _stand_in is not None and not any(isinstance(x, FakeTensor) for x in args)
+        return (implementation if real else fake)(*args)
+
+    torch.library.register_fake(f"halny::{name}", without_data, lib=_library)
+    operator = getattr(torch.ops.halny, name).default
+    if launches:
+        implementations[operator] = implementation
+    return operator
 
 
 def is_reference_only() -> bool:
@@ -173,6 +219,8 @@ def tile(table: TileTable, n_columns: int, generation: int) -> dict[str, int]:
 
 def generation_of(x: Tensor) -> int:
     """The GPU generation of x's device, 0 on the CPU."""
+    if gpu := stands_for(x.device):
+        return gpu.capability[0]
     return _generation(x.device) if x.is_cuda else 0
 
 
@@ -181,10 +229,16 @@ def _generation(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """SMs of a GPU; in the interpreter 1, so that a persistent grid there is a few programs that loop."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    if gpu := stands_for(device):
+        return gpu.multiprocessors
+    return _multiprocessors(device) if device.type == "cuda" else 1
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 class AotCase(NamedTuple):

@@ -5,14 +5,14 @@
     swiglu_linear(gate_up)      = linear(swiglu(gate_up))
 
 A linear layer keeps its input for its weight's gradient, and a norm or SwiGLU keeps its own input: the same information
-twice. Remaking the output of these row operations costs 2MNb bytes for a norm (x and rstd in, y out) and MNb for SwiGLU
-(its backward has everything in registers and writes h as well), and no matrix product. At Mistral-7B's sizes in bf16
-this is 94 kB a token a layer instead of 139 kB (roofline.saved_activations), for 61 kB more moved: 14 ns at an H200's
-copy bandwidth, of the 3.4 us that a token takes a layer at 9,200 tokens/s.
+twice. Remaking the output of these row operations costs MNb bytes, since their backward has everything in registers
+and writes it as well, and no matrix product. At Mistral-7B's sizes in bf16 this is 94 kB a token a layer instead of
+139 kB (roofline.saved_activations), for 45 kB more moved: 10 ns at an H200's copy bandwidth, of the 3.4 us that a token
+takes a layer at 9,200 tokens/s.
 
 Chosen over selective checkpointing of the operators, which would remake the same tensors: that needs a policy far from
-the place it is about, runs every operation through a dispatch mode, and cannot let SwiGLU's backward write h on the
-way. An autograd.Function owns both halves of each pair instead, and one reads here what is kept.
+the place it is about, runs every operation through a dispatch mode, and cannot let a backward kernel write what it
+remakes on the way. An autograd.Function owns both halves of each pair instead, and one reads here what is kept.
 
 A weight arrives as the plain tensor that FSDP2 has gathered: saved as itself, it is freed after the forward and
 gathered again before the backward, as it is for torch.nn.functional.linear.
@@ -86,13 +86,15 @@ class NormLinear(torch.autograd.Function):
         needs_x, needs_residual, needs_norm_weight, needs_weight, _ = ctx.needs_input_grad
         if d_out is None:  # only s was used
             return ds if needs_x else None, ds if needs_residual else None, None, None, None
-        dx = d_norm_weight = d_weight = None
-        if needs_weight:
-            d_weight = _weight_gradient(d_out, rms_norm_remake(s, norm_weight, rstd), weight)
-        needs_dx = needs_x or needs_residual
+        needs_dx, dx, d_norm_weight = needs_x or needs_residual, None, None
         if needs_dx or needs_norm_weight:
             dy = _input_gradient(d_out, weight)
-            dx, d_norm_weight = rms_norm_backward(dy, ds, s, norm_weight, rstd, needs_dx, needs_norm_weight)
+            dx, d_norm_weight, y = rms_norm_backward(
+                dy, ds, s, norm_weight, rstd, needs_dx, needs_norm_weight, needs_weight
+            )
+        elif needs_weight:
+            y = rms_norm_remake(s, norm_weight, rstd)
+        d_weight = _weight_gradient(d_out, y, weight) if needs_weight else None
         return (
             dx if needs_x else None,
             dx if needs_residual else None,

@@ -29,7 +29,7 @@ from halny.kernels.cross_entropy import (
     reduce_rows,
     scaled_gradient,
 )
-from halny.kernels.dispatch import check_floating, check_same_device, register_operator, runs_kernel
+from halny.kernels.dispatch import check_floating, check_same_device, on_gpu, register_operator, runs_kernel
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -105,7 +105,7 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """total += a @ b, or = if first, accumulated in total's dtype: the inputs', or fp32 for narrower inputs."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
-    elif not a.is_cuda:  # only CUDA has products of narrow inputs with a wide output
+    elif not on_gpu(a):  # only CUDA has products of narrow inputs with a wide output
         torch.addmm(total, a.float(), b.float(), beta=0 if first else 1, out=total)
     elif first:
         torch.mm(a, b, out_dtype=torch.float32, out=total)
@@ -144,7 +144,8 @@ def _rows(
     n_rows, vocab_size = hidden.shape[0], weight.shape[0]
     size, columns = chunk_rows(n_rows, vocab_size, weight.element_size()), padded_vocabulary(vocab_size)
     buffer = hidden.new_empty(min(size, n_rows), columns)
-    with _FullPrecisionReductions(), torch.autocast(hidden.device.type, enabled=False):
+    device = "cuda" if on_gpu(hidden) else hidden.device.type
+    with _FullPrecisionReductions(), torch.autocast(device, enabled=False):
         for start in range(0, n_rows, size):
             part = slice(start, start + size)
             rows = hidden[part]

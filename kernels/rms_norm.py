@@ -83,6 +83,14 @@ BACKWARD_TILES: TileTable = {
         (MAX_COLUMNS, {"ROWS": 1, "num_warps": 32, "PROGRAMS": 1}),
     ]
 }
+# With y: at 4096 columns 8 warps would need 103 registers (sm_90), 16 need the 64 of which an SM has two programs'.
+BACKWARD_AND_Y_TILES: TileTable = {
+    0: [row for row in BACKWARD_TILES[0] if row[0] <= 1024]
+    + [
+        (4096, {"ROWS": 1, "num_warps": 16, "PROGRAMS": 2}),
+        (MAX_COLUMNS, {"ROWS": 1, "num_warps": 32, "PROGRAMS": 1}),
+    ]
+}
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -117,11 +125,12 @@ def rms_norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["n_rows"])
 def rms_norm_backward_kernel(
-    dy_ptr, ds_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr,
+    dy_ptr, ds_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr, y_ptr,
     n_rows, dy_stride, ds_stride, x_stride,
-    N: tl.constexpr, HAS_DS: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr,
+    N: tl.constexpr, HAS_DS: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr, REMAKE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """REMAKE: the forward's y once more, to the bit, since x is here."""
     i_program = tl.program_id(0)
     i_column = tl.arange(0, BLOCK_N)
     m_column = i_column < N
@@ -136,6 +145,10 @@ def rms_norm_backward_kernel(
         b_x = tl.load(x_ptr + i_row[:, None] * x_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
         b_dy = tl.load(dy_ptr + i_row[:, None] * dy_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
         b_rstd = tl.load(rstd_ptr + i_row, mask=m_row, other=0.0)[:, None]
+        if REMAKE:  # here and not further down, where it costs 20 registers more
+            b_x_hat = (b_x * b_rstd).to(y_ptr.dtype.element_ty).to(tl.float32)
+            p_y = y_ptr + i_row[:, None] * N + i_column[None, :]
+            tl.store(p_y, (b_x_hat * b_weight).to(y_ptr.dtype.element_ty), mask=m)
         if NEEDS_DW:
             b_dw += b_dy * (b_x * b_rstd)
         if NEEDS_DX:
@@ -197,31 +210,38 @@ def _remake(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
 
 
 def _backward(
-    dy: Tensor, ds: Tensor | None, x: Tensor, weight: Tensor, rstd: Tensor, needs_dx: bool, needs_dw: bool
-) -> tuple[Tensor, Tensor]:
-    dx = torch.empty(x.shape if needs_dx else (0,), dtype=x.dtype, device=x.device)
+    dy: Tensor,
+    ds: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    needs_dx: bool,
+    needs_dw: bool,
+    remake: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, y = (torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device) for wanted in (needs_dx, remake))
     if not x.numel():
-        return dx, torch.zeros(weight.shape if needs_dw else (0,), dtype=weight.dtype, device=x.device)
+        return dx, torch.zeros(weight.shape if needs_dw else (0,), dtype=weight.dtype, device=x.device), y
     rows, N = as_rows(x), x.shape[-1]
     dy_rows = as_rows(dy)
     ds_rows = dy_rows if ds is None else as_rows(ds)
-    constants = dict(tile(BACKWARD_TILES, N, generation_of(x)))
+    constants = dict(tile(BACKWARD_AND_Y_TILES if remake else BACKWARD_TILES, N, generation_of(x)))
     n_programs = min(constants.pop("PROGRAMS") * multiprocessors(x.device), cdiv(rows.shape[0], constants["ROWS"]))
     partials = torch.empty((n_programs if needs_dw else 0, N), dtype=torch.float32, device=x.device)
     launch(
         rms_norm_backward_kernel, (n_programs,),
-        dy_rows, ds_rows, rows, weight.contiguous(), rstd, dx, partials,
+        dy_rows, ds_rows, rows, weight.contiguous(), rstd, dx, partials, y,
         rows.shape[0], dy_rows.stride(0), ds_rows.stride(0), rows.stride(0),
-        N=N, HAS_DS=ds is not None, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw,
+        N=N, HAS_DS=ds is not None, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw, REMAKE=remake,
         BLOCK_N=next_power_of_2(N), **constants,
     )  # fmt: skip
     dw = partials.sum(0) if needs_dw else partials.flatten()
-    return dx, dw.to(weight.dtype)
+    return dx, dw.to(weight.dtype), y
 
 
-def _backward_fake(dy, ds, x, weight, rstd, needs_dx, needs_dw):
-    dx = torch.empty(x.shape if needs_dx else (0,), dtype=x.dtype, device=x.device)
-    return dx, torch.empty(weight.shape if needs_dw else (0,), dtype=weight.dtype, device=x.device)
+def _backward_fake(dy, ds, x, weight, rstd, needs_dx, needs_dw, remake=False):
+    dx, y = (torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device) for wanted in (needs_dx, remake))
+    return dx, torch.empty(weight.shape if needs_dw else (0,), dtype=weight.dtype, device=x.device), y
 
 
 rms_norm_forward = register_operator(
@@ -239,9 +259,9 @@ rms_norm_remake = register_operator(
     _remake,
     lambda x, weight, rstd: _contiguous_like(x),
 )
-rms_norm_backward = register_operator(  # a gradient that is not needed comes back empty
-    "rms_norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor rstd, bool needs_dx, bool needs_dw)"
-    " -> (Tensor, Tensor)",
+rms_norm_backward = register_operator(  # (dx, dweight, y): what is not asked for comes back empty
+    "rms_norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor rstd, bool needs_dx, bool needs_dw,"
+    " bool remake=False) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )
@@ -258,7 +278,7 @@ class RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy):
         needs_dx, needs_dw, _ = ctx.needs_input_grad
-        dx, dw = rms_norm_backward(dy, None, *ctx.saved_tensors, needs_dx, needs_dw)
+        dx, dw, _ = rms_norm_backward(dy, None, *ctx.saved_tensors, needs_dx, needs_dw)
         return dx if needs_dx else None, dw if needs_dw else None, None
 
 
@@ -276,7 +296,7 @@ class AddRMSNorm(torch.autograd.Function):
         needs_dx, needs_dresidual, needs_dw, _ = ctx.needs_input_grad
         if dy is None:  # only s was used
             return ds if needs_dx else None, ds if needs_dresidual else None, None, None
-        dx, dw = rms_norm_backward(dy, ds, *ctx.saved_tensors, needs_dx or needs_dresidual, needs_dw)
+        dx, dw, _ = rms_norm_backward(dy, ds, *ctx.saved_tensors, needs_dx or needs_dresidual, needs_dw)
         return dx if needs_dx else None, dx if needs_dresidual else None, dw if needs_dw else None, None
 
 
@@ -292,10 +312,11 @@ def aot_cases(N: int = 4096) -> list[AotCase]:
     pointers = ("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "s_ptr")
     others = {"x_stride": "i32:16", "residual_stride": "i32:16", "eps": "fp32"}
     forward = (rms_norm_forward_kernel, pointers, others, FORWARD_TILES)
-    pointers = ("dy_ptr", "ds_ptr", "x_ptr", "weight_ptr", "dx_ptr")
+    pointers = ("dy_ptr", "ds_ptr", "x_ptr", "weight_ptr", "dx_ptr", "y_ptr")
     others = {"dw_ptr": "*fp32:16", "dy_stride": "i32:16", "ds_stride": "i32:16", "x_stride": "i32:16"}
     backward = (rms_norm_backward_kernel, pointers, others, BACKWARD_TILES)
-    both = {"NEEDS_DX": True, "NEEDS_DW": True}
+    backward_and_y = (rms_norm_backward_kernel, pointers, others, BACKWARD_AND_Y_TILES)
+    both = {"NEEDS_DX": True, "NEEDS_DW": True, "REMAKE": False}
     return [
         case(name, dtype, *launched, flags)
         for dtype in ("bf16", "fp32")
@@ -305,6 +326,7 @@ def aot_cases(N: int = 4096) -> list[AotCase]:
             ("rms_norm remake", forward, {"ADD": False, "REMAKE": True}),
             ("rms_norm backward", backward, {"HAS_DS": False} | both),
             ("add_rms_norm backward", backward, {"HAS_DS": True} | both),
+            ("add_rms_norm backward and y", backward_and_y, {"HAS_DS": True} | both | {"REMAKE": True}),
         )
     ]
 

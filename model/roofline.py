@@ -17,6 +17,9 @@ if TYPE_CHECKING:  # mistral.py imports torch; the trainer's --help does not wan
 
 FP32_BYTES = 4
 
+# Of a GPU's memory, for what no estimate here counts: CUDA's context, NCCL's and cuBLAS's buffers, fragments. Assumed.
+RESERVED = 0.08
+
 # ------------------------------------------------------------------------------------------------ parameters and FLOPs
 
 
@@ -112,6 +115,112 @@ def palm_flops_per_token(config: MistralConfig, seq_len: int) -> float:
     and here the embedding counted as if it were multiplied, as most frameworks do.
     """
     return 6 * parameters(config) + 12 * config.n_layers * config.n_heads * config.head_dim * seq_len
+
+
+# --------------------------------------------------------------------------------- bytes of a step, by kind of kernel
+
+# What each kind must move if it reads every operand and writes every result once; what bench/account.py counts is held
+# against these. n_tokens: of a micro batch. b stands for compute_bytes.
+
+
+def matmul_bytes(config: MistralConfig, n_tokens: int, chunk_rows: int, compute_bytes: int = 2) -> int:
+    """Operands and results of a micro batch's matrix products, forward and backward, the head's in chunks of rows.
+
+    A weight of [n, k] on T tokens has three products on the same three matrices, [T, k], [n, k] and [T, n], so moves
+    3 b (T k + n k + T n). In c chunks the head's weight is read c times in two of them; its gradient is summed in fp32,
+    written c times and read c - 1 times, or for c = 1 written once in the compute dtype.
+    """
+    b, d, V, T = compute_bytes, config.dim, config.vocab_size, n_tokens
+    weights = [shape for shape in layer_shapes(config) if shape[1] > 1]
+    layer = sum(3 * b * (T * k + n * k + T * n) for n, k in weights)
+    c = -(-T // chunk_rows)
+    summed = FP32_BYTES * V * d * (2 * c - 1) if c > 1 else b * V * d
+    return config.n_layers * layer + 3 * b * T * (d + V) + 2 * c * b * V * d + summed
+
+
+def attention_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
+    """What fused attention takes and gives, q and kv elements a token: L T (6 b (q + kv) + 8 H).
+
+    Forward q, k, v in, out and an fp32 log-sum-exp a head out: 2q + 2kv. Backward those five and d_out in, three
+    gradients out: 4q + 4kv. What a kernel keeps for itself (FlashAttention's fp32 sum for dq) is not counted.
+    """
+    q, kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
+    return config.n_layers * n_tokens * (6 * compute_bytes * (q + kv) + 2 * FP32_BYTES * config.n_heads)
+
+
+def row_kernel_bytes(config: MistralConfig, n_tokens: int, lean: bool, programs: int, compute_bytes: int = 2) -> int:
+    """Norms, RoPE and SwiGLU of a micro batch, forward and backward; q, kv and f elements a token.
+
+    A layer's attention norm 2d and 3d, its MLP's norm with the addition before it 4d and 4d, RoPE q, k and the v that
+    it copies along, 2 (q + 2kv) each way, SwiGLU 3f and 5f. Lean, norms are made again (2d each) and SwiGLU's backward
+    writes its output (f). Then the last norm, 5d; each norm's fp32 rstd, written and read; its weight; and its weight's
+    gradient, of which each of ``programs`` writes an fp32 row, all of which are read and summed.
+    """
+    b, d, T = compute_bytes, config.dim, n_tokens
+    q, kv, f = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.hidden_dim
+    remade = 4 * d + f if lean else 0
+    layer = b * (13 * d + 4 * (q + 2 * kv) + 8 * f + remade) + FP32_BYTES * (4 + (2 if lean else 0))
+    norms, reads = 2 * config.n_layers + 1, 2 * (2 * config.n_layers + 1) + (2 * config.n_layers if lean else 0)
+    gradients = norms * d * (2 * FP32_BYTES * programs + 2 * FP32_BYTES + b)
+    return T * (config.n_layers * layer + 5 * d * b + 2 * FP32_BYTES) + reads * d * b + gradients
+
+
+def residual_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
+    """6 b L T d: the addition after each MLP, and autograd's of the two gradients that meet where a layer begins.
+
+    The other addition of a layer is part of its norm.
+    """
+    return 6 * compute_bytes * config.n_layers * n_tokens * config.dim
+
+
+def loss_bytes(config: MistralConfig, n_tokens: int, chunk_rows: int, compute_bytes: int = 2) -> int:
+    """The loss beside its products: logits read and overwritten by their gradient, 2 b T V; gradients scaled.
+
+    The scaling reads and writes d_hidden, 2 b T d, and the head's gradient, which it rounds from the chunks' fp32 sum.
+    A row's label (int64), loss (fp32) and whether it is right (int32) are 16 bytes.
+    """
+    b, d, V, T = compute_bytes, config.dim, config.vocab_size, n_tokens
+    head = (FP32_BYTES if T > chunk_rows else b) + b
+    return 2 * b * T * V + 16 * T + 2 * b * T * d + head * V * d
+
+
+def embedding_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
+    """Rows looked up by int64 ids, 2 b T d + 8 T; the gradient: b T d + 8 T in, b V d of zeros and the rows it has.
+
+    Those rows are at most as many as tokens or as the vocabulary has, and are counted so.
+    """
+    b, d, V, T = compute_bytes, config.dim, config.vocab_size, n_tokens
+    return T * (3 * b * d + 16) + b * d * (V + min(T, V))
+
+
+def metrics_bytes(n_tokens: int) -> int:
+    """28 T: labels compared with the ignored one and 1-byte results summed, by trainer and loss; loss, hits summed."""
+    return n_tokens * (2 * (8 + 1 + 1) + 2 * FP32_BYTES)
+
+
+ADAMW_BYTES = 28  # a weight: fp32 weight, gradient and two moments read, all but the gradient written
+
+
+def sharded_update_bytes(n_weights: int) -> int:
+    """AdamW on fp32 shards, 28 B a weight, the norm of their gradients, 4, and clipping, which rewrites them, 8."""
+    return (ADAMW_BYTES + 3 * FP32_BYTES) * n_weights
+
+
+def fsdp_copy_bytes(config: MistralConfig, shards: int, gathers: int, compute_bytes: int = 2) -> int:
+    """FSDP2's copies beside its collectives; ``gathers`` of the layers a step: 2 if the backward gathers them again.
+
+    For each gather a rank's fp32 shard is cast and copied into place (4 + 3 b a weight of it); what arrives is copied
+    out into one tensor a weight, 2 b a weight, padding included; gradients of b bytes are copied into the fp32 input of
+    the reduce-scatter, padded (b + 4).
+    """
+    b, whole = compute_bytes, []
+    for shapes in (layer_shapes(config), root_shapes(config)):
+        shapes = list(shapes)
+        padded, own = padded_numel(shapes, shards), sum(n * k for n, k in shapes)
+        gather = padded * 2 * b + padded // shards * (FP32_BYTES + 3 * b)
+        whole.append((gather, own * b + padded * FP32_BYTES))
+    (layer, reduce), (root, reduce_root) = whole
+    return config.n_layers * (gathers * layer + reduce) + root + reduce_root
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -213,30 +322,42 @@ def activation_bytes_per_token(config: MistralConfig, compute_bytes: int = 2, le
     return config.n_layers * sum(n for name, n in saved.items() if not (lean and name.endswith("(remade)")))
 
 
+def loss_chunk_rows(config: MistralConfig, n_rows: int, compute_bytes: int = 2) -> int:
+    """Rows of logits that ``halny.kernels.linear_cross_entropy`` holds at once, by its own rule (its ``chunk_rows``).
+
+    128 MiB of them, at least 2,048 rows, in chunks of even size, a multiple of 16. 7B, 16,384 rows in bf16: 2,048.
+    """
+    most = 2**27 // (-(-config.vocab_size // 64) * 64 * compute_bytes)
+    most = max(2048, most // 16 * 16)
+    even = -(-n_rows // max(1, -(-n_rows // most)))
+    return min(most, max(1, -(-even // 16)) * 16)
+
+
 def logits_bytes(config: MistralConfig, n_rows: int, compute_bytes: int = 2, chunk_rows: int | None = None) -> int:
     """Peak bytes of the head's logits and of the loss made from n_rows of them.
 
     With chunk_rows = None what PyTorch's cross-entropy needs at its worst, in its backward: three fp32 [n_rows, V]
     (log-probabilities, their gradient, the logits' gradient). In chunks: one buffer in the compute dtype, overwritten
-    by its own gradient, and the fp32 sum of the head's weight gradient.
+    by its own gradient, and if there are several the fp32 sum of the head's weight gradient.
     """
     if chunk_rows is None:
         return 3 * FP32_BYTES * n_rows * config.vocab_size
     buffer = compute_bytes * min(chunk_rows, n_rows) * config.vocab_size
-    return buffer + FP32_BYTES * config.vocab_size * config.dim
+    summed = chunk_rows < n_rows and compute_bytes < FP32_BYTES
+    return buffer + (FP32_BYTES if summed else compute_bytes) * config.vocab_size * config.dim
 
 
 def memory_bound_bytes(config: MistralConfig, compute_bytes: int = 2, lean: bool = True) -> tuple[int, int]:
-    """Bytes a token that one layer's kernels without matrix products move: (forward, backward). 7B lean: 462,848 B.
+    """Bytes a token that one layer's kernels without matrix products move: (forward, backward). 7B lean: 446,464 B.
 
     What a fused kernel must read and write (b bytes an element; d, q and kv, f elements a token): residual add + RMSNorm
-    4d each way, twice; RoPE twice q and k each way; SwiGLU 3f and 5f. Lean, the backward also writes SwiGLU's output (f)
-    and remakes both norms' (read and write d each).
+    4d each way, twice; RoPE twice q and k each way; SwiGLU 3f and 5f. Lean, the backward also writes the outputs of both
+    norms and of SwiGLU (2d + f).
     """
     d, f = config.dim, config.hidden_dim
     rope = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
     forward = 8 * d + rope + 3 * f
-    backward = 8 * d + rope + 5 * f + (f + 4 * d if lean else 0)
+    backward = 8 * d + rope + 5 * f + (2 * d + f if lean else 0)
     return compute_bytes * forward, compute_bytes * backward
 
 
@@ -305,18 +426,29 @@ def collectives(
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A rank's memory at the peak of a step, in bytes."""
+    """A rank's memory at the peak of a step, in bytes, by part. ``total`` is less than their sum: see there."""
 
-    parameters: int  # fp32 master weights, sharded
-    gradients: int  # fp32, sharded
-    optimizer: int  # AdamW's two fp32 moments, sharded
-    gathered_parameters: int  # compute dtype, whole: root group and two layers
-    activations: int
-    logits: int
+    parameters: int  # master weights, sharded: 4 B a weight
+    gradients: int  # those that are there at the peak, sharded
+    optimizer: int  # AdamW's two moments, sharded
+    gathered_parameters: int  # compute dtype, whole: root group and two layers; 0 on one rank, which has no other
+    activations: int  # kept for the backward
+    logits: int  # and what the loss makes of them
+    working: int  # of a layer's backward: gradients of its activations, and what it makes again
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, field.name) for field in fields(self))
+        """The sum, of logits and working memory the larger only: the loss has left when the layers' backward begins."""
+        return sum(getattr(self, field.name) for field in fields(self)) - min(self.logits, self.working)
+
+
+def working_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
+    """Most of what a layer's backward holds beside the saved activations: b (d + 4f) a token. 7B in bf16: 122,880 B.
+
+    In SwiGLU's: the gradient of the layer's output (d), the gradient of SwiGLU's output (f), that of gate and up (2f),
+    and SwiGLU's output, made again for the weight's gradient (f).
+    """
+    return compute_bytes * n_tokens * (config.dim + 4 * config.hidden_dim)
 
 
 def memory_estimate(
@@ -330,11 +462,13 @@ def memory_estimate(
 ) -> MemoryEstimate:
     """The parts of a rank's memory for micro_batch sequences of seq_len, under FSDP2 with AdamW.
 
-    An estimate from below: the CUDA context, whole gradients on their way into a reduce-scatter, a layer's working
-    memory and the allocator's fragments (some 3 GB at 7B) come on top, and so does the [s, s] score matrix of the
-    reference attention.
+    logits_chunk_rows = None stands for what runs: lean, our kernels and their own chunks; otherwise PyTorch's
+    cross-entropy. Left out are the CUDA context, buffers of libraries and fragments (RESERVED), and the [s, s] score
+    matrix of the reference attention.
     """
     n_tokens = micro_batch * seq_len
+    if lean and logits_chunk_rows is None:
+        logits_chunk_rows = loss_chunk_rows(config, n_tokens, compute_bytes)
     return MemoryEstimate(
         parameters=parameter_bytes(config, world_size),
         gradients=gradient_bytes(config, world_size),
@@ -342,7 +476,80 @@ def memory_estimate(
         gathered_parameters=gathered_parameter_bytes(config, compute_bytes),
         activations=n_tokens * activation_bytes_per_token(config, compute_bytes, lean),
         logits=logits_bytes(config, n_tokens, compute_bytes, logits_chunk_rows),
+        working=working_bytes(config, n_tokens, compute_bytes),
     )
+
+
+MOMENT_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}  # a weight, both of them
+GROUP_OF_8BIT = 256  # weights that share an exponent of one byte in each moment (kernels/adamw.py)
+
+
+def moment_bytes(config: MistralConfig, moments: str) -> int:
+    """AdamW's two moments on one rank, as --moments has them: fp32, bf16 or 8bit. Raises ValueError for others."""
+    if moments not in MOMENT_BYTES:
+        raise ValueError(f"moments must be one of {', '.join(MOMENT_BYTES)}, got {moments!r}")
+    size = MOMENT_BYTES[moments] * parameters(config)
+    if moments == "8bit":
+        shapes = config.n_layers * layer_shapes(config) + root_shapes(config)
+        size += sum(2 * -(-rows * columns // GROUP_OF_8BIT) for rows, columns in shapes)
+    return size
+
+
+def one_rank_memory(
+    config: MistralConfig,
+    micro_batch: int,
+    seq_len: int,
+    moments: str,
+    accumulation: int = 1,
+    lean: bool = True,
+    compute_bytes: int = 2,
+) -> MemoryEstimate:
+    """The parts on one rank in bf16, without FSDP (model/optimizer.py): 6 B a weight, gradient included, and moments.
+
+    A master weight is the bf16 that the model computes with and 16 bits more. Gradients come in bf16; over several
+    micro batches they are summed in fp32, or with 8bit moments in bf16, and the largest is on its way beside its sum.
+    """
+    n_tokens, n = micro_batch * seq_len, parameters(config)
+    gradients = compute_bytes * n
+    if accumulation > 1:
+        shapes = layer_shapes(config) + root_shapes(config)
+        arriving = compute_bytes * max(rows * columns for rows, columns in shapes)
+        gradients = (compute_bytes if moments == "8bit" else FP32_BYTES) * n + arriving
+    chunk_rows = loss_chunk_rows(config, n_tokens, compute_bytes) if lean else None
+    return MemoryEstimate(
+        parameters=FP32_BYTES * n,
+        gradients=gradients,
+        optimizer=moment_bytes(config, moments),
+        gathered_parameters=0,
+        activations=n_tokens * activation_bytes_per_token(config, compute_bytes, lean),
+        logits=logits_bytes(config, n_tokens, compute_bytes, chunk_rows),
+        working=working_bytes(config, n_tokens, compute_bytes),
+    )
+
+
+def most_micro_batch(
+    config: MistralConfig,
+    memory_bytes: int,
+    seq_len: int,
+    moments: str,
+    divides: int,
+    at_most: int = 8,
+    lean: bool = True,
+    compute_bytes: int = 2,
+) -> int:
+    """The largest micro batch that divides a rank's share of ``divides`` sequences and fits, by ``one_rank_memory``.
+
+    memory_bytes is the whole of the GPU's, of which RESERVED is left alone. 0 if not even one sequence fits.
+    """
+    room = memory_bytes * (1 - RESERVED)
+    for micro_batch in range(min(at_most, divides), 0, -1):
+        if divides % micro_batch == 0:
+            estimate = one_rank_memory(
+                config, micro_batch, seq_len, moments, divides // micro_batch, lean, compute_bytes
+            )
+            if estimate.total <= room:
+                return micro_batch
+    return 0
 
 
 # ------------------------------------------------------------------------------------------------------------- machines

@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from halny.kernels.adamw import new_moments
 from halny.kernels.attention import attention_mask
+from halny.kernels.linear_cross_entropy import chunk_rows
 from halny.model import roofline
 from halny.model.mistral import PRESETS, Mistral, MistralConfig
 
@@ -107,13 +109,15 @@ def test_memory_of_mistral_7b():
     assert one.activations == pytest.approx(12.4e9, rel=5e-3)
     assert one.logits == 2048 * 32000 * 2 + 32000 * 4096 * 4  # a chunk and the fp32 weight gradient: under 0.7 GB
     assert one.gathered_parameters == 2 * (2 * 32000 * 4096 + 4096 + 2 * (218_103_808 + 2 * 4096))
-    parts = one.parameters, one.gradients, one.optimizer, one.gathered_parameters, one.activations, one.logits
-    assert one.total == sum(parts) < roofline.GPUS["NVIDIA H200"].memory_bytes
+    assert one.working == 4096 * 2 * (4096 + 4 * 14_336)
+    parts = one.parameters, one.gradients, one.optimizer, one.gathered_parameters, one.activations
+    assert one.total == sum(parts) + max(one.logits, one.working) < roofline.GPUS["NVIDIA H200"].memory_bytes
 
     many = roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096, lean=True, logits_chunk_rows=2048)
     assert many.parameters + many.gradients + many.optimizer == pytest.approx(0.4526e9, rel=1e-3)
     assert many.activations == pytest.approx(49.46e9, rel=1e-3)
     assert many.gathered_parameters == one.gathered_parameters
+    assert roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096, lean=True) == many  # the kernels' own chunks: 8 of 2,048
     whole = roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096)
     assert whole.logits == 3 * 4 * 16384 * 32000
     assert whole.activations == pytest.approx(73.1e9, rel=1e-3)
@@ -138,7 +142,7 @@ def test_memory_bound_bytes():
     assert forward == norms + rope + swiglu
     assert backward == norms + rope + 2 * 5 * 14_336
     lean = roofline.memory_bound_bytes(MISTRAL_7B)
-    assert lean == (forward, backward + 61_440)  # the 61 kB of kernels/lean_linear.py
+    assert lean == (forward, backward + 45_056)  # the 45 kB of kernels/lean_linear.py
     apart = 2 * 4096 * 3  # if the MLP's residual were not added by the norm after it: 3d and a norm of 2d, 3d back
     assert 32 * 16_384 * (forward + backward + apart) == pytest.approx(225e9, rel=0.02)
 
@@ -153,7 +157,49 @@ def test_memory_at_the_edges():
     assert roofline.optimizer_bytes(config, 1) == 8 * n
     one_layer = MistralConfig(n_layers=1)  # no second layer to gather
     assert roofline.gathered_parameter_bytes(one_layer, 4) == 4 * roofline.parameters(one_layer)
-    assert roofline.logits_bytes(config, 10, 2, chunk_rows=2048) == 2 * 10 * 256 + 4 * 256 * 48
+    assert roofline.logits_bytes(config, 10, 2, chunk_rows=2048) == 2 * 10 * 256 + 2 * 256 * 48  # one chunk: no sum
+    assert roofline.logits_bytes(config, 10, 2, chunk_rows=5) == 2 * 5 * 256 + 4 * 256 * 48
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("n_rows", [1, 100, 2048, 2049, 4096, 5000, 16_384, 100_001])
+@pytest.mark.parametrize("element_bytes", [2, 4])
+def test_loss_chunks_are_the_kernels(name, n_rows, element_bytes):
+    config = PRESETS[name]
+    rows = roofline.loss_chunk_rows(config, n_rows, element_bytes)
+    assert rows == chunk_rows(n_rows, config.vocab_size, element_bytes)
+
+
+def test_memory_of_one_rank():
+    """Bytes a weight: 4 and its gradient's 2, or 4 and the largest on its way when they are summed; and moments."""
+    n, largest = roofline.parameters(MISTRAL_7B), 2 * 32_000 * 4096
+    for moments, size, summed in (("fp32", 8, 4), ("bf16", 4, 4), ("8bit", 2 + 2 / 256, 2)):
+        one = roofline.one_rank_memory(MISTRAL_7B, 2, 4096, moments)
+        assert (one.parameters, one.gradients, one.gathered_parameters) == (4 * n, 2 * n, 0)
+        assert one.optimizer == pytest.approx(size * n, abs=500)  # norms' last groups of 256 are whole
+        sharded = roofline.memory_estimate(MISTRAL_7B, 256, 2, 4096, lean=True)
+        assert (one.activations, one.logits) == (sharded.activations, sharded.logits)
+        several = roofline.one_rank_memory(MISTRAL_7B, 2, 4096, moments, accumulation=3)
+        assert several.gradients == summed * n + largest
+    with pytest.raises(ValueError, match="moments must be one of fp32, bf16, 8bit, got 'fp8'"):
+        roofline.one_rank_memory(MISTRAL_7B, 2, 4096, "fp8")
+    config = PRESETS["test"]
+    held = sum(x.nbytes for m in Mistral(config).parameters() for x in new_moments(m, "8bit").values())
+    assert roofline.moment_bytes(config, "8bit") == held
+
+
+def test_most_micro_batch_is_the_largest_that_fits():
+    def needed(micro_batch: int, share: int) -> float:
+        estimate = roofline.one_rank_memory(MISTRAL_7B, micro_batch, 4096, "8bit", share // micro_batch)
+        return estimate.total / (1 - roofline.RESERVED)
+
+    def most(memory: float, divides: int, **limits) -> int:
+        return roofline.most_micro_batch(MISTRAL_7B, int(memory), 4096, "8bit", divides, **limits)
+
+    assert most(needed(1, 12) - 1e6, 12) == 0
+    assert most(needed(3, 12) + 1e6, 12) == 3
+    assert most(needed(4, 16) - 1e6, 16) == 2  # 3 would fit, and does not divide
+    assert most(1e15, 12) == 6 and most(1e15, 64) == 8 and most(1e15, 64, at_most=5) == 4 and most(1e15, 3) == 3
 
 
 def test_peaks_are_matched_by_exact_name_only():

@@ -1,0 +1,644 @@
+"""The trainer's step, counted without a GPU: its matrix products, its kernels, the bytes they move, and its host time.
+
+    python bench/account.py                 Mistral-7B, 4 x 4096 tokens, one rank
+    python bench/account.py --ranks 256     the same as one rank of 256, FSDP2's copies and collectives included
+    python bench/account.py --host          what Python and PyTorch's dispatcher take for a step, no kernel run
+
+The step is train.py's own: ``build_model``, ``build_optimizer``, ``train_step``. Its tensors are on the meta device,
+where a tensor has a shape and a dtype and nothing else: 7 billion weights take no memory, a product no time, and
+whatever would read a value raises. A dispatch mode sees each operator; operators of ours are opened, so that what
+counts is each launch of a kernel of ours (kernels/dispatch.py writes it down in place of starting it) and each product
+given to cuBLAS. So the list is of what a Hopper GPU would run, in that order.
+
+Then the list is held against the arithmetic that everything else here quotes, model/roofline.py: FLOPs and bytes of
+each kind of kernel, counted | roofline's | difference. More than 1% apart anywhere ends with exit code 1: either the
+step moves bytes that it need not, or roofline.py leaves some out. The last columns are the floor of each kind on a GPU,
+the longer of FLOPs and bytes at plan.py's ideal rates, and the step's. These are calculated, no measurement.
+
+What is counted, and what not:
+- An operand is read once and a result written once, as many bytes as it has elements. Caches can make it less (a
+  chunk's logits, read by the next kernel), a kernel's own scratch space makes it more.
+- Attention's FLOPs are those of the pairs that the mask admits. Two products forward and five backward are executed
+  (FlashAttention makes q k^T again), twelve fourteenths of which are what MFU counts.
+- One operator of PyTorch may be several kernels (a norm over a list of tensors), and is listed as one.
+- On 256 ranks the weights are gathered again for the backward pass; the process group is PyTorch's fake one.
+"""
+# ruff: noqa: E402  imports follow the change of sys.path
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+
+import torch
+import torch.distributed as dist
+import torch.distributed._tools.fake_collectives  # registers c10d's collectives for meta tensors
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train
+from bench import measure
+from halny.kernels import dispatch, rms_norm
+from halny.kernels.linear_cross_entropy import chunk_rows
+from halny.model import roofline, sharding
+from halny.model.batches import Batch
+from halny.model.mistral import PRESETS, MistralConfig
+from halny.model.plan import MACHINES, RATES
+from halny.model.ranks import World
+
+META = torch.device("meta")
+HOPPER = {"capability": (9, 0), "multiprocessors": 132}
+TOLERANCE, TRIFLE = 0.01, 2**16  # of what roofline says; bytes that are no difference
+HOST_SHARE = 0.25  # of the step's floor that the host may take
+
+# ----------------------------------------------------------------------------------------------------------- the count
+
+ROWS, OTHER = "norm, RoPE, SwiGLU", "other: "
+PARTS = (  # the categories of model/profiler.py, what it calls "other" in parts
+    *("matmul", "attention", ROWS, "loss", "optimizer", "copies", "communication"),
+    *(OTHER + name for name in ("residual adds", "embedding", "metrics")),
+)
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product [m, k] x [k, n]."""
+
+    kind: str  # forward, dgrad (gradient to the input) or wgrad (to the weight)
+    m: int
+    n: int
+    k: int
+
+    @classmethod
+    def of(cls, a: Tensor, b: Tensor) -> Product:
+        """A linear layer's three differ in what is transposed: x W^T, dy W, dy^T x."""
+        kind = "wgrad" if a.stride(-1) != 1 else "forward" if b.stride(-1) != 1 else "dgrad"
+        return cls(kind, a.shape[0], b.shape[1], a.shape[1])
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.m * self.n * self.k
+
+    @property
+    def weight(self) -> tuple[int, int]:
+        return {"forward": (self.n, self.k), "dgrad": (self.k, self.n), "wgrad": (self.m, self.n)}[self.kind]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kernel of ours, or an operator that is one or some."""
+
+    name: str
+    part: str
+    shape: tuple[int, ...]  # of its largest tensor
+    read: int
+    written: int
+    flops: int = 0
+    product: Product | None = None
+
+    @property
+    def bytes(self) -> int:
+        return self.read + self.written
+
+
+def size(*tensors: Tensor) -> int:
+    """Bytes of what tensors have: an expanded dimension is there once."""
+    total = 0
+    for x in tensors:
+        n = x.element_size()
+        for length, stride in zip(x.shape, x.stride(), strict=True):
+            n *= length if stride else min(length, 1)
+        total += n
+    return total
+
+
+# What each kernel of ours reads and writes, from its arguments as launched (a) and its constants (c). One that is not
+# here stops the count: state its traffic.
+TRAFFIC = {
+    "rms_norm_forward_kernel": lambda a, c: (
+        [a[0], a[2], *[a[1]] * c["ADD"], *[a[5]] * c["REMAKE"]],
+        [a[3], *[a[4]] * c["ADD"], *[a[5]] * (not c["REMAKE"])],
+    ),
+    "rms_norm_backward_kernel": lambda a, c: (
+        [a[0], a[2], a[3], a[4], *[a[1]] * c["HAS_DS"]],
+        [*[a[5]] * c["NEEDS_DX"], *[a[6]] * c["NEEDS_DW"]],
+    ),
+    "rope_kernel": lambda a, c: (  # of the tables the rows of positions 0 .. T - 1
+        [a[0], a[1], a[4][: a[7]], a[5][: a[7]], *[a[2]] * c["WITH_V"], *[a[6]] * c["HAS_POSITIONS"]],
+        [a[3] if c["WITH_V"] else a[3][:, :, : c["N_HEADS"] + c["N_KV_HEADS"]]],
+    ),
+    "swiglu_forward_kernel": lambda a, c: ([a[0]], [a[1]]),
+    "swiglu_backward_kernel": lambda a, c: ([a[0], a[1]], [a[2], *[a[3]] * c["EMIT_H"]]),
+    "one_block_kernel": lambda a, c: (a[:3], [a[3], a[4], *[a[5]] * c["WITH_GRADIENT"]]),
+    "online_kernel": lambda a, c: (a[:3], [a[3], a[4], *[a[5]] * c["WITH_GRADIENT"]]),  # its second pass is from L2
+    "scale_kernel": lambda a, c: (a[:2], [a[2]]),
+}
+PART_OF = {
+    **dict.fromkeys(("one_block_kernel", "online_kernel", "scale_kernel"), "loss"),
+    **dict.fromkeys(("embedding", "embedding_dense_backward"), OTHER + "embedding"),
+    **dict.fromkeys(("_foreach_norm", "_foreach_mul_", "_fused_adamw_", "linalg_vector_norm"), "optimizer"),
+    **dict.fromkeys(("copy_", "_to_copy", "clone", "_foreach_copy_"), "copies"),
+    **dict.fromkeys(("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat"), "copies"),
+}
+WRITES_ONLY = ("copy_", "fill_", "zero_", "_foreach_copy_")
+NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "_record_function_enter_new",
+    "_record_function_exit", "wait_tensor")  # fmt: skip
+
+
+class Count(TorchDispatchMode):
+    """Writes down every operator on meta tensors as ``calls``; ``launched`` is the record of a StandIn."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[Call] = []
+        self._inside: str | None = None  # the operator of ours that is being run
+
+    def launched(self, name: str, arguments: tuple, constants: dict) -> None:
+        if name not in TRAFFIC:
+            raise KeyError(f"bench/account.py does not know what {name} reads and writes; add it to TRAFFIC")
+        read, written = TRAFFIC[name](arguments, constants)
+        self._add(name, PART_OF.get(name, ROWS), read, written)
+
+    def _add(self, name: str, part: str, read, written, **more) -> None:
+        shape = tuple(max((*read, *written), key=Tensor.numel).shape)
+        self.calls.append(Call(name, part, shape, size(*read), size(*written), **more))
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(issubclass(t, FakeTensor) for t in types):  # a DTensor finding out what shape a result will have
+            return operator(*args, **kwargs)
+        if not all(t in (Tensor, torch.nn.Parameter) for t in types):
+            return NotImplemented  # a DTensor, which will ask again about its local tensors
+        if operator in dispatch.implementations:
+            before, self._inside = self._inside, operator.overloadpacket.__name__
+            try:
+                with self:
+                    return dispatch.implementations[operator](*args, **kwargs)
+            finally:
+                self._inside = before
+        out = operator(*args, **kwargs)
+        self._count(operator, args, kwargs, out)
+        return out
+
+    def _count(self, operator, args: tuple, kwargs: dict, out) -> None:
+        schema, name = operator._schema, operator.overloadpacket.__name__
+        outs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        read, written = [], [] if any(r.alias_info for r in schema.returns) else outs
+        for i, argument in enumerate(schema.arguments):
+            given = args[i] if i < len(args) else kwargs.get(argument.name)
+            tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                read += tensors
+            else:
+                written = written + tensors
+                read += tensors if argument.name != "out" and name not in WRITES_ONLY else []
+        views = schema.returns and all(r.alias_info and not r.alias_info.is_write for r in schema.returns)
+        everything = [*read, *written]
+        if views or name in NO_KERNEL or not any(x.is_meta for x in everything):
+            return
+        if any(not x.is_meta and x.ndim for x in everything):  # a number among tensors is an argument of the kernel
+            raise RuntimeError(f"{operator} moves a tensor between host and device inside the step")
+
+        label = f"{operator.namespace}::{name}"
+        if operator.namespace in ("c10d", "_c10d_functional"):
+            whole = max(everything, key=Tensor.numel)
+            self.calls.append(Call(label, "communication", tuple(whole.shape), size(whole), 0))
+        elif name in ("mm", "addmm"):
+            matrices = [x for x in args if isinstance(x, Tensor)]
+            a, b = matrices[-2:]
+            product = Product.of(a, b)
+            adds = [matrices[0]] if name == "addmm" and kwargs.get("beta", 1) != 0 else []
+            self._add(label, "matmul", [a, b, *adds], [out], flops=product.flops, product=product)
+        elif "cudnn_attention" in name or "flash4" in name:
+            self._add(label, "attention", read, written, flops=attention_flops(name, args))
+        elif name == "embedding":
+            self._add(label, PART_OF[name], [args[1], out], [out])  # the rows that it looks up, not the table
+        elif name == "embedding_dense_backward":
+            rows = out[: min(args[1].numel(), len(out))]
+            self._add(label, PART_OF[name], read, [out, rows])  # zeros, then the rows that have a gradient
+        elif name == "all_gather_copy_in":
+            self._add(label, "copies", args[0], args[0])
+        elif name == "_fused_adamw_":
+            self._add(label, "optimizer", read, [x for tensors in (args[0], *args[2:4]) for x in tensors])
+        else:
+            part = PART_OF.get(name, OTHER + "metrics")
+            if self._inside is not None:
+                label, part = f"{label} in {self._inside}", "loss" if "entropy" in self._inside else ROWS
+            elif name in ("add", "add_") and out.ndim == 3:
+                part = OTHER + "residual adds"
+            self._add(label, part, read, written)
+
+
+def attention_flops(name: str, args: tuple) -> int:
+    """Executed by an attention operator: 2 products of 2 FLOP a channel and pair forward, 5 backward."""
+    backward = "backward" in name
+    q = args[1] if backward else args[0]
+    window = None
+    if "flash4" in name:
+        B, T, H, c = q.shape
+        window = args[8 if backward else 5]
+    else:
+        B, H, T, c = q.shape
+    return (10 if backward else 4) * c * H * roofline.attention_keys([T] * B, window)
+
+
+# ------------------------------------------------------------------------------------------------------------ the step
+
+
+def cudnn_attention(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, enable_gqa: bool) -> Tensor:
+    """What scaled_dot_product_attention is on a GPU whose cuDNN it was told to use; on meta it would be plain math."""
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, is_causal)[0]
+
+
+@contextlib.contextmanager
+def on_hopper(record, window_hides: bool) -> Iterator[None]:
+    """Inside, meta tensors are a Hopper GPU's: kernels, attention, FSDP2, lists of tensors in one kernel.
+
+    Attention is cuDNN's where the window hides nothing, as on a machine without FlashAttention, otherwise version 4's.
+    FSDP2 refuses meta tensors, and knows devices by a module of torch each: the three places are replaced.
+    """
+    packages = ("flash-attn-4",) if window_hides else ()
+    fsdp = "torch.distributed.fsdp._fully_shard"
+    with contextlib.ExitStack() as stack:
+        for patched in (
+            patch("torch.nn.functional.scaled_dot_product_attention", cudnn_attention),
+            patch(f"{fsdp}._fsdp_param_group.FSDPParamGroup._validate_no_meta_params", lambda self: None),
+            patch(f"{fsdp}._fully_shard._get_device_from_mesh", lambda mesh: META),
+            patch("torch.meta", torch.cpu, create=True),
+            patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True),
+        ):
+            stack.enter_context(patched)
+        stack.enter_context(dispatch.stand_in(dispatch.StandIn(**HOPPER, packages=packages, record=record)))
+        yield
+
+
+@contextlib.contextmanager
+def world_of(ranks: int) -> Iterator[World]:
+    """Rank 0 of so many, on the meta device, in a process group whose collectives move nothing."""
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        yield World(0, ranks, META, init_device_mesh("cpu", (ranks,)), min(4, ranks))
+    finally:
+        dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is counted."""
+
+    config: MistralConfig
+    micro_batch: int
+    seq_len: int
+    ranks: int
+
+    @property
+    def n_tokens(self) -> int:
+        return self.micro_batch * self.seq_len
+
+    @property
+    def lengths(self) -> list[int]:
+        return [self.seq_len] * self.micro_batch
+
+    @property
+    def window_hides(self) -> bool:
+        return self.config.window is not None and self.config.window < self.seq_len
+
+
+class Step:
+    """Model, optimizer and a batch, made by train.py's own functions inside ``on_hopper``."""
+
+    def __init__(self, case: Case, world: World):
+        layout = sharding.choose_layout(
+            case.config, size=case.ranks, node_size=world.node_size, reshard="always",
+            micro_batch=case.micro_batch, seq_len=case.seq_len,
+        )  # fmt: skip
+        self.recipe = train.Recipe(dtype="bf16")
+        plan = SimpleNamespace(model=case.config, recipe=self.recipe, layout=layout)
+        self.model = train.build_model(plan, world)
+        self.optimizer = train.build_optimizer(self.model, self.recipe)
+        self.guard = train.Guard(self.recipe, META)
+        tokens = torch.empty(case.micro_batch, case.seq_len, dtype=torch.int64, device=META)
+        self.batches = [Batch(tokens, tokens, lengths=case.lengths)]
+
+    def run(self) -> Tensor:
+        return train.train_step(self.model, self.optimizer, self.guard, 1, self.batches, 1e-5, self.recipe.clip)
+
+
+def count_step(case: Case) -> list[Call]:
+    """Every kernel and operator of one step, in order."""
+    count = Count()
+    with world_of(case.ranks) as world, on_hopper(count.launched, case.window_hides):
+        step = Step(case, world)
+        with count:
+            step.run()
+    return count.calls
+
+
+# ------------------------------------------------------------------------------------------------- beside roofline.py
+
+
+@dataclass(frozen=True)
+class Part:
+    """A kind of kernel: counted, by roofline.py, and its floor on a GPU."""
+
+    name: str
+    calls: int
+    flops: int
+    roofline_flops: int
+    bytes: int
+    roofline_bytes: int
+    floor_ms: float
+
+    @property
+    def differs(self) -> bool:
+        return apart(self.flops, self.roofline_flops) or apart(self.bytes, self.roofline_bytes)
+
+
+def apart(counted: int, expected: int) -> bool:
+    return abs(counted - expected) > max(TOLERANCE * expected, TRIFLE)
+
+
+def expected(case: Case) -> dict[str, tuple[int, int]]:
+    """Executed FLOPs and bytes of a step by roofline.py, of each of PARTS."""
+    config, T = case.config, case.n_tokens
+    rows = chunk_rows(T, config.vocab_size, 2)
+    tile = dispatch.tile(rms_norm.BACKWARD_TILES, config.dim, HOPPER["capability"][0])
+    programs = min(HOPPER["multiprocessors"] * tile["PROGRAMS"], dispatch.cdiv(T, tile["ROWS"]))
+    shard = roofline.shard_numel(config, case.ranks)
+    sent = roofline.collectives(config, case.ranks) if case.ranks > 1 else []
+    return {
+        "matmul": (6 * roofline.matmul_parameters(config) * T, roofline.matmul_bytes(config, T, rows)),
+        "attention": (
+            roofline.attention_flops(config, case.lengths) * 14 // 12,
+            roofline.attention_bytes(config, T),
+        ),
+        ROWS: (0, roofline.row_kernel_bytes(config, T, lean=True, programs=programs)),
+        "loss": (0, roofline.loss_bytes(config, T, rows)),
+        "optimizer": (0, roofline.sharded_update_bytes(shard)),
+        "copies": (0, roofline.fsdp_copy_bytes(config, case.ranks, gathers=2)),
+        "communication": (0, sum(c.count * c.bytes for c in sent)),
+        OTHER + "residual adds": (0, roofline.residual_bytes(config, T)),
+        OTHER + "embedding": (0, roofline.embedding_bytes(config, T)),
+        OTHER + "metrics": (0, roofline.metrics_bytes(T)),
+    }
+
+
+def parts_of(calls: list[Call], case: Case, gpu: roofline.GPU) -> list[Part]:
+    """The calls by kind, beside roofline.py's; floors at plan.py's ideal rates, none for communication: it hides."""
+    rates, wanted, parts = RATES["ideal"], expected(case), []
+    for name in PARTS:
+        mine = [call for call in calls if call.part == name]
+        flops, moved = sum(call.flops for call in mine), sum(call.bytes for call in mine)
+        rate, counted = (rates.attention, flops * 12 // 14) if name == "attention" else (rates.matmul, flops)
+        seconds = max(counted / (gpu.bf16_flops * rate), moved / (gpu.hbm_bytes_per_second * rates.memory))
+        floor_ms = 0.0 if name == "communication" else seconds * 1e3
+        parts.append(Part(name, len(mine), flops, wanted[name][0], moved, wanted[name][1], floor_ms))
+    return parts
+
+
+def floor_ms(parts: list[Part]) -> float:
+    """One kind of kernel after another, nothing between them."""
+    return sum(part.floor_ms for part in parts)
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def weight_names(config: MistralConfig) -> dict[tuple[int, int], str]:
+    """[rows, columns] -> which weights of the model are that large."""
+    names = defaultdict(list)
+    matrices = [shape for shape in roofline.layer_shapes(config) if shape[1] > 1]
+    for name, shape in zip(("qkv", "out", "gate_up", "down"), matrices, strict=True):
+        names[shape].append(name)
+    names[config.vocab_size, config.dim].append("head")
+    return {shape: " or ".join(which) for shape, which in names.items()}
+
+
+def product_rows(calls: list[Call], config: MistralConfig) -> list[dict]:
+    """The matrix products of a step, equal ones together."""
+    names, groups = weight_names(config), Counter(call.product for call in calls if call.product)
+    total = sum(product.flops * n for product, n in groups.items())
+    rows = [
+        {"name": f"{names[p.weight]} {p.kind}", "m": p.m, "n": p.n, "k": p.k, "count": n, "flops": p.flops * n}
+        for p, n in groups.items()
+    ]
+    return [row | {"share": row["flops"] / total} for row in sorted(rows, key=lambda row: row["name"])]
+
+
+def kernel_rows(calls: list[Call]) -> list[dict]:
+    """What is no matrix product, equal ones together, most bytes first."""
+    groups = defaultdict(list)
+    for call in calls:
+        if not call.product:
+            groups[call.name, call.part, call.shape].append(call)
+    rows = [
+        {"name": name, "part": part, "shape": shape, "count": len(equal),
+         "read": sum(call.read for call in equal), "written": sum(call.written for call in equal)}
+        for (name, part, shape), equal in groups.items()
+    ]  # fmt: skip
+    return sorted(rows, key=lambda row: -row["read"] - row["written"])
+
+
+def product_lines(rows: list[dict]) -> list[str]:
+    lines = [f"  {'product':20}{'M':>7}{'N':>7}{'K':>7}{'a step':>8}{'TFLOP':>9}{'share':>8}"]
+    for row in rows:
+        sizes = f"{row['m']:7}{row['n']:7}{row['k']:7}{row['count']:8}"
+        lines.append(f"  {row['name']:20}{sizes}{row['flops'] / 1e12:9.2f}{row['share']:8.2%}")
+    kinds = defaultdict(int)
+    for row in rows:
+        kinds[row["name"].split()[-1]] += row["flops"]
+    total = sum(kinds.values())
+    parts = ", ".join(f"{kind} {flops / 1e12:.2f}" for kind, flops in kinds.items())
+    return [*lines, f"  all {sum(row['count'] for row in rows)}: {total / 1e12:.2f} TFLOP; {parts}"]
+
+
+def kernel_lines(rows: list[dict], least: float = 1e7) -> list[str]:
+    """Those that move ``least`` bytes a step, and how many do not."""
+    lines = [f"  {'kernel or operator':54}{'of':16}{'a step':>7}{'GB read':>10}{'written':>9}  category"]
+    small = [row for row in rows if row["read"] + row["written"] < least]
+    for row in rows[: len(rows) - len(small)]:
+        shape = "x".join(map(str, row["shape"]))
+        moved = f"{row['read'] / 1e9:10.3f}{row['written'] / 1e9:9.3f}"
+        lines.append(f"  {row['name']:54}{shape:16}{row['count']:7}{moved}  {row['part']}")
+    moved = sum(row["read"] + row["written"] for row in small)
+    return [*lines, f"  and {sum(row['count'] for row in small)} more, of {moved / 1e6:.1f} MB together"]
+
+
+def part_lines(parts: list[Part]) -> list[str]:
+    head = f"  {'category':22}{'calls':>6}{'TFLOP':>9}{'roofline':>10}{'diff':>8}"
+    lines = [f"{head}{'GB':>10}{'roofline':>10}{'diff':>8}{'floor ms':>10}"]
+    for p in parts:
+        flops = f"{p.flops / 1e12:9.2f}{p.roofline_flops / 1e12:10.2f}{difference(p.flops, p.roofline_flops):>8}"
+        moved = f"{p.bytes / 1e9:10.3f}{p.roofline_bytes / 1e9:10.3f}{difference(p.bytes, p.roofline_bytes):>8}"
+        floor = "hidden" if p.name == "communication" and p.calls else f"{p.floor_ms:.2f}"
+        lines.append(f"  {p.name:22}{p.calls:6}{flops}{moved}{floor:>10}{'  <- apart' if p.differs else ''}")
+    return lines
+
+
+def difference(counted: int, expected: int) -> str:
+    return f"{(counted - expected) / expected:+.2%}" if expected else "" if counted == 0 else "new"
+
+
+def summary_lines(case: Case, parts: list[Part], gpu_name: str) -> list[str]:
+    gpu, ms = roofline.GPUS[gpu_name], floor_ms(parts)
+    by_name = {part.name: part for part in parts}
+    executed = by_name["attention"].flops
+    rate = case.n_tokens / ms * 1e3
+    mfu = roofline.mfu(rate, roofline.flops_per_token(case.config, case.seq_len), gpu.bf16_flops)
+    return [
+        f"  attention: {executed * 12 / 14 / 1e12:.2f} TFLOP as MFU counts (backward 2 x forward), "
+        f"{executed / 1e12:.2f} executed (2.5 x)",
+        f"  floor on {gpu_name}, calculated: {ms:.1f} ms a step = {rate:,.0f} tokens/s, MFU {mfu:.1%};",
+        f"  matrix products at {RATES['ideal'].matmul * gpu.bf16_flops / 1e12:.0f} TFLOP/s, memory at "
+        f"{RATES['ideal'].memory * gpu.hbm_bytes_per_second / 1e12:.2f} TB/s, nothing in between, network hidden",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- host time
+
+
+def host_ms(case: Case, n_steps: int) -> dict[str, float]:
+    """Median milliseconds of the host in a step, by what it is busy with. Every launch of ours is left out.
+
+    No dispatch mode is on; tensors are on the meta device, so that PyTorch's own kernels are left out as well, though
+    not what their shapes take to compute. FSDP2's streams and events are stubs, its collectives are PyTorch's fakes.
+    """
+    times = defaultdict(list)
+    backward = Tensor.backward
+
+    def timed_backward(*args, **kwargs) -> None:
+        mark("forward")
+        backward(*args, **kwargs)
+        mark("backward")
+
+    def mark(name: str) -> None:
+        nonlocal now
+        before, now = now, time.perf_counter()
+        times[name].append((now - before) * 1e3)
+
+    with world_of(case.ranks) as world, on_hopper(lambda *_: None, case.window_hides):
+        step = Step(case, world)
+        for _ in range(2):
+            step.run()
+        with patch.object(Tensor, "backward", timed_backward):
+            for _ in range(n_steps):
+                now = start = time.perf_counter()
+                step.run()
+                mark("optimizer")
+                times["step"].append((now - start) * 1e3)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def host_lines(host: dict[str, float], case: Case, calls: list[Call], floor: float, gpu_name: str) -> list[str]:
+    launches = sum(call.name in TRAFFIC for call in calls)
+    parts = ", ".join(f"{name} {host[name]:.1f}" for name in ("forward", "backward", "optimizer"))
+    return [
+        f"host time of a step, measured on this machine's CPU: {host['step']:.1f} ms ({parts})",
+        f"  of a step's calculated floor on {gpu_name}, {floor:.0f} ms: {host['step'] / floor:.1%} (to be below "
+        f"{HOST_SHARE:.0%})",
+        f"  without the starting of {launches} kernels of ours and of what {len(calls) - launches} operators of "
+        "PyTorch launch, nor" + (" FSDP2's streams and events" if case.ranks > 1 else " anything a GPU does"),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def gpu_names() -> dict[str, str]:
+    """What --gpu takes -> the driver's name: Hopper GPUs, whose kernels are counted, by that or by plan.py's."""
+    names = {name: name for name in roofline.GPUS if any(kind in name for kind in ("H100", "H200", "GH200"))}
+    return names | {short: machine.name for short, machine in MACHINES.items() if machine.name in names}
+
+
+def case_of(given: argparse.Namespace) -> Case:
+    """What the command line asks for; ValueError naming flag and value where that cannot be."""
+    for name in ("layers", "micro_batch", "seq_len", "ranks"):
+        value = getattr(given, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    config = PRESETS[given.model]
+    config = replace(config, n_layers=given.layers or config.n_layers)
+    if given.seq_len > config.max_seq_len:
+        raise ValueError(f"--seq-len {given.seq_len} is beyond {given.model}'s limit of {config.max_seq_len} positions")
+    return Case(config, given.micro_batch, given.seq_len, given.ranks)
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    about, _, more = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", choices=PRESETS, default="mistral-7b", help="preset of model/mistral.py [mistral-7b]")
+    add("--layers", type=int, help="layers instead of the preset's")
+    add("--micro-batch", type=int, default=4, help="sequences of a step [4]")
+    add("--seq-len", type=int, default=4096, help="tokens of each [4096]")
+    add("--ranks", type=int, default=1, help="1, or so many under FSDP2, of which rank 0 is counted [1]")
+    add("--gpu", default="NVIDIA H200", metavar="NAME",
+        help=f"whose peaks the floors are of [NVIDIA H200]; one of {', '.join(gpu_names())}")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write the tables there too")
+    add("--host", action="store_true", help="time the host instead; exit code 1 from a quarter of the floor on")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    given = parse(arguments)
+    try:
+        case = case_of(given)
+        if given.gpu not in gpu_names():
+            raise ValueError(f"--gpu {given.gpu} is not known; use one of {', '.join(gpu_names())}")
+        if given.json and not given.json.absolute().parent.is_dir():
+            raise ValueError(f"--json {given.json}: there is no folder {given.json.absolute().parent}")
+    except ValueError as error:
+        print(f"account.py: {error}", file=sys.stderr)
+        return 2
+    gpu_name = gpu_names()[given.gpu]
+    calls = count_step(case)
+    parts = parts_of(calls, case, roofline.GPUS[gpu_name])
+    where = "one rank" if case.ranks == 1 else f"one of {case.ranks} ranks under FSDP2"
+    title = f"{given.model}, {case.config.n_layers} layers, {case.micro_batch} x {case.seq_len} tokens, bf16, {where}"
+    result = {
+        "format": 1, "kind": "account", "case": title, "gpu": gpu_name,
+        "note": "counted and calculated on the meta device; no measurement of a GPU",
+    }  # fmt: skip
+    if given.host:
+        host = host_ms(case, n_steps=7)
+        fine = host["step"] < HOST_SHARE * floor_ms(parts)
+        result |= {"host_ms": host, "floor_ms": floor_ms(parts)}
+        print(title, *host_lines(host, case, calls, floor_ms(parts), gpu_name), sep="\n")
+    else:
+        fine = not any(part.differs for part in parts)
+        products, kernels = product_rows(calls, case.config), kernel_rows(calls)
+        result |= {
+            "products": products, "kernels": kernels, "floor_ms": floor_ms(parts),
+            "parts": [asdict(part) | {"differs": part.differs} for part in parts],
+        }  # fmt: skip
+        print(f"{title}: counted, no GPU involved", "matrix products", *product_lines(products), sep="\n")
+        print("everything else", *kernel_lines(kernels), sep="\n")
+        print("beside model/roofline.py", *part_lines(parts), *summary_lines(case, parts, gpu_name), sep="\n")
+    if given.json:
+        measure.write_json(given.json, result)
+    if not fine and not given.host:
+        print("account.py: counted and calculated are more than 1% apart, see above", file=sys.stderr)
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
