@@ -287,6 +287,31 @@ def ceilings(bench: Bench) -> dict:
 
 # ------------------------------------------------------------------------------------------------------- training steps
 
+# What every figure of a mode of bench/step.py says of itself, in the same cell or sentence.
+MODE_LABELS = {
+    "one-gpu": "training on one GPU",
+    "rank-of-256": "one rank of 256, emulated, no network",
+    "model-of-256": "calculated",
+}
+
+
+def step_words(row: dict) -> str:
+    """A row of step.json in a sentence, without its label."""
+    if "range" in row:
+        r = row["range"]
+        (low, high), (slow, fast), mfu, palm = r["tokens_per_second"], r["step_ms"], r["mfu"], r["mfu_palm"]
+        return (
+            f"{low:,.0f} to {high:,.0f} tokens/s, step {slow:,.0f} to {fast:,.0f} ms, MFU {mfu[0]:.1%} to {mfu[1]:.1%} "
+            f"(PaLM's formula {palm[0]:.1%} to {palm[1]:.1%}), {r['memory_bytes'] / 2**30:.1f} GiB"
+        )
+    ms, memory = row["step_ms"], row["peak_memory_bytes"]
+    share = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%} (PaLM's formula {row['mfu_palm']:.1%})"
+    return (
+        f"{row['tokens_per_second']:,.0f} tokens/s, step {ms['median']:,.1f} ms (p5 {ms['p5']:,.1f}, p95 "
+        f"{ms['p95']:,.1f}, {ms['n']} steps), MFU {share}, {row['of_ceiling']:.1%} of the measured matmul ceiling"
+        + ("" if memory is None else f", {memory / 2**30:.1f} GiB")
+    )
+
 
 def steady_steps(bench: Bench, step: Callable[[int], object], n_steps: int, seconds: float, warm_up: int = 3) -> dict:
     """Steps one after another as a training loop makes them, nothing read back between them: summary of ms a step.
@@ -458,7 +483,7 @@ def watched(text: str) -> dict | None:
 
 
 def in_its_own_process(arguments: list[str], seconds: float) -> dict:
-    """``python *arguments FILE``, whose FILE holds a JSON object when it ends: that object; or "status" and "reason".
+    """``python *arguments FILE``, which leaves a JSON object in FILE: that object; or why there is none, as "reason".
 
     So a case's memory is given back whole, and one that crashes, hangs or poisons its CUDA context loses only its row.
     What it wrote before it was ended counts.
@@ -481,9 +506,7 @@ def in_its_own_process(arguments: list[str], seconds: float) -> dict:
             row = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             row = {"status": "failed", "reason": reason or "its process left nothing"}
-        if reason and row["status"] != "ok":
-            row |= {"status": "failed", "reason": row.get("reason") or reason}
-        return row
+        return row | {"reason": row.get("reason") or reason or ""}
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
