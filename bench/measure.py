@@ -643,14 +643,21 @@ TIMED_ROW = {"kernel_ms": TIMES, "wall_ms": TIMES, "host_ms": TIMES, "gb_s": NUM
              "of_ceiling": NUMBER, "errors": dict}  # fmt: skip
 AOT_ROW = {"kernel": str, "arch": str, "warps": int, "registers": int, "spills": int, "shared_bytes": int,
            "loads": dict, "stores": dict, "occupancy": (int, float, type(None))}  # fmt: skip
-STEP = {"label": str, "tokens_per_second": NUMBER, "step_ms": TIMES, "mfu": (int, float, type(None)),
-        "n_layers": int, "micro_batch": int, "seq_len": int, "flops_per_token": NUMBER,
-        "peak_memory_bytes": (int, type(None))}  # fmt: skip
+STEP_ROW = {"case": str, "mode": str, "label": str, "status": str, "reason": str}
+MAYBE = (int, float, type(None))
+TIMED_STEP = {"tokens_per_second": NUMBER, "step_ms": TIMES, "mfu": MAYBE, "mfu_palm": MAYBE, "n_layers": int,
+              "micro_batch": int, "seq_len": int, "flops_per_token": NUMBER, "peak_memory_bytes": MAYBE}  # fmt: skip
+OF_CEILING = {"of_ceiling": NUMBER, "ceiling_before": {"tflop_s": NUMBER}, "ceiling_after": {"tflop_s": NUMBER}}
+RANGE = {"tokens_per_second": list, "step_ms": list, "mfu": list, "mfu_palm": list, "memory_bytes": int}
+OPPONENT = {"name": str, "label": str, "status": str, "reason": str, "attempts": list}
+GAP = {"part": str, "ms": NUMBER, "kernels_ms": NUMBER, "floor_ms": NUMBER, "gap_ms": NUMBER}
+PROFILE = {"wall_ms": NUMBER, "idle_ms": NUMBER, "hidden_communication_ms": NUMBER, "categories_ms": dict,
+           "other": list, "gaps": [GAP], "floors": {"basis": str}}  # fmt: skip
 KINDS: dict[str, dict] = {
     "kernels": {"ceilings": CEILINGS, "rows": [ROW]},
-    "step": {"step": STEP},
+    "step": {"rows": [STEP_ROW]},
     "aot": {"rows": [AOT_ROW]},
-    "profile": {"profile": {"label": str, "wall_ms": NUMBER, "idle_ms": NUMBER, "categories_ms": dict, "other": list}},
+    "profile": {"profiles": [STEP_ROW]},
     "pass": {"parts": dict},
 }
 
@@ -687,7 +694,31 @@ def read_result(path: Path) -> dict:
         )
     check(value, KINDS[value["kind"]], where)
     if value["kind"] == "kernels":
-        for i, row in enumerate(value["rows"]):
-            if row["status"] == "ok":
-                check(row, TIMED_ROW, f"{where}.rows[{i}]")
+        check_rows(value["rows"], f"{where}.rows", lambda row: TIMED_ROW)
+    if value["kind"] == "step":
+        check(value.get("opponents", []), [OPPONENT], f"{where}.opponents")
+        timed = TIMED_STEP | OF_CEILING
+        check_rows(value["rows"], f"{where}.rows", lambda row: {"range": RANGE} if "range" in row else timed)
+        check_rows(value.get("opponents", []), f"{where}.opponents", lambda row: TIMED_STEP)
+    if value["kind"] == "profile":
+        check_rows(value["profiles"], f"{where}.profiles", lambda row: PROFILE)
+    for rows in ("rows", "profiles"):
+        if value["kind"] in ("step", "profile"):
+            check_labels(value.get(rows, []), f"{where}.{rows}")
     return value
+
+
+def check_rows(rows: list[dict], where: str, form: Callable[[dict], dict]) -> None:
+    """BadResult unless every row that has figures has those of its form."""
+    for i, row in enumerate(rows):
+        if row["status"] == "ok":
+            check(row, form(row), f"{where}[{i}]")
+
+
+def check_labels(rows: list[dict], where: str) -> None:
+    """BadResult unless every row of a mode of bench/step.py says in its label which that is."""
+    for i, row in enumerate(rows):
+        if row["mode"] not in MODE_LABELS or MODE_LABELS[row["mode"]] not in row["label"]:
+            said = MODE_LABELS.get(row["mode"], "one that is known")
+            raise BadResult(f"{where}[{i}] is of mode {row['mode']!r}, so its label must say {said!r}, "
+                            f"got {row['label']!r:.60}")  # fmt: skip

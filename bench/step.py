@@ -55,7 +55,6 @@ from halny.model.batches import Batch
 from halny.model.mistral import PRESETS, MistralConfig
 
 SEQ_LEN = 4096
-RESERVE_BYTES = 4 * 2**30  # CUDA context, a layer's working memory, fragments: what roofline's estimate leaves out
 TRACE_BYTES = 15 * 2**20
 MODES = ("one-gpu", "rank-of-256", "model-of-256")
 MOMENTS = ("fp32", "bf16", "8bit")
@@ -90,7 +89,7 @@ def cases(modes: list[str], moments: list[str]) -> list[Case]:
 def label(case: Case, config: MistralConfig, micro_batch: int, seq_len: int, smoke: bool) -> str:
     """What a figure of this case is a figure of."""
     if smoke:
-        return f"smoke: no performance figure; {case.name}, the test model on a CPU"
+        return f"smoke: no performance figure; {measure.MODE_LABELS[case.mode]}: the test model on a CPU"
     whole = PRESETS["mistral-7b"].n_layers
     model = "Mistral-7B" if config.n_layers == whole else f"{config.n_layers} of Mistral-7B's {whole} layers"
     return f"{measure.MODE_LABELS[case.mode]}: {model}, {micro_batch} x {seq_len}, AdamW, {case.moments} moments"
@@ -101,7 +100,7 @@ def sizes(bench: measure.Bench, case: Case, layers: int | None, micro_batch: int
     if bench.smoke:
         return [(PRESETS["test"], 2)]
     whole, most = PRESETS["mistral-7b"], case.micro_batch
-    memory = torch.cuda.get_device_properties(bench.device).total_memory - RESERVE_BYTES
+    memory = torch.cuda.get_device_properties(bench.device).total_memory * (1 - roofline.RESERVED)
     if layers or micro_batch:
         return [(replace(whole, n_layers=layers or whole.n_layers), micro_batch or most)]
 
@@ -117,10 +116,10 @@ def sizes(bench: measure.Bench, case: Case, layers: int | None, micro_batch: int
 
 def estimated_bytes(case: Case, model: MistralConfig, micro_batch: int) -> int:
     """roofline.py's estimate of a rank's memory at the peak, and the stand-in's buffers."""
-    ranks = RANKS if case.mode == "rank-of-256" else 1
-    lean = dict(compute_bytes=2, lean=True, logits_chunk_rows=2048)
-    total = roofline.memory_estimate(model, ranks, micro_batch, SEQ_LEN, **lean).total
-    return total + (StandIn.bytes_for(model, ranks, 2) if ranks > 1 else 0)
+    if case.mode == "one-gpu":
+        return roofline.one_rank_memory(model, micro_batch, SEQ_LEN, case.moments).total
+    total = roofline.memory_estimate(model, RANKS, micro_batch, SEQ_LEN, compute_bytes=2, lean=True).total
+    return total + StandIn.bytes_for(model, RANKS, 2)
 
 
 # ----------------------------------------------------------------------------------------------------- one rank of many
@@ -321,7 +320,7 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
         "ceiling_before": before, "copy_gb_s": copy_gb_s,
     }  # fmt: skip
     if given.profile:
-        save(row | profiled(bench, step, Path(given.trace), before, copy_gb_s))
+        save(row | profiled(bench, step, case.mode, Path(given.trace), before, copy_gb_s))
         return
     seconds = given.budget_s - (time.monotonic() - began) - START_S - 4  # 4 for the ceiling afterwards
     smi = measure.nvidia_smi() if bench.on_gpu else None
@@ -362,7 +361,7 @@ def stand_in_figures(step: Step) -> dict:
     }
 
 
-def profiled(bench: measure.Bench, step: Step, trace: Path, ceiling: dict, copy_gb_s: float) -> dict:
+def profiled(bench: measure.Bench, step: Step, mode: str, trace: Path, ceiling: dict, copy_gb_s: float) -> dict:
     """One step under torch.profiler; its Chrome trace goes to ``trace``, unless it is too large to keep."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.on_gpu else [])
     step.run(0)
@@ -386,7 +385,7 @@ def profiled(bench: measure.Bench, step: Step, trace: Path, ceiling: dict, copy_
         "status": "ok",
         "floors": {"ms": least.ms, "basis": least.basis},
         "gaps": profiler.gaps(found, least),
-        "text": profiler.gap_lines(found, least),
+        "text": profiler.gap_lines(found, least, label=measure.MODE_LABELS[mode]),
         "trace_bytes": size,
         "trace_kept": size <= TRACE_BYTES,
     }

@@ -265,21 +265,20 @@ def gaps(found: dict, least: Floors, n_steps: int = 1) -> list[dict]:
     return sorted(rows, key=lambda row: -row["gap_ms"])
 
 
-def gap_lines(found: dict, least: Floors, n_steps: int = 1) -> list[str]:
-    """``gaps`` as a table, with the step's sum below."""
-    rows = gaps(found, least, n_steps)
-    total = {k: sum(row[k] for row in rows) for k in ("ms", "kernels_ms", "floor_ms", "gap_ms")}
+def gap_lines(found: dict, least: Floors, n_steps: int = 1, label: str = "") -> list[str]:
+    """``gaps`` as a table, with the step's sum below. ``label`` ends each line that has a figure."""
+    rows, columns = gaps(found, least, n_steps), ("ms", "kernels_ms", "floor_ms", "gap_ms")
+    rows.append({"part": "the step", **{k: sum(row[k] for row in rows) for k in columns}})
     hidden = found["hidden_communication_ms"] / n_steps
+    end = f"   {label}" if label else ""
     return [
         f"  {'':20}{'own ms':>10}{'kernels':>10}{'floor':>10}{'gap':>10}",
-        *(
-            f"  {row['part']:20}{row['ms']:10.2f}{row['kernels_ms']:10.2f}{row['floor_ms']:10.2f}{row['gap_ms']:+10.2f}"
-            for row in [*rows, {"part": "the step", **total}]
-        ),
-        f"  of communication {hidden:.2f} ms are hidden behind computation; own: covered by nothing above it in the "
-        "order of model/profiler.py's PRECEDENCE",
+        *(f"  {row['part']:20}" + "".join(f"{row[k]:{'+' * (k == 'gap_ms')}10.2f}" for k in columns) + end
+          for row in rows),
+        f"  hidden behind computation: {hidden:.2f} ms of communication{end}",
+        f"  own: covered by nothing before it of {', '.join(PRECEDENCE)}",
         f"  floors {least.basis}",
-    ]
+    ]  # fmt: skip
 
 
 # --- regions ----------------------------------------------------------------------------------------------------------

@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
-from runs import SMALL, checkpoint, column, equal, ranks_run
 
 import train
 from halny.model import plan, profiler, roofline
 from halny.model.mistral import PRESETS, Mistral
 from halny.model.profiler import REGIONS, StepProfiler, ranks_to_profile, steps_to_profile
 from halny.model.sharding import choose_layout
+from runs import SMALL, checkpoint, column, equal, ranks_run
 
 CPU = torch.device("cpu")
 
@@ -182,7 +182,9 @@ def test_gaps_are_ranked_and_add_up():
     assert rows[0]["part"] == "idle" and by_part["communication"]["kernels_ms"] == pytest.approx(0.0165)
     text = "\n".join(profiler.gap_lines(found, profiler.Floors(least, "made up")))
     assert re.search(r"^  the step +0\.10 +0\.11 +0\.05 +\+0\.05$", text, re.M), text
-    assert "of communication 0.02 ms are hidden" in text and text.endswith("floors made up")
+    assert "hidden behind computation: 0.02 ms of communication" in text and text.endswith("floors made up")
+    for line in profiler.gap_lines(found, profiler.Floors(least, "made up"), label="emulated"):
+        assert line.endswith("   emulated") == bool(re.search(r"\d\.\d", line)), line
 
 
 def test_a_known_gpu_has_floors(monkeypatch, tmp_path):
