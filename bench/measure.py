@@ -304,13 +304,22 @@ def step_words(row: dict) -> str:
             f"{low:,.0f} to {high:,.0f} tokens/s, step {slow:,.0f} to {fast:,.0f} ms, MFU {mfu[0]:.1%} to {mfu[1]:.1%} "
             f"(PaLM's formula {palm[0]:.1%} to {palm[1]:.1%}), {r['memory_bytes'] / 2**30:.1f} GiB"
         )
-    ms, memory = row["step_ms"], row["peak_memory_bytes"]
+    ms, memory = row["step_ms"], memory_words(row)
     share = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%} (PaLM's formula {row['mfu_palm']:.1%})"
     return (
         f"{row['tokens_per_second']:,.0f} tokens/s, step {ms['median']:,.1f} ms (p5 {ms['p5']:,.1f}, p95 "
         f"{ms['p95']:,.1f}, {ms['n']} steps), MFU {share}, {row['of_ceiling']:.1%} of the measured matmul ceiling"
-        + ("" if memory is None else f", {memory / 2**30:.1f} GiB")
+        + (f", {memory}" if memory else "")
     )
+
+
+def memory_words(row: dict) -> str:
+    """Its peak, and what of that is in the place of a network."""
+    if row["peak_memory_bytes"] is None:
+        return ""
+    stand_in = row.get("stand_in_bytes", 0)
+    more = f", {stand_in / 2**30:.1f} of them the stand-in for the network" if stand_in else ""
+    return f"{row['peak_memory_bytes'] / 2**30:.1f} GiB{more}"
 
 
 def steady_steps(bench: Bench, step: Callable[[int], object], n_steps: int, seconds: float, warm_up: int = 3) -> dict:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not bench/: see kernels.py
 
-from bench.measure import MODE_LABELS, BadResult, read_result
+from bench.measure import MODE_LABELS, BadResult, memory_words, read_result
 
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -149,16 +149,16 @@ def step_table(result: dict) -> str:
             r = row["range"]
             figures = [span(r["tokens_per_second"], ",.0f"), span(r["step_ms"], ",.0f"),
                        f"{span(r['mfu'], '.1%')} ({span(r['mfu_palm'], '.1%')})", "",
-                       f"{r['memory_bytes'] / 2**30:.1f}"]  # fmt: skip
+                       f"{r['memory_bytes'] / 2**30:.1f} GiB"]  # fmt: skip
         else:
             mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%} ({row['mfu_palm']:.1%})"
-            memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:.1f}"
+            memory = memory_words(row)
             ceiling = (row["ceiling_before"]["tflop_s"], row["ceiling_after"]["tflop_s"])
             share = f"{row['of_ceiling']:.1%} of {ceiling[0]:,.0f} before, {ceiling[1]:,.0f} after"
             figures = [f"{row['tokens_per_second']:,.0f}", step_milliseconds(row["step_ms"]), mfu, share, memory]
         rows.append([row["label"], *(labelled(row, figure) for figure in figures)])
     head = ["a step of", "tokens/s", "ms (p5 to p95, steps)", "MFU (PaLM's formula)",
-            "of the matmul ceiling, TFLOP/s", "peak GiB"]  # fmt: skip
+            "of the matmul ceiling, TFLOP/s", "peak memory"]  # fmt: skip
     return table(head, rows)
 
 

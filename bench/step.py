@@ -5,7 +5,7 @@
     python bench/step.py --smoke                                                    here: tiny, on the CPU, no figures
 
 There is no second training loop: model, optimizer and step are train.py's ``build_model``, ``build_optimizer`` and
-``train_step``, on random tokens. Three modes, and no figure of the last two stands anywhere without its label:
+``train_step``, on random weights and tokens. Three modes; no figure of the last two stands anywhere without its label:
 
 **one-gpu** trains: one rank, the whole step, nothing left out. A row for each --moments, what AdamW keeps: fp32 at
 micro batch 2, bf16 and 8bit at 4, or what fits the card by roofline.py's estimate; where not even one sequence fits
@@ -209,10 +209,11 @@ class Step:
         self.seq_len = 64 if bench.smoke else SEQ_LEN
         recipe = train.Recipe(  # of a model of the built-in vocabulary, so that no data are asked for
             model="mistral-7b", run_dir=Path("none"), seq_len=self.seq_len, micro_batch=micro_batch, steps=1000,
-            batch_tokens=world.size * micro_batch * self.seq_len, reshard=reshard,
+            batch_tokens=world.size * micro_batch * self.seq_len, reshard=reshard, moments=case.moments,
+            dtype="bf16" if case.mode == "one-gpu" else None,  # on a CPU too: its path is another than fp32's
         )  # fmt: skip
         resolved = replace(train.resolve(recipe, world), model=model)
-        self.recipe, self.layout = resolved.recipe, resolved.layout
+        self.recipe, self.layout, self.whole = resolved.recipe, resolved.layout, resolved.whole
         self.lean = train.is_lean(self.recipe, world)
         self.model = train.build_model(resolved, world)
         dtype = train.DTYPES[self.recipe.dtype]
@@ -223,7 +224,8 @@ class Step:
                 local.fill_(1.0) if name.endswith("norm.weight") else local.normal_(0.0, 0.02)
             self.model.init_buffers()
         self.optimizer = train.build_optimizer(self.model, self.recipe)
-        self.guard, self.n_steps = train.Guard(self.recipe, world.device), 0
+        train.begin_computing(self.model, self.optimizer)
+        self.guard, self.n_steps = train.Guard(self.recipe.spike, self.recipe.skip_spikes, world.device), 0
         self.batches = [
             Batch(*torch.randint(model.vocab_size, (2, micro_batch, self.seq_len), device=bench.device),
                   lengths=[self.seq_len] * micro_batch)
@@ -257,9 +259,11 @@ class Step:
             f"measured beside it: matmuls at {ceiling['tflop_s']:,.0f} TFLOP/s (cuBLAS, these shapes), all else at "
             f"{copy_gb_s:,.0f} GB/s (copy); assumed: attention at {attention_flops / 1e12:,.0f} TFLOP/s",
         )  # fmt: skip
-        sharding = plan.Sharding.of(self.layout)
         work = plan.Work(self.config, self.micro_batch, self.seq_len, lean=self.lean)
-        return profiler.floors(work, speeds, sharding, profiler.optimizer_bytes(self.config, sharding.shards))
+        if self.whole:
+            return profiler.floors(work, speeds, None, profiler.split_update_bytes(self.config, self.recipe.moments))
+        sharding = plan.Sharding.of(self.layout)
+        return profiler.floors(work, speeds, sharding, profiler.sharded_update_bytes(self.config, sharding.shards))
 
 
 def build(bench: measure.Bench, world: train.World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:
@@ -316,7 +320,7 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
         "label": label(case, step.config, step.micro_batch, step.seq_len, bench.smoke),
         "n_layers": step.config.n_layers, "micro_batch": step.micro_batch, "seq_len": step.seq_len,
         "n_parameters": roofline.parameters(step.config), "tried": tried,
-        "sharding": plan.Sharding.of(step.layout).name if world.size > 1 else "none",
+        "sharding": "none" if step.whole else plan.Sharding.of(step.layout).name,
         "ceiling_before": before, "copy_gb_s": copy_gb_s,
     }  # fmt: skip
     if given.profile:

@@ -29,6 +29,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from halny.model import plan, roofline
+from halny.model.sharding import is_whole
 
 if TYPE_CHECKING:
     from halny.model.mistral import MistralConfig
@@ -190,13 +191,13 @@ class Floors:
 
 
 def floors(
-    work: plan.Work, speeds: Speeds, sharding: plan.Sharding | None, optimizer_bytes: float, exposed_s: float = 0.0
+    work: plan.Work, speeds: Speeds, sharding: plan.Sharding | None, update_bytes: float, exposed_s: float = 0.0
 ) -> Floors:
     """What a step must take at least: FLOPs and bytes of model/roofline.py over these speeds.
 
     sharding            None where nothing is gathered or reduced; else FSDP's copies of the layers' weights and
                         gradients have a floor too: bf16 out of the buffer of a gather, and into fp32 to be reduced
-    optimizer_bytes     that clipping and update move in all
+    update_bytes        that clipping and update move in all
     exposed_s           communication that no computation can hide
     Idle and what has no name can be nothing.
     """
@@ -215,7 +216,7 @@ def floors(
         "attention": attention_flops / speeds.attention,
         "norm, RoPE, SwiGLU": rows / speeds.memory,
         "loss": loss / speeds.memory,
-        "optimizer": optimizer_bytes / speeds.memory,
+        "optimizer": update_bytes / speeds.memory,
         "other": 0.0,
         "copies": copied / speeds.memory,
         "communication": exposed_s,
@@ -226,23 +227,38 @@ def floors(
 
 def floors_of_run(
     config: MistralConfig, layout: Layout, micro_batch: int, seq_len: int, accumulation: int, lean: bool,
-    dtype: torch.dtype, world: World,
+    dtype: torch.dtype, world: World, moments: str = "fp32",
 ) -> Floors | None:  # fmt: skip
     """The floors of a run's step on a GPU that model/plan.py knows, in bf16, at the rates called ideal; else None."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     known = [m for m in plan.MACHINES.values() if name in roofline.GPUS and m.gpu == roofline.GPUS[name]]
     if not known or dtype != torch.bfloat16 or world.size % world.node_size:
         return None
-    machine, sharding = known[0], plan.Sharding.of(layout)
-    work = plan.Work(config, micro_batch, seq_len, accumulation, lean)
+    machine = known[0]
+    work, speeds = plan.Work(config, micro_batch, seq_len, accumulation, lean), ideal_speeds(machine.gpu)
+    if is_whole(world, dtype):
+        return floors(work, speeds, None, split_update_bytes(config, moments, accumulation))
+    sharding = plan.Sharding.of(layout)
     cluster = plan.Cluster(machine.gpu, world.size, world.node_size, machine.nvlink, NIC)
     exposed_s = plan.step(work, cluster, sharding, plan.RATES["ideal"]).exposed
-    return floors(work, ideal_speeds(machine.gpu), sharding, optimizer_bytes(config, sharding.shards), exposed_s)
+    return floors(work, speeds, sharding, sharded_update_bytes(config, sharding.shards), exposed_s)
 
 
-def optimizer_bytes(config: MistralConfig, shards: int) -> float:
-    """AdamW on fp32 shards, 28 bytes a weight; the norm of the gradients and their scaling, 8."""
+def sharded_update_bytes(config: MistralConfig, shards: int) -> float:
+    """AdamW on fp32 shards, 28 bytes a weight; the norm of the gradients and what --plan counts beside it, 8."""
     return 36 * roofline.shard_numel(config, shards)
+
+
+def split_update_bytes(config: MistralConfig, moments: str, accumulation: int = 1) -> float:
+    """On one rank (model/optimizer.py): the update by kernels/adamw.py, and the gradients' norm, 2 bytes a weight.
+
+    Over micro batches gradients are summed, in fp32 (10 bytes a weight and addition, and 2 more wherever the sum is
+    read), or with 8bit moments in bf16 (6).
+    """
+    update = {"fp32": 26, "bf16": 18, "8bit": 14 + 4 / 256}[moments] + 2
+    if accumulation > 1:
+        update += 6 * (accumulation - 1) if moments == "8bit" else 10 * (accumulation - 1) + 4
+    return update * roofline.parameters(config)
 
 
 def gaps(found: dict, least: Floors, n_steps: int = 1) -> list[dict]:

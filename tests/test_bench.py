@@ -269,6 +269,8 @@ def test_occupancy_by_hand(registers, shared, warps, expected):
         ("swiglu_backward_kernel", "norm, RoPE, SwiGLU"),
         ("one_block_kernel", "loss"),
         ("scale_kernel", "loss"),
+        ("adamw_kernel", "optimizer"),
+        ("add_rounded_kernel", "optimizer"),
         ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::"
          "FusedOptimizerTensorListMetadata<4>, at::native::(anonymous namespace)::FusedAdamMathFunctor<float, 4, "
@@ -291,7 +293,7 @@ def test_kernels_are_assigned_by_name(kernel, expected):
 def test_our_kernels_have_a_category():
     """Each kernel of kernels/ has one, so a new one is not lost in "other"."""
     for case in aot.cases():
-        assert profiler.category(case.kernel.__name__) in ("norm, RoPE, SwiGLU", "loss"), case.name
+        assert profiler.category(case.kernel.__name__) in ("norm, RoPE, SwiGLU", "loss", "optimizer"), case.name
 
 
 def test_breakdown_counts_idle_once_and_names_the_rest():

@@ -7,13 +7,13 @@ import re
 
 import pytest
 import torch
+from runs import SMALL, checkpoint, column, equal, ranks_run
 
 import train
 from halny.model import plan, profiler, roofline
 from halny.model.mistral import PRESETS, Mistral
 from halny.model.profiler import REGIONS, StepProfiler, ranks_to_profile, steps_to_profile
 from halny.model.sharding import choose_layout
-from runs import SMALL, checkpoint, column, equal, ranks_run
 
 CPU = torch.device("cpu")
 
@@ -159,7 +159,7 @@ def test_the_floors_are_the_plans_step(reshard):
     expected = plan.step(work_of(layout), plan.Cluster(gpu, 256, 4, 450e9, 25e9), sharding, ideal)
     speeds = profiler.ideal_speeds(gpu)
     least = profiler.floors(
-        work_of(layout), speeds, sharding, profiler.optimizer_bytes(config, 256), expected.exposed
+        work_of(layout), speeds, sharding, profiler.sharded_update_bytes(config, 256), expected.exposed
     ).ms
     rows = ("norm, RoPE, SwiGLU", "loss", "copies")
     assert least["matmul"] == pytest.approx(1e3 * expected.matmul)
@@ -197,6 +197,19 @@ def test_a_known_gpu_has_floors(monkeypatch, tmp_path):
     whole = plan.step(plan.Work(config, 4, 4096), cluster, plan.Sharding.of(layout), plan.RATES["ideal"])
     assert sum(least.ms.values()) == pytest.approx(1e3 * whole.total)
     assert profiler.floors_of_run(config, layout, 4, 4096, 1, True, torch.float32, world) is None
+
+    one = train.World(0, 1, torch.device("cuda"), mesh=None)  # without FSDP, and so without its copies
+    alone = choose_layout(config, size=1, node_size=1, micro_batch=2, seq_len=4096, memory_bytes=97871 * 2**20)
+    for moments, accumulation, n_bytes in (
+        ("fp32", 1, 28),
+        ("bf16", 1, 20),
+        ("fp32", 3, 28 + 24),
+        ("8bit", 3, 16 + 12),
+    ):
+        found = profiler.floors_of_run(config, alone, 2, 4096, accumulation, True, torch.bfloat16, one, moments).ms
+        assert found["copies"] == found["communication"] == 0
+        ideal = plan.RATES["ideal"].memory * 4000e9
+        assert found["optimizer"] == pytest.approx(1e3 * n_bytes * 7_241_732_096 / ideal, rel=1e-3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unknown")
     assert profiler.floors_of_run(config, layout, 4, 4096, 1, True, torch.bfloat16, world) is None
 
