@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import tempfile
 import time
 from dataclasses import replace
@@ -154,8 +155,10 @@ def test_steady_steps_are_counted_and_bounded():
 def test_what_a_process_leaves_counts(tmp_path):
     script = tmp_path / "child.py"
     script.write_text(
-        "import json, os, sys, time\n"
+        "import json, os, subprocess, sys, time\n"
         "how, row = sys.argv[1:]\n"
+        "child = subprocess.Popen(['sleep', '600'])\n"
+        f"open({str(tmp_path)!r} + '/' + how, 'w').write(str(child.pid))\n"
         "if how != 'silent':\n"
         "    open(row, 'w').write(json.dumps({'status': 'ok' if how == 'late' else 'failed', 'reason': ''}))\n"
         "{'late': lambda: time.sleep(60), 'silent': lambda: time.sleep(60), 'dies': lambda: os.kill(os.getpid(), 11),\n"
@@ -168,6 +171,10 @@ def test_what_a_process_leaves_counts(tmp_path):
         "dies": {"status": "failed", "reason": "its process was ended by signal 11"},
         "ends": {"status": "failed", "reason": "its process ended with 3"},
     }
+    for how in rows:  # and nothing that it has started goes on
+        pid = (tmp_path / how).read_text()
+        state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout.strip()
+        assert not state or state.startswith("Z"), how
 
 
 def test_a_case_that_fails_is_a_row_and_the_next_goes_on(tmp_path, monkeypatch, capsys):
@@ -235,10 +242,12 @@ def results(folder: Path) -> Path:
     ours = timed(12750.0, 1285.0, 0.5908) | {"of_ceiling": 0.7788}
     rows = [
         row(step.Case("one-gpu", "bf16"), **ours),
-        row(RANK, **timed(), stand_in_bytes=3 * 2**29),
+        row(RANK, **emulated),
         *step.calculated("Fixture GPU"),
     ]
     rows.insert(1, row(step.Case("one-gpu", "8bit"), status="failed", reason="OutOfMemoryError: a lot"))
+    fewer = timed(31000.0, 528.5, 0.5555) | {"n_layers": 13, "of_ceiling": 0.5}  # no match for an opponent of 32
+    rows.insert(2, row(step.Case("one-gpu", "fp32"), **fewer))
     hf = {"name": "hf-bf16", "label": opponents.OPPONENTS[1].label, "compiled": opponents.MODEL, "checkpointing": False}
     hf |= timed(8500.0, 963.8, 0.3939) | {"micro_batch": 2, "status": "ok", "reason": ""}
     tried = [hf | {"micro_batch": 4, "status": "does not fit", "reason": "needs more"}, dict(hf)]
@@ -346,22 +355,30 @@ def test_what_cannot_fit_is_not_tried(monkeypatch):
 
 
 def test_opponents_compute_the_same_loss():
-    """On our weights, Hugging Face's model as it is run here gives our loss: neither window nor mask is missing."""
+    """On our weights, Hugging Face's model as it is made here gives our loss: no window, no mask is between them."""
     config = replace(SMALL, window=None)
-    by_name = {o.name: o for o in opponents.OPPONENTS}
-    theirs = opponents.Step(by_name["hf-fp32"], config, CPU.device)
+    theirs = opponents.Step(next(o for o in opponents.OPPONENTS if o.name == "hf-fp32"), config, CPU.device)
     theirs.prepare(2, 64, None, False)
     ours = Mistral(config)
     with torch.no_grad():
+        for p in ours.parameters():
+            p.normal_(0.0, 0.3)  # so large that attention matters
         theirs.model.load_state_dict(hf_weights(ours))
-    tokens = theirs.batches[0]
-    labels = torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100)
-    loss, n_targets, _ = ours(tokens, labels)
+        tokens = theirs.batches[0]
+        loss, n_targets, _ = ours(tokens, torch.nn.functional.pad(tokens[:, 1:], (0, 1), value=-100))
+        found = theirs.model(input_ids=tokens, labels=tokens).loss
+        assert found.item() == pytest.approx((loss / n_targets).item(), rel=1e-5)
+
+
+def test_an_opponents_step_trains():
+    theirs = opponents.Step(next(o for o in opponents.OPPONENTS if o.name == "hf-bf16"), SMALL, CPU.device)
+    theirs.prepare(2, 64, None, False)
     before = {name: p.detach().clone() for name, p in theirs.model.named_parameters()}
+    assert all(p.dtype == torch.bfloat16 for p in before.values())
+    theirs.optimizer.param_groups[0]["lr"] = 0.1
     theirs.run(0)
-    assert theirs.loss.item() == pytest.approx((loss / n_targets).item(), rel=2e-2)  # autocast to bf16
     changed = [name for name, p in theirs.model.named_parameters() if not torch.equal(p, before[name])]
-    assert len(changed) == len(before) and all(p.grad is None for p in theirs.model.parameters())
+    assert changed == list(before) and all(p.grad is None for p in theirs.model.parameters())
 
 
 def hf_weights(model: Mistral) -> dict:
