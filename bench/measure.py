@@ -21,6 +21,7 @@ import gc
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -360,6 +361,17 @@ def mark(bench: Bench):
 
 def milliseconds_between(a, b) -> float:
     return (b - a) * 1e3 if isinstance(a, float) else a.elapsed_time(b)
+
+
+def random_tokens(vocab_size: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Token ids, int64, as often as words of a text are: the n-th with a probability of about 1 / n (Zipf's law).
+
+    So the rows of the embedding's gradient that many tokens share are as crowded as in training. Seeded.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    weights = 1.0 / torch.arange(3, vocab_size + 3, device=device)
+    draw = torch.multinomial(weights, math.prod(shape), replacement=True, generator=generator)
+    return torch.randperm(vocab_size, generator=generator, device=device)[draw].view(shape)
 
 
 def step_figures(config: MistralConfig, n_tokens: int, seq_len: int, ms: float, device: str) -> dict:

@@ -113,8 +113,7 @@ class Step:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         self.optimizer.zero_grad(set_to_none=True)
-        shape = (micro_batch, seq_len)
-        self.batches = [torch.randint(self.config.vocab_size, shape, device=self.device) for _ in range(4)]
+        self.batches = list(measure.random_tokens(self.config.vocab_size, (4, micro_batch, seq_len), self.device))
         if checkpointing:
             self.model.gradient_checkpointing_enable()  # without reentrance, as transformers 5 does by itself
         for layer in self.model.model.layers:

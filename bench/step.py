@@ -226,11 +226,11 @@ class Step:
         self.optimizer = train.build_optimizer(self.model, self.recipe)
         train.begin_computing(self.model, self.optimizer)
         self.guard, self.n_steps = train.Guard(self.recipe.spike, self.recipe.skip_spikes, world.device), 0
+        shape = (4, micro_batch, self.seq_len + 1)
         self.batches = [
-            Batch(*torch.randint(model.vocab_size, (2, micro_batch, self.seq_len), device=bench.device),
-                  lengths=[self.seq_len] * micro_batch)
-            for _ in range(4)
-        ]  # fmt: skip
+            Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), lengths=[self.seq_len] * micro_batch)
+            for rows in measure.random_tokens(model.vocab_size, shape, bench.device)
+        ]
         self.totals = torch.zeros(7)
 
     def run(self, i: int) -> None:

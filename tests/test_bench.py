@@ -608,7 +608,7 @@ def test_a_command_can_be_repeated_elsewhere():
     assert [measure.repeatable(p) for p in paths] == ["bench/kernels.py", "out", "--only", "swiglu"]
 
 
-@pytest.mark.parametrize("script", ["kernels", "attention", "step", "gpu_pass"])
+@pytest.mark.parametrize("script", ["kernels", "attention", "step", "opponents", "gpu_pass"])
 def test_without_a_gpu_nothing_starts_and_nobody_elses_package_is_shadowed(script, tmp_path):
     """One line and code 2 without a GPU or --smoke. And bench/kernels.py is not what ``import kernels`` finds.
 

@@ -127,6 +127,14 @@ def test_a_ceiling_is_of_whole_turns():
     assert found["tflop_s"] == pytest.approx(found["flops"] / found["ms"] / 1e9)
 
 
+def test_tokens_are_as_frequent_as_words():
+    tokens = measure.random_tokens(32000, (4, 4, 4097), CPU.device)
+    assert torch.equal(tokens, measure.random_tokens(32000, (4, 4, 4097), CPU.device))
+    counts = tokens.flatten().bincount(minlength=32000).sort(descending=True).values / tokens.numel()
+    assert tokens.shape == (4, 4, 4097) and 0.02 < counts[0] < 0.06 and 0.4 < counts[:200].sum() < 0.6
+    assert tokens.flatten().mode().values > 3  # which one is frequent says nothing
+
+
 def test_clocks_beside_the_work():
     assert measure.watched("1980, 690.1, 61\n1755, 701.5, 66\nN/A, [N/A], 60\n1800, 700.0, 64\n") == {
         "n": 3, "sm_mhz": 1800.0, "watts": 700.0, "celsius": 66.0,
