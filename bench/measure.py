@@ -17,6 +17,7 @@ writes), never a figure.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import importlib.metadata
 import itertools
@@ -342,11 +343,13 @@ def steady_steps(bench: Bench, step: Callable[[int], object], n_steps: int, seco
     marks = [mark(bench)]
     gc.collect()
     gc.disable()
-    for i in range(n_steps):
-        step(i)
-        marks.append(mark(bench))
-    bench.synchronize()
-    gc.enable()
+    try:
+        for i in range(n_steps):
+            step(i)
+            marks.append(mark(bench))
+        bench.synchronize()
+    finally:
+        gc.enable()
     return summary([list(itertools.starmap(milliseconds_between, itertools.pairwise(marks)))])
 
 
@@ -430,21 +433,18 @@ def matmul_ceiling(bench: Bench, config: MistralConfig, n_tokens: int, seconds: 
     products = products_of(config, n_tokens)
     if bench.smoke:
         products = {name: (kind, 8, 16, 16, times) for name, (kind, *_, times) in products.items()}
-    largest = [max(a * b for a, b in sizes) for sizes in zip(
-        *(((rows, n_in), (rows, n_out), (n_out, n_in)) for _, rows, n_out, n_in, _ in products.values()), strict=True
-    )]  # fmt: skip
+    # x, dy and w of all products are views of three buffers
+    shapes = [((rows, n_in), (rows, n_out), (n_out, n_in)) for _, rows, n_out, n_in, _ in products.values()]
+    largest = [max(a * b for a, b in one) for one in zip(*shapes, strict=True)]
     flat = [torch.randn(n, device=bench.device, dtype=torch.bfloat16) for n in largest]
-
-    def operands(kind: str, rows: int, n_out: int, n_in: int) -> tuple[Tensor, Tensor]:
-        shapes = (rows, n_in), (rows, n_out), (n_out, n_in)
-        x, dy, w = (one[: a * b].view(a, b) for one, (a, b) in zip(flat, shapes, strict=True))
-        return {"forward": (x, w.T), "input gradient": (dy, w), "weight gradient": (dy.T, x)}[kind]
-
-    pairs = {name: operands(*shape[:4]) for name, shape in products.items()}
+    pairs = []
+    for (kind, *_), sizes in zip(products.values(), shapes, strict=True):
+        x, dy, w = (buffer[: a * b].view(a, b) for buffer, (a, b) in zip(flat, sizes, strict=True))
+        pairs.append({"forward": (x, w.T), "input gradient": (dy, w), "weight gradient": (dy.T, x)}[kind])
 
     def turn() -> list:
         marks = []
-        for a, b in pairs.values():
+        for a, b in pairs:
             marks.append(mark(bench))
             torch.mm(a, b)
         return [*marks, mark(bench)]
@@ -503,11 +503,18 @@ def watched(text: str) -> dict | None:
 # ---------------------------------------------------------------------------------------------- a process for each case
 
 
+def die_with_parent() -> None:
+    """Have this process killed when the one that started it is gone, however that ended. On Linux."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def in_its_own_process(arguments: list[str], seconds: float) -> dict:
     """``python *arguments FILE``, which leaves a JSON object in FILE: that object; or why there is none, as "reason".
 
     So a case's memory is given back whole, and one that crashes, hangs or poisons its CUDA context loses only its row.
-    What it wrote before it was ended counts.
+    What it wrote before it was ended counts. The process should call ``die_with_parent``.
     """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "row.json"

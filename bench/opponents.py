@@ -276,6 +276,7 @@ def one_opponent(given: argparse.Namespace) -> int:
         row.update(new)
         measure.write_json(Path(given.row), row)
 
+    measure.die_with_parent()
     opponent = next(o for o in OPPONENTS if o.name == given.case)
     try:
         measured(measure.bench_on(given.smoke), opponent, given, save)
@@ -344,7 +345,7 @@ def beside_ours(path: Path, bench: measure.Bench, given: argparse.Namespace) -> 
     machine = measure.machine(bench, given.commit)
     note = {"note": "smoke: no performance figure"} if bench.smoke else {}
     result = {"format": 1, "kind": "step", "smoke": bench.smoke} | note | {"machine": machine, "rows": []}
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         old = json.loads(path.read_text(encoding="utf-8"))
         same = all(old["machine"][k] == machine[k] for k in ("device", "commit")) and old["smoke"] == bench.smoke
         result = old if same else result

@@ -461,6 +461,7 @@ def one_case(given: argparse.Namespace) -> int:
         row.update(new)
         measure.write_json(Path(given.row), row)
 
+    measure.die_with_parent()
     mode, _, moments = given.case.partition(":")
     try:
         measured(measure.bench_on(given.smoke), Case(mode, moments), given, save)

@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 import tempfile
 import time
 from dataclasses import replace
@@ -180,9 +181,31 @@ def test_what_a_process_leaves_counts(tmp_path):
         "ends": {"status": "failed", "reason": "its process ended with 3"},
     }
     for how in rows:  # and nothing that it has started goes on
-        pid = (tmp_path / how).read_text()
-        state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout.strip()
-        assert not state or state.startswith("Z"), how
+        assert not is_alive((tmp_path / how).read_text()), how
+
+
+def test_a_process_ends_with_whoever_started_it(tmp_path):
+    """Though it is of another session, and its parent is killed with no chance to say so."""
+    child, parent = tmp_path / "child.py", tmp_path / "parent.py"
+    head = f"import os, sys, time\nsys.path.insert(0, {str(measure.ROOT)!r})\nfrom bench import measure\n"
+    child.write_text(head + "measure.die_with_parent()\nopen(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    parent.write_text(head + f"measure.in_its_own_process([{str(child)!r}, {str(tmp_path / 'pid')!r}], 60)")
+    process = subprocess.Popen([sys.executable, str(parent)])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.2)
+    process.kill()
+    process.wait()
+    pid = (tmp_path / "pid").read_text()
+    while is_alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_alive(pid)
+
+
+def is_alive(pid: str) -> bool:
+    state = subprocess.run(["ps", "-o", "stat=", "-p", pid], capture_output=True, text=True).stdout.strip()
+    return bool(state) and not state.startswith("Z")
 
 
 def test_a_case_that_fails_is_a_row_and_the_next_goes_on(tmp_path, monkeypatch, capsys):
