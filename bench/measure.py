@@ -316,12 +316,13 @@ def step_words(row: dict) -> str:
 
 
 def memory_words(row: dict) -> str:
-    """Its peak, and what of that is in the place of a network."""
+    """Its peak, what roofline.py had estimated, and what of both is in the place of a network."""
     if row["peak_memory_bytes"] is None:
         return ""
-    stand_in = row.get("stand_in_bytes", 0)
-    more = f", {stand_in / 2**30:.1f} of them the stand-in for the network" if stand_in else ""
-    return f"{row['peak_memory_bytes'] / 2**30:.1f} GiB{more}"
+    estimated, stand_in = row.get("estimated_bytes"), row.get("stand_in_bytes", 0)
+    said = f"{row['peak_memory_bytes'] / 2**30:.1f} GiB"
+    said += f" ({estimated / 2**30:.1f} estimated)" if estimated else ""
+    return said + (f", {stand_in / 2**30:.1f} of them the stand-in for the network" if stand_in else "")
 
 
 def steady_steps(bench: Bench, step: Callable[[int], object], n_steps: int, seconds: float, warm_up: int = 3) -> dict:

@@ -7,9 +7,10 @@
 There is no second training loop: model, optimizer and step are train.py's ``build_model``, ``build_optimizer`` and
 ``train_step``, on random weights and tokens. Three modes; no figure of the last two stands anywhere without its label:
 
-**one-gpu** trains: one rank, the whole step, nothing left out. A row for each --moments, what AdamW keeps: fp32 at
-micro batch 2, bf16 and 8bit at 4, or what fits the card by roofline.py's estimate; where not even one sequence fits
-beside 32 layers, as many layers as do, and the label says so (nothing is extrapolated from it).
+**one-gpu** trains: one rank, the whole step, nothing left out, an update for every micro batch. A row for each
+--moments, what AdamW keeps: fp32 at micro batch 2, bf16 and 8bit at 4, or what fits the card by roofline.py's estimate;
+where not even one sequence fits beside 32 layers, as many layers as do, and the label says so (nothing is extrapolated
+from it).
 
 **rank-of-256** is one rank of 256, emulated, no network. The process group is PyTorch's fake one, with 256 ranks, four
 a node; the layout is what the trainer chooses for them, so weights, moments and memory are one rank's. Each gather and
@@ -40,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not bench/: see kernels.py
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as train.py, before torch
-    os.environ.setdefault("KINETO_LOG_LEVEL", "4")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.13's profiler announces itself on stderr below that
 
 import torch
 import torch.distributed as dist
@@ -335,6 +336,7 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
         "step_ms": ms,
         **measure.step_figures(step.config, step.n_tokens, step.seq_len, ms["median"], device),
         **measure.memory_figures(bench),
+        "estimated_bytes": None if bench.smoke else estimated_bytes(case, step.config, step.micro_batch),
         "loss": step.loss() if world.size == 1 else None,  # where weights are random values, it means nothing
         "nvidia_smi_before": smi,
         "nvidia_smi_beside": watch.found,
