@@ -3,16 +3,17 @@
     python bench/opponents.py [--out DIR]       on a GPU: "opponents" of DIR/step.json, beside bench/step.py's rows
     python bench/opponents.py --smoke           here: a tiny model on the CPU, not compiled, no figures
 
-The same model on the same card: MistralForCausalLM of our sizes (attn_implementation="sdpa", no window, since at a
-context of 4,096 one of 4,096 changes nothing and would cost it a mask), random weights and tokens, the mean loss,
-``clip_grad_norm_``, ``torch.optim.AdamW(fused=True)``, ``zero_grad(set_to_none=True)``; timed by ``steady_steps`` and
-divided by ``step_figures``, as ours. Liger-Kernel: all it patches by default, the fused linear cross-entropy with it.
+The same model on the same card: MistralForCausalLM of our sizes (attn_implementation="sdpa"; no window, since at a
+context of 4,096 one of 4,096 changes nothing, and no mask beside is_causal, so that SDPA has its flash kernel), random
+weights and tokens, the mean loss, ``clip_grad_norm_``, ``torch.optim.AdamW(fused=True)``,
+``zero_grad(set_to_none=True)``; timed by ``steady_steps`` and divided by ``step_figures``, as ours. Liger-Kernel: all it
+patches by default, the fused linear cross-entropy with it.
 
 Two precisions: weights, gradients and moments in bf16, as is usual on one card; and fp32 ones with autocast to bf16,
 which is what ours keeps with fp32 moments. Each opponent is given its best: micro batches of 8, 4, 2 and 1 with every
-layer compiled, then the best of these with the whole model compiled; gradient checkpointing only where nothing fits
-without. The largest throughput counts, all that was tried is recorded. Each runs in a process of its own, within its
-share of the budget; what is not installed is named absent.
+layer compiled, down to where they get slower, then the best of these with the whole model compiled; gradient
+checkpointing only where nothing fits without. The largest throughput counts, all that was tried is recorded. Each runs
+in a process of its own, within its share of the budget; what is not installed is named absent.
 """
 # ruff: noqa: E402  imports follow the change of sys.path
 
@@ -80,7 +81,11 @@ def load(opponent: Opponent, config: MistralConfig, device: torch.device) -> tor
     """The model with random weights. Raises ImportError where a package is missing."""
     from transformers import AutoModelForCausalLM
     from transformers import MistralConfig as HFConfig
+    from transformers.models.mistral import modeling_mistral
 
+    # transformers leaves the mask out where nothing is padded, and so SDPA has its flash kernel; but while torch.compile
+    # traces the whole model, before torch 2.14, it builds it. No opponent should lose by that.
+    modeling_mistral.create_causal_mask = lambda *arguments, **options: None
     if opponent.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_mistral
 
@@ -194,14 +199,16 @@ def attempt(
 def next_way(attempts: list[dict], smoke: bool, micro_batch: int | None) -> tuple[int, str | None, bool] | None:
     """The (micro batch, compiled, checkpointing) to try after these; None: enough.
 
-    Every size with each layer compiled, which is quick, and the best of them with the whole model. If none fits, with
-    checkpointing, the largest that does; of the whole model, because a checkpoint keeps a compiled layer from running.
+    The sizes, each layer compiled, which is quick, until one is slower than the one before; and the best of them with
+    the whole model compiled. If none fits, with checkpointing, the largest that does; of the whole model, because a
+    checkpoint keeps a compiled layer from running.
     """
     sizes = (2, 1) if smoke else (micro_batch,) if micro_batch else MICRO_BATCHES
     plain = [a for a in attempts if not a["checkpointing"] and a["compiled"] != MODEL]
-    if len(plain) < len(sizes):
-        return sizes[len(plain)], None if smoke else LAYERS, False
     fitting = [a for a in plain if a["status"] == "ok"]
+    slower = len(fitting) > 1 and fitting[-1]["tokens_per_second"] < fitting[-2]["tokens_per_second"]
+    if len(plain) < len(sizes) and not slower:
+        return sizes[len(plain)], None if smoke else LAYERS, False
     if fitting:
         best = max(fitting, key=lambda a: a["tokens_per_second"])
         done = smoke or any(a["compiled"] == MODEL for a in attempts)
