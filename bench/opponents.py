@@ -6,8 +6,8 @@
 The same model on the same card: MistralForCausalLM of our sizes (attn_implementation="sdpa"; no window, since at a
 context of 4,096 one of 4,096 changes nothing, and no mask beside is_causal, so that SDPA has its flash kernel), random
 weights and tokens, the mean loss, ``clip_grad_norm_``, ``torch.optim.AdamW(fused=True)``,
-``zero_grad(set_to_none=True)``; timed by ``steady_steps`` and divided by ``step_figures``, as ours. Liger-Kernel: all it
-patches by default, the fused linear cross-entropy with it.
+``zero_grad(set_to_none=True)``; timed by ``steady_steps`` and divided by ``step_figures``, as ours. Liger-Kernel: all
+that it patches by default, the fused linear cross-entropy with it.
 
 Two precisions: weights, gradients and moments in bf16, as is usual on one card; and fp32 ones with autocast to bf16,
 which is what ours keeps with fp32 moments. Each opponent is given its best: micro batches of 8, 4, 2 and 1 with every
@@ -83,8 +83,8 @@ def load(opponent: Opponent, config: MistralConfig, device: torch.device) -> tor
     from transformers import MistralConfig as HFConfig
     from transformers.models.mistral import modeling_mistral
 
-    # transformers leaves the mask out where nothing is padded, and so SDPA has its flash kernel; but while torch.compile
-    # traces the whole model, before torch 2.14, it builds it. No opponent should lose by that.
+    # transformers leaves the mask out where nothing is padded, and so SDPA has its flash kernel; but while
+    # torch.compile traces the whole model, before torch 2.14, it builds it. No opponent should lose by that.
     modeling_mistral.create_causal_mask = lambda *arguments, **options: None
     if opponent.liger:
         from liger_kernel.transformers import apply_liger_kernel_to_mistral
