@@ -32,10 +32,7 @@ from halny.kernels.dispatch import AotCase, cdiv, check_floating, check_same_dev
 MOMENTS = ("fp32", "bf16", "8bit")
 GROUP = 256  # elements that share one exponent in 8bit
 
-LOWEST_EXPONENT, NAN_EXPONENT = (
-    32,
-    255,
-)  # of a group: 2^-95, so that its smallest number, 2^-113, is no denormal of fp32
+LOWEST_EXPONENT, NAN_EXPONENT = 32, 255  # of a group: 2^-95, so that its smallest number, 2^-113, is no denormal of fp32
 
 
 # ------------------------------------------------------------------------------------------------------------ two halves
