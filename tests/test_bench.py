@@ -501,7 +501,7 @@ def test_a_whole_visit_rehearsed(tmp_path, capsys):
     assert list(dict.fromkeys(modes)) == list(measure.MODE_LABELS)
     others = {row["name"]: row for row in measure.read_result(tmp_path / "step.json")["opponents"]}
     assert [a["micro_batch"] for a in others["hf-bf16"]["attempts"]] == [2, 1]
-    assert others["hf-bf16"]["status"] == "ok" and others["liger-bf16"]["status"] in ("absent", "failed")
+    assert others["hf-bf16"]["status"] == "ok" and others["liger-bf16"]["status"] == "absent"
     gaps = measure.read_result(tmp_path / "profile.json")["profiles"][0]["gaps"]
     assert {row["part"] for row in gaps} == {*profiler.PRECEDENCE, "idle"}
     names = ("kernels", "attention", "step", "profile", "aot")
