@@ -1,4 +1,4 @@
-"""A whole visit to a GPU machine in one command: tests, kernels, attention, the 7B step, a profile, machine code.
+"""A whole visit to a GPU machine in one command: tests, kernels, attention, the 7B step, opponents, machine code.
 
     python bench/gpu_pass.py [--budget-s 540] [--only tests,kernels] [--out DIR]
     python bench/gpu_pass.py --smoke                    here: the same parts at tiny sizes, under 3 minutes, no figures
@@ -9,7 +9,7 @@ was not done yet. The last lines are a summary; the exit code is 1 if any part f
 bench/results/DATE-DEVICE), at most eight files:
 
     pass.json  what ran and how it ended; the tests' counts     kernels.json  attention.json  step.json  profile.json
-    log.txt    everything that was printed                      aot.json      trace.json.gz
+    log.txt    everything that was printed                      aot.json      trace-rank-of-256.json.gz
 """
 # ruff: noqa: E402  imports follow the change of sys.path
 
@@ -33,7 +33,11 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not bench/: see kernels.py
 
-from bench import measure
+import torch
+
+from bench import measure, opponents, step
+from halny.model import roofline
+from halny.model.mistral import PRESETS
 
 SUMMARY_LINES = 60
 GRACE_S = 10  # between asking a part to end and killing it; between its own budget and its limit
@@ -73,13 +77,24 @@ def aot_command(visit: Visit, seconds: float) -> list[str]:
     return [sys.executable, "bench/aot.py", "--arch", "sm_90", "--json", str(visit.out / "aot.json"), *only]
 
 
+def step_command(visit: Visit, seconds: float) -> list[str]:
+    """All modes, one-gpu with what AdamW keeps in bf16, or where that leaves no room for one sequence in 8 bits."""
+    moments = "bf16"
+    if not visit.smoke:
+        memory = torch.cuda.get_device_properties(0).total_memory
+        if not roofline.most_micro_batch(PRESETS["mistral-7b"], memory, step.SEQ_LEN, "bf16", divides=1):
+            moments = "8bit"
+    return visit.script("step", seconds, "--moments", moments)
+
+
 PARTS = (
-    Part("tests", 130, tests_command),
-    Part("kernels", 190, lambda v, s: v.script("kernels", s)),
-    Part("attention", 100, lambda v, s: v.script("attention", s)),
-    Part("step", 70, lambda v, s: v.script("step", min(s, 50))),
-    Part("profile", 40, lambda v, s: v.script("step", s, "--profile")),
-    Part("aot", 20, aot_command),
+    Part("tests", 80, tests_command),
+    Part("kernels", 120, lambda v, s: v.script("kernels", s)),
+    Part("attention", 60, lambda v, s: v.script("attention", s)),
+    Part("step", 110, step_command),
+    Part("opponents", 110, lambda v, s: v.script("opponents", s, "--only", "bf16")),
+    Part("profile", 40, lambda v, s: v.script("step", s, "--profile", "--mode", "rank-of-256")),
+    Part("aot", 15, aot_command),
 )
 
 
@@ -183,14 +198,33 @@ def kernel_lines(path: Path, smoke: bool) -> list[str]:
     return lines
 
 
-def profile_lines(path: Path, smoke: bool) -> list[str]:
+def step_lines(path: Path, smoke: bool) -> list[str]:
+    """A line a case that ran and a line an opponent, each figure in one line with its label."""
     try:
-        found = measure.read_result(path)["profile"]
+        result = measure.read_result(path)
     except measure.BadResult as error:
         return [str(error)]
-    parts = sorted(found["categories_ms"].items(), key=lambda item: -item[1])
-    text = ", ".join(f"{name} {ms:.1f}" for name, ms in [*parts, ("idle", found["idle_ms"])])
-    return [] if smoke else [f"  of {found['wall_ms']:.1f} ms: {text}"]
+    rows = [row for row in result["rows"] if "range" not in row and not (smoke and row["status"] == "ok")]
+    others = [row for row in result.get("opponents", []) if not (smoke and row["status"] == "ok")]
+    return [f"  {line}" for row in rows for line in step.lines_of(row, smoke)] + [
+        f"  {opponents.words(row, smoke)}" for row in others
+    ]
+
+
+def profile_lines(path: Path, smoke: bool) -> list[str]:
+    """A line a profile: its largest gaps."""
+    try:
+        found = measure.read_result(path)["profiles"]
+    except measure.BadResult as error:
+        return [str(error)]
+    lines = []
+    for profile in found:
+        if profile["status"] != "ok":
+            lines.append(f"  {profile['label']}: {profile['status']}, {profile['reason']}")
+        elif not smoke:
+            text = ", ".join(f"{row['part']} {row['gap_ms']:+.1f}" for row in profile["gaps"][:5])
+            lines.append(f"  {profile['label']}: of {profile['wall_ms']:.1f} ms, largest gaps {text}")
+    return lines
 
 
 def trouble_lines(path: Path) -> list[str]:
@@ -216,6 +250,8 @@ def summary(visit: Visit, result: dict) -> list[str]:
             counts = ", ".join(f"{part[k]} {k}" for k in ("passed", "failed", "errors", "skipped"))
             lines.append(f"  {counts}")
             lines += [f"  failed: {test}" for test in part["failing"][:10]]
+        if name == "opponents" or (name == "step" and "opponents" not in result["parts"]):
+            lines += step_lines(visit.out / "step.json", visit.smoke)
         if name == "profile":
             lines += profile_lines(visit.out / "profile.json", visit.smoke)
     for name in ("kernels", "attention"):

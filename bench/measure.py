@@ -16,12 +16,21 @@ writes), never a figure.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import importlib.metadata
+import itertools
 import json
+import math
+import os
 import platform
 import re
+import signal
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,6 +39,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from halny.kernels.linear_cross_entropy import chunk_rows
+from halny.model import roofline
+from halny.model.mistral import MistralConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = (
@@ -274,6 +287,257 @@ def ceilings(bench: Bench) -> dict:
     }
 
 
+# ------------------------------------------------------------------------------------------------------- training steps
+
+# What every figure of a mode of bench/step.py says of itself, in the same cell or sentence.
+MODE_LABELS = {
+    "one-gpu": "training on one GPU",
+    "rank-of-256": "one rank of 256, emulated, no network",
+    "model-of-256": "calculated",
+}
+
+
+def step_words(row: dict) -> str:
+    """A row of step.json in a sentence, without its label."""
+    if "range" in row:
+        r = row["range"]
+        (low, high), (slow, fast), mfu, palm = r["tokens_per_second"], r["step_ms"], r["mfu"], r["mfu_palm"]
+        return (
+            f"{low:,.0f} to {high:,.0f} tokens/s, step {slow:,.0f} to {fast:,.0f} ms, MFU {mfu[0]:.1%} to {mfu[1]:.1%} "
+            f"(PaLM's formula {palm[0]:.1%} to {palm[1]:.1%}), {r['memory_bytes'] / 2**30:.1f} GiB"
+        )
+    ms, memory = row["step_ms"], memory_words(row)
+    share = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%} (PaLM's formula {row['mfu_palm']:.1%})"
+    return (
+        f"{row['tokens_per_second']:,.0f} tokens/s, step {ms['median']:,.1f} ms (p5 {ms['p5']:,.1f}, p95 "
+        f"{ms['p95']:,.1f}, {ms['n']} steps), MFU {share}, {row['of_ceiling']:.1%} of the measured matmul ceiling"
+        + (f", {memory}" if memory else "")
+    )
+
+
+def memory_words(row: dict) -> str:
+    """Its peak, what roofline.py had estimated, and what of both is in the place of a network."""
+    if row["peak_memory_bytes"] is None:
+        return ""
+    estimated, stand_in = row.get("estimated_bytes"), row.get("stand_in_bytes", 0)
+    said = f"{row['peak_memory_bytes'] / 2**30:.1f} GiB"
+    said += f" ({estimated / 2**30:.1f} estimated)" if estimated else ""
+    return said + (f", {stand_in / 2**30:.1f} of them the stand-in for the network" if stand_in else "")
+
+
+def steady_steps(bench: Bench, step: Callable[[int], object], n_steps: int, seconds: float, warm_up: int = 3) -> dict:
+    """Steps one after another as a training loop makes them, nothing read back between them: summary of ms a step.
+
+    After the warm-up and one step that is only looked at, at most n_steps, and about ``seconds`` of them. On a GPU the
+    time between two events around each step, so whatever the device waits for is in it; the garbage collector is off,
+    as in train.py's loop.
+    """
+    for i in range(1 if bench.smoke else warm_up):
+        step(i)
+    bench.synchronize()
+    start = time.perf_counter()
+    step(0)
+    bench.synchronize()
+    n_steps = max(3, min(n_steps, int(seconds / (time.perf_counter() - start))))
+    if bench.on_gpu:
+        torch.cuda.reset_peak_memory_stats(bench.device)
+    marks = [mark(bench)]
+    gc.collect()
+    gc.disable()
+    try:
+        for i in range(n_steps):
+            step(i)
+            marks.append(mark(bench))
+        bench.synchronize()
+    finally:
+        gc.enable()
+    return summary([list(itertools.starmap(milliseconds_between, itertools.pairwise(marks)))])
+
+
+def mark(bench: Bench):
+    """A point in the device's time."""
+    if not bench.on_gpu:
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds_between(a, b) -> float:
+    return (b - a) * 1e3 if isinstance(a, float) else a.elapsed_time(b)
+
+
+def random_tokens(vocab_size: int, shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Token ids, int64, as often as words of a text are: the n-th with a probability of about 1 / n (Zipf's law).
+
+    So the rows of the embedding's gradient that many tokens share are as crowded as in training. Seeded.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    weights = 1.0 / torch.arange(3, vocab_size + 3, device=device)
+    draw = torch.multinomial(weights, math.prod(shape), replacement=True, generator=generator)
+    return torch.randperm(vocab_size, generator=generator, device=device)[draw].view(shape)
+
+
+def step_figures(config: MistralConfig, n_tokens: int, seq_len: int, ms: float, device: str) -> dict:
+    """Rates of a step on n_tokens that takes ms: the one place where ours and others' are divided."""
+    rate, peak = n_tokens / ms * 1e3, roofline.peak_flops(device)
+    flops = roofline.flops_per_token(config, seq_len)
+    return {
+        "tokens_per_second": rate,
+        "flops_per_token": flops,
+        "tflop_s": rate * flops / 1e12,
+        "mfu": roofline.mfu(rate, flops, peak),
+        "mfu_palm": roofline.mfu(rate, roofline.palm_flops_per_token(config, seq_len), peak),
+        "peak_flops": peak,
+    }
+
+
+def memory_figures(bench: Bench) -> dict:
+    """Bytes at the peak since it was last reset: of tensors, of the allocator, and of the device now, all processes."""
+    if not bench.on_gpu:
+        return {"peak_memory_bytes": None, "peak_reserved_bytes": None, "device_used_bytes": None}
+    free, total = torch.cuda.mem_get_info(bench.device)
+    return {
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(bench.device),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(bench.device),
+        "device_used_bytes": total - free,
+    }
+
+
+def products_of(config: MistralConfig, n_tokens: int) -> dict[str, tuple[str, int, int, int, int]]:
+    """name -> (kind, rows, out, in, times a step) of every matrix product of a step on n_tokens, out and in a weight's.
+
+    forward: x [rows, in] by w [out, in] transposed; input gradient: dy [rows, out] by w; weight gradient: dy transposed
+    by x. The head's come a chunk of rows at a time (kernels/linear_cross_entropy.py).
+    """
+    weights = {
+        "qkv": ((config.n_heads + 2 * config.n_kv_heads) * config.head_dim, config.dim),
+        "out": (config.dim, config.n_heads * config.head_dim),
+        "gate_up": (2 * config.hidden_dim, config.dim),
+        "down": (config.dim, config.hidden_dim),
+    }
+    rows = chunk_rows(n_tokens, config.vocab_size, 2)
+    found = {}
+    for kind in ("forward", "input gradient", "weight gradient"):
+        for name, (n_out, n_in) in weights.items():
+            found[f"{name}, {kind}"] = kind, n_tokens, n_out, n_in, config.n_layers
+        found[f"head, {kind}"] = kind, rows, config.vocab_size, config.dim, -(-n_tokens // rows)
+    return found
+
+
+def matmul_ceiling(bench: Bench, config: MistralConfig, n_tokens: int, seconds: float = 2.0) -> dict:
+    """The step's own matrix products and nothing else, by torch (cuBLAS) in bf16 on random data, back to back.
+
+    In turn and without a pause for about ``seconds``, so clocks and power are those of work that goes on. tflop_s and
+    ms are of all products of a step, ``products`` has each one's median.
+    """
+    products = products_of(config, n_tokens)
+    if bench.smoke:
+        products = {name: (kind, 8, 16, 16, times) for name, (kind, *_, times) in products.items()}
+    # x, dy and w of all products are views of three buffers
+    shapes = [((rows, n_in), (rows, n_out), (n_out, n_in)) for _, rows, n_out, n_in, _ in products.values()]
+    largest = [max(a * b for a, b in one) for one in zip(*shapes, strict=True)]
+    flat = [torch.randn(n, device=bench.device, dtype=torch.bfloat16) for n in largest]
+    pairs = []
+    for (kind, *_), sizes in zip(products.values(), shapes, strict=True):
+        x, dy, w = (buffer[: a * b].view(a, b) for buffer, (a, b) in zip(flat, sizes, strict=True))
+        pairs.append({"forward": (x, w.T), "input gradient": (dy, w), "weight gradient": (dy.T, x)}[kind])
+
+    def turn() -> list:
+        marks = []
+        for a, b in pairs:
+            marks.append(mark(bench))
+            torch.mm(a, b)
+        return [*marks, mark(bench)]
+
+    turn()
+    bench.synchronize()
+    begun = time.perf_counter()
+    turn()
+    bench.synchronize()
+    n = 2 if bench.smoke else max(5, int(seconds / (time.perf_counter() - begun)))
+    turns = [turn() for _ in range(n)]
+    bench.synchronize()
+    times = [list(itertools.starmap(milliseconds_between, itertools.pairwise(marks))) for marks in turns]
+    found, ms, flops = {}, 0.0, 0
+    for i, (name, (_, rows, n_out, n_in, n_times)) in enumerate(products.items()):
+        median = statistics.median(one[i] for one in times)
+        found[name] = {"ms": median, "tflop_s": 2 * rows * n_out * n_in / median / 1e9, "times": n_times}
+        ms, flops = ms + n_times * median, flops + n_times * 2 * rows * n_out * n_in
+    return {"tflop_s": flops / ms / 1e9, "ms": ms, "flops": flops, "products": found}
+
+
+class Watch:
+    """nvidia-smi beside the work, twice a second: clocks, power and temperature while it went on. Sets nothing."""
+
+    def __enter__(self) -> Watch:
+        self._file = tempfile.TemporaryFile("w+")
+        self._process = None
+        with contextlib.suppress(OSError):
+            fields = "clocks.sm,power.draw,temperature.gpu"
+            command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "-i", "0", "-lms", "500"]
+            self._process = subprocess.Popen(command, stdout=self._file, stderr=subprocess.DEVNULL)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait()
+        self._file.seek(0)
+        self.found = watched(self._file.read())
+        self._file.close()
+
+
+def watched(text: str) -> dict | None:
+    """Medians of what nvidia-smi printed, and the hottest; None if that is nothing."""
+    rows = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            sm, watts, celsius = map(float, line.split(","))
+            rows.append((sm, watts, celsius))
+    if not rows:
+        return None
+    sm, watts, celsius = zip(*rows, strict=True)
+    return {"n": len(rows), "sm_mhz": statistics.median(sm), "watts": statistics.median(watts), "celsius": max(celsius)}
+
+
+# ---------------------------------------------------------------------------------------------- a process for each case
+
+
+def die_with_parent() -> None:
+    """Have this process killed when the one that started it is gone, however that ended. On Linux."""
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def in_its_own_process(arguments: list[str], seconds: float) -> dict:
+    """``python *arguments FILE``, which leaves a JSON object in FILE: that object; or why there is none, as "reason".
+
+    So a case's memory is given back whole, and one that crashes, hangs or poisons its CUDA context loses only its row.
+    What it wrote before it was ended counts. The process should call ``die_with_parent``.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / "row.json"
+        process = subprocess.Popen([sys.executable, *arguments, str(path)], cwd=ROOT, start_new_session=True)
+        reason = None
+        try:
+            code = process.wait(max(1.0, seconds))
+            if code:
+                reason = f"its process was ended by signal {-code}" if code < 0 else f"its process ended with {code}"
+        except subprocess.TimeoutExpired:
+            reason = f"was not done after {seconds:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it has started
+            process.wait()
+        try:
+            row = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            row = {"status": "failed", "reason": reason or "its process left nothing"}
+        return row | {"reason": row.get("reason") or reason or ""}
+
+
 # -------------------------------------------------------------------------------------------------------------- errors
 
 
@@ -408,14 +672,21 @@ TIMED_ROW = {"kernel_ms": TIMES, "wall_ms": TIMES, "host_ms": TIMES, "gb_s": NUM
              "of_ceiling": NUMBER, "errors": dict}  # fmt: skip
 AOT_ROW = {"kernel": str, "arch": str, "warps": int, "registers": int, "spills": int, "shared_bytes": int,
            "loads": dict, "stores": dict, "occupancy": (int, float, type(None))}  # fmt: skip
-STEP = {"label": str, "tokens_per_second": NUMBER, "step_ms": TIMES, "mfu": (int, float, type(None)),
-        "n_layers": int, "micro_batch": int, "seq_len": int, "flops_per_token": NUMBER,
-        "peak_memory_bytes": (int, type(None))}  # fmt: skip
+STEP_ROW = {"case": str, "mode": str, "label": str, "status": str, "reason": str}
+MAYBE = (int, float, type(None))
+TIMED_STEP = {"tokens_per_second": NUMBER, "step_ms": TIMES, "mfu": MAYBE, "mfu_palm": MAYBE, "n_layers": int,
+              "micro_batch": int, "seq_len": int, "flops_per_token": NUMBER, "peak_memory_bytes": MAYBE}  # fmt: skip
+OF_CEILING = {"of_ceiling": NUMBER, "ceiling_before": {"tflop_s": NUMBER}, "ceiling_after": {"tflop_s": NUMBER}}
+RANGE = {"tokens_per_second": list, "step_ms": list, "mfu": list, "mfu_palm": list, "memory_bytes": int}
+OPPONENT = {"name": str, "label": str, "status": str, "reason": str, "attempts": list}
+GAP = {"part": str, "ms": NUMBER, "kernels_ms": NUMBER, "floor_ms": NUMBER, "gap_ms": NUMBER}
+PROFILE = {"wall_ms": NUMBER, "idle_ms": NUMBER, "hidden_communication_ms": NUMBER, "categories_ms": dict,
+           "other": list, "gaps": [GAP], "floors": {"basis": str}}  # fmt: skip
 KINDS: dict[str, dict] = {
     "kernels": {"ceilings": CEILINGS, "rows": [ROW]},
-    "step": {"step": STEP},
+    "step": {"rows": [STEP_ROW]},
     "aot": {"rows": [AOT_ROW]},
-    "profile": {"profile": {"label": str, "wall_ms": NUMBER, "idle_ms": NUMBER, "categories_ms": dict, "other": list}},
+    "profile": {"profiles": [STEP_ROW]},
     "pass": {"parts": dict},
 }
 
@@ -452,7 +723,31 @@ def read_result(path: Path) -> dict:
         )
     check(value, KINDS[value["kind"]], where)
     if value["kind"] == "kernels":
-        for i, row in enumerate(value["rows"]):
-            if row["status"] == "ok":
-                check(row, TIMED_ROW, f"{where}.rows[{i}]")
+        check_rows(value["rows"], f"{where}.rows", lambda row: TIMED_ROW)
+    if value["kind"] == "step":
+        check(value.get("opponents", []), [OPPONENT], f"{where}.opponents")
+        timed = TIMED_STEP | OF_CEILING
+        check_rows(value["rows"], f"{where}.rows", lambda row: {"range": RANGE} if "range" in row else timed)
+        check_rows(value.get("opponents", []), f"{where}.opponents", lambda row: TIMED_STEP)
+    if value["kind"] == "profile":
+        check_rows(value["profiles"], f"{where}.profiles", lambda row: PROFILE)
+    for rows in ("rows", "profiles"):
+        if value["kind"] in ("step", "profile"):
+            check_labels(value.get(rows, []), f"{where}.{rows}")
     return value
+
+
+def check_rows(rows: list[dict], where: str, form: Callable[[dict], dict]) -> None:
+    """BadResult unless every row that has figures has those of its form."""
+    for i, row in enumerate(rows):
+        if row["status"] == "ok":
+            check(row, form(row), f"{where}[{i}]")
+
+
+def check_labels(rows: list[dict], where: str) -> None:
+    """BadResult unless every row of a mode of bench/step.py says in its label which that is."""
+    for i, row in enumerate(rows):
+        if row["mode"] not in MODE_LABELS or MODE_LABELS[row["mode"]] not in row["label"]:
+            said = MODE_LABELS.get(row["mode"], "one that is known")
+            raise BadResult(f"{where}[{i}] is of mode {row['mode']!r}, so its label must say {said!r}, "
+                            f"got {row['label']!r:.60}")  # fmt: skip

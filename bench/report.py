@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not bench/: see kernels.py
 
-from bench.measure import BadResult, read_result
+from bench.measure import MODE_LABELS, BadResult, memory_words, read_result
 
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -129,20 +129,117 @@ def ceiling_line(result: dict) -> str:
     )
 
 
+def labelled(row: dict, figure: str) -> str:
+    """A figure as it may stand in a cell: those of one rank emulated, and calculated ones, say so there."""
+    return figure if row["mode"] == "one-gpu" or not figure else f"{figure}<br>{MODE_LABELS[row['mode']]}"
+
+
+def span(values: list, form: str) -> str:
+    low, high = sorted(values)
+    return f"{low:{form}} to {high:{form}}"
+
+
 def step_table(result: dict) -> str:
-    s = result["step"]
-    mfu = "unknown" if s["mfu"] is None else f"{s['mfu']:.1%}"
-    memory = "" if s["peak_memory_bytes"] is None else f"{s['peak_memory_bytes'] / 2**30:.1f}"
-    row = [s["label"], f"{s['tokens_per_second']:,.0f}", milliseconds(s["step_ms"]), mfu, memory]
-    return table(["step", "tokens/s", "step ms", "MFU", "peak GiB"], [row])
+    """A row a case; what is not real training on one GPU is labelled in every cell."""
+    rows = []
+    for row in result["rows"]:
+        if row["status"] != "ok":
+            figures = [f"{row['status']}: {row['reason'][:200]}", "", "", "", ""]
+        elif "range" in row:
+            r = row["range"]
+            figures = [span(r["tokens_per_second"], ",.0f"), span(r["step_ms"], ",.0f"),
+                       f"{span(r['mfu'], '.1%')} ({span(r['mfu_palm'], '.1%')})", "",
+                       f"{r['memory_bytes'] / 2**30:.1f} GiB"]  # fmt: skip
+        else:
+            mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%} ({row['mfu_palm']:.1%})"
+            memory = memory_words(row)
+            ceiling = (row["ceiling_before"]["tflop_s"], row["ceiling_after"]["tflop_s"])
+            share = f"{row['of_ceiling']:.1%} of {ceiling[0]:,.0f} before, {ceiling[1]:,.0f} after"
+            figures = [f"{row['tokens_per_second']:,.0f}", step_milliseconds(row["step_ms"]), mfu, share, memory]
+        rows.append([row["label"], *(labelled(row, figure) for figure in figures)])
+    head = ["a step of", "tokens/s", "ms (p5 to p95, steps)", "MFU (PaLM's formula)",
+            "of the matmul ceiling, TFLOP/s", "peak memory"]  # fmt: skip
+    return table(head, rows)
 
 
-def profile_table(result: dict) -> str:
-    p = result["profile"]
-    parts = [*sorted(p["categories_ms"].items(), key=lambda item: -item[1]), ("idle", p["idle_ms"])]
-    rows = [[name, f"{ms:.2f}", f"{ms / p['wall_ms']:.1%}"] for name, ms in parts]
-    other = ", ".join(f"`{k['kernel'][:60]}` {k['ms']:.2f} ms" for k in p["other"][:5])
-    return table(["part of the step", "ms", "of its time"], rows) + (f"\n\nOther: {other}." if other else "")
+def step_milliseconds(times: dict) -> str:
+    return f"{times['median']:,.1f} ({times['p5']:,.1f} to {times['p95']:,.1f}, {times['n']})"
+
+
+def conditions(result: dict) -> list[str]:
+    """Clocks, power and temperature beside each case that ran, in words."""
+    return [
+        f"- {row['label']}: {w['sm_mhz']:,.0f} MHz, {w['watts']:,.0f} W, at most {w['celsius']:,.0f} °C"
+        for row in result["rows"]
+        if (w := row.get("nvidia_smi_beside"))
+    ]
+
+
+def ours_for(result: dict, opponent: dict) -> dict | None:
+    """Our fastest real training on one GPU of as many layers."""
+    rows = [r for r in result["rows"] if r["status"] == "ok" and r["mode"] == "one-gpu"]
+    rows = [r for r in rows if r["n_layers"] == opponent["n_layers"]]
+    return max(rows, key=lambda r: r["tokens_per_second"], default=None)
+
+
+def opponents_table(result: dict) -> str:
+    """Each opponent at its best, and what ours is over it: real training on one GPU both."""
+    rows = []
+    for row in result["opponents"]:
+        if row["status"] != "ok":
+            rows.append([row["label"], f"{row['status']}: {row['reason'][:200]}", "", "", "", "", ""])
+            continue
+        mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%}"
+        memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:.1f}"
+        how = f"micro batch {row['micro_batch']}, {row['compiled']} compiled"
+        how += ", gradient checkpointing" if row["checkpointing"] else ""
+        ours = ours_for(result, row)
+        ratio = "" if ours is None else (
+            f"{ours['tokens_per_second'] / row['tokens_per_second']:.2f} ({ours['moments']} moments, micro batch "
+            f"{ours['micro_batch']})"
+        )  # fmt: skip
+        rows.append([row["label"], f"{row['tokens_per_second']:,.0f}", step_milliseconds(row["step_ms"]), mfu, memory,
+                     how, ratio])  # fmt: skip
+    head = ["opponent, one GPU", "tokens/s", "ms (p5 to p95, steps)", "MFU", "peak GiB", "at its best", "ours / theirs"]
+    return table(head, rows)
+
+
+def attempts_list(result: dict) -> list[str]:
+    """Every way in which an opponent was tried."""
+    lines = []
+    for row in result["opponents"]:
+        for a in row["attempts"]:
+            kept = ", gradient checkpointing" if a["checkpointing"] else ""
+            said = f"{a['tokens_per_second']:,.0f} tokens/s" if a["status"] == "ok" else f"{a['status']}: {a['reason']}"
+            how = f"micro batch {a['micro_batch']}, {a['compiled']} compiled{kept}"
+            lines.append(f"- {row['label']}, {how}: {said[:200]}")
+    return lines
+
+
+def gap_table(profile: dict) -> str:
+    """Where a profiled step's time goes beside its floor, the largest gap first; labelled as ``step_table``."""
+    sums = {k: sum(row[k] for row in profile["gaps"]) for k in ("ms", "kernels_ms", "floor_ms", "gap_ms")}
+    rows = [
+        [row["part"], *(labelled(profile, f"{row[k]:,.2f}") for k in ("ms", "kernels_ms", "floor_ms")),
+         labelled(profile, f"{row['gap_ms']:+,.2f}")]
+        for row in [*profile["gaps"], {"part": "the step", **sums}]
+    ]  # fmt: skip
+    return table(["part of the step", "own ms", "kernels' ms", "floor ms", "gap ms"], rows)
+
+
+def profile_parts(result: dict) -> list[str]:
+    parts = []
+    for profile in result["profiles"]:
+        if profile["status"] != "ok":
+            parts.append(f"{profile['label']}: {profile['status']}, {profile['reason'][:200]}.")
+            continue
+        hidden = f"{profile['hidden_communication_ms']:,.1f} ms of communication are hidden behind computation"
+        said = f"One profiled step, {profile['label']}: {hidden}; floors {profile['floors']['basis']}."
+        parts += [said, gap_table(profile)]
+        if profile["other"]:
+            other = ", ".join(f"`{k['kernel'][:60]}` {k['ms']:.2f} ms" for k in profile["other"][:5])
+            parts.append(f"Other, {MODE_LABELS[profile['mode']]}: {other}.")
+    return parts
 
 
 def aot_table(result: dict) -> str:
@@ -180,10 +277,18 @@ def markdown(results: dict[str, dict]) -> str:
             if missing:
                 parts += ["Without a figure:", "\n".join(missing)]
     if "step.json" in results:
-        parts += ["### Step", machine_line(results["step.json"]), step_table(results["step.json"])]
+        result = results["step.json"]
+        if result["rows"]:
+            parts += ["### Step", machine_line(result), step_table(result)]
+            if beside := conditions(result):
+                parts.append("\n".join(beside))
+        if result.get("opponents"):
+            parts += ["### Beside others", opponents_table(result)]
+            if tried := attempts_list(result):
+                parts += ["All that was tried:", "\n".join(tried)]
     if "profile.json" in results:
-        label = results["profile.json"]["profile"]["label"]
-        parts += ["### Where the time goes", f"One profiled step: {label}.", profile_table(results["profile.json"])]
+        parts += ["### Where the time goes", machine_line(results["profile.json"])]
+        parts += profile_parts(results["profile.json"])
     if "aot.json" in results:
         versions = results["aot.json"]["machine"]["versions"]
         parts += ["### Machine code", f"Compiled by triton {versions.get('triton', 'unknown')}; nothing here is timed.",

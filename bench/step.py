@@ -1,13 +1,28 @@
-"""A training step of Mistral-7B on this GPU: tokens a second, share of the peak, memory, and where the time goes.
+"""A training step of Mistral-7B at a context of 4096: tokens a second, share of the peak, memory, where the time goes.
 
-    python bench/step.py [--out DIR]                  on a GPU: DIR/step.json
-    python bench/step.py --profile [--out DIR]        one profiled step: DIR/profile.json and DIR/trace.json.gz
-    python bench/step.py --smoke                      here: the "test" model on the CPU, no figures
+    python bench/step.py [--mode one-gpu rank-of-256 model-of-256] [--out DIR]      DIR/step.json
+    python bench/step.py --profile --mode rank-of-256 [--out DIR]                   DIR/profile.json, trace-CASE.json.gz
+    python bench/step.py --smoke                                                    here: tiny, on the CPU, no figures
 
-The step is train.py's own: ``build_model`` (FSDP2, here a world of one), ``build_optimizer`` (AdamW on fp32 weights)
-and ``train_step``, on random tokens. AdamW in fp32 takes 16 bytes a weight, 116 GB at 7B: on a card with less it runs
-as many of the 32 layers as fit beside a micro batch of 4 x 4096, and every label says so. Such a figure is of that
-model; nothing is extrapolated from it.
+There is no second training loop: model, optimizer and step are train.py's ``build_model``, ``build_optimizer`` and
+``train_step``, on random weights and tokens. Three modes; no figure of the last two stands anywhere without its label:
+
+**one-gpu** trains: one rank, the whole step, nothing left out, an update for every micro batch. A row for each
+--moments, what AdamW keeps: fp32 at micro batch 2, bf16 and 8bit at 4, or what fits the card by roofline.py's estimate;
+where not even one sequence fits beside 32 layers, as many layers as do, and the label says so (nothing is extrapolated
+from it).
+
+**rank-of-256** is one rank of 256, emulated, no network. The process group is PyTorch's fake one, with 256 ranks, four
+a node; the layout is what the trainer chooses for them, so weights, moments and memory are one rank's. Each gather and
+each reduction is one copy of the same bytes on this GPU, on FSDP's own streams, from and to a buffer (``StandIn``). So
+computation, memory and its traffic are real, the numbers are not: weights are the buffer's random values, gradients are
+a chunk of this rank's own, the loss means nothing. What 256 GPUs lose to a network is not in it.
+
+**model-of-256** is calculated: model/plan.py's step of 256 GPUs at stated bandwidths, a range from the rates that it
+calls good to those it calls leading. Needs no GPU.
+
+Each case runs in a process of its own; one that fails or runs out of memory is recorded so, and the next goes on.
+Before and after its steps the same process times the step's matrix products alone (measure.matmul_ceiling).
 """
 # ruff: noqa: E402  imports follow the change of sys.path
 
@@ -15,251 +30,513 @@ from __future__ import annotations
 
 import argparse
 import gc
-import itertools
 import os
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not bench/: see kernels.py
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as train.py, before torch
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.13's profiler announces itself on stderr below that
 
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.profiler import ProfilerActivity, profile, record_function
 
 import train
 from bench import measure
-from halny.model import profiler, roofline
+from bench.kernels import line_of
+from halny.model import plan, profiler, roofline
 from halny.model.batches import Batch
 from halny.model.mistral import PRESETS, MistralConfig
 
 SEQ_LEN = 4096
-RESERVE_BYTES = 4 * 2**30  # CUDA context, a layer's working memory, fragments: what roofline's estimate leaves out
 TRACE_BYTES = 15 * 2**20
+MODES = ("one-gpu", "rank-of-256", "model-of-256")
+MOMENTS = ("fp32", "bf16", "8bit")
+RANKS, NODE = 256, 4
+START_S = 8  # that a process takes before it can do anything: imports, CUDA
 
-# ------------------------------------------------------------------------------------------------------------ the step
+# ----------------------------------------------------------------------------------------------------------- the cases
 
 
-def sizes(bench: measure.Bench, layers: int | None, micro_batch: int | None) -> list[tuple[MistralConfig, int]]:
+@dataclass(frozen=True)
+class Case:
+    """What one process measures."""
+
+    mode: str
+    moments: str = "fp32"
+
+    @property
+    def name(self) -> str:
+        return f"{self.mode}-{self.moments}" if self.mode == "one-gpu" else self.mode
+
+    @property
+    def micro_batch(self) -> int:
+        return 2 if self.mode == "one-gpu" and self.moments == "fp32" else 4
+
+
+def cases(modes: list[str], moments: list[str]) -> list[Case]:
+    """Those that need a process; model-of-256 is arithmetic."""
+    found = [Case("one-gpu", m) for m in moments] if "one-gpu" in modes else []
+    return found + ([Case("rank-of-256")] if "rank-of-256" in modes else [])
+
+
+def label(case: Case, config: MistralConfig, micro_batch: int, seq_len: int, smoke: bool) -> str:
+    """What a figure of this case is a figure of."""
+    if smoke:
+        return f"smoke: no performance figure; {measure.MODE_LABELS[case.mode]}: the test model on a CPU"
+    whole = PRESETS["mistral-7b"].n_layers
+    model = "Mistral-7B" if config.n_layers == whole else f"{config.n_layers} of Mistral-7B's {whole} layers"
+    return f"{measure.MODE_LABELS[case.mode]}: {model}, {micro_batch} x {seq_len}, AdamW, {case.moments} moments"
+
+
+def sizes(bench: measure.Bench, case: Case, layers: int | None, micro_batch: int | None) -> list[tuple]:
     """(model, micro batch) to try in turn, the most wanted first: what the estimate says fits, then somewhat less."""
     if bench.smoke:
         return [(PRESETS["test"], 2)]
-    whole = PRESETS["mistral-7b"]
-    memory = torch.cuda.get_device_properties(bench.device).total_memory - RESERVE_BYTES
-    lean = dict(compute_bytes=2, lean=True, logits_chunk_rows=2048)
+    whole, most = PRESETS["mistral-7b"], case.micro_batch
+    memory = torch.cuda.get_device_properties(bench.device).total_memory * (1 - roofline.RESERVED)
+    if layers or micro_batch:
+        return [(replace(whole, n_layers=layers or whole.n_layers), micro_batch or most)]
 
     def fits(model: MistralConfig, micro: int) -> bool:
-        return roofline.memory_estimate(model, 1, micro, SEQ_LEN, **lean).total <= memory
+        return estimated_bytes(case, model, micro) <= memory
 
-    if layers or micro_batch:
-        return [(replace(whole, n_layers=layers or whole.n_layers), micro_batch or 4)]
-    wanted = [(whole, micro) for micro in (4, 2, 1) if fits(whole, micro)]
+    wanted = [(whole, micro) for micro in (4, 2, 1) if micro <= most and fits(whole, micro)]
     if not wanted:
-        n = max(n for n in range(1, whole.n_layers) if fits(replace(whole, n_layers=n), 4))
-        wanted = [(replace(whole, n_layers=n), 4), (replace(whole, n_layers=max(1, n - 2)), 4)]
+        n = max(n for n in range(1, whole.n_layers) if fits(replace(whole, n_layers=n), most))
+        wanted = [(replace(whole, n_layers=n), most), (replace(whole, n_layers=max(1, n - 2)), most)]
     return wanted
+
+
+def estimated_bytes(case: Case, model: MistralConfig, micro_batch: int) -> int:
+    """roofline.py's estimate of a rank's memory at the peak, and the stand-in's buffers."""
+    if case.mode == "one-gpu":
+        return roofline.one_rank_memory(model, micro_batch, SEQ_LEN, case.moments).total
+    total = roofline.memory_estimate(model, RANKS, micro_batch, SEQ_LEN, compute_bytes=2, lean=True).total
+    return total + StandIn.bytes_for(model, RANKS, 2)
+
+
+# ----------------------------------------------------------------------------------------------------- one rank of many
+
+
+class StandIn:
+    """In the place of a network: one copy on this device for each collective of FSDP, of the collective's own bytes.
+
+    A gather copies from a buffer of random values, as many as it would have received, so what is gathered is finite, of
+    full rank and never changes. A reduction copies all its input into another buffer, and this rank's chunk from there.
+    Both run where FSDP calls its communication, on the streams that it has for that.
+    """
+
+    def __init__(self, config: MistralConfig, ranks: int, dtype: torch.dtype, device: torch.device):
+        n = largest_message(config, ranks)
+        self.source = torch.empty(n, dtype=dtype, device=device).normal_(0.0, 0.02)
+        self.target = torch.empty(n, dtype=torch.float32, device=device)
+        self.calls: list[tuple[str, int, int]] = []  # kind, bytes of the whole, ranks
+
+    @staticmethod
+    def bytes_for(config: MistralConfig, ranks: int, element_bytes: int) -> int:
+        return largest_message(config, ranks) * (element_bytes + 4)
+
+    def on(self, model: torch.nn.Module) -> StandIn:
+        """Put it in. Raises RuntimeError where this torch has no such switch."""
+        if not hasattr(model, "set_custom_all_gather") or not hasattr(model, "set_custom_reduce_scatter"):
+            raise RuntimeError(
+                f"torch {torch.__version__} cannot replace FSDP's collectives (FSDPModule.set_custom_all_gather, "
+                "set_custom_reduce_scatter); rank-of-256 needs one that can"
+            )
+        for module in (model, *model.layers):
+            module.set_custom_all_gather(_Gather(self))
+            module.set_custom_reduce_scatter(_Reduce(self))
+        return self
+
+
+def largest_message(config: MistralConfig, ranks: int) -> int:
+    """Elements of the largest collective."""
+    shapes = roofline.layer_shapes(config), roofline.root_shapes(config)
+    return max(roofline.padded_numel(one, ranks) for one in shapes)
+
+
+class _Comm:
+    """FSDP asks the communication for its buffers as well; its own way to make them is this one."""
+
+    def __init__(self, stand_in: StandIn):
+        self.stand_in = stand_in
+
+    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class _Gather(_Comm):
+    def __call__(self, output_tensor, input_tensor, group, async_op: bool = False) -> None:
+        self.stand_in.calls.append(("all-gather", output_tensor.nbytes, group.size()))
+        with record_function(f"{profiler.STAND_IN} for an all-gather"):
+            output_tensor.copy_(self.stand_in.source[: output_tensor.numel()])
+
+
+class _Reduce(_Comm):
+    def __call__(self, output_tensor, input_tensor, group, op, async_op: bool = False) -> None:
+        self.stand_in.calls.append(("reduce-scatter", input_tensor.nbytes, group.size()))
+        with record_function(f"{profiler.STAND_IN} for a reduce-scatter"):
+            reduced = self.stand_in.target[: input_tensor.numel()].copy_(input_tensor)
+            output_tensor.copy_(reduced[: output_tensor.numel()])
+
+
+def one_of(ranks: int, device: torch.device, node_size: int) -> train.World:
+    """Rank 0 of so many that are not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    return train.World(0, ranks, device, init_device_mesh(device.type, (ranks,)), node_size)
+
+
+# ------------------------------------------------------------------------------------------------------------ the step
 
 
 class Step:
     """Model, optimizer and a few batches of random tokens, made by train.py's own functions."""
 
-    def __init__(self, bench: measure.Bench, world: train.World, model: MistralConfig, micro_batch: int):
-        self.bench, self.config, self.micro_batch = bench, model, micro_batch
+    def __init__(
+        self, bench: measure.Bench, world: train.World, case: Case, model: MistralConfig, micro_batch: int,
+        reshard: str | None = None,
+    ):  # fmt: skip
+        self.config, self.micro_batch, self.world = model, micro_batch, world
         self.seq_len = 64 if bench.smoke else SEQ_LEN
         recipe = train.Recipe(  # of a model of the built-in vocabulary, so that no data are asked for
             model="mistral-7b", run_dir=Path("none"), seq_len=self.seq_len, micro_batch=micro_batch, steps=1000,
-            batch_tokens=micro_batch * self.seq_len,
+            batch_tokens=world.size * micro_batch * self.seq_len, reshard=reshard, moments=case.moments,
+            dtype="bf16" if case.mode == "one-gpu" else None,  # on a CPU too: its path is another than fp32's
         )  # fmt: skip
-        plan = replace(train.resolve(recipe, world), model=model)
-        self.recipe = plan.recipe
-        self.model = train.build_model(plan, world)
+        resolved = replace(train.resolve(recipe, world), model=model)
+        self.recipe, self.layout, self.whole = resolved.recipe, resolved.layout, resolved.whole
+        self.lean = train.is_lean(self.recipe, world)
+        self.model = train.build_model(resolved, world)
+        dtype = train.DTYPES[self.recipe.dtype]
+        self.stand_in = StandIn(model, world.size, dtype, world.device).on(self.model) if world.size > 1 else None
         with torch.no_grad():  # much as train.fill_model, which draws on the CPU, at 7B for a while
             for name, parameter in self.model.named_parameters():
-                local = parameter.to_local()
+                local = getattr(parameter, "to_local", lambda p=parameter: p)()
                 local.fill_(1.0) if name.endswith("norm.weight") else local.normal_(0.0, 0.02)
             self.model.init_buffers()
-        self.optimizer = train.build_optimizer(self.model, plan.recipe)
-        self.guard, self.n_steps = train.Guard(plan.recipe.spike, plan.recipe.skip_spikes, world.device), 0
+        self.optimizer = train.build_optimizer(self.model, self.recipe)
+        train.begin_computing(self.model, self.optimizer)
+        self.guard, self.n_steps = train.Guard(self.recipe.spike, self.recipe.skip_spikes, world.device), 0
+        shape = (4, micro_batch, self.seq_len + 1)
         self.batches = [
-            Batch(*torch.randint(model.vocab_size, (2, micro_batch, self.seq_len), device=bench.device),
-                  lengths=[self.seq_len] * micro_batch)
-            for _ in range(4)
-        ]  # fmt: skip
+            Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), lengths=[self.seq_len] * micro_batch)
+            for rows in measure.random_tokens(model.vocab_size, shape, bench.device)
+        ]
+        self.totals = torch.zeros(7)
 
-    def run(self, i: int) -> torch.Tensor:
-        """train.train_step on one of the batches; what it returns, on the device."""
+    def run(self, i: int) -> None:
+        """train.train_step on one of the batches."""
         self.n_steps += 1
         batches = [self.batches[i % len(self.batches)]]
-        return train.train_step(self.model, self.optimizer, self.guard, self.n_steps, batches, 1e-5, self.recipe.clip)
+        self.totals = train.train_step(
+            self.model, self.optimizer, self.guard, self.n_steps, batches, 1e-5, self.recipe.clip
+        )
+
+    def loss(self) -> float:
+        """Of the last step. Raises RuntimeError if its update was skipped: a step that trains nothing is no step."""
+        loss_sum, n_targets, *_, verdict, _ = self.totals.tolist()
+        if verdict % 2:  # as train.Guard counts
+            raise RuntimeError("the last update was skipped, as a loss or norm was not finite: what ran is no training")
+        return loss_sum / n_targets
 
     @property
-    def label(self) -> str:
-        whole = PRESETS["mistral-7b"].n_layers
-        if self.bench.smoke:
-            return "smoke: the test model on a CPU, no performance figure"
-        layers = (
-            "Mistral-7B" if self.config.n_layers == whole else f"{self.config.n_layers} of Mistral-7B's {whole} layers"
-        )
-        return f"{layers}, {self.micro_batch} x {self.seq_len}, AdamW in fp32, one GPU"
+    def n_tokens(self) -> int:
+        return self.micro_batch * self.seq_len
+
+    def floors(self, ceiling: dict, copy_gb_s: float, attention_flops: float) -> profiler.Floors:
+        """At what this machine has been measured to do, attention's rate assumed."""
+        speeds = profiler.Speeds(
+            ceiling["tflop_s"] * 1e12, attention_flops, copy_gb_s * 1e9,
+            f"measured beside it: matmuls at {ceiling['tflop_s']:,.0f} TFLOP/s (cuBLAS, these shapes), all else at "
+            f"{copy_gb_s:,.0f} GB/s (copy); assumed: attention at {attention_flops / 1e12:,.0f} TFLOP/s",
+        )  # fmt: skip
+        work = plan.Work(self.config, self.micro_batch, self.seq_len, lean=self.lean)
+        if self.whole:
+            return profiler.floors(work, speeds, None, profiler.split_update_bytes(self.config, self.recipe.moments))
+        sharding = plan.Sharding.of(self.layout)
+        return profiler.floors(work, speeds, sharding, profiler.sharded_update_bytes(self.config, sharding.shards))
 
 
-def build(bench: measure.Bench, world: train.World, candidates: list[tuple[MistralConfig, int]]) -> Step:
-    """The first of the candidates whose first two steps fit the memory."""
+def build(bench: measure.Bench, world: train.World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:
+    """The first of the candidates whose first two steps fit the memory, and what was tried before it."""
+    tried: list[str] = []
     for i, (model, micro_batch) in enumerate(candidates):
         step = None
         try:
-            step = Step(bench, world, model, micro_batch)
+            step = Step(bench, world, case, model, micro_batch)
             for n in range(2):
                 step.run(n)
             bench.synchronize()
-            return step
+            return step, tried
         except torch.OutOfMemoryError:
             if i + 1 == len(candidates):
                 raise
-            print(f"{model.n_layers} layers at micro batch {micro_batch} do not fit; trying less", flush=True)
-        step = None
-        gc.collect()
-        torch.cuda.empty_cache()
+            tried.append(f"{model.n_layers} layers at micro batch {micro_batch} ran out of memory")
+            print(f"{tried[-1]}; trying less", flush=True)
+        del step
+        release(bench)
     raise AssertionError("no candidates")
 
 
-def time_steps(bench: measure.Bench, step: Step, n_steps: int, seconds: float) -> dict:
-    """Steady steps one after another, nothing read back between them; at most n_steps, and about ``seconds``."""
-    for i in range(1 if bench.smoke else 3):
-        step.run(i)
-    bench.synchronize()
-    start = time.perf_counter()
-    totals = step.run(0)
-    bench.synchronize()
-    n_steps = max(3, min(n_steps, int(seconds / (time.perf_counter() - start))))
-    if bench.on_gpu:
-        torch.cuda.reset_peak_memory_stats(bench.device)
-    marks = []
+def release(bench: measure.Bench) -> None:
     gc.collect()
-    gc.disable()  # as train.py's loop
-    for i in range(n_steps + 1):
-        if bench.on_gpu:
-            marks.append(torch.cuda.Event(enable_timing=True))
-            marks[-1].record()
-        else:
-            marks.append(time.perf_counter())
-        if i < n_steps:
-            totals = step.run(i)
-    bench.synchronize()
-    gc.enable()
     if bench.on_gpu:
-        times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+        torch.cuda.empty_cache()
+
+
+# --------------------------------------------------------------------------------------------------------- one process
+
+
+def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: Callable[[dict], None]) -> None:
+    """The row of a case, or with --profile its profile; saved whenever there is more of it."""
+    began = time.monotonic()
+    if case.mode == "rank-of-256":
+        if bench.on_gpu:
+            torch.cuda.set_device(bench.device)
+        world = one_of(RANKS, bench.device, NODE)
     else:
-        times = [(b - a) * 1e3 for a, b in itertools.pairwise(marks)]
-    milliseconds = measure.summary([times])
-    n_tokens = step.micro_batch * step.seq_len
-    tokens_per_second = n_tokens / milliseconds["median"] * 1e3
-    flops = roofline.flops_per_token(step.config, step.seq_len)
-    peak = roofline.peak_flops(torch.cuda.get_device_name(bench.device)) if bench.on_gpu else None
-    loss_sum, n_targets, *_, verdict, _ = totals.tolist()
-    if verdict % 2:  # as train.Guard counts
-        raise RuntimeError(
-            "the last update was skipped, as a loss or norm was not finite: what was timed is no training"
-        )
+        world = train.start_distributed(deadline=600)
+    candidates = sizes(bench, case, given.layers, given.micro_batch)
+    row = {"case": case.name, "mode": case.mode, "moments": case.moments, "status": "failed", "reason": ""}
+    row["label"] = label(case, *candidates[0], SEQ_LEN, bench.smoke)
+    save(row)
+    config, micro_batch = candidates[0]
+    n_tokens = micro_batch * (64 if bench.smoke else SEQ_LEN)
+    before = measure.matmul_ceiling(bench, config, n_tokens)
+    copy_gb_s = measure.copy_rate(bench)["gb_s"]
+    release(bench)
+
+    step, tried = build(bench, world, case, candidates)
+    row |= {
+        "label": label(case, step.config, step.micro_batch, step.seq_len, bench.smoke),
+        "n_layers": step.config.n_layers, "micro_batch": step.micro_batch, "seq_len": step.seq_len,
+        "n_parameters": roofline.parameters(step.config), "tried": tried,
+        "sharding": "none" if step.whole else plan.Sharding.of(step.layout).name,
+        "ceiling_before": before, "copy_gb_s": copy_gb_s,
+    }  # fmt: skip
+    if given.profile:
+        save(row | profiled(bench, step, case.mode, Path(given.trace), before, copy_gb_s))
+        return
+    seconds = given.budget_s - (time.monotonic() - began) - START_S - 4  # 4 for the ceiling afterwards
+    smi = measure.nvidia_smi() if bench.on_gpu else None
+    with measure.Watch() as watch:
+        ms = measure.steady_steps(bench, step.run, 3 if bench.smoke else given.steps, max(1.0, seconds))
+    device = torch.cuda.get_device_name(bench.device) if bench.on_gpu else "CPU"
+    row |= {
+        "step_ms": ms,
+        **measure.step_figures(step.config, step.n_tokens, step.seq_len, ms["median"], device),
+        **measure.memory_figures(bench),
+        "estimated_bytes": None if bench.smoke else estimated_bytes(case, step.config, step.micro_batch),
+        "loss": step.loss() if world.size == 1 else None,  # where weights are random values, it means nothing
+        "nvidia_smi_before": smi,
+        "nvidia_smi_beside": watch.found,
+        "nvidia_smi_after": measure.nvidia_smi() if bench.on_gpu else None,
+    }
+    if step.stand_in is not None:
+        step.loss()
+        row |= stand_in_figures(step)
+    config, n_tokens = step.config, step.n_tokens
+    del step
+    release(bench)
+    row["ceiling_after"] = measure.matmul_ceiling(bench, config, n_tokens)
+    ceiling = (before["tflop_s"] + row["ceiling_after"]["tflop_s"]) / 2
+    save(row | {"of_ceiling": row["tflop_s"] / ceiling, "status": "ok"})
+
+
+def stand_in_figures(step: Step) -> dict:
+    """What one more step's collectives were replaced by."""
+    step.stand_in.calls.clear()
+    step.run(0)
+    calls = step.stand_in.calls
     return {
-        "label": step.label,
-        "n_layers": step.config.n_layers,
-        "micro_batch": step.micro_batch,
-        "seq_len": step.seq_len,
-        "n_parameters": roofline.parameters(step.config),
-        "step_ms": milliseconds,
-        "tokens_per_second": tokens_per_second,
-        "flops_per_token": flops,
-        "mfu": roofline.mfu(tokens_per_second, flops, peak),
-        "peak_flops": peak,
-        "peak_memory_bytes": torch.cuda.max_memory_allocated(bench.device) if bench.on_gpu else None,
-        "loss": loss_sum / n_targets,
+        "stand_in_bytes": StandIn.bytes_for(step.config, step.world.size, step.stand_in.source.element_size()),
+        "collectives": {
+            kind: {"n": sum(k == kind for k, *_ in calls), "bytes": sum(b for k, b, _ in calls if k == kind)}
+            for kind in ("all-gather", "reduce-scatter")
+        },
     }
 
 
-def profile(bench: measure.Bench, step: Step, trace: Path) -> dict:
+def profiled(bench: measure.Bench, step: Step, mode: str, trace: Path, ceiling: dict, copy_gb_s: float) -> dict:
     """One step under torch.profiler; its Chrome trace goes to ``trace``, unless it is too large to keep."""
-    from torch.profiler import ProfilerActivity
-    from torch.profiler import profile as torch_profile
-
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.on_gpu else [])
     step.run(0)
     bench.synchronize()
-    with torch_profile(activities=activities) as profiled:
+    with profile(activities=activities) as recorded:
         start = time.perf_counter()
         step.run(1)
         bench.synchronize()
         wall_ms = (time.perf_counter() - start) * 1e3
-    profiled.export_chrome_trace(str(trace))
+    recorded.export_chrome_trace(str(trace))
     on_gpu = bench.on_gpu
-    kernels = profiler.kernels_of(profiler.events_of(trace)) if on_gpu else profiler.operators_of(profiled)
+    kernels = profiler.kernels_of(profiler.events_of(trace)) if on_gpu else profiler.operators_of(recorded)
     size = trace.stat().st_size
     if size > TRACE_BYTES:
         trace.unlink()
-    return profiler.breakdown(kernels, wall_ms) | {
-        "label": step.label,
+    found = profiler.breakdown(kernels, wall_ms)
+    gpu = roofline.GPUS.get(torch.cuda.get_device_name(bench.device)) if on_gpu else None
+    attention = plan.RATES["ideal"].attention * gpu.bf16_flops if gpu else ceiling["tflop_s"] * 1e12 * 0.6
+    least = step.floors(ceiling, copy_gb_s, attention)
+    return found | {
+        "status": "ok",
+        "floors": {"ms": least.ms, "basis": least.basis},
+        "gaps": profiler.gaps(found, least),
+        "text": profiler.gap_lines(found, least, label=measure.MODE_LABELS[mode]),
         "trace_bytes": size,
         "trace_kept": size <= TRACE_BYTES,
     }
 
 
-def print_breakdown(found: dict) -> None:
-    print("\n".join(profiler.category_lines(found)))
-    for kernel in found["other"][:5]:
-        print(f"  other: {kernel['ms']:8.2f} ms {kernel['n']:5} x {kernel['kernel'][:80]}")
+# --------------------------------------------------------------------------------------------------------- calculated
+
+NICS_GB_S = (25.0, 50.0)
+
+
+def calculated(device: str) -> list[dict]:
+    """Rows of model-of-256, for this GPU if model/plan.py knows it, and for GH200: ranges, each with its label."""
+    here = [name for name, m in plan.MACHINES.items() if m.gpu == roofline.GPUS.get(device)]
+    rows = []
+    for name in dict.fromkeys([*here[:1], "gh200-96"]):
+        for nic in NICS_GB_S:
+            machine = plan.MACHINES[name]
+            work = plan.Work(PRESETS["mistral-7b"], 4, SEQ_LEN)
+            cluster = plan.Cluster(machine.gpu, RANKS, NODE, machine.nvlink, nic * 1e9)
+            chosen = plan.choose(work, cluster)
+            steps = [plan.step(work, cluster, chosen.sharding, plan.RATES[rates]) for rates in ("good", "leading")]
+            rates = [plan.tokens_per_second(work, step) for step in steps]
+            flops = roofline.flops_per_token(work.config, SEQ_LEN), roofline.palm_flops_per_token(work.config, SEQ_LEN)
+            stated = f"{RANKS} x {name}, {NODE} a node, {nic:g} GB/s a NIC"
+            rows.append({
+                "case": f"model-of-256 {name} {nic:g}", "mode": "model-of-256", "moments": "fp32", "status": "ok",
+                "reason": "", "label": f"{measure.MODE_LABELS['model-of-256']}, {stated}: Mistral-7B, 4 x {SEQ_LEN}, "
+                f"{chosen.sharding.name}, rates from good to leading",
+                "n_layers": work.config.n_layers, "micro_batch": 4, "seq_len": SEQ_LEN,
+                "sharding": chosen.sharding.name,
+                "range": {
+                    "tokens_per_second": rates,
+                    "step_ms": [1e3 * step.total for step in steps],
+                    "exposed_ms": [1e3 * step.exposed for step in steps],
+                    "mfu": [roofline.mfu(rate, flops[0], machine.gpu.bf16_flops) for rate in rates],
+                    "mfu_palm": [roofline.mfu(rate, flops[1], machine.gpu.bf16_flops) for rate in rates],
+                    "memory_bytes": chosen.bytes,
+                },
+            })  # fmt: skip
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    made.add_argument("--smoke", action="store_true", help="rehearse on the CPU with a tiny model, without figures")
+    made.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="what to measure [all three]")
+    made.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS),
+        help="what AdamW keeps in one-gpu, a row each [all three]")  # fmt: skip
+    made.add_argument("--out", type=Path, help="folder for the files [bench/results/DATE-DEVICE; else runs/bench]")
+    made.add_argument("--profile", action="store_true", help="profile one step of each case instead of timing many")
+    made.add_argument("--steps", type=int, default=50, help="steps timed [50]")
+    made.add_argument("--layers", type=int, help="layers of the model [32, or as many as fit]")
+    made.add_argument("--micro-batch", type=int, help="sequences of 4096 [as the mode says, or as many as fit]")
+    made.add_argument("--budget-s", type=float, default=600, help="seconds for all cases together [600]")
+    made.add_argument("--commit", help="commit to record where there is no git checkout")
+    for name in ("--case", "--trace", "--row"):  # of a process of its own: what, and where to
+        made.add_argument(name, help=argparse.SUPPRESS)
+    return made
+
+
+def one_case(given: argparse.Namespace) -> int:
+    """The process of a case: its row goes to the path that it was given."""
+    row: dict = {}
+
+    def save(new: dict) -> None:
+        row.update(new)
+        measure.write_json(Path(given.row), row)
+
+    measure.die_with_parent()
+    mode, _, moments = given.case.partition(":")
+    try:
+        measured(measure.bench_on(given.smoke), Case(mode, moments), given, save)
+    except Exception as error:  # out of memory, say
+        print(f"{given.case}: {line_of(error)}", flush=True)
+        save({"status": "failed", "reason": line_of(error)})
+        return 1
+    return 0
 
 
 def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="rehearse on the CPU with a tiny model, without figures")
-    parser.add_argument(
-        "--out", type=Path, help="folder for the files [bench/results/DATE-DEVICE; runs/bench with --smoke]"
-    )
-    parser.add_argument("--profile", action="store_true", help="profile one step instead of timing many")
-    parser.add_argument("--steps", type=int, default=50, help="steps timed [50]")
-    parser.add_argument("--layers", type=int, help="layers of the model [as many as fit]")
-    parser.add_argument("--micro-batch", type=int, help="sequences of 4096 [4, or as many as fit]")
-    parser.add_argument("--budget-s", type=float, default=60, help="time steps for about so many seconds [60]")
-    parser.add_argument("--commit", help="commit to record where there is no git checkout")
-    given = parser.parse_args(arguments)
+    given = parser().parse_args(arguments)
     for name in ("steps", "layers", "micro_batch"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
-            print(
-                f"step.py: --{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}", file=sys.stderr
-            )
+            print(f"step.py: --{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}",
+                  file=sys.stderr)  # fmt: skip
             return 2
+    if given.case:
+        return one_case(given)
+    wanted = cases(given.mode, given.moments)
+    if given.profile and not wanted:
+        print("step.py: --profile needs a mode that runs; model-of-256 is arithmetic", file=sys.stderr)
+        return 2
     try:
-        bench = measure.bench_on(given.smoke)
+        bench = measure.bench_on(given.smoke or not wanted)
     except RuntimeError as error:
         print(f"step.py: {error}", file=sys.stderr)
         return 2
-    world = train.start_distributed(deadline=600)
-    described = measure.machine(bench, given.commit)
-    step = build(bench, world, sizes(bench, given.layers, given.micro_batch))
-    note = {"note": "smoke: no performance figure"} if bench.smoke else {}
-    kind = "profile" if given.profile else "step"
-    result = {"format": 1, "kind": kind, "smoke": bench.smoke} | note | {"machine": described}
-    out = given.out or measure.results_folder(bench)
+    started = time.monotonic()
+    out = given.out or (measure.results_folder(bench) if wanted else ROOT / "runs" / "bench")
     out.mkdir(parents=True, exist_ok=True)
-    if given.profile:
-        result["profile"] = profile(bench, step, out / "trace.json.gz")
-    else:
-        result["step"] = time_steps(bench, step, 3 if bench.smoke else given.steps, given.budget_s)
-    described["nvidia_smi_after"] = measure.nvidia_smi() if bench.on_gpu else None
-    measure.write_json(out / f"{kind}.json", result)
-    print(step.label)
-    if bench.smoke:
-        print(f"{kind}: ran")
-    elif given.profile:
-        print_breakdown(result["profile"])
-    else:
-        s, mfu = result["step"], result["step"]["mfu"]
-        share = "unknown" if mfu is None else f"{mfu:.1%}"
-        print(f"{s['tokens_per_second']:,.0f} tokens/s, step {s['step_ms']['median']:.1f} ms, "
-              f"MFU {share}, {s['peak_memory_bytes'] / 2**30:.1f} GiB")  # fmt: skip
-    return 0
+    kind = "profile" if given.profile else "step"
+    path, rows = out / f"{kind}.json", "profiles" if given.profile else "rows"
+    note = {"note": "smoke: no performance figure"} if given.smoke else {}
+    result = {"format": 1, "kind": kind, "smoke": given.smoke} | note
+    result |= {"machine": measure.machine(bench, given.commit), rows: []}
+    for i, case in enumerate(wanted):
+        seconds = (given.budget_s - (time.monotonic() - started)) / (len(wanted) - i)
+        command = ["bench/step.py", "--case", f"{case.mode}:{case.moments}", "--budget-s", str(seconds)]
+        command += ["--steps", str(given.steps), *(["--smoke"] if given.smoke else [])]
+        for name in ("layers", "micro_batch"):
+            if getattr(given, name):
+                command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
+        if given.profile:
+            command += ["--profile", "--trace", str(out / f"trace-{case.name}.json.gz")]
+        row = measure.in_its_own_process([*command, "--row"], seconds + 30)
+        missing = {"case": case.name, "mode": case.mode, "moments": case.moments}
+        missing["label"] = label(case, PRESETS["mistral-7b"], case.micro_batch, SEQ_LEN, given.smoke)
+        result[rows].append(missing | row)
+        measure.write_json(path, result)
+        print("\n".join(lines_of(result[rows][-1], given.smoke)), flush=True)
+    if "model-of-256" in given.mode and not given.profile:
+        result["rows"] += calculated(result["machine"]["device"])
+        print("\n".join(line for row in result["rows"] if "range" in row for line in lines_of(row, given.smoke)))
+    if bench.on_gpu:
+        result["machine"]["nvidia_smi_after"] = measure.nvidia_smi()
+    measure.write_json(path, result)
+    bad = [row["case"] for row in result[rows] if row["status"] != "ok"]
+    print(
+        f"{kind}: {len(result[rows]) - len(bad)} of {len(result[rows])} cases" + "".join(f"; {c} failed" for c in bad)
+    )
+    return 1 if bad else 0
+
+
+def lines_of(row: dict, smoke: bool) -> list[str]:
+    """A row for people: its figures and its label in one line."""
+    if row["status"] != "ok":
+        return [f"{row['label']}: {row['status']}, {row['reason']}"]
+    if smoke and "range" not in row:
+        return [f"{row['case']}: ran"]
+    if "gaps" in row:
+        return [row["label"], *row["text"]]
+    return [f"{row['label']}: {measure.step_words(row)}"]
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ train.py --profile records whole steps through ``StepProfiler``; bench/step.py -
 alone. The file reads so:
 
     tables          kernels by name -> categories -> time of each, and what is idle
+    floors          the least time that each category can take, and the gaps to it
     regions         the parts of the model as named spans in the trace, by hooks that exist only while profiling
     the profiler    chosen steps on chosen ranks, into RUN_DIR/traces/
 
@@ -19,11 +20,21 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
+
+from halny.model import plan, roofline
+from halny.model.sharding import is_whole
+
+if TYPE_CHECKING:
+    from halny.model.mistral import MistralConfig
+    from halny.model.ranks import World
+    from halny.model.sharding import Layout
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
@@ -35,7 +46,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     ("norm, RoPE, SwiGLU", r"^rms_norm_|^rope_kernel|^swiglu_"),
     ("loss", r"^one_block_kernel|^online_kernel|^scale_kernel|[Ll]og_?[Ss]oft[Mm]ax|nll_loss"),
     ("copies", r"^Mem(cpy|set)|[Cc]opy|CatArray|chunk_cat|split_with_sizes|aten::cat$|fsdp::"),
-    ("optimizer", r"multi_tensor_apply|[Ff]used_?[Aa]dam|_foreach_|linalg_vector_norm"),
+    ("optimizer", r"^adamw_|^add_rounded_|multi_tensor_apply|[Ff]used_?[Aa]dam|_foreach_|linalg_vector_norm"),
     ("matmul", r"gemm|nvjet|cublas|splitK|tensorop|aten::(add|b)?mm$"),
 )
 
@@ -54,26 +65,45 @@ def union_ms(intervals: list[tuple[float, float]]) -> float:
     return total
 
 
+# Where kernels of several categories run at once, the time is the first one's: computation hides communication.
+PRECEDENCE = ("matmul", "attention", "norm, RoPE, SwiGLU", "loss", "optimizer", "other", "copies", "communication")
+
+
+def shares_of_time(intervals: dict[str, list[tuple[float, float]]]) -> dict[str, float]:
+    """Category -> the time that is its own: covered by it, and by none before it in PRECEDENCE. They never overlap."""
+    shares, covered, so_far = {}, [], 0.0
+    for name in PRECEDENCE:
+        covered = covered + intervals.get(name, [])
+        before, so_far = so_far, union_ms(covered)
+        shares[name] = so_far - before
+    return shares
+
+
 def breakdown(kernels: list[tuple[str, float, float]], wall_ms: float) -> dict:
     """Of (name, start, end) in ms and their wall time: time by category, idle time, and the kernels of each.
 
     The wall time is that of steps being profiled, longer than others by what the profiler costs the host.
-    Categories add up the kernels' own durations, so on overlapping streams their sum can exceed the wall time; idle is
-    what no kernel covers.
+    ``categories_ms`` adds up the kernels' own durations, so on overlapping streams its sum can exceed the wall time;
+    ``own_ms`` divides the wall time (``shares_of_time``), and with ``idle_ms``, what no kernel covers, adds up to it.
+    Communication's own time is what computation leaves exposed; the rest of it is hidden.
     """
     by_name: dict[str, list[float]] = defaultdict(list)
+    intervals: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for name, start, end in kernels:
         by_name[name].append(end - start)
+        intervals[category(name)].append((start, end))
     parts: dict[str, float] = dict.fromkeys([name for name, _ in CATEGORIES] + ["other"], 0.0)
     listed = []
     for name, durations in by_name.items():
         parts[category(name)] += sum(durations)
         listed.append({"kernel": name[:200], "category": category(name), "n": len(durations), "ms": sum(durations)})
-    busy = union_ms([(start, end) for _, start, end in kernels])
+    own = shares_of_time(intervals)
     return {
         "wall_ms": wall_ms,
         "categories_ms": parts,
-        "idle_ms": max(0.0, wall_ms - busy),
+        "own_ms": own,
+        "hidden_communication_ms": union_ms(intervals["communication"]) - own["communication"],
+        "idle_ms": max(0.0, wall_ms - sum(own.values())),
         "kernels": sorted(listed, key=lambda k: -k["ms"])[:60],
         "other": sorted((k for k in listed if k["category"] == "other"), key=lambda k: -k["ms"])[:20],
     }
@@ -85,13 +115,25 @@ def events_of(trace: Path) -> list[dict]:
         return json.load(file)["traceEvents"]
 
 
+STAND_IN = "c10d::stand-in"  # spans of this name hold copies that take the place of a collective (bench/step.py)
+
+
 def kernels_of(events: list[dict]) -> list[tuple[str, float, float]]:
-    """(name, start, end) in ms of what ran on the GPU: kernels, copies, fills; no annotations."""
-    return [
-        (e["name"], e["ts"] / 1e3, (e["ts"] + e["dur"]) / 1e3)
-        for e in events
-        if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")
-    ]
+    """(name, start, end) in ms of what ran on the GPU: kernels, copies, fills; no annotations.
+
+    What runs inside a span of a stand-in, on its stream, has the span's name before its own.
+    """
+    spans: dict[tuple, list[tuple[float, float, str]]] = defaultdict(list)
+    for e in events:
+        if e.get("cat") == "gpu_user_annotation" and e["name"].startswith(STAND_IN):
+            spans[e["pid"], e["tid"]].append((e["ts"], e["ts"] + e["dur"], e["name"]))
+    kernels = []
+    for e in events:
+        if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            start, end = e["ts"], e["ts"] + e["dur"]
+            around = next((n for a, b, n in spans[e.get("pid"), e.get("tid")] if a <= start and end <= b), None)
+            kernels.append((f"{around}: {e['name']}" if around else e["name"], start / 1e3, end / 1e3))
+    return kernels
 
 
 def operators_of(profiled: profile) -> list[tuple[str, float, float]]:
@@ -111,6 +153,148 @@ def category_lines(found: dict, n_steps: int = 1) -> list[str]:
         f"  {name:20}{ms / n_steps:10.2f} ms {ms / found['wall_ms']:6.1%}"
         for name, ms in [*parts, ("idle", found["idle_ms"])]
     ]
+
+
+# --- floors -----------------------------------------------------------------------------------------------------------
+
+NIC = 25e9  # bytes/s a GPU between nodes, assumed: what --plan assumes too
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What the floors are divided by, and where that is from."""
+
+    matmul: float  # FLOP/s
+    attention: float  # FLOP/s, of roofline.attention_flops
+    memory: float  # bytes/s
+    basis: str
+
+
+def ideal_speeds(gpu: roofline.GPU) -> Speeds:
+    """model/plan.py's rates called ideal, on this GPU."""
+    ideal = plan.RATES["ideal"]
+    matmul, attention = ideal.matmul * gpu.bf16_flops, ideal.attention * gpu.bf16_flops
+    memory = ideal.memory * gpu.hbm_bytes_per_second
+    basis = (
+        f"assumed: matmuls at {matmul / 1e12:,.0f} TFLOP/s, attention at {attention / 1e12:,.0f}, all else at "
+        f"{memory / 1e9:,.0f} GB/s"
+    )
+    return Speeds(matmul, attention, memory, basis)
+
+
+@dataclass(frozen=True)
+class Floors:
+    """The least milliseconds of a step by category, and on what speeds that rests."""
+
+    ms: dict[str, float]
+    basis: str
+
+
+def floors(
+    work: plan.Work, speeds: Speeds, sharding: plan.Sharding | None, update_bytes: float, exposed_s: float = 0.0
+) -> Floors:
+    """What a step must take at least: FLOPs and bytes of model/roofline.py over these speeds.
+
+    sharding            None where nothing is gathered or reduced; else FSDP's copies of the layers' weights and
+                        gradients have a floor too: bf16 out of the buffer of a gather, and into fp32 to be reduced
+    update_bytes        that clipping and update move in all
+    exposed_s           communication that no computation can hide
+    Idle and what has no name can be nothing.
+    """
+    config, tokens, n_layers = work.config, work.accumulation * work.tokens, work.config.n_layers
+    matmul_flops = 6 * roofline.matmul_parameters(config) * tokens
+    attention_flops = work.accumulation * roofline.attention_flops(config, [work.seq_len] * work.micro_batch)
+    rows = sum(roofline.memory_bound_bytes(config, 2, work.lean)) * n_layers * tokens
+    copied = 0
+    if sharding is not None:
+        again = 4 if sharding.gathered_again != 1 else 0
+        layer = roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
+        copied = work.accumulation * n_layers * (4 + again + 6) * layer
+    loss = work.accumulation * roofline.head_bytes(config, work.tokens, 2, plan.CHUNK_ROWS)
+    seconds = {
+        "matmul": matmul_flops / speeds.matmul,
+        "attention": attention_flops / speeds.attention,
+        "norm, RoPE, SwiGLU": rows / speeds.memory,
+        "loss": loss / speeds.memory,
+        "optimizer": update_bytes / speeds.memory,
+        "other": 0.0,
+        "copies": copied / speeds.memory,
+        "communication": exposed_s,
+        "idle": 0.0,
+    }
+    return Floors({name: 1e3 * s for name, s in seconds.items()}, speeds.basis)
+
+
+def floors_of_run(
+    config: MistralConfig, layout: Layout, micro_batch: int, seq_len: int, accumulation: int, lean: bool,
+    dtype: torch.dtype, world: World, moments: str = "fp32",
+) -> Floors | None:  # fmt: skip
+    """The floors of a run's step on a GPU that model/plan.py knows, in bf16, at the rates called ideal; else None."""
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    known = [m for m in plan.MACHINES.values() if name in roofline.GPUS and m.gpu == roofline.GPUS[name]]
+    if not known or dtype != torch.bfloat16 or world.size % world.node_size:
+        return None
+    machine = known[0]
+    work, speeds = plan.Work(config, micro_batch, seq_len, accumulation, lean), ideal_speeds(machine.gpu)
+    if is_whole(world, dtype):
+        return floors(work, speeds, None, split_update_bytes(config, moments, accumulation))
+    sharding = plan.Sharding.of(layout)
+    cluster = plan.Cluster(machine.gpu, world.size, world.node_size, machine.nvlink, NIC)
+    exposed_s = plan.step(work, cluster, sharding, plan.RATES["ideal"]).exposed
+    return floors(work, speeds, sharding, sharded_update_bytes(config, sharding.shards), exposed_s)
+
+
+def sharded_update_bytes(config: MistralConfig, shards: int) -> float:
+    """AdamW on fp32 shards, 28 bytes a weight; the norm of the gradients and what --plan counts beside it, 8."""
+    return 36 * roofline.shard_numel(config, shards)
+
+
+def split_update_bytes(config: MistralConfig, moments: str, accumulation: int = 1) -> float:
+    """On one rank (model/optimizer.py): the update by kernels/adamw.py, and the gradients' norm, 2 bytes a weight.
+
+    Over micro batches gradients are summed, in fp32 (10 bytes a weight and addition, and 2 more wherever the sum is
+    read), or with 8bit moments in bf16 (6).
+    """
+    update = {"fp32": 26, "bf16": 18, "8bit": 14 + 4 / 256}[moments] + 2
+    if accumulation > 1:
+        update += 6 * (accumulation - 1) if moments == "8bit" else 10 * (accumulation - 1) + 4
+    return update * roofline.parameters(config)
+
+
+def gaps(found: dict, least: Floors, n_steps: int = 1) -> list[dict]:
+    """Of a ``breakdown`` of so many steps: a row a category, the largest gap first; ms a step.
+
+    ms is the category's own time, so the rows add up to the step; kernels_ms the durations of its kernels, more where
+    they run beside others; gap_ms is ms - floor_ms, below zero where kernels beat the floor's speeds.
+    """
+    own = {**found["own_ms"], "idle": found["idle_ms"]}
+    rows = [
+        {
+            "part": name,
+            "ms": ms / n_steps,
+            "kernels_ms": found["categories_ms"].get(name, 0.0) / n_steps,
+            "floor_ms": least.ms[name],
+            "gap_ms": ms / n_steps - least.ms[name],
+        }
+        for name, ms in own.items()
+    ]
+    return sorted(rows, key=lambda row: -row["gap_ms"])
+
+
+def gap_lines(found: dict, least: Floors, n_steps: int = 1, label: str = "") -> list[str]:
+    """``gaps`` as a table, with the step's sum below. ``label`` ends each line that has a figure."""
+    rows, columns = gaps(found, least, n_steps), ("ms", "kernels_ms", "floor_ms", "gap_ms")
+    rows.append({"part": "the step", **{k: sum(row[k] for row in rows) for k in columns}})
+    hidden = found["hidden_communication_ms"] / n_steps
+    end = f"   {label}" if label else ""
+    return [
+        f"  {'':20}{'own ms':>10}{'kernels':>10}{'floor':>10}{'gap':>10}",
+        *(f"  {row['part']:20}" + "".join(f"{row[k]:{'+' * (k == 'gap_ms')}10.2f}" for k in columns) + end
+          for row in rows),
+        f"  hidden behind computation: {hidden:.2f} ms of communication{end}",
+        f"  own: covered by nothing before it of {', '.join(PRECEDENCE)}",
+        f"  floors {least.basis}",
+    ]  # fmt: skip
 
 
 # --- regions ----------------------------------------------------------------------------------------------------------
@@ -216,15 +400,18 @@ class StepProfiler:
     last step. What is left in ``folder`` is whole or not there:
 
         steps-FIRST-LAST-rank-R.json.gz         the Chrome trace
-        steps-FIRST-LAST-rank-R.txt             the tables
+        steps-FIRST-LAST-rank-R.txt             the tables; with ``floors``, the gaps to them first
         steps-FIRST-LAST-rank-R.memory.pickle   on a GPU, if this torch has it: every allocation, for PyTorch's viewer
     """
 
     HISTORY = 200_000  # allocations remembered for the memory snapshot
 
-    def __init__(self, first: int, last: int, chosen: bool, folder: Path, rank: int, device: torch.device):
+    def __init__(
+        self, first: int, last: int, chosen: bool, folder: Path, rank: int, device: torch.device,
+        floors: Floors | None = None,
+    ):  # fmt: skip
         self.first, self.last, self.chosen = first, last, chosen
-        self.folder, self.rank, self.device = folder, rank, device
+        self.folder, self.rank, self.device, self.floors = folder, rank, device, floors
         self._profile: profile | None = None
         self._spans: _Spans | None = None
         self._step: record_function | None = None
@@ -323,6 +510,8 @@ class StepProfiler:
         return "\n".join([
             f"profile of steps {self.first} to {self.last} on rank {self.rank}: {wall_ms / n:.2f} ms a step, more than "
             "unprofiled",
+            *([" where that goes, and the gap to what it takes at least", *gap_lines(found, self.floors, n)]
+              if self.floors and on_gpu else []),
             f" time by category of the {what}",
             *category_lines(found, n),
             " time by region, of the model its forward pass",

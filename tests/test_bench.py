@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -270,6 +269,8 @@ def test_occupancy_by_hand(registers, shared, warps, expected):
         ("swiglu_backward_kernel", "norm, RoPE, SwiGLU"),
         ("one_block_kernel", "loss"),
         ("scale_kernel", "loss"),
+        ("adamw_kernel", "optimizer"),
+        ("add_rounded_kernel", "optimizer"),
         ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::"
          "FusedOptimizerTensorListMetadata<4>, at::native::(anonymous namespace)::FusedAdamMathFunctor<float, 4, "
@@ -292,7 +293,7 @@ def test_kernels_are_assigned_by_name(kernel, expected):
 def test_our_kernels_have_a_category():
     """Each kernel of kernels/ has one, so a new one is not lost in "other"."""
     for case in aot.cases():
-        assert profiler.category(case.kernel.__name__) in ("norm, RoPE, SwiGLU", "loss"), case.name
+        assert profiler.category(case.kernel.__name__) in ("norm, RoPE, SwiGLU", "loss", "optimizer"), case.name
 
 
 def test_breakdown_counts_idle_once_and_names_the_rest():
@@ -301,22 +302,6 @@ def test_breakdown_counts_idle_once_and_names_the_rest():
     assert found["categories_ms"]["matmul"] == 4 and found["categories_ms"]["communication"] == 3
     assert found["idle_ms"] == 10 - (6 + 1)
     assert [k["kernel"] for k in found["other"]] == ["mystery"]
-
-
-def test_the_step_fits_the_card():
-    """On a card of 141 GB the whole model, on one of 80 GB as many layers as leave room for 4 x 4096 tokens."""
-
-    def wanted(memory: int):
-        properties = SimpleNamespace(total_memory=memory)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-            return step.sizes(measure.Bench(torch.device("cuda", 0), False, 1), None, None)
-
-    h200, h100 = wanted(143771 * 2**20), wanted(81559 * 2**20)
-    assert h200[0][0].n_layers == 32 and h200[0][1] in (1, 2)
-    assert h100[0][1] == 4 and 8 <= h100[0][0].n_layers < 20
-    smaller = [m.n_layers for m, _ in h100]
-    assert smaller == sorted(smaller, reverse=True) and len(set(smaller)) == 2
 
 
 # --------------------------------------------------------------------------------------------------------------- report
@@ -372,22 +357,39 @@ def attention_result() -> dict:
 
 def step_result() -> dict:
     found = {
-        "label": "13 of Mistral-7B's 32 layers",
+        "case": "one-gpu-bf16",
+        "mode": "one-gpu",
+        "moments": "bf16",
+        "status": "ok",
+        "reason": "",
+        "label": "training on one GPU: 13 of Mistral-7B's 32 layers",
         "tokens_per_second": 23456.0,
         "step_ms": times(700.0),
         "mfu": 0.52,
+        "mfu_palm": 0.57,
+        "of_ceiling": 0.7,
+        "ceiling_before": {"tflop_s": 700.0},
+        "ceiling_after": {"tflop_s": 700.0},
         "n_layers": 13,
         "micro_batch": 4,
         "seq_len": 4096,
         "flops_per_token": 2e10,
         "peak_memory_bytes": 70 * 2**30,
     }
-    return {"format": 1, "kind": "step", "smoke": False, "machine": machine(), "step": found}  # fmt: skip
+    return {"format": 1, "kind": "step", "smoke": False, "machine": machine(), "rows": [found]}  # fmt: skip
+
+
+def profile_result() -> dict:
+    found = profiler.breakdown([("nvjet_a", 0.0, 6.0), ("mystery", 6.0, 7.0)], 10.0)
+    least = profiler.Floors(dict.fromkeys(profiler.PRECEDENCE, 0.0) | {"matmul": 5.0, "idle": 0.0}, "made up")
+    row = {k: step_result()["rows"][0][k] for k in ("case", "mode", "moments", "status", "reason", "label")}
+    found |= {"gaps": profiler.gaps(found, least), "floors": {"ms": least.ms, "basis": least.basis}}
+    about = {"format": 1, "kind": "profile", "smoke": False, "machine": machine()}
+    return about | {"profiles": [row | found]}
 
 
 def write_results(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
-    found = profiler.breakdown([("nvjet_a", 0.0, 6.0), ("mystery", 6.0, 7.0)], 10.0) | {"label": "13 of 32 layers"}
     aot_row = {"kernel": "rope 32/8x128 bf16", "arch": "sm_90", "warps": 4, "registers": 42, "spills": 0,
                "shared_bytes": 0, "loads": {"16": 10, "4": 1}, "stores": {"16": 2}, "occupancy": 0.625}  # fmt: skip
     about = {"format": 1, "smoke": False, "machine": machine()}
@@ -395,7 +397,7 @@ def write_results(folder: Path) -> Path:
         "kernels": kernel_result(),
         "attention": attention_result(),
         "step": step_result(),
-        "profile": about | {"kind": "profile", "profile": found},
+        "profile": profile_result(),
         "aot": about | {"kind": "aot", "rows": [aot_row]},
     }.items():
         measure.write_json(folder / f"{name}.json", value)
@@ -418,8 +420,8 @@ def test_report_renders_tables_and_plots_from_files_alone(tmp_path, capsys):
     assert "**halny**" in row and f"{n_bytes / 0.5 / 1e6:,.0f} GB/s" in row and "0.500 (0.495 to 0.600)" in row
     assert "device copy 3,000 GB/s" in text and "Fixture GPU, 2026-01-02, commit abc" in text
     assert "- rms_norm, quack: absent. No module named 'quack'" in text
-    assert "| 13 of Mistral-7B's 32 layers | 23,456 |" in text and "| matmul | 6.00 | 60.0% |" in text
-    assert "| idle | 3.00 | 30.0% |" in text and "`mystery` 1.00 ms" in text
+    assert "13 of Mistral-7B's 32 layers | 23,456 |" in text and "| matmul | 6.00 | 6.00 | 5.00 | +1.00 |" in text
+    assert "| idle | 3.00 | 0.00 | 0.00 | +3.00 |" in text and "`mystery` 1.00 ms" in text
     assert "| rope 32/8x128 bf16 | sm_90 | 4 | 42 | 0 | 0 | 62% | 10x16 1x4 / 2x16 |" in text
     made = sorted(folder.glob("*.png"))
     assert [p.name for p in made] == ["attention.png", "bandwidth.png", "linear-cross-entropy.png", "time-128k.png",
@@ -445,9 +447,11 @@ def spoil(folder: Path, name: str, change) -> None:
         ("kernels.json", lambda v: v["rows"][0]["kernel_ms"].update(median="fast"), "kernel_ms.median must be"),
         ("kernels.json", lambda v: v.pop("ceilings"), "kernels.json.ceilings is missing"),
         ("attention.json", lambda v: v["machine"].pop("commit"), "attention.json.machine.commit is missing"),
-        ("step.json", lambda v: v["step"].update(tokens_per_second=True), "step.tokens_per_second must be"),
+        ("step.json", lambda v: v["rows"][0].update(tokens_per_second=True), "rows[0].tokens_per_second must be"),
+        ("step.json", lambda v: v["rows"][0].update(mode="fast"), "label must say 'one that is known'"),
+        ("profile.json", lambda v: v["profiles"][0]["gaps"][1].pop("floor_ms"), "gaps[1].floor_ms is missing"),
         ("aot.json", lambda v: v["rows"][0].pop("occupancy"), "aot.json.rows[0].occupancy is missing"),
-        ("profile.json", lambda v: v.update(kind="step"), "profile.json.step is missing"),
+        ("profile.json", lambda v: v.update(kind="step"), "profile.json.rows is missing"),
         ("step.json", lambda v: v.update(format=2), "step.json has format 2"),
         ("kernels.json", lambda v: v.update(smoke=True), "kernels.json is a rehearsal (smoke)"),
     ],
@@ -493,6 +497,13 @@ def test_a_whole_visit_rehearsed(tmp_path, capsys):
     log = (tmp_path / "log.txt").read_text()
     assert states == {p.name: "failed" if p is broken else "ok" for p in parts}, log[-3000:]
     assert ran["parts"]["broken"]["said"] == "no luck" and ran["parts"]["tests"]["skipped"] > 0
+    modes = [row["mode"] for row in measure.read_result(tmp_path / "step.json")["rows"] if row["status"] == "ok"]
+    assert list(dict.fromkeys(modes)) == list(measure.MODE_LABELS)
+    others = {row["name"]: row for row in measure.read_result(tmp_path / "step.json")["opponents"]}
+    assert [a["micro_batch"] for a in others["hf-bf16"]["attempts"]] == [2, 1]
+    assert others["hf-bf16"]["status"] == "ok" and others["liger-bf16"]["status"] == "absent"
+    gaps = measure.read_result(tmp_path / "profile.json")["profiles"][0]["gaps"]
+    assert {row["part"] for row in gaps} == {*profiler.PRECEDENCE, "idle"}
     names = ("kernels", "attention", "step", "profile", "aot")
     results = {name: measure.read_result(tmp_path / f"{name}.json") for name in names}
     assert all(results[name]["smoke"] and "no performance figure" in results[name]["note"] for name in names[:-1])
@@ -556,14 +567,15 @@ def test_the_summary_stays_within_its_lines(tmp_path):
         "failing": [f"tests/t.py::t{i}" for i in range(30)],
     }
     profile = entry | {"said": "profile"}
-    parts = {"tests": tests, "kernels": entry, "attention": entry, "profile": profile}
+    parts = {"tests": tests, "kernels": entry, "attention": entry, "step": entry, "profile": profile}
     lines = gpu_pass.summary(visit, {"machine": machine(), "parts": parts})
-    assert len(lines) <= 60 and all(len(line) < 220 for line in lines)
+    assert len(lines) <= 60 and all(len(line) < 250 for line in lines)
     assert sum("failed: tests/t.py" in line for line in lines) == 10
     swiglu = next(line for line in lines if "swiglu 7b:" in line)
     assert "forward 0.500 ms 94% PyTorch eager x1.20; backward" in swiglu
     assert any("attention 1 x 32768, window 4096, documents:" in line for line in lines)
-    assert "  of 10.0 ms: matmul 6.0, other 1.0," in "\n".join(lines)
+    assert "of 10.0 ms, largest gaps idle +3.0, " in "\n".join(lines)
+    assert any("training on one GPU: 13 of Mistral-7B's 32 layers: 23,456 tokens/s" in line for line in lines)
 
 
 def test_a_name_that_does_not_exist_is_refused(capsys, tmp_path):
@@ -596,7 +608,7 @@ def test_a_command_can_be_repeated_elsewhere():
     assert [measure.repeatable(p) for p in paths] == ["bench/kernels.py", "out", "--only", "swiglu"]
 
 
-@pytest.mark.parametrize("script", ["kernels", "attention", "step", "gpu_pass"])
+@pytest.mark.parametrize("script", ["kernels", "attention", "step", "opponents", "gpu_pass"])
 def test_without_a_gpu_nothing_starts_and_nobody_elses_package_is_shadowed(script, tmp_path):
     """One line and code 2 without a GPU or --smoke. And bench/kernels.py is not what ``import kernels`` finds.
 

@@ -10,8 +10,10 @@ import torch
 from runs import SMALL, checkpoint, column, equal, ranks_run
 
 import train
+from halny.model import plan, profiler, roofline
 from halny.model.mistral import PRESETS, Mistral
 from halny.model.profiler import REGIONS, StepProfiler, ranks_to_profile, steps_to_profile
+from halny.model.sharding import choose_layout
 
 CPU = torch.device("cpu")
 
@@ -98,3 +100,120 @@ def test_the_flag_alone_leaves_a_preset_its_place():
     assert train.COMMAND.command_line(["tiny", "--profile", "3-4"]).profile == "3-4"
     with pytest.raises(train.Refused, match=r"--profile 201 .*200"):
         train.resolve(train.COMMAND.command_line(["--profile", "201"]), train.World(0, 1, CPU, mesh=None))
+
+
+# ----------------------------------------------------------------------------------------------------- floors and gaps
+
+MICROSECONDS = [  # (category of event, name, stream, start, duration): a step of 100 us, computation on stream 7
+    ("kernel", "nvjet_hsh_128x256", 7, 0, 30),
+    ("kernel", "flash_fwd_kernel", 7, 30, 10),
+    ("kernel", "rms_norm_forward_kernel", 7, 40, 5),
+    ("kernel", "ncclDevKernel_AllGather_RING_LL", 20, 20, 15),  # all of it beside the two above
+    ("kernel", "ncclDevKernel_ReduceScatter_Sum_f32", 24, 42, 18),  # 3 us beside the norm, 2 beside the copy
+    ("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 24, 58, 4),  # 2 us beside the reduction
+    ("kernel", "what_is_this", 7, 70, 6),
+    ("kernel", "nvjet_hsh_128x256", 7, 72, 18),  # 4 us beside the unknown one, which has 2 to itself
+    ("gpu_user_annotation", "optimizer", 7, 0, 100),
+    ("cpu_op", "aten::mm", 1, 0, 100),
+]
+
+
+def events(rows) -> list[dict]:
+    return [{"ph": "X", "cat": c, "name": n, "pid": 0, "tid": t, "ts": at, "dur": dur} for c, n, t, at, dur in rows]
+
+
+def test_every_microsecond_belongs_to_one_category():
+    found = profiler.breakdown(profiler.kernels_of(events(MICROSECONDS)), wall_ms=0.1)
+    us = {name: 1e3 * ms for name, ms in {**found["own_ms"], "idle": found["idle_ms"]}.items()}
+    assert us == pytest.approx({
+        "matmul": 48, "attention": 10, "norm, RoPE, SwiGLU": 5, "loss": 0, "optimizer": 0, "other": 2,
+        "copies": 4, "communication": 13, "idle": 18,
+    })  # fmt: skip
+    assert sum(us.values()) == pytest.approx(100)
+    assert 1e3 * found["categories_ms"]["communication"] == pytest.approx(33)  # as the kernels' durations add up
+    assert 1e3 * found["categories_ms"]["other"] == pytest.approx(6)
+    assert 1e3 * found["hidden_communication_ms"] == pytest.approx(33 - 13)
+    assert [k["kernel"] for k in found["other"]] == ["what_is_this"]
+
+
+def test_a_copy_in_place_of_a_collective_is_communication():
+    span = ("gpu_user_annotation", f"{profiler.STAND_IN} for all-gather", 20, 0, 10)
+    rows = [span, ("gpu_memcpy", "Memcpy DtoD", 20, 1, 8), ("gpu_memcpy", "Memcpy DtoD", 7, 1, 8)]
+    names = [name for name, _, _ in profiler.kernels_of(events(rows))]
+    assert [profiler.category(name) for name in names] == ["communication", "copies"]
+
+
+def work_of(layout, lean: bool = True) -> plan.Work:
+    return plan.Work(PRESETS["mistral-7b"], 4, 4096, 2, lean)
+
+
+@pytest.mark.parametrize("reshard", ["always", "node", "never"])
+def test_the_floors_are_the_plans_step(reshard):
+    """Category by category at the rates called ideal, and so the sum; and nothing where nothing is gathered."""
+    gpu, ideal = roofline.GPUS["NVIDIA H200"], plan.RATES["ideal"]
+    config = PRESETS["mistral-7b"]
+    layout = choose_layout(
+        config, size=256, node_size=4, micro_batch=4, seq_len=4096, accumulation=2, reshard=reshard,
+    )  # fmt: skip
+    sharding = plan.Sharding.of(layout)
+    expected = plan.step(work_of(layout), plan.Cluster(gpu, 256, 4, 450e9, 25e9), sharding, ideal)
+    speeds = profiler.ideal_speeds(gpu)
+    least = profiler.floors(
+        work_of(layout), speeds, sharding, profiler.sharded_update_bytes(config, 256), expected.exposed
+    ).ms
+    rows = ("norm, RoPE, SwiGLU", "loss", "copies")
+    assert least["matmul"] == pytest.approx(1e3 * expected.matmul)
+    assert least["attention"] == pytest.approx(1e3 * expected.attention)
+    assert least["optimizer"] == pytest.approx(1e3 * expected.optimizer)
+    assert sum(least[name] for name in rows) == pytest.approx(1e3 * expected.memory_bound)
+    assert sum(least.values()) == pytest.approx(1e3 * expected.total)
+    alone = profiler.floors(work_of(layout), speeds, None, 0.0).ms
+    assert alone["copies"] == alone["communication"] == 0 and alone["matmul"] == least["matmul"]
+
+
+def test_gaps_are_ranked_and_add_up():
+    found = profiler.breakdown(profiler.kernels_of(events(MICROSECONDS)), wall_ms=0.1)
+    least = dict.fromkeys(profiler.PRECEDENCE, 0.0) | {"matmul": 0.040, "attention": 0.011, "idle": 0.0}
+    rows = profiler.gaps(found, profiler.Floors(least, "made up"), n_steps=2)
+    gaps = [row["gap_ms"] for row in rows]
+    assert gaps == sorted(gaps, reverse=True) and sum(row["ms"] for row in rows) == pytest.approx(0.05)
+    by_part = {row["part"]: row for row in rows}
+    assert by_part["matmul"]["gap_ms"] == pytest.approx(0.024 - 0.040)  # two steps took what one must: beaten
+    assert rows[0]["part"] == "idle" and by_part["communication"]["kernels_ms"] == pytest.approx(0.0165)
+    text = "\n".join(profiler.gap_lines(found, profiler.Floors(least, "made up")))
+    assert re.search(r"^  the step +0\.10 +0\.11 +0\.05 +\+0\.05$", text, re.M), text
+    assert "hidden behind computation: 0.02 ms of communication" in text and text.endswith("floors made up")
+    for line in profiler.gap_lines(found, profiler.Floors(least, "made up"), label="emulated"):
+        assert line.endswith("   emulated") == bool(re.search(r"\d\.\d", line)), line
+
+
+def test_a_known_gpu_has_floors(monkeypatch, tmp_path):
+    """train.py hands them to the profiler, which puts the gaps above its tables."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GH200 120GB")
+    config, world = PRESETS["mistral-7b"], train.World(0, 256, torch.device("cuda"), mesh=None, node_size=4)
+    layout = choose_layout(config, size=256, node_size=4, micro_batch=4, seq_len=4096, memory_bytes=97871 * 2**20)
+    least = profiler.floors_of_run(config, layout, 4, 4096, 1, True, torch.bfloat16, world)
+    cluster = plan.Cluster(plan.MACHINES["gh200-96"].gpu, 256, 4, 450e9, 25e9)
+    whole = plan.step(plan.Work(config, 4, 4096), cluster, plan.Sharding.of(layout), plan.RATES["ideal"])
+    assert sum(least.ms.values()) == pytest.approx(1e3 * whole.total)
+    assert profiler.floors_of_run(config, layout, 4, 4096, 1, True, torch.float32, world) is None
+
+    one = train.World(0, 1, torch.device("cuda"), mesh=None)  # without FSDP, and so without its copies
+    alone = choose_layout(config, size=1, node_size=1, micro_batch=2, seq_len=4096, memory_bytes=97871 * 2**20)
+    for moments, accumulation, n_bytes in (
+        ("fp32", 1, 28),
+        ("bf16", 1, 20),
+        ("fp32", 3, 28 + 24),
+        ("8bit", 3, 16 + 12),
+    ):
+        found = profiler.floors_of_run(config, alone, 2, 4096, accumulation, True, torch.bfloat16, one, moments).ms
+        assert found["copies"] == found["communication"] == 0
+        ideal = plan.RATES["ideal"].memory * 4000e9
+        assert found["optimizer"] == pytest.approx(1e3 * n_bytes * 7_241_732_096 / ideal, rel=1e-3)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unknown")
+    assert profiler.floors_of_run(config, layout, 4, 4096, 1, True, torch.bfloat16, world) is None
+
+    made = StepProfiler(1, 1, True, tmp_path, 0, torch.device("cuda"), least)
+    text = made._tables(events(MICROSECONDS), None, wall_ms=0.1)
+    assert "the gap to what it takes at least\n" in text and "time by category" in text
+    assert text.index("  the step ") < text.index("time by category")

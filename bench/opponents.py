@@ -1,0 +1,368 @@
+"""Others' training step beside ours: Hugging Face's Mistral, and the same with Liger-Kernel's patches, both compiled.
+
+    python bench/opponents.py [--out DIR]       on a GPU: "opponents" of DIR/step.json, beside bench/step.py's rows
+    python bench/opponents.py --smoke           here: a tiny model on the CPU, not compiled, no figures
+
+The same model on the same card: MistralForCausalLM of our sizes (attn_implementation="sdpa"; no window, since at a
+context of 4,096 one of 4,096 changes nothing, and no mask beside is_causal, so that SDPA has its flash kernel), random
+weights and tokens, the mean loss, ``clip_grad_norm_``, ``torch.optim.AdamW(fused=True)``,
+``zero_grad(set_to_none=True)``; timed by ``steady_steps`` and divided by ``step_figures``, as ours. Liger-Kernel: all
+that it patches by default, the fused linear cross-entropy with it.
+
+Two precisions: weights, gradients and moments in bf16, as is usual on one card; and fp32 ones with autocast to bf16,
+which is what ours keeps with fp32 moments. Each opponent is given its best: micro batches of 8, 4, 2 and 1 with every
+layer compiled, down to where they get slower, then the best of these with the whole model compiled; gradient
+checkpointing only where nothing fits without. The largest throughput counts, all that was tried is recorded. Each runs
+in a process of its own, within its share of the budget; what is not installed is named absent.
+"""
+# ruff: noqa: E402  imports follow the change of sys.path
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+
+import torch
+import torch._dynamo
+
+from bench import measure
+from bench.kernels import line_of
+from halny.model import roofline
+from halny.model.mistral import PRESETS, MistralConfig
+
+SEQ_LEN = 4096
+MICRO_BATCHES = (8, 4, 2, 1)
+LAYERS, MODEL = "each layer", "the whole model"  # what torch.compile is given
+
+
+@dataclass(frozen=True)
+class Opponent:
+    name: str
+    liger: bool
+    fp32: bool  # weights, gradients and moments
+
+    @property
+    def label(self) -> str:
+        package = "Hugging Face + Liger-Kernel" if self.liger else "Hugging Face"
+        kept = "fp32 weights and moments, autocast" if self.fp32 else "bf16 weights and moments"
+        return f"{package} + torch.compile, {kept}"
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes a weight of weight, gradient and two moments; with autocast of its copy in bf16 too."""
+        return 4 * 4 + 2 if self.fp32 else 4 * 2
+
+
+OPPONENTS = (
+    Opponent("liger-bf16", True, False),
+    Opponent("hf-bf16", False, False),
+    Opponent("liger-fp32", True, True),
+    Opponent("hf-fp32", False, True),
+)
+
+
+# ------------------------------------------------------------------------------------------------------------ its step
+
+
+def load(opponent: Opponent, config: MistralConfig, device: torch.device) -> torch.nn.Module:
+    """The model with random weights. Raises ImportError where a package is missing, or cannot run."""
+    from transformers import AutoModelForCausalLM
+    from transformers import MistralConfig as HFConfig
+    from transformers.models.mistral import modeling_mistral
+
+    # transformers leaves the mask out where nothing is padded, and so SDPA has its flash kernel; but while
+    # torch.compile traces the whole model, before torch 2.14, it builds it. No opponent should lose by that.
+    modeling_mistral.create_causal_mask = lambda *arguments, **options: None
+    if opponent.liger:
+        from liger_kernel.transformers import apply_liger_kernel_to_mistral
+
+        if device.type == "cpu":
+            raise ImportError("Liger-Kernel is installed, but needs a GPU")
+        apply_liger_kernel_to_mistral()
+    hf = HFConfig(
+        vocab_size=config.vocab_size, hidden_size=config.dim, intermediate_size=config.hidden_dim,
+        num_hidden_layers=config.n_layers, num_attention_heads=config.n_heads, num_key_value_heads=config.n_kv_heads,
+        head_dim=config.head_dim, max_position_embeddings=config.max_seq_len, rms_norm_eps=config.norm_eps,
+        sliding_window=None, tie_word_embeddings=False, use_cache=False,
+    )  # fmt: skip
+    dtype = torch.float32 if opponent.fp32 else torch.bfloat16
+    with device:
+        model = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation="sdpa")
+    return model.train()
+
+
+class Step:
+    """An opponent's training loop, a step a call."""
+
+    def __init__(self, opponent: Opponent, config: MistralConfig, device: torch.device):
+        self.opponent, self.config, self.device = opponent, config, device
+        self.model = load(opponent, config, device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=1e-5, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, fused=True
+        )
+        self.call, self.loss, self.batches = self.model, None, []
+
+    def prepare(self, micro_batch: int, seq_len: int, compiled: str | None, checkpointing: bool) -> None:
+        """What the next steps work on, and how."""
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.batches = list(measure.random_tokens(self.config.vocab_size, (4, micro_batch, seq_len), self.device))
+        if checkpointing:
+            self.model.gradient_checkpointing_enable()  # without reentrance, as transformers 5 does by itself
+        for layer in self.model.model.layers:
+            layer._compiled_call_impl = None  # what nn.Module.compile sets
+            if compiled == LAYERS:
+                layer.compile(dynamic=False)
+        self.call = torch.compile(self.model, dynamic=False) if compiled == MODEL else self.model
+
+    def run(self, i: int) -> None:
+        tokens = self.batches[i % len(self.batches)]
+        mixed = torch.autocast(self.device.type, torch.bfloat16) if self.opponent.fp32 else contextlib.nullcontext()
+        with mixed:
+            loss = self.call(input_ids=tokens, labels=tokens, use_cache=False).loss  # shifts them itself
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.loss = loss.detach()
+
+
+# ---------------------------------------------------------------------------------------------------------- its process
+
+
+def least_bytes(opponent: Opponent, config: MistralConfig, micro_batch: int, checkpointing: bool) -> int:
+    """What it needs at least: weights, gradients, moments; and what any such model keeps for its backward.
+
+    With checkpointing a layer's input; without it what roofline.py counts with all cheap things recomputed, as a
+    compiler may.
+    """
+    tokens = micro_batch * SEQ_LEN
+    if checkpointing:
+        kept = 2 * config.dim * config.n_layers * tokens
+    else:
+        kept = roofline.activation_bytes_per_token(config, 2, lean=True) * tokens
+    return opponent.state_bytes * roofline.parameters(config) + kept
+
+
+def attempt(
+    bench: measure.Bench, step: Step, micro_batch: int, compiled: str | None, checkpointing: bool, n_steps: int,
+    seconds: float,
+) -> dict:  # fmt: skip
+    """One way to run it: its figures, or why there are none."""
+    tried = {"micro_batch": micro_batch, "compiled": compiled or "nothing", "checkpointing": checkpointing}
+    memory = torch.cuda.get_device_properties(bench.device).total_memory if bench.on_gpu else None
+    needed = least_bytes(step.opponent, step.config, micro_batch, checkpointing)
+    if memory is not None and needed > memory:
+        reason = f"needs at least {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"
+        return tried | {"status": "does not fit", "reason": reason}
+    seq_len = 64 if bench.smoke else SEQ_LEN
+    began = time.monotonic()
+    try:
+        step.prepare(micro_batch, seq_len, compiled, checkpointing)
+        step.run(0)
+        bench.synchronize()
+        first_s, graphs = time.monotonic() - began, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        ms = measure.steady_steps(bench, step.run, n_steps, seconds)
+        loss = step.loss.item()
+        if not loss < float("inf"):
+            return tried | {"status": "failed", "reason": f"the loss is {loss}"}
+    except torch.OutOfMemoryError as error:
+        return tried | {"status": "does not fit", "reason": line_of(error)}
+    except Exception as error:  # what a compiler may raise
+        return tried | {"status": "failed", "reason": line_of(error)}
+    device = torch.cuda.get_device_name(bench.device) if bench.on_gpu else "CPU"
+    figures = measure.step_figures(step.config, micro_batch * seq_len, seq_len, ms["median"], device)
+    memory = measure.memory_figures(bench)
+    return tried | {
+        "status": "ok",
+        "reason": "",
+        "first_step_s": first_s,
+        "graphs": graphs,
+        "step_ms": ms,
+        **figures,
+        **memory,
+    }
+
+
+def next_way(attempts: list[dict], smoke: bool, micro_batch: int | None) -> tuple[int, str | None, bool] | None:
+    """The (micro batch, compiled, checkpointing) to try after these; None: enough.
+
+    The sizes, each layer compiled, which is quick, until one is slower than the one before; and the best of them with
+    the whole model compiled. If none fits, with checkpointing, the largest that does; of the whole model, because a
+    checkpoint keeps a compiled layer from running.
+    """
+    sizes = (2, 1) if smoke else (micro_batch,) if micro_batch else MICRO_BATCHES
+    plain = [a for a in attempts if not a["checkpointing"] and a["compiled"] != MODEL]
+    fitting = [a for a in plain if a["status"] == "ok"]
+    slower = len(fitting) > 1 and fitting[-1]["tokens_per_second"] < fitting[-2]["tokens_per_second"]
+    if len(plain) < len(sizes) and not slower:
+        return sizes[len(plain)], None if smoke else LAYERS, False
+    if fitting:
+        best = max(fitting, key=lambda a: a["tokens_per_second"])
+        done = smoke or any(a["compiled"] == MODEL for a in attempts)
+        return None if done else (best["micro_batch"], MODEL, False)
+    kept = [a for a in attempts if a["checkpointing"]]
+    if len(kept) == len(sizes) or any(a["status"] == "ok" for a in kept):
+        return None
+    return sizes[len(kept)], None if smoke else MODEL, True
+
+
+def measured(bench: measure.Bench, opponent: Opponent, given: argparse.Namespace, save: Callable[[dict], None]) -> None:
+    """Everything that is tried of one opponent; the row is saved after each, its figures those of the best so far."""
+    end = time.monotonic() + given.budget_s
+    config = PRESETS["test"] if bench.smoke else PRESETS["mistral-7b"]
+    config = replace(config, n_layers=given.layers or config.n_layers, window=None)
+    attempts: list[dict] = []
+    row = {"name": opponent.name, "label": opponent.label, "status": "failed", "reason": "", "attempts": attempts}
+    row |= {"n_layers": config.n_layers, "seq_len": 64 if bench.smoke else SEQ_LEN}
+    save(row)
+    if bench.on_gpu:
+        needed = opponent.state_bytes * roofline.parameters(config)
+        memory = torch.cuda.get_device_properties(bench.device).total_memory
+        if needed > memory:
+            reason = f"weights, gradients and moments alone take {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"
+            save({"status": "does not fit", "reason": reason})
+            return
+    try:
+        step = Step(opponent, config, bench.device)
+    except ImportError as error:
+        save({"status": "absent", "reason": line_of(error)})
+        return
+    while (way := next_way(attempts, bench.smoke, given.micro_batch)) is not None:
+        left = end - time.monotonic()
+        if attempts and left < max(2 * given.least_s, 0.1 * given.budget_s):
+            row["reason"] = "the budget ended before all was tried"
+            break
+        seconds = min(max(given.least_s, left / 8), left)
+        attempts.append(attempt(bench, step, *way, 3 if bench.smoke else given.steps, seconds))
+        gc.collect()
+        if bench.on_gpu:
+            torch.cuda.empty_cache()
+        best = max((a for a in attempts if a["status"] == "ok"), key=lambda a: a["tokens_per_second"], default=None)
+        save(row | (best or {"reason": attempts[-1]["reason"]}) | {"attempts": attempts})
+    if not any(a["status"] == "ok" for a in attempts):
+        fits = any(a["status"] == "failed" for a in attempts)
+        save({"status": "failed" if fits else "does not fit", "reason": attempts[-1]["reason"]})
+    else:
+        save({"reason": row["reason"]})
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def words(row: dict, smoke: bool) -> str:
+    if row["status"] != "ok":
+        return f"{row['label']}: {row['status']}, {row['reason'][:120]}"
+    if smoke:
+        return f"{row['label']}: ran (smoke: no performance figure)"
+    mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%}"
+    return (
+        f"{row['label']}: {row['tokens_per_second']:,.0f} tokens/s at micro batch {row['micro_batch']}, "
+        f"{row['compiled']} compiled{', gradient checkpointing' if row['checkpointing'] else ''}, MFU {mfu}, "
+        f"{row['peak_memory_bytes'] / 2**30:.1f} GiB; {len(row['attempts'])} ways tried"
+    )
+
+
+def one_opponent(given: argparse.Namespace) -> int:
+    """The process of an opponent: its row goes to the path that it was given."""
+    row: dict = {}
+
+    def save(new: dict) -> None:
+        row.update(new)
+        measure.write_json(Path(given.row), row)
+
+    measure.die_with_parent()
+    opponent = next(o for o in OPPONENTS if o.name == given.case)
+    try:
+        measured(measure.bench_on(given.smoke), opponent, given, save)
+    except Exception as error:
+        print(f"{given.case}: {line_of(error)}", flush=True)
+        if row.get("status") != "ok":
+            save({"status": "failed", "reason": line_of(error)})
+        return 1
+    return 0
+
+
+def main(arguments: list[str]) -> int:
+    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    made.add_argument("--smoke", action="store_true", help="rehearse on the CPU with a tiny model, without figures")
+    made.add_argument("--only", default="", help="opponents whose name contains this: "
+        f"{', '.join(o.name for o in OPPONENTS)} [all]")  # fmt: skip
+    made.add_argument("--out", type=Path, help="folder of step.json [as bench/step.py]")
+    made.add_argument("--steps", type=int, default=50, help="steps timed in each way, at most [50]")
+    made.add_argument("--layers", type=int, help="layers of the model [32]")
+    made.add_argument("--micro-batch", type=int, help="sequences of 4096 [the best of 8, 4, 2 and 1]")
+    made.add_argument("--budget-s", type=float, default=600, help="seconds for all opponents together [600]")
+    made.add_argument("--least-s", type=float, default=6, help="seconds of steps in each way, at least [6]")
+    made.add_argument("--commit", help="commit to record where there is no git checkout")
+    for name in ("--case", "--row"):  # of a process of its own: who, and where to
+        made.add_argument(name, help=argparse.SUPPRESS)
+    given = made.parse_args(arguments)
+    if given.case:
+        return one_opponent(given)
+    wanted = [o for o in OPPONENTS if given.only in o.name]
+    if not wanted:
+        print(f"opponents.py: --only {given.only!r} is part of no name; there are "
+              f"{', '.join(o.name for o in OPPONENTS)}", file=sys.stderr)  # fmt: skip
+        return 2
+    for name in ("steps", "layers", "micro_batch"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            print(f"opponents.py: --{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}",
+                  file=sys.stderr)  # fmt: skip
+            return 2
+    try:
+        bench = measure.bench_on(given.smoke)
+    except RuntimeError as error:
+        print(f"opponents.py: {error}", file=sys.stderr)
+        return 2
+    started = time.monotonic()
+    path = (given.out or measure.results_folder(bench)) / "step.json"
+    result = beside_ours(path, bench, given)
+    for i, opponent in enumerate(wanted):
+        seconds = (given.budget_s - (time.monotonic() - started)) / (len(wanted) - i)
+        command = ["bench/opponents.py", "--case", opponent.name, "--budget-s", str(max(1.0, seconds - 15))]
+        command += ["--steps", str(given.steps), "--least-s", str(given.least_s)]
+        for name in ("layers", "micro_batch"):
+            if getattr(given, name):
+                command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
+        command += ["--smoke"] if given.smoke else []
+        row = measure.in_its_own_process([*command, "--row"], seconds)
+        result["opponents"].append({"name": opponent.name, "label": opponent.label, "attempts": []} | row)
+        measure.write_json(path, result)
+        print(words(result["opponents"][-1], given.smoke), flush=True)
+    states = [row["status"] for row in result["opponents"]]
+    print(f"opponents: {', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states))}")
+    return 1 if "failed" in states else 0
+
+
+def beside_ours(path: Path, bench: measure.Bench, given: argparse.Namespace) -> dict:
+    """What bench/step.py left in this folder, if on this kind of card at this commit; else a file without its rows."""
+    machine = measure.machine(bench, given.commit)
+    note = {"note": "smoke: no performance figure"} if bench.smoke else {}
+    result = {"format": 1, "kind": "step", "smoke": bench.smoke} | note | {"machine": machine, "rows": []}
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        old = json.loads(path.read_text(encoding="utf-8"))
+        same = all(old["machine"][k] == machine[k] for k in ("device", "commit")) and old["smoke"] == bench.smoke
+        result = old if same else result
+    return result | {"opponents": [], "opponents_command": machine["command"]}
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
