@@ -426,20 +426,19 @@ def collectives(
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A rank's memory at the peak of a step, in bytes, by part. ``total`` is less than their sum: see there."""
+    """A rank's memory at one moment of a step, in bytes, by part: what there is at that moment."""
 
     parameters: int  # master weights, sharded: 4 B a weight
-    gradients: int  # those that are there at the peak, sharded
+    gradients: int  # sharded, those made so far
     optimizer: int  # AdamW's two moments, sharded
     gathered_parameters: int  # compute dtype, whole: root group and two layers; 0 on one rank, which has no other
     activations: int  # kept for the backward
-    logits: int  # and what the loss makes of them
-    working: int  # of a layer's backward: gradients of its activations, and what it makes again
+    logits: int  # and what the loss makes of them; 0 once the layers' backward has begun
+    working: int  # of a layer's backward, and gradients on their way to be reduced; 0 in the forward
 
     @property
     def total(self) -> int:
-        """The sum, of logits and working memory the larger only: the loss has left when the layers' backward begins."""
-        return sum(getattr(self, field.name) for field in fields(self)) - min(self.logits, self.working)
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 def working_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
@@ -451,6 +450,73 @@ def working_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) 
     return compute_bytes * n_tokens * (config.dim + 4 * config.hidden_dim)
 
 
+def _loss_memory(config: MistralConfig, n_tokens: int, compute_bytes: int, lean: bool, chunk_rows: int | None) -> dict:
+    """Activations and logits while the loss is made: all layers', and of three more [n_tokens, d] at the end.
+
+    The last norm's input and output are activations; the gradient of its output, made at once, counts as the loss's.
+    """
+    if lean and chunk_rows is None:
+        chunk_rows = loss_chunk_rows(config, n_tokens, compute_bytes)
+    stream = compute_bytes * n_tokens * config.dim
+    layers = n_tokens * activation_bytes_per_token(config, compute_bytes, lean)
+    return {
+        "activations": layers + 2 * stream + FP32_BYTES * n_tokens,
+        "logits": logits_bytes(config, n_tokens, compute_bytes, chunk_rows) + stream,
+    }
+
+
+def memory_moments(
+    config: MistralConfig,
+    world_size: int,
+    micro_batch: int,
+    seq_len: int,
+    compute_bytes: int = 2,
+    lean: bool = False,
+    logits_chunk_rows: int | None = None,
+) -> dict[str, MemoryEstimate]:
+    """A rank's memory at the moments of a step that may be its peak, under FSDP2 with AdamW: what happens -> parts.
+
+    logits_chunk_rows = None stands for what runs: lean, our kernels and their own chunks; otherwise PyTorch's
+    cross-entropy. Layers leave their activations behind one by one, from the last; in exchange gradients come: a
+    reduce-scatter's fp32 input is there until the one after the next, so the third layer may be the peak, where a layer
+    has less activations than weights; and at the end there are all gradients. Those of the root group wait for the end.
+
+    Left out are the CUDA context, buffers of libraries and fragments (RESERVED), and the [s, s] score matrix and other
+    temporaries of the reference's attention and SwiGLU.
+    """
+    n_tokens, n_layers = micro_batch * seq_len, config.n_layers
+    own = {
+        "parameters": parameter_bytes(config, world_size),
+        "optimizer": optimizer_bytes(config, world_size),
+        "gathered_parameters": gathered_parameter_bytes(config, compute_bytes),
+    }
+    a_layer = n_tokens * activation_bytes_per_token(config, compute_bytes, lean) // n_layers
+    working = working_bytes(config, n_tokens, compute_bytes) + compute_bytes * config.vocab_size * config.dim
+    layer, root = (padded_numel(shapes(config), world_size) for shapes in (layer_shapes, root_shapes))
+
+    def backward(done: int) -> MemoryEstimate:
+        return MemoryEstimate(
+            gradients=FP32_BYTES * done * layer // world_size,
+            activations=(n_layers - done) * a_layer,
+            logits=0,
+            working=working + min(done, 2) * FP32_BYTES * layer,
+            **own,
+        )
+
+    end = {"gradients": gradient_bytes(config, world_size), "activations": 0, "logits": 0}
+    reducing = FP32_BYTES * (layer + root) + compute_bytes * root
+    moments = {
+        "loss": MemoryEstimate(
+            gradients=0, working=0, **_loss_memory(config, n_tokens, compute_bytes, lean, logits_chunk_rows), **own
+        ),
+        "backward of the last layer": backward(0),
+        "backward of the third layer from the end": backward(min(2, n_layers - 1)),
+        "backward of the first layer": backward(n_layers - 1),
+        "reduction of the root group": MemoryEstimate(working=reducing, **end, **own),
+    }
+    return moments
+
+
 def memory_estimate(
     config: MistralConfig,
     world_size: int,
@@ -460,24 +526,9 @@ def memory_estimate(
     lean: bool = False,
     logits_chunk_rows: int | None = None,
 ) -> MemoryEstimate:
-    """The parts of a rank's memory for micro_batch sequences of seq_len, under FSDP2 with AdamW.
-
-    logits_chunk_rows = None stands for what runs: lean, our kernels and their own chunks; otherwise PyTorch's
-    cross-entropy. Left out are the CUDA context, buffers of libraries and fragments (RESERVED), and the [s, s] score
-    matrix of the reference attention.
-    """
-    n_tokens = micro_batch * seq_len
-    if lean and logits_chunk_rows is None:
-        logits_chunk_rows = loss_chunk_rows(config, n_tokens, compute_bytes)
-    return MemoryEstimate(
-        parameters=parameter_bytes(config, world_size),
-        gradients=gradient_bytes(config, world_size),
-        optimizer=optimizer_bytes(config, world_size),
-        gathered_parameters=gathered_parameter_bytes(config, compute_bytes),
-        activations=n_tokens * activation_bytes_per_token(config, compute_bytes, lean),
-        logits=logits_bytes(config, n_tokens, compute_bytes, logits_chunk_rows),
-        working=working_bytes(config, n_tokens, compute_bytes),
-    )
+    """The largest of ``memory_moments``: micro_batch sequences of seq_len, FSDP2, AdamW. bench/memory.py counts it."""
+    moments = memory_moments(config, world_size, micro_batch, seq_len, compute_bytes, lean, logits_chunk_rows)
+    return max(moments.values(), key=lambda moment: moment.total)
 
 
 MOMENT_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}  # a weight, both of them
@@ -495,6 +546,48 @@ def moment_bytes(config: MistralConfig, moments: str) -> int:
     return size
 
 
+def one_rank_moments(
+    config: MistralConfig,
+    micro_batch: int,
+    seq_len: int,
+    moments: str,
+    accumulation: int = 1,
+    lean: bool = True,
+    compute_bytes: int = 2,
+) -> dict[str, MemoryEstimate]:
+    """``memory_moments`` of one rank in bf16 without FSDP (model/optimizer.py), in the last of its micro batches.
+
+    A master weight is the bf16 that the model computes with and 16 bits more, 4 B. Gradients come in bf16. Of one micro
+    batch they are not there while all activations are; over several the sums are: with 8bit moments in bf16, otherwise
+    in fp32 from the second on.
+    """
+    n, n_tokens, n_layers = parameters(config), micro_batch * seq_len, config.n_layers
+    own = {"parameters": FP32_BYTES * n, "optimizer": moment_bytes(config, moments), "gathered_parameters": 0}
+    narrow = moments == "8bit" or accumulation == 1
+    after = compute_bytes if narrow else FP32_BYTES  # a weight, once its gradient has come
+    before = 0 if accumulation == 1 else compute_bytes if accumulation == 2 else after
+    a_layer = n_tokens * activation_bytes_per_token(config, compute_bytes, lean) // n_layers
+
+    def backward(done: int) -> MemoryEstimate:
+        weights = config.vocab_size * config.dim + done * layer_parameters(config)
+        return MemoryEstimate(
+            gradients=after * weights + before * (n - weights),
+            activations=(n_layers - done) * a_layer,
+            logits=0,
+            working=working_bytes(config, n_tokens, compute_bytes),
+            **own,
+        )
+
+    return {
+        "loss": MemoryEstimate(
+            gradients=before * n, working=0, **_loss_memory(config, n_tokens, compute_bytes, lean, None), **own
+        ),
+        "backward of the last layer": backward(0),
+        "backward of the first layer": backward(n_layers - 1),
+        "update": MemoryEstimate(gradients=after * n, activations=0, logits=0, working=0, **own),
+    }
+
+
 def one_rank_memory(
     config: MistralConfig,
     micro_batch: int,
@@ -504,27 +597,9 @@ def one_rank_memory(
     lean: bool = True,
     compute_bytes: int = 2,
 ) -> MemoryEstimate:
-    """The parts on one rank in bf16, without FSDP (model/optimizer.py): 6 B a weight, gradient included, and moments.
-
-    A master weight is the bf16 that the model computes with and 16 bits more. Gradients come in bf16; over several
-    micro batches they are summed in fp32, or with 8bit moments in bf16, and the largest is on its way beside its sum.
-    """
-    n_tokens, n = micro_batch * seq_len, parameters(config)
-    gradients = compute_bytes * n
-    if accumulation > 1:
-        shapes = layer_shapes(config) + root_shapes(config)
-        arriving = compute_bytes * max(rows * columns for rows, columns in shapes)
-        gradients = (compute_bytes if moments == "8bit" else FP32_BYTES) * n + arriving
-    chunk_rows = loss_chunk_rows(config, n_tokens, compute_bytes) if lean else None
-    return MemoryEstimate(
-        parameters=FP32_BYTES * n,
-        gradients=gradients,
-        optimizer=moment_bytes(config, moments),
-        gathered_parameters=0,
-        activations=n_tokens * activation_bytes_per_token(config, compute_bytes, lean),
-        logits=logits_bytes(config, n_tokens, compute_bytes, chunk_rows),
-        working=working_bytes(config, n_tokens, compute_bytes),
-    )
+    """The largest of ``one_rank_moments``: a rank's memory at the peak of a step. Raises ValueError for bad moments."""
+    estimates = one_rank_moments(config, micro_batch, seq_len, moments, accumulation, lean, compute_bytes)
+    return max(estimates.values(), key=lambda estimate: estimate.total)
 
 
 def most_micro_batch(
@@ -544,10 +619,8 @@ def most_micro_batch(
     room = memory_bytes * (1 - RESERVED)
     for micro_batch in range(min(at_most, divides), 0, -1):
         if divides % micro_batch == 0:
-            estimate = one_rank_memory(
-                config, micro_batch, seq_len, moments, divides // micro_batch, lean, compute_bytes
-            )
-            if estimate.total <= room:
+            accumulation = divides // micro_batch
+            if one_rank_memory(config, micro_batch, seq_len, moments, accumulation, lean, compute_bytes).total <= room:
                 return micro_batch
     return 0
 
