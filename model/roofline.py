@@ -283,13 +283,12 @@ def checkpoint_stall_s(config: MistralConfig, world_size: int, host_bytes_per_se
     return checkpoint_bytes(config, world_size) / host_bytes_per_second
 
 
-def gathered_parameter_bytes(config: MistralConfig, compute_bytes: int = 2) -> int:
+def gathered_parameter_bytes(config: MistralConfig, compute_bytes: int = 2, layers: int = 2) -> int:
     """Whole weights in the compute dtype that FSDP2 holds at the worst moment, whatever the world size.
 
     The root group (embedding, head, final norm) stays gathered; of the layers one computes and the next arrives.
     """
-    layers_in_flight = min(2, config.n_layers)
-    return compute_bytes * (root_parameters(config) + layers_in_flight * layer_parameters(config))
+    return compute_bytes * (root_parameters(config) + min(layers, config.n_layers) * layer_parameters(config))
 
 
 def saved_activations(config: MistralConfig, compute_bytes: int = 2) -> dict[str, int]:
@@ -507,7 +506,10 @@ def memory_moments(
     reducing = FP32_BYTES * (layer + root) + compute_bytes * root
     moments = {
         "loss": MemoryEstimate(
-            gradients=0, working=0, **_loss_memory(config, n_tokens, compute_bytes, lean, logits_chunk_rows), **own
+            gradients=0,
+            working=0,
+            **_loss_memory(config, n_tokens, compute_bytes, lean, logits_chunk_rows),
+            **own | {"gathered_parameters": gathered_parameter_bytes(config, compute_bytes, layers=1)},
         ),
         "backward of the last layer": backward(0),
         "backward of the third layer from the end": backward(min(2, n_layers - 1)),

@@ -111,7 +111,8 @@ def test_memory_of_mistral_7b():
         == 12 * 7_241_732_096 / 256
         == 3 * many["reduction of the root group"].gradients
     )
-    assert loss.gathered_parameters == 2 * (2 * 32000 * 4096 + 4096 + 2 * (218_103_808 + 2 * 4096))
+    assert last.gathered_parameters == 2 * (2 * 32000 * 4096 + 4096 + 2 * (218_103_808 + 2 * 4096))
+    assert last.gathered_parameters - loss.gathered_parameters == 2 * roofline.layer_parameters(MISTRAL_7B)
     stream = 2 * 16_384 * 4096
     assert loss.logits == 2048 * 32000 * 2 + 32000 * 4096 * 4 + stream  # a chunk, the fp32 weight gradient, d_hidden
     assert last.activations == 32 * 94_344 * 16_384 == loss.activations - 2 * stream - 4 * 16_384
