@@ -10,15 +10,16 @@ The file reads from top to bottom:
     2  starting up         signals, processes, refusals that every rank hears
     3  the plan            everything derived from the recipe, before anything is allocated or written
     4  data                what model/batches.py makes of --data, and this rank's share of it
-    5  model, optimizer    meta device -> FSDP2 -> weights; AdamW; the learning rate
+    5  model, optimizer    meta device -> FSDP2, or one rank -> weights; AdamW; the learning rate
     6  one step            forward, backward, clip, update or not
     7  the run             the loop, and what it leaves behind
     8  one step again      for whoever asks what went wrong in it
 
 What it stands on: model/settings.py (command line and TOML files), model/batches.py (which samples a step has, and how
 they reach the device), model/ranks.py (what the ranks agree on, and who ends a run that hangs), model/sharding.py (who
-holds what of the model), model/checkpoint.py (how a run is saved and found again), model/evaluation.py,
-model/profiler.py (where a step's time goes), model/run_folder.py, model/prepare_data.py, model/mistral.py.
+holds what of the model), model/optimizer.py (AdamW on shards, and on one rank), model/guard.py (which updates are
+skipped), model/checkpoint.py (how a run is saved and found again), model/evaluation.py, model/profiler.py (where a
+step's time goes), model/progress.py, model/run_folder.py, model/prepare_data.py, model/mistral.py.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ class Recipe:
     seq_len: int = setting("data", 128, "tokens in a sample", minimum=1)
     batch_tokens: int = setting("data", 1024, "tokens in an optimizer step, over all ranks", minimum=1, below=2**32)
     micro_batch: int | None = setting("data", None,
-        "samples a rank computes at once; it accumulates gradients over its share [the most that divides it, up to 8]",
+        "samples a rank computes at once; it accumulates gradients over its share [the most that divides it, up to 8, "
+        "and that fits one GPU if there is one]",
         minimum=1)
 
     steps: int = setting("optimizer", 200, "optimizer steps in the whole run", minimum=1, below=10**8)
@@ -93,6 +95,10 @@ class Recipe:
     spike: float = setting("optimizer", 2.0,
         "a loss above so many times the median of the last 128 is a spike, and said so", above=1)
     skip_spikes: bool = setting("optimizer", False, "skip the updates of spikes too")
+    moments: str = setting("optimizer", "fp32",
+        "AdamW's two moments, 8 bytes a weight in fp32; for one rank in bf16 also bf16 (4) and 8bit (2), rounded "
+        "stochastically",
+        choices=("fp32", "bf16", "8bit"))
     dtype: str | None = setting("optimizer", None,
         "dtype of the computation; master weights and reductions are fp32 [bf16 on a GPU, fp32 on the CPU]",
         choices=("bf16", "fp32"))
@@ -168,6 +174,11 @@ PRESETS: dict[str, dict] = {
     # 1.1 billion parameters from fresh weights
     "mistral-1b": dict(
         model="mistral-1b", seq_len=4096, batch_tokens=262_144, micro_batch=1, steps=10_000, lr=4e-4, warmup_steps=500,
+    ),
+    # Mistral-7B continued on one GPU of 80 GB or more: 8 bytes a weight, activations for as many sequences as fit
+    "mistral-7b-1gpu": dict(
+        model="mistral-7b", moments="8bit", seq_len=4096, batch_tokens=65_536, steps=10_000, lr=1e-5, min_lr=1e-6,
+        warmup_steps=200, weight_decay=0.1, beta1=0.9, beta2=0.95, eps=1e-8, clip=1.0, keep=1,
     ),
     # Bielik-7B-v0.1: Mistral-7B-v0.1 continued on Polish text by 256 GH200
     "bielik-7b": dict(
@@ -272,7 +283,6 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from halny.kernels.dispatch import set_reference_only  # noqa: E402
 from halny.model import checkpoint, roofline, sharding  # noqa: E402
@@ -287,19 +297,29 @@ from halny.model.batches import (  # noqa: E402
     step_numbers,
 )
 from halny.model.checkpoint import Saver, step_of, training_state  # noqa: E402
-from halny.model.convert import check_hf_weights, load_hf_weights, pieces, read_hf_config, save_hf  # noqa: E402
+from halny.model.convert import (  # noqa: E402
+    check_hf_weights,
+    load_hf_weights,
+    pieces,
+    read_hf_config,
+    save_hf,
+    write_hf,
+)
 from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset  # noqa: E402
 from halny.model.durable import in_words, write_json  # noqa: E402
 from halny.model.evaluation import HELD_OUT, EvalSets, evaluate, loss_metrics, parse_named  # noqa: E402
 from halny.model.gap import Gap  # noqa: E402
+from halny.model.guard import NOT_FINITE, SPIKE, SPIKE_SKIPPED, Guard  # noqa: E402
 from halny.model.hook import CheckpointHook  # noqa: E402
 from halny.model.loggers import PATIENCE_S, check_loggers, start_loggers  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
+from halny.model.optimizer import ShardedAdamW, SplitAdamW, master_weights, narrow_  # noqa: E402
 from halny.model.plan import Request, answer  # noqa: E402
 from halny.model.preflight import Job, preflight  # noqa: E402
 from halny.model.prepare_data import prepare_builtin  # noqa: E402
 from halny.model.profiler import StepProfiler, ranks_to_profile, steps_to_profile  # noqa: E402
+from halny.model.progress import Progress, say  # noqa: E402
 from halny.model.ranks import (  # noqa: E402
     Probe,
     Watch,
@@ -312,19 +332,13 @@ from halny.model.ranks import (  # noqa: E402
     on_main,
     start_distributed,
 )
+from halny.model.replay import examine  # noqa: E402
 from halny.model.run_folder import RunFolder  # noqa: E402
 from halny.model.sharding import Layout, choose_layout, shard_model  # noqa: E402
 from halny.model.summary import energy_joules, in_lines, spent_on, summarize  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
-
-
-def say(world: World, text: str) -> None:
-    if world.is_main:
-        with contextlib.suppress(OSError):  # a reader that left ("| head"), a full disk: no reason to stop training
-            tqdm.write(text)
-            sys.stdout.flush()
 
 
 # --------------------------------------------------------------------------------------------------------- 3 the plan
@@ -338,6 +352,7 @@ class Plan:
     model: MistralConfig
     samples_a_step: int
     accumulation: int
+    whole: bool  # one rank holds all of the model, in bf16, without FSDP
     layout: Layout
     flops_per_token: float
     peak_flops: float | None
@@ -345,6 +360,12 @@ class Plan:
     @property
     def n_parameters(self) -> int:
         return roofline.parameters(self.model)
+
+    def memory(self, lean: bool) -> roofline.MemoryEstimate:
+        r = self.recipe
+        if self.whole:
+            return roofline.one_rank_memory(self.model, r.micro_batch, r.seq_len, r.moments, self.accumulation, lean)
+        return roofline.memory_estimate(self.model, r.shard, r.micro_batch, r.seq_len, DTYPES[r.dtype].itemsize, lean)
 
 
 def model_config(recipe: Recipe) -> MistralConfig:
@@ -414,9 +435,18 @@ def resolve(recipe: Recipe, world: World) -> Plan:
             f"--batch-tokens {r.batch_tokens} is not a multiple of --seq-len {r.seq_len} x {world.size} rank(s); "
             f"use {near}, or another number of ranks"
         )
+    dtype = r.dtype or ("bf16" if world.device.type == "cuda" else "fp32")
+    whole = sharding.is_whole(world, DTYPES[dtype])
+    if r.moments != "fp32" and not whole:
+        raise Refused(
+            f"--moments {r.moments} is for one rank in bf16, and this is {dtype} on {world.size} rank(s); "
+            + ("leave it out: shards are small" if world.size > 1 else "add --dtype bf16, or leave it out")
+        )
     samples_a_step = r.batch_tokens // r.seq_len
     share = samples_a_step // world.size
     micro_batch = r.micro_batch or max(n for n in range(1, 9) if share % n == 0)
+    if whole and r.micro_batch is None and world.memory_bytes is not None:
+        micro_batch = roofline.most_micro_batch(model, world.memory_bytes, r.seq_len, r.moments, divides=share) or 1
     if share % micro_batch:
         raise Refused(
             f"--micro-batch {micro_batch} does not divide the {share} samples that --batch-tokens {r.batch_tokens} "
@@ -454,7 +484,6 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         for name, path in inputs:
             if path.exists() and path.resolve().is_relative_to(r.run_dir.resolve()):
                 raise Refused(f"--no-resume would set aside {name} {path}, which lies in --run-dir {r.run_dir}")
-    dtype = r.dtype or ("bf16" if world.device.type == "cuda" else "fp32")
     layout = choose_layout(
         model, size=world.size, node_size=world.node_size, shard=r.shard, replicate=r.replicate, reshard=r.reshard,
         micro_batch=micro_batch, seq_len=r.seq_len, accumulation=share // micro_batch,
@@ -479,6 +508,7 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         model,
         samples_a_step=samples_a_step,
         accumulation=share // micro_batch,
+        whole=whole,
         layout=layout,
         flops_per_token=roofline.flops_per_token(model, r.seq_len),
         peak_flops=roofline.peak_flops(device_name, r.peak_tflops),
@@ -514,9 +544,7 @@ def plan_ahead(recipe: Recipe) -> int:
 def describe(plan: Plan, world: World, corpus: Corpus | None, eval_sets: EvalSets) -> str:
     """Everything derived, for the log, before the first step."""
     r, gib = plan.recipe, 2**30
-    memory = roofline.memory_estimate(
-        plan.model, r.shard, r.micro_batch, r.seq_len, DTYPES[r.dtype].itemsize, is_lean(r, world)
-    )
+    memory = plan.memory(is_lean(r, world))
     parts = ", ".join(f"{name.replace('_', ' ')} {size / gib:.2f}" for name, size in asdict(memory).items())
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     peak = "unknown, so no MFU (--peak-tflops)" if plan.peak_flops is None else f"{plan.peak_flops / 1e12:,.0f} TFLOP/s"
@@ -532,11 +560,21 @@ def describe(plan: Plan, world: World, corpus: Corpus | None, eval_sets: EvalSet
         f"schedule   {r.warmup_steps} warm-up steps to {r.lr:g}, then {r.schedule}"
         + (f" to {r.min_lr:g}" if r.schedule != "constant" else ""),
         f"compute    {r.dtype} on {world.size} x {device}; {plan.flops_per_token / 1e9:.3f} GFLOP a token; peak {peak}",
-        sharding.describe(plan.layout),
+        describe_sharding(plan),
         f"memory     about {memory.total / gib:.2f} GiB a rank: {parts}",
         f"run        {r.run_dir}: a checkpoint every {r.save_every} steps"
         + (f", evaluation every {r.eval_every}" if r.eval_every else ", no evaluation"),
     ])  # fmt: skip
+
+
+def describe_sharding(plan: Plan) -> str:
+    if not plan.whole:
+        return sharding.describe(plan.layout)
+    sums = {"8bit": "bf16, rounded stochastically"}.get(plan.recipe.moments, "fp32")
+    return (
+        f"sharding   none: bf16 weights, the lower halves of their fp32 masters, and moments in {plan.recipe.moments}\n"
+        "gradients  in bf16" + (f", summed over {plan.accumulation} micro batches in {sums}" * (plan.accumulation > 1))
+    )
 
 
 def shortened(lines: list[str], most: int = 9) -> list[str]:
@@ -595,16 +633,19 @@ def load_steps(first: int, last: int, run: Run) -> Loader:
 
 
 def build_model(plan: Plan, world: World) -> Mistral:
-    """The model, sharded and allocated, its weights not yet filled.
+    """The model, allocated, its weights in fp32 and not yet filled.
 
-    FSDP2 or HSDP (model/sharding.py): each layer is gathered in the compute dtype when it is needed. Gradients are
-    reduced in fp32 into fp32 shards, beside the fp32 master weights.
+    Sharded by FSDP2 or HSDP (model/sharding.py): each layer is gathered in the compute dtype when it is needed, and
+    gradients are reduced in fp32 into fp32 shards. One rank in bf16 has nothing to gather or reduce: there the model
+    stays as it is, and ``begin_computing`` makes its weights bf16.
     """
     with torch.device("meta"):
         model = Mistral(plan.model)
     for name, p in model.named_parameters():
         p.requires_grad_(not is_frozen(name, plan.recipe))
-    shard_model(model, plan.layout, world, DTYPES[plan.recipe.dtype])
+    dtype = DTYPES[plan.recipe.dtype]
+    if not sharding.is_whole(world, dtype):
+        shard_model(model, plan.layout, world, dtype)
     model.to_empty(device=world.device)
     return model
 
@@ -618,24 +659,26 @@ def fill_model(model: Mistral, plan: Plan, world: World) -> None:
         model.init_weights(plan.recipe.seed)
 
 
-def build_optimizer(model: Mistral, recipe: Recipe) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov and Hutter 2019) on the fp32 shards, with its moments allocated at once.
-
-    ``found_inf`` is the fused kernel's own switch: where it is 1, an update changes nothing, and no host has to look.
-    """
+def build_optimizer(model: Mistral, recipe: Recipe) -> ShardedAdamW | SplitAdamW:
+    """AdamW with weight decay on matrices, its moments allocated at once."""
     matrices = [p for p in model.parameters() if p.ndim >= 2 and p.requires_grad]
     vectors = [p for p in model.parameters() if p.ndim < 2 and p.requires_grad]
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, fused=True)
-    device = matrices[0].device
-    for p in matrices + vectors:
-        step = torch.zeros((), dtype=torch.float32, device=device)
-        optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-    optimizer.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # train_step's verdict
-    return optimizer
+    betas = recipe.beta1, recipe.beta2
+    if sharding.is_sharded(model):
+        return ShardedAdamW(groups, betas, recipe.eps)
+    return SplitAdamW(model, groups, betas, recipe.eps, recipe.moments, recipe.seed)
+
+
+def begin_computing(model: Mistral, optimizer: ShardedAdamW | SplitAdamW | None) -> None:
+    """After the weights have been filled or loaded, in fp32: on one rank in bf16, split them."""
+    if isinstance(optimizer, SplitAdamW):
+        optimizer.take_weights()
+    elif not sharding.is_sharded(model):  # --eval-only
+        narrow_(model)
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:
@@ -652,45 +695,15 @@ def learning_rate(recipe: Recipe, step: int) -> float:
 
 # --------------------------------------------------------------------------------------------------------- 6 one step
 
-APPLIED, NOT_FINITE, SPIKE, SPIKE_SKIPPED = range(4)  # a Guard's verdict on an update
-
-
-class Guard:
-    """Decides which updates are skipped: on the device, by numbers that all ranks share, so on all of them alike.
-
-    Skipped is an update whose loss or gradient norm is not finite, and with --skip-spikes one whose loss is above
-    --spike times the median of the last 128 applied ones. A skipped update leaves weights and moments untouched to the
-    bit; its step number is consumed. The host learns of it a step later, and nothing here waits for the device.
-    """
-
-    LENGTH, LEAST = 128, 16  # losses remembered; losses without which no loss is a spike
-
-    def __init__(self, recipe: Recipe, device: torch.device):
-        self.factor, self.skips_spikes = recipe.spike, recipe.skip_spikes
-        # Of step n at n % LENGTH; inf where nothing was applied, which sorts behind the losses.
-        self.losses = torch.full((self.LENGTH,), math.inf, dtype=torch.float64, device=device)
-
-    def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """(verdict, the median it was held against), fp64 scalars. Remembers the loss if the update is applied."""
-        applied = self.losses.isfinite().sum()
-        median = self.losses.sort().values.gather(0, ((applied - 1).clamp(min=0) // 2).view(1)).squeeze()
-        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        spike = (applied >= self.LEAST) & (loss > self.factor * median)
-        verdict = torch.where(bad, NOT_FINITE, torch.where(spike, SPIKE_SKIPPED if self.skips_spikes else SPIKE, 0))
-        place = step % self.LENGTH
-        self.losses[place] = torch.where(verdict % 2 == 0, loss, math.inf)  # even: applied
-        return verdict.double(), median
-
-    def remembered(self) -> list[float | None]:
-        """For the checkpoint's manifest: with these a resumed run judges as an uninterrupted one."""
-        return [loss if math.isfinite(loss) else None for loss in self.losses.tolist()]
-
-    def remember(self, losses: list[float | None]) -> None:
-        self.losses.copy_(torch.tensor([math.inf if loss is None else loss for loss in losses], dtype=torch.float64))
-
 
 def train_step(
-    model: Mistral, optimizer: torch.optim.AdamW, guard: Guard, step: int, batches: list[Batch], lr: float, clip: float
+    model: Mistral,
+    optimizer: ShardedAdamW | SplitAdamW,
+    guard: Guard,
+    step: int,
+    batches: list[Batch],
+    lr: float,
+    clip: float,
 ) -> Tensor:
     """One optimizer step, its gradients accumulated over the batches; nothing in it waits for the device.
 
@@ -701,6 +714,7 @@ def train_step(
     key (what attention cost); the gradient norm before clipping; the guard's verdict on the update, and the median of
     losses behind it.
     """
+    optimizer.begin(step, lr)
     world_size = dist.get_world_size()
     n_targets = torch.stack([(batch.labels != IGNORED).sum() for batch in batches]).sum()
     dist.all_reduce(n_targets)
@@ -716,11 +730,9 @@ def train_step(
         totals[:3] += torch.stack([loss.detach().double(), n_tokens.double(), n_correct.double()])
     dist.all_reduce(totals)
 
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip or math.inf).full_tensor().double()
+    grad_norm = optimizer.clip_gradients(clip or math.inf)
     verdict, median = guard.judge(step, totals[0] / totals[1].clamp(min=1), grad_norm)
     optimizer.found_inf.copy_(verdict % 2)  # odd: skipped
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return torch.cat([totals, torch.stack([grad_norm, verdict, median])])
@@ -739,7 +751,7 @@ class Run:
     corpus: Corpus | None  # None: --eval-only on other data than a run's own
     eval_sets: EvalSets
     model: Mistral
-    optimizer: torch.optim.AdamW | None  # None: --eval-only
+    optimizer: ShardedAdamW | SplitAdamW | None  # None: --eval-only
     guard: Guard
     saver: Saver
     hook: CheckpointHook
@@ -799,47 +811,6 @@ class Run:
         limit = self.plan.recipe.max_hours
         soon = time.monotonic() - self.began + 2 * self.step_s + 1.5 * self.saver.took_s
         return limit is not None and soon > limit * 3600
-
-
-class Progress:
-    """What a person sees of the loop: a bar on a terminal, some twenty lines in a log file. Silent but on rank 0."""
-
-    def __init__(self, plan: Plan, world: World, first: int):
-        self.plan, self.world, self.first = plan, world, first
-        self.start = time.perf_counter()
-        self.every = max(1, plan.recipe.steps // 20)
-        self.slow_rank: int | None = None  # the one last complained about
-        terminal = world.is_main and sys.stderr.isatty()
-        self.bar = None
-        if terminal:
-            self.bar = tqdm(total=plan.recipe.steps, initial=first - 1, unit="step", dynamic_ncols=True)
-
-    def show(self, m: dict) -> None:
-        rate = f"{m['tokens_per_second_per_gpu']:,.0f} tokens/s" + ("/GPU" if self.world.device.type == "cuda" else "")
-        mfu = [] if m["mfu"] is None else [f"mfu {m['mfu']:.1%}"]
-        figures = [f"loss {m['loss']:.4f}", rate, *mfu, f"ppl {m['perplexity']:,.1f}", f"acc {m['accuracy']:.2%}",
-            f"{m['peak_memory_gib']:.2f} GiB"]  # fmt: skip
-        if self.bar is not None:  # as many as the window has room for, whole: tqdm would cut through a number
-            room = (self.bar.format_dict["ncols"] or 80) - 46 - 2 * len(f"{self.bar.total}")
-            fit = [f for i, f in enumerate(figures) if len("  ".join(figures[: i + 1])) <= room]
-            self.bar.set_postfix_str("  ".join(fit), refresh=False)
-            self.bar.update(m["step"] - self.bar.n)
-        elif m["step"] % self.every == 0 or m["step"] in (self.first, self.plan.recipe.steps):
-            done, left = m["step"] - self.first + 1, self.plan.recipe.steps - m["step"]
-            eta = int((time.perf_counter() - self.start) / done * left)
-            say(self.world, f"step {m['step']:>6}/{self.plan.recipe.steps}  {'  '.join(figures)}  lr {m['lr']:.2e}  "
-                f"norm {m['grad_norm']:.2f}  eta {eta // 3600}:{eta // 60 % 60:02d}:{eta % 60:02d}")  # fmt: skip
-
-    def complain(self, slowest: dict | None) -> None:
-        """Name a rank whose own work takes half as long again as the others', once."""
-        if slowest and slowest["seconds"] > 1.5 * slowest["median"] and slowest["rank"] != self.slow_rank:
-            self.slow_rank = slowest["rank"]
-            say(self.world, f"rank {slowest['rank']} on {slowest['host']} is slow: a fixed matrix product takes it "
-                f"{slowest['seconds'] * 1e3:.2f} ms, the others {slowest['median'] * 1e3:.2f}")  # fmt: skip
-
-    def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
 
 @dataclass
@@ -905,7 +876,7 @@ def train(run: Run) -> str | None:
     """The steps after run.step up to the plan's last; why it stopped before that, or None."""
     plan, world, recipe = run.plan, run.world, run.plan.recipe
     loader = load_steps(run.step + 1, recipe.steps, run)
-    progress = Progress(plan, world, run.step + 1)
+    progress = Progress(world, run.step + 1, recipe.steps)
     probe = Probe(world.device)
     gap = Gap.of_run(plan.model, plan.layout, recipe.micro_batch, recipe.seq_len, plan.accumulation,
         is_lean(recipe, world), DTYPES[recipe.dtype], world)  # fmt: skip
@@ -1058,7 +1029,7 @@ def leave_results(run: Run, again: bool) -> None:
     if not (again and on_main(world, is_complete_export, export)):
         tokenizer = own or (plan.recipe.init_from if has_tokenizer(plan.recipe.init_from) else None)
         try:
-            save_hf(model, export, dtype=DTYPES[plan.recipe.export_dtype], tokenizer=tokenizer)
+            save_export(run, export, tokenizer)
         except ValueError as error:  # on all ranks: a tokenizer that is gone, say
             raise Failed(f"the export could not be written: {error}; the same command again makes it") from None
         say(world, f"export     {export}")
@@ -1075,6 +1046,16 @@ def leave_results(run: Run, again: bool) -> None:
             begins, text = decode(own, ids[: len(prompt)]), decode(own, ids)
             (folder.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
             say(world, f"prompt     {begins!r}\ncontinued  {text[len(begins) :]!r}")
+
+
+def save_export(run: Run, path: Path, tokenizer: Path | None) -> None:
+    """The master weights as a Hugging Face folder."""
+    dtype = DTYPES[run.plan.recipe.export_dtype]
+    if sharding.is_sharded(run.model):
+        return save_hf(run.model, path, dtype=dtype, tokenizer=tokenizer)
+    weights = dict(master_weights(run.model, run.optimizer))
+    whole = ((name, weights[name].joined()) for name, _ in pieces(run.plan.model))
+    write_hf(run.plan.model, dtype, whole, path, tokenizer=tokenizer)
 
 
 def leave_summary(run: Run) -> None:
@@ -1109,7 +1090,8 @@ def decode(tokenizer: Path, ids: list[int]) -> str:
 def check_disk(plan: Plan) -> None:
     """Refuse a run whose first checkpoint and export cannot fit on the disk."""
     existing = next(p for p in (plan.recipe.run_dir, *plan.recipe.run_dir.absolute().parents) if p.exists())
-    free, needed = shutil.disk_usage(existing).free, plan.n_parameters * (12 + 4)
+    moment_bytes = plan.memory(lean=True).optimizer * plan.recipe.shard  # of all ranks
+    free, needed = shutil.disk_usage(existing).free, plan.n_parameters * (4 + 4) + moment_bytes
     if free < needed:
         raise Refused(
             f"--run-dir {plan.recipe.run_dir} has {in_words(free)} free, but one checkpoint and the export take "
@@ -1218,7 +1200,7 @@ def set_up(recipe: Recipe) -> Run:
     watch.at("filling the model", long=True)
     model = build_model(plan, world)
     optimizer = None if recipe.eval_only else build_optimizer(model, plan.recipe)
-    guard = Guard(plan.recipe, world.device)
+    guard = Guard(recipe.spike, recipe.skip_spikes, world.device)
     hook = CheckpointHook(recipe.on_checkpoint, folder.path, say_all)
     saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world, eval_sets.decides, hook.saved)
     run = Run(plan, world, folder, corpus, eval_sets, model, optimizer, guard, saver, hook, watch, config, began)
@@ -1227,6 +1209,7 @@ def set_up(recipe: Recipe) -> Run:
         say(world, f"{'evaluating' if recipe.eval_only else 'resuming after'} step {run.step} from {path}")
     else:
         fill_model(model, plan, world)
+    begin_computing(model, optimizer)
     run.spent["start-up"], run.energy_j = time.monotonic() - began, energy_joules(world.device)
     return run
 
@@ -1338,44 +1321,20 @@ def replay(run: Run, step: int) -> None:
         rate = learning_rate(recipe, again)
         train_step(run.model, run.optimizer, run.guard, again, next(loader), rate, recipe.clip)
 
-    seen: list[str] = []  # what was not finite, in the order of the computation
-
-    def check(x: Tensor, what: str) -> None:
-        if not x.isfinite().all():
-            seen.append(what)
-
-    def look(name: str):
-        def hook(_module, _inputs, output) -> None:
-            for x in output if isinstance(output, tuple) else (output,):
-                if isinstance(x, Tensor) and x.is_floating_point():
-                    check(x, f"the output of {name}")
-                    if x.requires_grad:
-                        x.register_hook(lambda gradient: check(gradient, f"the gradient at {name}"))
-
-        return hook
-
-    hooks = [m.register_forward_hook(look(name)) for name, m in run.model.named_modules() if name]
-    run.model.set_requires_gradient_sync(True)
+    sharding.reduce_gradients(run.model, last=True)
     rows = []
     for number in own_numbers(step, plan, world).ravel():
         run.watch.at("replay", step)
-        seen.clear()
         source, row = corpus.locate(number[None], recipe.seed)
         batch = read_batch(corpus.train, source, row)
-        loss, n_targets, _ = run.model(*batch.to(world.device).inputs)
-        (loss / n_targets.clamp(min=1)).backward()
-        norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), math.inf).full_tensor().item()
-        run.optimizer.zero_grad()
+        found = examine(run.model, run.optimizer, batch.to(world.device))
         text = decode(corpus.tokenizer, batch.tokens[0, :24].tolist()) if corpus.tokenizer else ""
-        place = corpus.place(int(source[0]), int(row[0]))
-        rows.append((int(number), place, loss.item() / max(int(n_targets), 1), norm, seen[:1], text))
-    for hook in hooks:
-        hook.remove()
+        rows.append((int(number), corpus.place(int(source[0]), int(row[0])), found, text))
     for rank, theirs in enumerate(everywhere(rows)):
-        for number, place, loss, norm, where, text in theirs:
-            bad = f"  first not finite: {where[0]}" if where else ""
-            say(world, f"sample {number} (rank {rank}, {place})  loss {loss:.4f}  "
-                f"gradient norm {norm:.4g}{bad}{'  ' + repr(text) if text else ''}")  # fmt: skip
+        for number, place, found, text in theirs:
+            bad = f"  first not finite: {found.first}" if found.first else ""
+            say(world, f"sample {number} (rank {rank}, {place})  loss {found.loss:.4f}  "
+                f"gradient norm {found.grad_norm:.4g}{bad}{'  ' + repr(text) if text else ''}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ class Step:
                 local.fill_(1.0) if name.endswith("norm.weight") else local.normal_(0.0, 0.02)
             self.model.init_buffers()
         self.optimizer = train.build_optimizer(self.model, plan.recipe)
-        self.guard, self.n_steps = train.Guard(plan.recipe, world.device), 0
+        self.guard, self.n_steps = train.Guard(plan.recipe.spike, plan.recipe.skip_spikes, world.device), 0
         self.batches = [
             Batch(*torch.randint(model.vocab_size, (2, micro_batch, self.seq_len), device=bench.device),
                   lengths=[self.seq_len] * micro_batch)

@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``step-NNNNNNNN``:
 
-    shard-RRRRR-*.safetensors   each rank's shards of the fp32 master weights and AdamW's two moments; what
-                                replicas (HSDP) have in common, one of them writes
+    shard-RRRRR-*.safetensors   each rank's shards of the fp32 master weights and AdamW's two moments, those as
+                                --moments has them; what replicas (HSDP) have in common, one of them writes
     manifest.json               step, configuration, bytes and SHA-256 of every file, and what else a resume needs
     manifest.json.sha256        the manifest's own SHA-256, as sha256sum writes it
 
@@ -46,6 +46,7 @@ from tqdm import tqdm
 from halny.model.durable import in_words, sha256, sync, write_json
 from halny.model.exits import Failed, Refused
 from halny.model.mistral import Mistral, local_rows
+from halny.model.optimizer import Split, master_weights
 from halny.model.ranks import World, everywhere, on_main
 
 FORMAT = 2
@@ -53,18 +54,16 @@ READERS = 4  # files read at once on a rank, to compare or to checksum them
 BYTES_A_FILE = 500_000_000  # DCP serialises a whole file in memory, holding Python's lock for a fraction of a second
 
 
-def training_state(model: Mistral, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+def training_state(model: Mistral, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor | Split]:
     """All tensors of a run by name: master weights and the moments of those that are trained, each rank's shards.
 
     Without an optimizer, the weights alone.
     """
-    state = {}
-    for name, p in model.named_parameters():
-        state[f"model.{name}"] = p.detach()
-        if optimizer is None:
-            continue
-        for moment in ("exp_avg", "exp_avg_sq") if p.requires_grad else ():
-            state[f"{moment}.{name}"] = optimizer.state[p][moment]
+    state, parameters = {}, dict(model.named_parameters())
+    for name, weight in master_weights(model, optimizer):
+        state[f"model.{name}"] = weight
+        moments = optimizer.state.get(parameters[name], {}) if optimizer else {}
+        state |= {f"{moment}.{name}": x for moment, x in moments.items() if moment != "step"}
     return state
 
 
@@ -287,6 +286,7 @@ class Saver:
                 use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
             )
         )
+        self._joined: dict[str, Tensor] = {}  # where split weights go, kept as the stager keeps its own copies
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
 
@@ -294,7 +294,7 @@ class Saver:
     def failed(self) -> bool:
         return self._problem is not None
 
-    def save(self, step: int, state: dict[str, Tensor], facts: dict) -> None:
+    def save(self, step: int, state: dict[str, Tensor | Split], facts: dict) -> None:
         """Copy ``state`` and begin to write it; ``facts`` go into the manifest. Waits for an earlier save to finish.
 
         Raises Failed, on all ranks and with the earlier checkpoints as they were, if that one could not be written, if
@@ -302,18 +302,32 @@ class Saver:
         """
         self.wait()
         began = time.perf_counter()
-        weights = (x for name, x in state.items() if name.startswith("model."))
+        weights = (x.high if isinstance(x, Split) else x for name, x in state.items() if name.startswith("model."))
         fine = all(bool(x.isfinite().all()) for x, _ in map(local_rows, weights))
         if not all(everywhere(fine)):
             raise Failed(f"step {step}: a weight is not finite, so no checkpoint was written")
-        n_bytes = sum(x.numel() * x.element_size() for x in state.values())
+        n_bytes = sum(
+            x.high.numel() * 4 if isinstance(x, Split) else x.numel() * x.element_size() for x in state.values()
+        )
         self._check_space(step, n_bytes)
-        staged = self._stager.stage(state)
+        staged = self._stage(state)
         self.stalled_s = time.perf_counter() - began
         facts = facts | {"stalled_s": round(self.stalled_s, 4)}
         arguments = (step, staged, facts, began)
         self._thread = threading.Thread(target=self._run, args=arguments, daemon=True, name="checkpoint")
         self._thread.start()
+
+    def _stage(self, state: dict[str, Tensor | Split]) -> dict[str, Tensor]:
+        """A copy in host memory; split weights are put together on the way, one at a time."""
+        copied = self._stager.stage({name: x for name, x in state.items() if not isinstance(x, Split)})
+        for name, x in state.items():
+            if isinstance(x, Split):
+                if name not in self._joined:
+                    self._joined[name] = torch.empty(x.high.shape, dtype=torch.float32, pin_memory=x.high.is_cuda)
+                self._joined[name].copy_(x.joined(), non_blocking=True)
+        if self._joined and self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+        return {name: self._joined[name] if isinstance(x, Split) else copied[name] for name, x in state.items()}
 
     def wait(self) -> None:
         """Until nothing is being written; raises Failed if that went wrong."""
@@ -387,7 +401,8 @@ class Saver:
             with safe_open(path, "pt") as file:
                 for name in file.keys():  # noqa: SIM118  (not a dictionary)
                     x, _ = local_rows(staged[name])
-                    if not torch.equal(file.get_tensor(name).view(torch.int32), x.view(torch.int32)):
+                    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()]  # NaN equals nothing
+                    if not torch.equal(file.get_tensor(name).view(bits), x.view(bits)):
                         raise OSError(f"{path.name} does not hold what was written: {name} differs")
             return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 

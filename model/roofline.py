@@ -349,9 +349,9 @@ def logits_bytes(config: MistralConfig, n_rows: int, compute_bytes: int = 2, chu
 def memory_bound_bytes(config: MistralConfig, compute_bytes: int = 2, lean: bool = True) -> tuple[int, int]:
     """Bytes a token that one layer's kernels without matrix products move: (forward, backward). 7B lean: 446,464 B.
 
-    What a fused kernel must read and write (b bytes an element; d, q and kv, f elements a token): residual add + RMSNorm
-    4d each way, twice; RoPE twice q and k each way; SwiGLU 3f and 5f. Lean, the backward also writes the outputs of both
-    norms and of SwiGLU (2d + f).
+    What a fused kernel must read and write (b bytes an element; d, q and kv, f elements a token): residual add with
+    RMSNorm 4d each way, twice; RoPE twice q and k each way; SwiGLU 3f and 5f. Lean, the backward also writes the
+    outputs of both norms and of SwiGLU (2d + f).
     """
     d, f = config.dim, config.hidden_dim
     rope = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim

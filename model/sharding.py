@@ -138,6 +138,11 @@ def _asked_for(reshard: str, shard: int, node_size: int) -> bool | int:
     return group if 1 < group < shard else group == shard
 
 
+def is_whole(world: World, compute_dtype: torch.dtype) -> bool:
+    """Whether one rank holds the model without FSDP: in bf16, its fp32 masters split (model/optimizer.py)."""
+    return world.size == 1 and compute_dtype.itemsize == 2
+
+
 def describe(layout: Layout) -> str:
     """Two lines for the log."""
     what = {
@@ -163,13 +168,20 @@ def shard_model(model: Mistral, layout: Layout, world: World, compute_dtype: tor
     if layout.replicate > 1:
         shape = (layout.replicate, layout.shard)
         mesh = init_device_mesh(world.device.type, shape, mesh_dim_names=("replicate", "shard"))
-    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    # Inputs stay as they are: a layer's are in the compute dtype already, but for RoPE's fp32 tables.
+    policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=layout.reshard)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.holds_gradients = layout.holds_gradients  # for reduce_gradients
     if has_streams(world.device) and world.size > 1:
         overlap(model)
+
+
+def is_sharded(model: Mistral) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
 
 
 def has_streams(device: torch.device) -> bool:
@@ -199,6 +211,8 @@ def overlap(model: Mistral) -> None:
 
 def reduce_gradients(model: Mistral, last: bool) -> None:
     """Before a micro batch: reduce its gradients only as far as the layout wants, and at the last one all of them."""
+    if not is_sharded(model):
+        return
     if model.holds_gradients:
         model.set_requires_gradient_sync(last)
     else:
@@ -207,5 +221,6 @@ def reduce_gradients(model: Mistral, last: bool) -> None:
 
 def reshard(model: Mistral) -> None:
     """Drop all gathered weights, of the layers too. For after a forward pass that no backward pass follows."""
-    for module in (*model.layers, model):
-        module.reshard()
+    if is_sharded(model):
+        for module in (*model.layers, model):
+            module.reshard()

@@ -44,6 +44,7 @@ from runs import (
 import train
 from halny.model import checkpoint as checkpoints
 from halny.model.batches import Corpus, read_in_turn, sample_order
+from halny.model.guard import APPLIED, NOT_FINITE, SPIKE_SKIPPED, Guard
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import Mistral
 from halny.model.prepare_data import write_dataset
@@ -429,23 +430,23 @@ def test_fault_12_a_spike_is_said_and_by_flag_skipped(small, tmp_path, skip):
 
 
 def test_guard_judges_as_its_definition():
-    recipe = train.command_line(["--spike", "1.5", "--skip-spikes"])
-    guard, rng, applied = train.Guard(recipe, torch.device("cpu")), np.random.default_rng(0), []
+    cpu = torch.device("cpu")
+    guard, rng, applied = Guard(1.5, True, cpu), np.random.default_rng(0), []
     for step in range(1, 700):
         loss = float(rng.lognormal(0, 0.4)) if rng.random() > 0.05 else float(rng.choice([np.nan, np.inf, 1e9]))
         recent = [x for at, x in applied if at >= step - 128]
         median = sorted(recent)[(len(recent) - 1) // 2] if recent else np.inf
         spike = len(recent) >= 16 and loss > 1.5 * median
-        expected = train.NOT_FINITE if not np.isfinite(loss) else train.SPIKE_SKIPPED if spike else train.APPLIED
+        expected = NOT_FINITE if not np.isfinite(loss) else SPIKE_SKIPPED if spike else APPLIED
         loss_tensor = torch.tensor(loss, dtype=torch.float64)
         verdict, seen = guard.judge(step, loss_tensor, torch.tensor(1.0, dtype=torch.float64))
         assert verdict.item() == expected, (step, loss, recent)
-        if expected == train.SPIKE_SKIPPED:
+        if expected == SPIKE_SKIPPED:
             assert seen.item() == median
-        if expected == train.APPLIED:
+        if expected == APPLIED:
             applied.append((step, loss))
         if step % 100 == 50:  # as a resumed run would
-            again = train.Guard(recipe, torch.device("cpu"))
+            again = Guard(1.5, True, cpu)
             again.remember(json.loads(json.dumps(guard.remembered())))
             guard = again
 

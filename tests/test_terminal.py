@@ -7,13 +7,13 @@ import re
 import struct
 import sys
 import termios
-from pathlib import Path
 
 import pytest
 import torch
 from runs import SMALL, ranks_run
 
-import train
+from halny.model.progress import Progress
+from halny.model.ranks import World
 
 LINE = {
     "loss": 3.14159, "perplexity": 23.14, "accuracy": 0.25, "tokens_per_second_per_gpu": 12345.6, "mfu": 0.412,
@@ -25,11 +25,10 @@ LINE = {
 def test_the_progress_line_fits_the_window_and_cuts_no_number(monkeypatch, columns):
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    world = train.World(0, 1, torch.device("cpu"), mesh=None)
+    world = World(0, 1, torch.device("cpu"), mesh=None)
     with os.fdopen(slave, "w") as stderr, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stderr)
-        recipe = train.Recipe(run_dir=Path("none"), steps=17_350)
-        progress = train.Progress(train.resolve(recipe, world), world, 9_000)
+        progress = Progress(world, 9_000, 17_350)
         progress.bar.mininterval = progress.bar.miniters = 0
         for step in (9_000, 9_001):
             progress.show(LINE | {"step": step})

@@ -1,0 +1,159 @@
+"""AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) in the two forms that train.py's step takes.
+
+    ShardedAdamW   on FSDP's fp32 shards: PyTorch's fused kernel
+    SplitAdamW     one rank in bf16: each fp32 weight lives once, as the bf16 that the model computes with and the 16
+                   bits beneath it (kernels/adamw.py)
+
+Sharding makes fp32 weights, gradients and moments cheap: 16 bytes a weight are 0.45 GB on each of 256 ranks of a 7B.
+On one rank they are 116 GB, and FSDP's copy of each weight in bf16 and of each gradient in fp32 costs time besides,
+with nothing to gather or to reduce. Split weights are the same fp32 numbers to the bit in 4 bytes, the model's own
+included, so that one rank holds 6 bytes a weight with its bf16 gradient, plus moments: 8 in fp32, 4 in bf16, 2 in 8bit.
+
+Both are told the step by ``begin``, make the gradients' global norm and clip them by ``clip_gradients``, and look at
+``found_inf``: where it is 1, ``step`` changes nothing, and no host has to know.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from halny.kernels.adamw import adamw_, add_rounded_, join, new_moments, split
+
+
+class ShardedAdamW(torch.optim.AdamW):
+    """torch.optim.AdamW, fused, on parameters that FSDP2 shards; its moments are allocated at once."""
+
+    def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
+        super().__init__(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+        self.parameters = [p for group in groups for p in group["params"]]
+        device = self.parameters[0].device
+        for p in self.parameters:
+            step = torch.zeros((), dtype=torch.float32, device=device)
+            self.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)  # the fused kernel's own switch
+
+    def begin(self, step: int, lr: float) -> None:
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    def clip_gradients(self, clip: float) -> Tensor:
+        """Scale the gradients so that their global norm is at most ``clip``; the norm before, fp64. A collective."""
+        return torch.nn.utils.clip_grad_norm_(self.parameters, clip).full_tensor().double()
+
+
+class SplitAdamW(torch.optim.Optimizer):
+    """AdamW on one rank: parameters that are fp32 until ``take_weights``, and bf16 from then on.
+
+    moments  "fp32", "bf16" or "8bit": kernels/adamw.py; the latter two are rounded stochastically, by bits that depend
+             on (seed, step, parameter, element) alone, so that a resumed run draws what an uninterrupted one would have
+
+    Gradients of several micro batches are summed in fp32, or with 8bit moments in bf16, rounded stochastically: a hook
+    on each parameter takes its gradient as soon as the backward has made it.
+    """
+
+    def __init__(
+        self, model: nn.Module, groups: list[dict], betas: tuple[float, float], eps: float, moments: str, seed: int
+    ):
+        super().__init__(groups, {"lr": 0.0})
+        self.model, self.betas, self.eps, self.moments = model, betas, eps, moments
+        self.low: dict[Tensor, Tensor] = {}  # of every parameter, once ``take_weights`` has split it
+        self.parameters = [p for group in groups for p in group["params"]]
+        device = self.parameters[0].device
+        self.updates = torch.zeros((), dtype=torch.float32, device=device)  # the t of AdamW
+        for p in self.parameters:
+            self.state[p] = {"step": self.updates, **new_moments(p, moments)}
+            p.register_post_accumulate_grad_hook(self._take)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+        self._scale: Tensor | None = None  # of the gradients in the update to come
+        names = {p: name for name, p in model.named_parameters()}
+        self._keys = {p: zlib.crc32(f"{seed} {names[p]}".encode()) for p in self.parameters}
+        self._sums: dict[Tensor, Tensor] = {}  # gradients of this step, summed over its micro batches so far
+        self._added: Counter[Tensor] = Counter()
+        self._number = 0
+
+    def take_weights(self) -> None:
+        """Split the model's weights, which have been filled in fp32; from here on it computes in bf16."""
+        self.low = narrow_(self.model)
+
+    def begin(self, step: int, lr: float) -> None:
+        self._number = step
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    @torch.no_grad()
+    def _take(self, p: Tensor) -> None:
+        """After each backward: p's gradient goes into the step's sum."""
+        total = self._sums.get(p)
+        if total is None:
+            total = p.grad
+        elif self.moments == "8bit":
+            self._added[p] += 1
+            add_rounded_(total, p.grad, seed=self._seed(p, self._added[p]))
+        else:
+            total = (total if total.dtype == torch.float32 else total.float()).add_(p.grad)
+        self._sums[p], p.grad = total, None
+
+    def _seed(self, p: Tensor, use: int) -> int:
+        """Of the random bits for p in this step: use 0 is the update, n the n-th addition to the sum."""
+        return zlib.crc32(f"{self._number} {use}".encode(), self._keys[p])
+
+    @torch.no_grad()
+    def clip_gradients(self, clip: float) -> Tensor:
+        """The gradients' global norm, fp64; ``step`` scales them on its way, so that it is at most ``clip``."""
+        norms = [torch.linalg.vector_norm(total, dtype=torch.float32) for total in self._sums.values()]
+        norm = torch.linalg.vector_norm(torch.stack(norms).double())
+        self._scale = (clip / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+        return norm
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (beta1, beta2), applied = self.betas, 1.0 - self.found_inf
+        t = (self.updates + 1.0).double()
+        lr = torch.full_like(t, self.param_groups[0]["lr"])
+        scalars = [lr, 1.0 - beta1**t, (1.0 - beta2**t).sqrt(), self._scale, self.found_inf.double()]
+        scalars = torch.stack(scalars).float()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p in self._sums:
+                    moments = {name: x for name, x in self.state[p].items() if name != "step"}
+                    adamw_(
+                        p.data, self.low[p], self._sums[p], moments, scalars, beta1=beta1, beta2=beta2, eps=self.eps,
+                        weight_decay=group["weight_decay"], seed=self._seed(p, 0),
+                    )  # fmt: skip
+        self.updates.add_(applied)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._sums.clear()
+        self._added.clear()
+
+
+class Split(NamedTuple):
+    """A parameter in its two halves."""
+
+    high: Tensor  # bf16
+    low: Tensor  # int16
+
+    def joined(self) -> Tensor:
+        """The fp32 master weight."""
+        return join(*self)
+
+
+def narrow_(model: nn.Module) -> dict[Tensor, Tensor]:
+    """Turn fp32 parameters into bf16 in place; returns the lower halves: parameter -> int16."""
+    low = {}
+    for p in model.parameters():
+        p.data, low[p] = split(p.data)
+    return low
+
+
+def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Tensor | Split]]:
+    """(name, fp32 weight): the parameter itself, this rank's shard, or its two halves where it has been split."""
+    low = getattr(optimizer, "low", {})
+    for name, p in model.named_parameters():
+        yield name, Split(p.data, low[p]) if p in low else p.detach()
