@@ -2,6 +2,7 @@
 
     python bench/account.py                 Mistral-7B, 4 x 4096 tokens, one rank
     python bench/account.py --ranks 256     the same as one rank of 256, FSDP2's copies and collectives included
+    python bench/account.py --moments 8bit --accumulation 4     one rank that trains, four micro batches a step
     python bench/account.py --host          what Python and PyTorch's dispatcher take for a step, no kernel run
 
 The step is train.py's own: ``build_model``, ``build_optimizer``, ``train_step``. Its tensors are on the meta device,
@@ -21,7 +22,8 @@ What is counted, and what not:
 - Attention's FLOPs are those of the pairs that the mask admits. Two products forward and five backward are executed
   (FlashAttention makes q k^T again), twelve fourteenths of which are what MFU counts.
 - One operator of PyTorch may be several kernels (a norm over a list of tensors), and is listed as one.
-- On 256 ranks the weights are gathered again for the backward pass; the process group is PyTorch's fake one.
+- On several ranks the process group is PyTorch's fake one. What becomes of the gathered weights after the forward pass
+  is decided by the trainer's rule for this GPU's memory and nodes of four, or by --reshard.
 """
 # ruff: noqa: E402  imports follow the change of sys.path
 
@@ -56,16 +58,19 @@ from torch.utils._pytree import tree_leaves
 import train
 from bench import measure
 from halny.kernels import dispatch, rms_norm
-from halny.kernels.linear_cross_entropy import chunk_rows
+from halny.kernels.adamw import MOMENTS
 from halny.model import roofline, sharding
 from halny.model.batches import Batch
+from halny.model.exits import Refused
 from halny.model.mistral import PRESETS, MistralConfig
-from halny.model.plan import MACHINES, RATES
+from halny.model.plan import MACHINES, RATES, Sharding
 from halny.model.ranks import World
 
 META = torch.device("meta")
 HOPPER = {"capability": (9, 0), "multiprocessors": 132}
 TOLERANCE, TRIFLE = 0.01, 2**16  # of what roofline says; bytes that are no difference
+NODE = 4  # GPUs of one
+LARGE = 32  # elements from which on an addition is one of activations or gradients, not of metrics
 HOST_SHARE = 0.25  # of the step's floor that the host may take
 
 # ----------------------------------------------------------------------------------------------------------- the count
@@ -73,7 +78,7 @@ HOST_SHARE = 0.25  # of the step's floor that the host may take
 ROWS, OTHER = "norm, RoPE, SwiGLU", "other: "
 PARTS = (  # the categories of model/profiler.py, what it calls "other" in parts
     *("matmul", "attention", ROWS, "loss", "optimizer", "copies", "communication"),
-    *(OTHER + name for name in ("residual adds", "embedding", "metrics")),
+    *(OTHER + name for name in ("residual adds", "embedding", "gradient sums", "metrics")),
 )
 
 
@@ -138,7 +143,7 @@ TRAFFIC = {
     ),
     "rms_norm_backward_kernel": lambda a, c: (
         [a[0], a[2], a[3], a[4], *[a[1]] * c["HAS_DS"]],
-        [*[a[5]] * c["NEEDS_DX"], *[a[6]] * c["NEEDS_DW"]],
+        [*[a[5]] * c["NEEDS_DX"], *[a[6]] * c["NEEDS_DW"], *[a[7]] * c["REMAKE"]],
     ),
     "rope_kernel": lambda a, c: (  # of the tables the rows of positions 0 .. T - 1
         [a[0], a[1], a[4][: a[7]], a[5][: a[7]], *[a[2]] * c["WITH_V"], *[a[6]] * c["HAS_POSITIONS"]],
@@ -149,11 +154,17 @@ TRAFFIC = {
     "one_block_kernel": lambda a, c: (a[:3], [a[3], a[4], *[a[5]] * c["WITH_GRADIENT"]]),
     "online_kernel": lambda a, c: (a[:3], [a[3], a[4], *[a[5]] * c["WITH_GRADIENT"]]),  # its second pass is from L2
     "scale_kernel": lambda a, c: (a[:2], [a[2]]),
+    "adamw_kernel": lambda a, c: (
+        [*a[:5], *a[5:7] * c["EIGHT_BITS"], a[7]],
+        [a[0], a[1], a[3], a[4], *a[5:7] * c["EIGHT_BITS"]],
+    ),
+    "add_rounded_kernel": lambda a, c: (a[:2], [a[0]]),
 }
 PART_OF = {
     **dict.fromkeys(("one_block_kernel", "online_kernel", "scale_kernel"), "loss"),
     **dict.fromkeys(("embedding", "embedding_dense_backward"), OTHER + "embedding"),
-    **dict.fromkeys(("_foreach_norm", "_foreach_mul_", "_fused_adamw_", "linalg_vector_norm"), "optimizer"),
+    **dict.fromkeys(("adamw_kernel", "_fused_adamw_", "_foreach_mul_", "_foreach_norm"), "optimizer"),
+    **{"linalg_vector_norm": "optimizer", "add_rounded_kernel": OTHER + "gradient sums"},
     **dict.fromkeys(("copy_", "_to_copy", "clone", "_foreach_copy_"), "copies"),
     **dict.fromkeys(("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat"), "copies"),
 }
@@ -241,8 +252,8 @@ class Count(TorchDispatchMode):
             part = PART_OF.get(name, OTHER + "metrics")
             if self._inside is not None:
                 label, part = f"{label} in {self._inside}", "loss" if "entropy" in self._inside else ROWS
-            elif name in ("add", "add_") and out.ndim == 3:
-                part = OTHER + "residual adds"
+            elif name in ("add", "add_") and out.numel() >= LARGE:
+                part = OTHER + ("residual adds" if out.ndim == 3 else "gradient sums")
             self._add(label, part, read, written)
 
 
@@ -294,7 +305,7 @@ def world_of(ranks: int) -> Iterator[World]:
     """Rank 0 of so many, on the meta device, in a process group whose collectives move nothing."""
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
-        yield World(0, ranks, META, init_device_mesh("cpu", (ranks,)), min(4, ranks))
+        yield World(0, ranks, META, init_device_mesh("cpu", (ranks,)), min(NODE, ranks))
     finally:
         dist.destroy_process_group()
 
@@ -307,14 +318,26 @@ class Case:
     micro_batch: int
     seq_len: int
     ranks: int
+    moments: str = "fp32"
+    accumulation: int = 1
+    reshard: str | None = None  # None: by memory_bytes, as the trainer decides
+    memory_bytes: int | None = None  # of the GPU
 
     @property
     def n_tokens(self) -> int:
+        """Of a micro batch."""
         return self.micro_batch * self.seq_len
 
     @property
     def lengths(self) -> list[int]:
         return [self.seq_len] * self.micro_batch
+
+    @property
+    def layout(self) -> sharding.Layout:
+        return sharding.choose_layout(
+            self.config, size=self.ranks, node_size=min(NODE, self.ranks), reshard=self.reshard,
+            micro_batch=self.micro_batch, seq_len=self.seq_len, memory_bytes=self.memory_bytes,
+        )  # fmt: skip
 
     @property
     def window_hides(self) -> bool:
@@ -325,17 +348,14 @@ class Step:
     """Model, optimizer and a batch, made by train.py's own functions inside ``on_hopper``."""
 
     def __init__(self, case: Case, world: World):
-        layout = sharding.choose_layout(
-            case.config, size=case.ranks, node_size=world.node_size, reshard="always",
-            micro_batch=case.micro_batch, seq_len=case.seq_len,
-        )  # fmt: skip
-        self.recipe = train.Recipe(dtype="bf16")
-        plan = SimpleNamespace(model=case.config, recipe=self.recipe, layout=layout)
+        self.recipe = train.Recipe(dtype="bf16", moments=case.moments)
+        plan = SimpleNamespace(model=case.config, recipe=self.recipe, layout=case.layout)
         self.model = train.build_model(plan, world)
         self.optimizer = train.build_optimizer(self.model, self.recipe)
-        self.guard = train.Guard(self.recipe, META)
+        train.begin_computing(self.model, self.optimizer)
+        self.guard = train.Guard(self.recipe.spike, self.recipe.skip_spikes, META)
         tokens = torch.empty(case.micro_batch, case.seq_len, dtype=torch.int64, device=META)
-        self.batches = [Batch(tokens, tokens, lengths=case.lengths)]
+        self.batches = case.accumulation * [Batch(tokens, tokens, lengths=case.lengths)]
 
     def run(self) -> Tensor:
         return train.train_step(self.model, self.optimizer, self.guard, 1, self.batches, 1e-5, self.recipe.clip)
@@ -377,26 +397,29 @@ def apart(counted: int, expected: int) -> bool:
 
 def expected(case: Case) -> dict[str, tuple[int, int]]:
     """Executed FLOPs and bytes of a step by roofline.py, of each of PARTS."""
-    config, T = case.config, case.n_tokens
-    rows = chunk_rows(T, config.vocab_size, 2)
-    tile = dispatch.tile(rms_norm.BACKWARD_TILES, config.dim, HOPPER["capability"][0])
+    config, T, micro = case.config, case.n_tokens, case.accumulation
+    tile = dispatch.tile(rms_norm.BACKWARD_AND_Y_TILES, config.dim, HOPPER["capability"][0])
     programs = min(HOPPER["multiprocessors"] * tile["PROGRAMS"], dispatch.cdiv(T, tile["ROWS"]))
-    shard = roofline.shard_numel(config, case.ranks)
-    sent = roofline.collectives(config, case.ranks) if case.ranks > 1 else []
+    if case.ranks > 1:
+        again = Sharding.of(case.layout).gathered_again
+        sent = sum(c.count * c.bytes for c in roofline.collectives(config, case.ranks, gathered_again=again))
+        copied = roofline.fsdp_copy_bytes(config, case.ranks, again)
+        updated = roofline.sharded_update_bytes(roofline.shard_numel(config, case.ranks))
+    else:
+        sent, copied, updated = 0, 0, roofline.split_update_bytes(config, case.moments, micro)
+    attended = roofline.attention_flops(config, case.lengths) * 14 // 12
     return {
-        "matmul": (6 * roofline.matmul_parameters(config) * T, roofline.matmul_bytes(config, T, rows)),
-        "attention": (
-            roofline.attention_flops(config, case.lengths) * 14 // 12,
-            roofline.attention_bytes(config, T),
-        ),
-        ROWS: (0, roofline.row_kernel_bytes(config, T, lean=True, programs=programs)),
-        "loss": (0, roofline.loss_bytes(config, T, rows)),
-        "optimizer": (0, roofline.sharded_update_bytes(shard)),
-        "copies": (0, roofline.fsdp_copy_bytes(config, case.ranks, gathers=2)),
-        "communication": (0, sum(c.count * c.bytes for c in sent)),
-        OTHER + "residual adds": (0, roofline.residual_bytes(config, T)),
-        OTHER + "embedding": (0, roofline.embedding_bytes(config, T)),
-        OTHER + "metrics": (0, roofline.metrics_bytes(T)),
+        "matmul": (micro * 6 * roofline.matmul_parameters(config) * T, micro * roofline.matmul_bytes(config, T)),
+        "attention": (micro * attended, micro * roofline.attention_bytes(config, T)),
+        ROWS: (0, micro * roofline.row_kernel_bytes(config, T, programs)),
+        "loss": (0, micro * roofline.loss_bytes(config, T)),
+        "optimizer": (0, updated),
+        "copies": (0, copied),
+        "communication": (0, sent),
+        OTHER + "residual adds": (0, micro * roofline.residual_bytes(config, T)),
+        OTHER + "embedding": (0, micro * roofline.embedding_bytes(config, T)),
+        OTHER + "gradient sums": (0, roofline.gradient_sum_bytes(config, case.moments, micro)),
+        OTHER + "metrics": (0, micro * roofline.metrics_bytes(T)),
     }
 
 
@@ -493,14 +516,14 @@ def part_lines(parts: list[Part]) -> list[str]:
 
 
 def difference(counted: int, expected: int) -> str:
-    return f"{(counted - expected) / expected:+.2%}" if expected else "" if counted == 0 else "new"
+    return f"{(counted - expected) / expected:+.2%}" if expected else "new" if apart(counted, 0) else ""
 
 
 def summary_lines(case: Case, parts: list[Part], gpu_name: str) -> list[str]:
     gpu, ms = roofline.GPUS[gpu_name], floor_ms(parts)
     by_name = {part.name: part for part in parts}
     executed = by_name["attention"].flops
-    rate = case.n_tokens / ms * 1e3
+    rate = case.accumulation * case.n_tokens / ms * 1e3
     mfu = roofline.mfu(rate, roofline.flops_per_token(case.config, case.seq_len), gpu.bf16_flops)
     return [
         f"  attention: {executed * 12 / 14 / 1e12:.2f} TFLOP as MFU counts (backward 2 x forward), "
@@ -517,8 +540,10 @@ def summary_lines(case: Case, parts: list[Part], gpu_name: str) -> list[str]:
 def host_ms(case: Case, n_steps: int) -> dict[str, float]:
     """Median milliseconds of the host in a step, by what it is busy with. Every launch of ours is left out.
 
-    No dispatch mode is on; tensors are on the meta device, so that PyTorch's own kernels are left out as well, though
-    not what their shapes take to compute. FSDP2's streams and events are stubs, its collectives are PyTorch's fakes.
+    CPU time of the one thread, which others on this machine do not lengthen by much. No dispatch mode is on. On the
+    meta device PyTorch's own kernels are left out too, but shapes take longer: those of some operators are computed in
+    Python there (``vector_norm``), so this is rather too much. FSDP2's streams and events are stubs, its collectives
+    PyTorch's fakes.
     """
     times = defaultdict(list)
     backward = Tensor.backward
@@ -530,7 +555,7 @@ def host_ms(case: Case, n_steps: int) -> dict[str, float]:
 
     def mark(name: str) -> None:
         nonlocal now
-        before, now = now, time.perf_counter()
+        before, now = now, time.thread_time()
         times[name].append((now - before) * 1e3)
 
     with world_of(case.ranks) as world, on_hopper(lambda *_: None, case.window_hides):
@@ -539,7 +564,7 @@ def host_ms(case: Case, n_steps: int) -> dict[str, float]:
             step.run()
         with patch.object(Tensor, "backward", timed_backward):
             for _ in range(n_steps):
-                now = start = time.perf_counter()
+                now = start = time.thread_time()
                 step.run()
                 mark("optimizer")
                 times["step"].append((now - start) * 1e3)
@@ -549,12 +574,13 @@ def host_ms(case: Case, n_steps: int) -> dict[str, float]:
 def host_lines(host: dict[str, float], case: Case, calls: list[Call], floor: float, gpu_name: str) -> list[str]:
     launches = sum(call.name in TRAFFIC for call in calls)
     parts = ", ".join(f"{name} {host[name]:.1f}" for name in ("forward", "backward", "optimizer"))
+    streams = ", nor FSDP2's streams and events" if case.ranks > 1 else ""
     return [
-        f"host time of a step, measured on this machine's CPU: {host['step']:.1f} ms ({parts})",
+        f"host time of a step, CPU time measured on this machine: {host['step']:.1f} ms ({parts})",
         f"  of a step's calculated floor on {gpu_name}, {floor:.0f} ms: {host['step'] / floor:.1%} (to be below "
         f"{HOST_SHARE:.0%})",
-        f"  without the starting of {launches} kernels of ours and of what {len(calls) - launches} operators of "
-        "PyTorch launch, nor" + (" FSDP2's streams and events" if case.ranks > 1 else " anything a GPU does"),
+        f"  included: what the meta device computes in Python. Not: starting {launches} kernels of ours, and whatever",
+        f"  {len(calls) - launches} operators of PyTorch start{streams}",
     ]
 
 
@@ -569,7 +595,7 @@ def gpu_names() -> dict[str, str]:
 
 def case_of(given: argparse.Namespace) -> Case:
     """What the command line asks for; ValueError naming flag and value where that cannot be."""
-    for name in ("layers", "micro_batch", "seq_len", "ranks"):
+    for name in ("layers", "micro_batch", "seq_len", "accumulation", "ranks"):
         value = getattr(given, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -577,7 +603,20 @@ def case_of(given: argparse.Namespace) -> Case:
     config = replace(config, n_layers=given.layers or config.n_layers)
     if given.seq_len > config.max_seq_len:
         raise ValueError(f"--seq-len {given.seq_len} is beyond {given.model}'s limit of {config.max_seq_len} positions")
-    return Case(config, given.micro_batch, given.seq_len, given.ranks)
+    if given.moments != "fp32" and given.ranks > 1:
+        raise ValueError(f"--moments {given.moments} is for one rank, and --ranks is {given.ranks}; leave one out")
+    if given.accumulation > 1 and given.ranks > 1:
+        raise ValueError(f"--accumulation {given.accumulation} is counted on one rank only; leave out --ranks")
+    if given.reshard and given.ranks == 1:
+        raise ValueError(f"--reshard {given.reshard} is for several ranks, and --ranks is 1; leave it out")
+    if given.gpu not in gpu_names():
+        raise ValueError(f"--gpu {given.gpu} is not known; use one of {', '.join(gpu_names())}")
+    case = Case(
+        config, given.micro_batch, given.seq_len, given.ranks, given.moments, given.accumulation, given.reshard,
+        roofline.GPUS[gpu_names()[given.gpu]].memory_bytes,
+    )  # fmt: skip
+    case.layout  # noqa: B018  refuses what cannot be
+    return case
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -588,9 +627,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--model", choices=PRESETS, default="mistral-7b", help="preset of model/mistral.py [mistral-7b]")
     add("--layers", type=int, help="layers instead of the preset's")
-    add("--micro-batch", type=int, default=4, help="sequences of a step [4]")
+    add("--micro-batch", type=int, default=4, help="sequences computed at once [4]")
+    add("--accumulation", type=int, default=1, help="micro batches of a step, on one rank [1]")
     add("--seq-len", type=int, default=4096, help="tokens of each [4096]")
     add("--ranks", type=int, default=1, help="1, or so many under FSDP2, of which rank 0 is counted [1]")
+    add("--reshard", choices=("always", "never", "node"), help="what becomes of gathered weights [as train.py decides]")
+    add("--moments", choices=MOMENTS, default="fp32", help="AdamW's two moments, on one rank [fp32]")
     add("--gpu", default="NVIDIA H200", metavar="NAME",
         help=f"whose peaks the floors are of [NVIDIA H200]; one of {', '.join(gpu_names())}")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the tables there too")
@@ -602,18 +644,19 @@ def main(arguments: list[str]) -> int:
     given = parse(arguments)
     try:
         case = case_of(given)
-        if given.gpu not in gpu_names():
-            raise ValueError(f"--gpu {given.gpu} is not known; use one of {', '.join(gpu_names())}")
         if given.json and not given.json.absolute().parent.is_dir():
             raise ValueError(f"--json {given.json}: there is no folder {given.json.absolute().parent}")
-    except ValueError as error:
+    except (ValueError, Refused) as error:
         print(f"account.py: {error}", file=sys.stderr)
         return 2
     gpu_name = gpu_names()[given.gpu]
     calls = count_step(case)
     parts = parts_of(calls, case, roofline.GPUS[gpu_name])
-    where = "one rank" if case.ranks == 1 else f"one of {case.ranks} ranks under FSDP2"
-    title = f"{given.model}, {case.config.n_layers} layers, {case.micro_batch} x {case.seq_len} tokens, bf16, {where}"
+    where = f"one rank, moments in {case.moments}"
+    if case.ranks > 1:
+        where = f"one of {case.ranks} ranks under FSDP2, --reshard {case.layout.reshard_name}"
+    tokens = f"{case.accumulation} x " * (case.accumulation > 1) + f"{case.micro_batch} x {case.seq_len} tokens"
+    title = f"{given.model}, {case.config.n_layers} layers, {tokens}, bf16, {where}"
     result = {
         "format": 1, "kind": "account", "case": title, "gpu": gpu_name,
         "note": "counted and calculated on the meta device; no measurement of a GPU",

@@ -123,7 +123,7 @@ def palm_flops_per_token(config: MistralConfig, seq_len: int) -> float:
 # against these. n_tokens: of a micro batch. b stands for compute_bytes.
 
 
-def matmul_bytes(config: MistralConfig, n_tokens: int, chunk_rows: int, compute_bytes: int = 2) -> int:
+def matmul_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
     """Operands and results of a micro batch's matrix products, forward and backward, the head's in chunks of rows.
 
     A weight of [n, k] on T tokens has three products on the same three matrices, [T, k], [n, k] and [T, n], so moves
@@ -133,7 +133,7 @@ def matmul_bytes(config: MistralConfig, n_tokens: int, chunk_rows: int, compute_
     b, d, V, T = compute_bytes, config.dim, config.vocab_size, n_tokens
     weights = [shape for shape in layer_shapes(config) if shape[1] > 1]
     layer = sum(3 * b * (T * k + n * k + T * n) for n, k in weights)
-    c = -(-T // chunk_rows)
+    c = -(-T // loss_chunk_rows(config, T, b))
     summed = FP32_BYTES * V * d * (2 * c - 1) if c > 1 else b * V * d
     return config.n_layers * layer + 3 * b * T * (d + V) + 2 * c * b * V * d + summed
 
@@ -148,39 +148,39 @@ def attention_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2
     return config.n_layers * n_tokens * (6 * compute_bytes * (q + kv) + 2 * FP32_BYTES * config.n_heads)
 
 
-def row_kernel_bytes(config: MistralConfig, n_tokens: int, lean: bool, programs: int, compute_bytes: int = 2) -> int:
+def row_kernel_bytes(config: MistralConfig, n_tokens: int, programs: int, compute_bytes: int = 2) -> int:
     """Norms, RoPE and SwiGLU of a micro batch, forward and backward; q, kv and f elements a token.
 
-    A layer's attention norm 2d and 3d, its MLP's norm with the addition before it 4d and 4d, RoPE q, k and the v that
-    it copies along, 2 (q + 2kv) each way, SwiGLU 3f and 5f. Lean, norms are made again (2d each) and SwiGLU's backward
-    writes its output (f). Then the last norm, 5d; each norm's fp32 rstd, written and read; its weight; and its weight's
-    gradient, of which each of ``programs`` writes an fp32 row, all of which are read and summed.
+    A norm with the addition before it is 4d each way, and a layer has two; the first of all has nothing to add, 2d and
+    3d, and the last's sum nobody uses, 4d and 3d. RoPE moves q, k and the v that it copies along, 2 (q + 2kv) each way,
+    SwiGLU 3f and 5f, and lean as it is the backward also writes the outputs of norms and SwiGLU, 2d + f. Each norm's
+    fp32 rstd is written and read, its weight read twice, and of the weight's gradient each of ``programs`` writes an
+    fp32 row; their sum is rounded.
     """
     b, d, T = compute_bytes, config.dim, n_tokens
     q, kv, f = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.hidden_dim
-    remade = 4 * d + f if lean else 0
-    layer = b * (13 * d + 4 * (q + 2 * kv) + 8 * f + remade) + FP32_BYTES * (4 + (2 if lean else 0))
-    norms, reads = 2 * config.n_layers + 1, 2 * (2 * config.n_layers + 1) + (2 * config.n_layers if lean else 0)
-    gradients = norms * d * (2 * FP32_BYTES * programs + 2 * FP32_BYTES + b)
-    return T * (config.n_layers * layer + 5 * d * b + 2 * FP32_BYTES) + reads * d * b + gradients
+    layer = 18 * d + 4 * (q + 2 * kv) + 9 * f
+    norms = 2 * config.n_layers + 1
+    rows = b * (config.n_layers * layer + 4 * d) + 2 * FP32_BYTES * norms
+    return T * rows + norms * d * (2 * b + FP32_BYTES * (2 * programs + 2) + b)
 
 
 def residual_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
-    """6 b L T d: the addition after each MLP, and autograd's of the two gradients that meet where a layer begins.
+    """3 b T d: autograd's sum of the two gradients that meet at the embedding's output, the stream's and the norm's.
 
-    The other addition of a layer is part of its norm.
+    All other additions are parts of norms.
     """
-    return 6 * compute_bytes * config.n_layers * n_tokens * config.dim
+    return 3 * compute_bytes * n_tokens * config.dim
 
 
-def loss_bytes(config: MistralConfig, n_tokens: int, chunk_rows: int, compute_bytes: int = 2) -> int:
+def loss_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
     """The loss beside its products: logits read and overwritten by their gradient, 2 b T V; gradients scaled.
 
     The scaling reads and writes d_hidden, 2 b T d, and the head's gradient, which it rounds from the chunks' fp32 sum.
     A row's label (int64), loss (fp32) and whether it is right (int32) are 16 bytes.
     """
     b, d, V, T = compute_bytes, config.dim, config.vocab_size, n_tokens
-    head = (FP32_BYTES if T > chunk_rows else b) + b
+    head = (FP32_BYTES if T > loss_chunk_rows(config, T, b) else b) + b
     return 2 * b * T * V + 16 * T + 2 * b * T * d + head * V * d
 
 
@@ -206,21 +206,46 @@ def sharded_update_bytes(n_weights: int) -> int:
     return (ADAMW_BYTES + 3 * FP32_BYTES) * n_weights
 
 
-def fsdp_copy_bytes(config: MistralConfig, shards: int, gathers: int, compute_bytes: int = 2) -> int:
-    """FSDP2's copies beside its collectives; ``gathers`` of the layers a step: 2 if the backward gathers them again.
+def split_update_bytes(config: MistralConfig, moments: str, accumulation: int = 1) -> int:
+    """AdamW on one rank's weights in two halves (kernels/adamw.py).
 
-    For each gather a rank's fp32 shard is cast and copied into place (4 + 3 b a weight of it); what arrives is copied
-    out into one tensor a weight, 2 b a weight, padding included; gradients of b bytes are copied into the fp32 input of
-    the reduce-scatter, padded (b + 4).
+    Both halves and the moments read and written; the gradient read, by the norm before that once more. It is bf16, or
+    fp32 where it is a sum over micro batches and moments are not 8bit.
     """
-    b, whole = compute_bytes, []
-    for shapes in (layer_shapes(config), root_shapes(config)):
-        shapes = list(shapes)
-        padded, own = padded_numel(shapes, shards), sum(n * k for n, k in shapes)
-        gather = padded * 2 * b + padded // shards * (FP32_BYTES + 3 * b)
-        whole.append((gather, own * b + padded * FP32_BYTES))
-    (layer, reduce), (root, reduce_root) = whole
-    return config.n_layers * (gathers * layer + reduce) + root + reduce_root
+    gradient = FP32_BYTES if accumulation > 1 and moments != "8bit" else 2
+    return (2 * FP32_BYTES + 2 * gradient) * parameters(config) + 2 * moment_bytes(config, moments)
+
+
+def gradient_sum_bytes(config: MistralConfig, moments: str, accumulation: int) -> int:
+    """Sums of one rank's gradients over its micro batches: in bf16 for 8bit moments, 6 B a weight and micro batch.
+
+    Otherwise in fp32: two in bf16 make the first sum, 8 B a weight, and each further one is 10.
+    """
+    each, first = (6, 6) if moments == "8bit" else (FP32_BYTES + 2 + FP32_BYTES, 2 + 2 + FP32_BYTES)
+    return parameters(config) * (first + each * (accumulation - 2) if accumulation > 1 else 0)
+
+
+def fsdp_copy_bytes(config: MistralConfig, shards: int, gathered_again: int = 0, compute_bytes: int = 2) -> int:
+    """FSDP2's copies beside its collectives, after one micro batch; gathered_again as in ``collectives``.
+
+    For a gather a rank's fp32 shard is cast and copied into place, 4 + 3 b a weight of it, and what arrives is copied
+    out into one tensor a weight, padding included, 2 b. Parts kept by each of n ranks for the second gather are b-byte
+    copies, copied into place twice: 6 b a weight of them. Gradients are copied into the fp32 input of the
+    reduce-scatter, b + 4.
+    """
+    b, total = compute_bytes, 0
+    for shapes, n_groups, again in (
+        (layer_shapes(config), config.n_layers, gathered_again),
+        (root_shapes(config), 1, 1),
+    ):
+        padded, own = padded_numel(shapes, shards), sum(rows * columns for rows, columns in shapes)
+        first = 2 * b * padded + (FP32_BYTES + 3 * b) * padded // shards
+        if again == 0:
+            second = first
+        else:
+            second = 0 if again == 1 else 2 * b * padded + 6 * b * padded_numel(shapes, again) // again
+        total += n_groups * (first + second + b * own + FP32_BYTES * padded)
+    return total
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
