@@ -458,7 +458,7 @@ class MemoryEstimate:
     gathered_parameters: int  # compute dtype, whole: root group and two layers; 0 on one rank, which has no other
     activations: int  # kept for the backward
     logits: int  # and what the loss makes of them; 0 once the layers' backward has begun
-    working: int  # of a layer's backward, and gradients on their way to be reduced; 0 in the forward
+    working: int  # of the backward, and gradients on their way to be reduced or summed; 0 in the forward
 
     @property
     def total(self) -> int:
@@ -474,19 +474,28 @@ def working_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) 
     return compute_bytes * n_tokens * (config.dim + 4 * config.hidden_dim)
 
 
-def _loss_memory(config: MistralConfig, n_tokens: int, compute_bytes: int, lean: bool, chunk_rows: int | None) -> dict:
-    """Activations and logits while the loss is made: all layers', and of three more [n_tokens, d] at the end.
+def _loss_moments(
+    config: MistralConfig, n_tokens: int, compute_bytes: int, lean: bool, chunk_rows: int | None
+) -> dict[str, dict[str, int]]:
+    """While the loss is made, and in its own backward: activations of all layers, logits, working memory.
 
-    The last norm's input and output are activations; the gradient of its output, made at once, counts as the loss's.
+    Three more [n_tokens, d] are there: the last norm's input, its output, and the gradient of that, which is made at
+    once and counted as the loss's. The backward rounds the head's gradient from its fp32 sum, if there are chunks.
     """
     if lean and chunk_rows is None:
         chunk_rows = loss_chunk_rows(config, n_tokens, compute_bytes)
     stream = compute_bytes * n_tokens * config.dim
-    layers = n_tokens * activation_bytes_per_token(config, compute_bytes, lean)
-    return {
-        "activations": layers + 2 * stream + FP32_BYTES * n_tokens,
-        "logits": logits_bytes(config, n_tokens, compute_bytes, chunk_rows) + stream,
-    }
+    layers = n_tokens * activation_bytes_per_token(config, compute_bytes, lean) + FP32_BYTES * n_tokens
+    logits = logits_bytes(config, n_tokens, compute_bytes, chunk_rows) + stream
+    moments = {"loss": {"activations": layers + 2 * stream, "logits": logits, "working": 0}}
+    if chunk_rows is not None and chunk_rows < n_tokens and compute_bytes < FP32_BYTES:
+        head = config.vocab_size * config.dim
+        moments["backward of the loss"] = {
+            "activations": layers + stream,
+            "logits": FP32_BYTES * head + stream,
+            "working": compute_bytes * head,
+        }
+    return moments
 
 
 def memory_moments(
@@ -529,19 +538,15 @@ def memory_moments(
 
     end = {"gradients": gradient_bytes(config, world_size), "activations": 0, "logits": 0}
     reducing = FP32_BYTES * (layer + root) + compute_bytes * root
-    moments = {
-        "loss": MemoryEstimate(
-            gradients=0,
-            working=0,
-            **_loss_memory(config, n_tokens, compute_bytes, lean, logits_chunk_rows),
-            **own | {"gathered_parameters": gathered_parameter_bytes(config, compute_bytes, layers=1)},
-        ),
+    loss = _loss_moments(config, n_tokens, compute_bytes, lean, logits_chunk_rows)
+    at_loss = own | {"gradients": 0, "gathered_parameters": gathered_parameter_bytes(config, compute_bytes, layers=1)}
+    return {
+        **{when: MemoryEstimate(**parts, **at_loss) for when, parts in loss.items()},
         "backward of the last layer": backward(0),
         "backward of the third layer from the end": backward(min(2, n_layers - 1)),
         "backward of the first layer": backward(n_layers - 1),
         "reduction of the root group": MemoryEstimate(working=reducing, **end, **own),
     }
-    return moments
 
 
 def memory_estimate(
@@ -586,17 +591,18 @@ def one_rank_moments(
 
     A master weight is the bf16 that the model computes with and 16 bits more, 4 B. Gradients come in bf16. Of one micro
     batch they are not there while all activations are; over several the sums are: with 8bit moments in bf16, otherwise
-    in fp32 from the second on.
+    in fp32 from the second on. The last gradient to come beside its sum is the embedding's.
     """
     n, n_tokens, n_layers = parameters(config), micro_batch * seq_len, config.n_layers
     own = {"parameters": FP32_BYTES * n, "optimizer": moment_bytes(config, moments), "gathered_parameters": 0}
     narrow = moments == "8bit" or accumulation == 1
     after = compute_bytes if narrow else FP32_BYTES  # a weight, once its gradient has come
     before = 0 if accumulation == 1 else compute_bytes if accumulation == 2 else after
+    embedding = config.vocab_size * config.dim
     a_layer = n_tokens * activation_bytes_per_token(config, compute_bytes, lean) // n_layers
 
     def backward(done: int) -> MemoryEstimate:
-        weights = config.vocab_size * config.dim + done * layer_parameters(config)
+        weights = embedding + done * layer_parameters(config)  # the head has as many as the embedding
         return MemoryEstimate(
             gradients=after * weights + before * (n - weights),
             activations=(n_layers - done) * a_layer,
@@ -605,13 +611,18 @@ def one_rank_moments(
             **own,
         )
 
+    loss = _loss_moments(config, n_tokens, compute_bytes, lean, None)
     return {
-        "loss": MemoryEstimate(
-            gradients=before * n, working=0, **_loss_memory(config, n_tokens, compute_bytes, lean, None), **own
-        ),
+        **{when: MemoryEstimate(gradients=before * n, **parts, **own) for when, parts in loss.items()},
         "backward of the last layer": backward(0),
         "backward of the first layer": backward(n_layers - 1),
-        "update": MemoryEstimate(gradients=after * n, activations=0, logits=0, working=0, **own),
+        "gradient of the embedding": MemoryEstimate(
+            gradients=after * n + (before * embedding if before != after else 0),
+            activations=0,
+            logits=0,
+            working=compute_bytes * embedding if accumulation > 1 else 0,
+            **own,
+        ),
     }
 
 

@@ -115,6 +115,11 @@ def test_memory_of_mistral_7b():
     assert last.gathered_parameters - loss.gathered_parameters == 2 * roofline.layer_parameters(MISTRAL_7B)
     stream = 2 * 16_384 * 4096
     assert loss.logits == 2048 * 32000 * 2 + 32000 * 4096 * 4 + stream  # a chunk, the fp32 weight gradient, d_hidden
+    rounding = many["backward of the loss"]
+    assert (loss.logits - rounding.logits, rounding.working) == (2048 * 32000 * 2, 2 * 32000 * 4096)
+    assert loss.activations - rounding.activations == stream
+    one_chunk = roofline.memory_moments(MISTRAL_7B, 256, 1, 2048, lean=True)  # whose gradient needs no rounding
+    assert "backward of the loss" not in one_chunk
     assert last.activations == 32 * 94_344 * 16_384 == loss.activations - 2 * stream - 4 * 16_384
     assert last.working == 16_384 * 2 * (4096 + 4 * 14_336) + 2 * 32000 * 4096  # SwiGLU's backward, the head's gradient
     assert roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096, lean=True) == last
@@ -194,7 +199,10 @@ def test_memory_of_one_rank():
                 assert (part.parameters, part.gathered_parameters) == (4 * n, 0)
                 assert part.optimizer == pytest.approx(size * n, abs=500)  # norms' last groups of 256 are whole
             last = parts["backward of the last layer"]
-            assert (parts["loss"].gradients, parts["update"].gradients) == (before * n, after * n)
+            end = parts["gradient of the embedding"]
+            assert parts["loss"].gradients == before * n
+            assert end.gradients == after * n + (2 * head if 0 < before < after else 0)  # two sums of the embedding's
+            assert end.working == (2 * head if before else 0)
             assert last.gradients == before * (n - head) + after * head
             assert (last.activations, last.working) == (32 * 94_344 * 16_384, 16_384 * 2 * (4096 + 4 * 14_336))
             peak = roofline.one_rank_memory(MISTRAL_7B, 4, 4096, moments, accumulation)
