@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -201,3 +202,25 @@ def test_one_rank_under_fp32_is_sharded_as_ever(tmp_path):
     world = World(0, 1, torch.device("cpu"), mesh=None)
     plans = {dtype: train.resolve(train.Recipe(run_dir=tmp_path, dtype=dtype), world) for dtype in ("fp32", "bf16")}
     assert [plans[dtype].whole for dtype in ("fp32", "bf16")] == [False, True]
+
+
+@dataclass(frozen=True)
+class Card(World):
+    """One rank on a GPU of so many MiB, which is not here."""
+
+    mib: int = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        return self.mib * 2**20
+
+
+@pytest.mark.parametrize("mib, micro_batch", [(81_559, 1), (97_871, 2), (143_771, 4)])
+def test_the_7b_fits_one_card(mib, micro_batch, tmp_path):
+    """The preset on an H100 of 80 GB, a GH200 of 96 and an H200: as many sequences at once as fit."""
+    recipe = replace(train.command_line(["mistral-7b-1gpu"]), run_dir=tmp_path, dtype="bf16")
+    plan = train.resolve(recipe, Card(0, 1, torch.device("cpu"), mesh=None, mib=mib))
+    assert plan.whole and plan.recipe.micro_batch == micro_batch and plan.accumulation == 16 // micro_batch
+    assert plan.n_parameters == 7_241_732_096
+    gb = plan.memory(lean=True).total / 2**30
+    assert 0.6 * mib / 1024 < gb < 0.92 * mib / 1024
