@@ -2,6 +2,7 @@
 
     python train.py bielik-7b --plan --gpus 256 --gpu gh200-96 --nic-gbs 25 --gpus-per-node 4
     python train.py bielik-7b --plan --gpus 8..2048        a table and plan.png: where it stops scaling
+    python train.py mistral-7b-1gpu --plan --gpus 1 --gpu h100-80       what fits on one GPU, by --moments
 
 Everything here is a model, never a measurement. A step is its matrix products and attention at a share of the tensor
 cores' peak, its other kernels at a share of the memory bandwidth, and FSDP's collectives, layer by layer, beside them:
@@ -22,8 +23,9 @@ from typing import TYPE_CHECKING
 from halny.model import roofline
 from halny.model.durable import in_words
 from halny.model.exits import Refused
+from halny.model.roofline import RESERVED
 from halny.model.settings import unknown
-from halny.model.sharding import RESERVED, Layout, choose_layout
+from halny.model.sharding import Layout, choose_layout
 
 if TYPE_CHECKING:
     from halny.model.mistral import MistralConfig
@@ -135,6 +137,7 @@ class Work:
     seq_len: int
     accumulation: int = 1
     lean: bool = True
+    moments: str = "fp32"  # AdamW's, where there is one GPU: that does without FSDP (model/optimizer.py)
     recomputed: float = 0.0  # share of the layers' forward matrix products that the backward computes again
     recomputes_attention: bool = False
     reduce_bytes: int = 4  # of a gradient on the network
@@ -228,7 +231,8 @@ def step(work: Work, cluster: Cluster, sharding: Sharding, rates: Rates, communi
     attention_s = roofline.attention_flops(config, [work.seq_len] * work.micro_batch) / n_layers
     attention_s = attention_s / 3 / (flops * rates.attention)  # forward; the backward is two such
     bandwidth = gpu.hbm_bytes_per_second * rates.memory
-    copied = roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
+    alone = cluster.gpus == 1
+    copied = 0 if alone else roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
     forward_bytes, backward_bytes = (n * tokens for n in roofline.memory_bound_bytes(config, 2, work.lean))
     forward_bytes += 4 * copied  # bf16 out of the gather's buffer: read and written
     backward_bytes += (4 if sharding.gathered_again != 1 else 0) * copied + 6 * copied  # bf16 into fp32 to be reduced
@@ -260,11 +264,14 @@ def step(work: Work, cluster: Cluster, sharding: Sharding, rates: Rates, communi
             n_layers, forward_s, head_s, backward_s, **seconds, communicators=communicators
         )
         network_s += times * sum(s * (1 if name.endswith("root") else n_layers) for name, s in seconds.items())
-    exposed = elapsed_s - n_micro * compute_s
+    exposed = 0.0 if alone else elapsed_s - n_micro * compute_s
 
-    optimizer_s = (
-        36 * roofline.shard_numel(config, sharding.shards) / bandwidth
-    )  # AdamW 28 B a weight, the norm 4, zero 4
+    if alone:
+        optimizer_bytes = roofline.split_update_bytes(config, work.moments, n_micro)
+        optimizer_bytes += roofline.gradient_sum_bytes(config, work.moments, n_micro)
+    else:  # AdamW 28 B a weight, the norm 4, zero 4
+        optimizer_bytes = 36 * roofline.shard_numel(config, sharding.shards)
+    optimizer_s = optimizer_bytes / bandwidth
     busy = n_micro * compute_s + optimizer_s + exposed
     return Step(
         matmul=n_micro * (n_layers * (3 * matmul_s + again_matmul_s) + head_matmul_s),
@@ -306,14 +313,22 @@ def choose(work: Work, cluster: Cluster, **asked) -> Choice:
         work.config, size=cluster.gpus, node_size=cluster.node, micro_batch=work.micro_batch, seq_len=work.seq_len,
         accumulation=work.accumulation, lean=work.lean, memory_bytes=cluster.gpu.memory_bytes, **asked,
     )  # fmt: skip
-    sharding = Sharding.of(layout)
+    sharding, why = Sharding.of(layout), layout.reshard_why
+    if cluster.gpus == 1:
+        sharding = Sharding(f"none, moments in {work.moments}", 1, gathered_again=1)
+        why = "one GPU has nothing to gather or to reduce"
     parts = memory(work, cluster, sharding)
     fits = sum(parts.values()) <= cluster.gpu.memory_bytes
-    return Choice(sharding, step(work, cluster, sharding, RATES["good"]), parts, fits, layout.reshard_why)
+    return Choice(sharding, step(work, cluster, sharding, RATES["good"]), parts, fits, why)
 
 
 def compare(work: Work, cluster: Cluster) -> list[Choice]:
-    """Side by side: gathered again everywhere, in the node, not at all; HSDP in groups of eight nodes and of one."""
+    """Side by side: gathered again everywhere, in the node, not at all; HSDP in groups of eight nodes and of one.
+
+    For one GPU AdamW's moments in fp32, bf16 and 8 bits.
+    """
+    if cluster.gpus == 1:
+        return [choose(replace(work, moments=moments), cluster) for moments in roofline.MOMENT_BYTES]
     asked = [{"reshard": "always"}, {"reshard": "node"}, {"reshard": "never"}]
     if cluster.nodes == 1:
         del asked[1]  # it is the first again
@@ -321,21 +336,28 @@ def compare(work: Work, cluster: Cluster) -> list[Choice]:
     return [choose(work, cluster, **options) for options in asked]
 
 
+def rank_memory(work: Work, sharding: Sharding, gpus: int, compute_bytes: int = 2) -> dict[str, int]:
+    """Bytes of the fullest rank's tensors at the peak, by part; parts of nothing are left out."""
+    config, sizes = work.config, (work.micro_batch, work.seq_len)
+    if gpus == 1 and compute_bytes == 2:
+        parts = asdict(roofline.one_rank_memory(config, *sizes, work.moments, work.accumulation, work.lean))
+    else:
+        chunk_rows = None if work.lean else CHUNK_ROWS
+        estimate = roofline.memory_estimate(config, sharding.shards, *sizes, compute_bytes, work.lean, chunk_rows)
+        parts = asdict(estimate)
+        if sharding.gathered_again:
+            layer = compute_bytes * roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
+            others = config.n_layers - (2 if sharding.gathered_again == 1 else 1)  # than those that are whole anyway
+            parts["kept for the backward"] = max(0, others) * layer // sharding.gathered_again
+        if work.accumulation > 1 and sharding.holds_gradients and gpus > 1:
+            parts["whole gradients"] = 4 * roofline.parameters(config)
+    return {name.replace("_", " "): size for name, size in parts.items() if size}
+
+
 def memory(work: Work, cluster: Cluster, sharding: Sharding) -> dict[str, int]:
     """Bytes on the fullest rank at the peak, by part."""
-    config = work.config
-    parts = asdict(
-        roofline.memory_estimate(
-            config, sharding.shards, work.micro_batch, work.seq_len, 2, work.lean, logits_chunk_rows=CHUNK_ROWS
-        )
-    )
-    if sharding.gathered_again:
-        layer = 2 * roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
-        parts["kept for the backward"] = config.n_layers * layer // sharding.gathered_again
-    if work.accumulation > 1 and sharding.holds_gradients:
-        parts["whole gradients"] = 4 * roofline.parameters(config)
-    parts["reserved, assumed"] = int(RESERVED * cluster.gpu.memory_bytes)
-    return {name.replace("_", " "): size for name, size in parts.items()}
+    reserved = {"reserved, assumed": int(RESERVED * cluster.gpu.memory_bytes)}
+    return rank_memory(work, sharding, cluster.gpus) | reserved
 
 
 # --------------------------------------------------------------------------------------------------- the command's part
@@ -358,6 +380,7 @@ class Request:
     shard: int | None = None
     replicate: int | None = None
     reshard: str | None = None
+    moments: str = "fp32"  # AdamW's, on one GPU
 
     @property
     def asked(self) -> dict:
@@ -414,9 +437,11 @@ def work_of(request: Request, gpus: int) -> Work:
             f"--gpus {gpus} do not divide the {samples} samples of --batch-tokens {r.batch_tokens} and --seq-len "
             f"{r.seq_len}; {', '.join(map(str, near))} would, or another --batch-tokens"
         )
-    share = samples // gpus
-    micro_batch = max(n for n in divisors(share) if n <= (r.micro_batch or 8))
-    return Work(r.config, micro_batch, r.seq_len, share // micro_batch)
+    share, most = samples // gpus, r.micro_batch or 8
+    if gpus == 1 and r.micro_batch is None:
+        most = max(1, roofline.most_micro_batch(r.config, machine(r.gpu).gpu.memory_bytes, r.seq_len, r.moments, share))
+    micro_batch = max(n for n in divisors(share) if n <= most)
+    return Work(r.config, micro_batch, r.seq_len, share // micro_batch, moments=r.moments)
 
 
 def answer(request: Request, plot: Path | None = None) -> str:
@@ -426,6 +451,12 @@ def answer(request: Request, plot: Path | None = None) -> str:
             f"--seq-len {request.seq_len} is beyond the model's limit of {request.config.max_seq_len} positions"
         )
     counts = gpu_counts(request.gpus)
+    if request.moments not in roofline.MOMENT_BYTES:
+        raise unknown("--moments", request.moments, roofline.MOMENT_BYTES)
+    if request.moments != "fp32" and counts != [1]:
+        raise Refused(
+            f"--moments {request.moments} is for one GPU, and --gpus is {request.gpus}; leave it out: shards are small"
+        )
     clusters = [cluster_of(request, n) for n in counts]
     if len(counts) == 1:
         return one(request, work_of(request, counts[0]), clusters[0])
@@ -458,38 +489,28 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
         f"{'sharding, at the rates called good':<36}{'memory':>9}{'fits':>6}{'step':>11}{'network':>10}{'hidden':>10}"
         f"{'exposed':>10}{'':>7}{'tokens/s/GPU':>14}",
     ]
+    asked = r.asked if cluster.gpus > 1 else r.moments != "fp32"
     for c in choices:
         s = c.step
         lines.append(
             f"{c.sharding.name:<36}{in_words(c.bytes):>9}{'yes' if c.fits else 'no':>6}{s.total * 1e3:>8,.0f} ms"
             f"{(s.hidden + s.exposed) * 1e3:>7,.0f} ms{s.hidden * 1e3:>7,.0f} ms{s.exposed * 1e3:>7,.0f} ms"
             f"{s.exposed / s.total:>7.1%}{tokens_per_second(work, s):>14,.0f}"
-            + ("  <- " + ("asked for" if r.asked else "default") if c.sharding == chosen.sharding else "")
+            + ("  <- " + ("asked for" if asked else "default") if c.sharding == chosen.sharding else "")
         )
     lines.append(f"chosen     {chosen.sharding.name}: {chosen.why}")
     if not chosen.fits:
-        lines.append("memory     does not fit: take a smaller --micro-batch, more GPUs, or GPUs with more memory")
+        smaller = "" if cluster.gpus > 1 or work.moments == "8bit" else "--moments 8bit, "
+        lines.append(
+            f"memory     does not fit: take {smaller}a smaller --micro-batch, more GPUs, or GPUs with more memory"
+        )
     lines += ["", f"memory of the fullest rank, of {in_words(m.gpu.memory_bytes)}"]
     lines += [f"  {name:<24}{in_words(size):>10}" for name, size in chosen.memory.items()]
     left = m.gpu.memory_bytes - chosen.bytes
     lines += [f"  {'left' if left >= 0 else 'MISSING':<24}{in_words(abs(left)):>10}", ""]
 
-    lines += [f"{'communication of a step':<34}{'times':>7}{'bytes each':>12}{'ranks':>7}{'each':>10}{'all':>11}"]
-    for c in roofline.collectives(
-        config, chosen.sharding.shards, cluster.gpus // chosen.sharding.shards, chosen.sharding.gathered_again,
-        work.accumulation, holds_gradients=chosen.sharding.holds_gradients,
-    ):  # fmt: skip
-        each = collective_s(c, cluster)
-        lines.append(
-            f"  {f'{c.kind}, {c.group}, {c.when}':<32}{c.count:>7}{in_words(c.bytes):>12}{c.ranks:>7}"
-            f"{each * 1e3:>7.2f} ms{c.count * each * 1e3:>8,.0f} ms"
-        )
-    s = chosen.step
-    lines += [
-        f"  {s.hidden * 1e3:,.0f} ms of it hide behind {(s.total - s.exposed - s.straggling) * 1e3:,.0f} ms of work, "
-        f"{s.exposed * 1e3:,.0f} ms ({s.exposed / s.total:.1%}) are exposed",
-        "",
-    ]
+    if cluster.gpus > 1:
+        lines += communication_lines(work, cluster, chosen)
 
     steps = {name: step(work, cluster, chosen.sharding, rates) for name, rates in RATES.items()}
     rate = {name: tokens_per_second(work, x) for name, x in steps.items()}
@@ -515,12 +536,14 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
         f"{rate['published']:,.0f} at the rates of published runs",
     ]
 
-    size = roofline.checkpoint_bytes(config, chosen.sharding.shards)
-    stall = roofline.checkpoint_stall_s(config, chosen.sharding.shards, m.host_copy)
+    whole = size = roofline.parameter_bytes(config) + roofline.moment_bytes(config, work.moments)
+    if cluster.gpus > 1:
+        whole, size = roofline.checkpoint_bytes(config), roofline.checkpoint_bytes(config, chosen.sharding.shards)
+    stall = size / m.host_copy
     hours = {name: (r.steps * x.total + r.steps // r.save_every * stall) / 3600 for name, x in steps.items()}
     mwh = {name: cluster.gpus * m.watts * POWER_SHARE * h / 1e6 for name, h in hours.items()}
     lines += [
-        f"checkpoint {in_words(roofline.checkpoint_bytes(config))}, {in_words(size)} a rank; a save stalls {stall:.3f} "
+        f"checkpoint {in_words(whole)}, {in_words(size)} a rank; a save stalls {stall:.3f} "
         f"s at {in_words(m.host_copy)}/s, every {r.save_every} steps {stall / (r.save_every * s.total):.4%} of it",
         f"time       {r.steps:,} steps of {r.steps * r.batch_tokens / 1e9:,.1f} billion tokens: "
         f"{in_days(hours['leading'])} to {in_days(hours['good'])}, {in_days(hours['published'])} at published rates; "
@@ -529,6 +552,27 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
         f"{m.watts:g} W a board at {POWER_SHARE:.0%}, assumed; hosts, network and cooling come on top",
     ]
     return "\n".join(lines)
+
+
+def communication_lines(work: Work, cluster: Cluster, chosen: Choice) -> list[str]:
+    """Every collective of a step, and what of them hides."""
+    lines = [f"{'communication of a step':<34}{'times':>7}{'bytes each':>12}{'ranks':>7}{'each':>10}{'all':>11}"]
+    for c in roofline.collectives(
+        work.config, chosen.sharding.shards, cluster.gpus // chosen.sharding.shards, chosen.sharding.gathered_again,
+        work.accumulation, holds_gradients=chosen.sharding.holds_gradients,
+    ):  # fmt: skip
+        each = collective_s(c, cluster)
+        lines.append(
+            f"  {f'{c.kind}, {c.group}, {c.when}':<32}{c.count:>7}{in_words(c.bytes):>12}{c.ranks:>7}"
+            f"{each * 1e3:>7.2f} ms{c.count * each * 1e3:>8,.0f} ms"
+        )
+    s = chosen.step
+    return [
+        *lines,
+        f"  {s.hidden * 1e3:,.0f} ms of it hide behind {(s.total - s.exposed - s.straggling) * 1e3:,.0f} ms of work, "
+        f"{s.exposed * 1e3:,.0f} ms ({s.exposed / s.total:.1%}) are exposed",
+        "",
+    ]
 
 
 def in_days(hours: float) -> str:

@@ -308,13 +308,12 @@ def checkpoint_stall_s(config: MistralConfig, world_size: int, host_bytes_per_se
     return checkpoint_bytes(config, world_size) / host_bytes_per_second
 
 
-def gathered_parameter_bytes(config: MistralConfig, compute_bytes: int = 2) -> int:
+def gathered_parameter_bytes(config: MistralConfig, compute_bytes: int = 2, layers: int = 2) -> int:
     """Whole weights in the compute dtype that FSDP2 holds at the worst moment, whatever the world size.
 
     The root group (embedding, head, final norm) stays gathered; of the layers one computes and the next arrives.
     """
-    layers_in_flight = min(2, config.n_layers)
-    return compute_bytes * (root_parameters(config) + layers_in_flight * layer_parameters(config))
+    return compute_bytes * (root_parameters(config) + min(layers, config.n_layers) * layer_parameters(config))
 
 
 def saved_activations(config: MistralConfig, compute_bytes: int = 2) -> dict[str, int]:
@@ -451,20 +450,19 @@ def collectives(
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """A rank's memory at the peak of a step, in bytes, by part. ``total`` is less than their sum: see there."""
+    """A rank's memory at one moment of a step, in bytes, by part: what there is at that moment."""
 
     parameters: int  # master weights, sharded: 4 B a weight
-    gradients: int  # those that are there at the peak, sharded
+    gradients: int  # sharded, those made so far
     optimizer: int  # AdamW's two moments, sharded
     gathered_parameters: int  # compute dtype, whole: root group and two layers; 0 on one rank, which has no other
     activations: int  # kept for the backward
-    logits: int  # and what the loss makes of them
-    working: int  # of a layer's backward: gradients of its activations, and what it makes again
+    logits: int  # and what the loss makes of them; 0 once the layers' backward has begun
+    working: int  # of the backward, and gradients on their way to be reduced or summed; 0 in the forward
 
     @property
     def total(self) -> int:
-        """The sum, of logits and working memory the larger only: the loss has left when the layers' backward begins."""
-        return sum(getattr(self, field.name) for field in fields(self)) - min(self.logits, self.working)
+        return sum(getattr(self, field.name) for field in fields(self))
 
 
 def working_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
@@ -476,6 +474,81 @@ def working_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) 
     return compute_bytes * n_tokens * (config.dim + 4 * config.hidden_dim)
 
 
+def _loss_moments(
+    config: MistralConfig, n_tokens: int, compute_bytes: int, lean: bool, chunk_rows: int | None
+) -> dict[str, dict[str, int]]:
+    """While the loss is made, and in its own backward: activations of all layers, logits, working memory.
+
+    Three more [n_tokens, d] are there: the last norm's input, its output, and the gradient of that, which is made at
+    once and counted as the loss's. The backward rounds the head's gradient from its fp32 sum, if there are chunks.
+    """
+    if lean and chunk_rows is None:
+        chunk_rows = loss_chunk_rows(config, n_tokens, compute_bytes)
+    stream = compute_bytes * n_tokens * config.dim
+    layers = n_tokens * activation_bytes_per_token(config, compute_bytes, lean) + FP32_BYTES * n_tokens
+    logits = logits_bytes(config, n_tokens, compute_bytes, chunk_rows) + stream
+    moments = {"loss": {"activations": layers + 2 * stream, "logits": logits, "working": 0}}
+    if chunk_rows is not None and chunk_rows < n_tokens and compute_bytes < FP32_BYTES:
+        head = config.vocab_size * config.dim
+        moments["backward of the loss"] = {
+            "activations": layers + stream,
+            "logits": FP32_BYTES * head + stream,
+            "working": compute_bytes * head,
+        }
+    return moments
+
+
+def memory_moments(
+    config: MistralConfig,
+    world_size: int,
+    micro_batch: int,
+    seq_len: int,
+    compute_bytes: int = 2,
+    lean: bool = False,
+    logits_chunk_rows: int | None = None,
+) -> dict[str, MemoryEstimate]:
+    """A rank's memory at the moments of a step that may be its peak, under FSDP2 with AdamW: what happens -> parts.
+
+    logits_chunk_rows = None stands for what runs: lean, our kernels and their own chunks; otherwise PyTorch's
+    cross-entropy. Layers leave their activations behind one by one, from the last; in exchange gradients come: a
+    reduce-scatter's fp32 input is there until the one after the next, so the third layer may be the peak, where a layer
+    has less activations than weights; and at the end there are all gradients. Those of the root group wait for the end.
+
+    Left out are the CUDA context, buffers of libraries and fragments (RESERVED), and the [s, s] score matrix and other
+    temporaries of the reference's attention and SwiGLU.
+    """
+    n_tokens, n_layers = micro_batch * seq_len, config.n_layers
+    own = {
+        "parameters": parameter_bytes(config, world_size),
+        "optimizer": optimizer_bytes(config, world_size),
+        "gathered_parameters": gathered_parameter_bytes(config, compute_bytes),
+    }
+    a_layer = n_tokens * activation_bytes_per_token(config, compute_bytes, lean) // n_layers
+    working = working_bytes(config, n_tokens, compute_bytes) + compute_bytes * config.vocab_size * config.dim
+    layer, root = (padded_numel(shapes(config), world_size) for shapes in (layer_shapes, root_shapes))
+
+    def backward(done: int) -> MemoryEstimate:
+        return MemoryEstimate(
+            gradients=FP32_BYTES * done * layer // world_size,
+            activations=(n_layers - done) * a_layer,
+            logits=0,
+            working=working + min(done, 2) * FP32_BYTES * layer,
+            **own,
+        )
+
+    end = {"gradients": gradient_bytes(config, world_size), "activations": 0, "logits": 0}
+    reducing = FP32_BYTES * (layer + root) + compute_bytes * root
+    loss = _loss_moments(config, n_tokens, compute_bytes, lean, logits_chunk_rows)
+    at_loss = own | {"gradients": 0, "gathered_parameters": gathered_parameter_bytes(config, compute_bytes, layers=1)}
+    return {
+        **{when: MemoryEstimate(**parts, **at_loss) for when, parts in loss.items()},
+        "backward of the last layer": backward(0),
+        "backward of the third layer from the end": backward(min(2, n_layers - 1)),
+        "backward of the first layer": backward(n_layers - 1),
+        "reduction of the root group": MemoryEstimate(working=reducing, **end, **own),
+    }
+
+
 def memory_estimate(
     config: MistralConfig,
     world_size: int,
@@ -485,24 +558,9 @@ def memory_estimate(
     lean: bool = False,
     logits_chunk_rows: int | None = None,
 ) -> MemoryEstimate:
-    """The parts of a rank's memory for micro_batch sequences of seq_len, under FSDP2 with AdamW.
-
-    logits_chunk_rows = None stands for what runs: lean, our kernels and their own chunks; otherwise PyTorch's
-    cross-entropy. Left out are the CUDA context, buffers of libraries and fragments (RESERVED), and the [s, s] score
-    matrix of the reference attention.
-    """
-    n_tokens = micro_batch * seq_len
-    if lean and logits_chunk_rows is None:
-        logits_chunk_rows = loss_chunk_rows(config, n_tokens, compute_bytes)
-    return MemoryEstimate(
-        parameters=parameter_bytes(config, world_size),
-        gradients=gradient_bytes(config, world_size),
-        optimizer=optimizer_bytes(config, world_size),
-        gathered_parameters=gathered_parameter_bytes(config, compute_bytes),
-        activations=n_tokens * activation_bytes_per_token(config, compute_bytes, lean),
-        logits=logits_bytes(config, n_tokens, compute_bytes, logits_chunk_rows),
-        working=working_bytes(config, n_tokens, compute_bytes),
-    )
+    """The largest of ``memory_moments``: micro_batch sequences of seq_len, FSDP2, AdamW. bench/memory.py counts it."""
+    moments = memory_moments(config, world_size, micro_batch, seq_len, compute_bytes, lean, logits_chunk_rows)
+    return max(moments.values(), key=lambda moment: moment.total)
 
 
 MOMENT_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}  # a weight, both of them
@@ -520,6 +578,54 @@ def moment_bytes(config: MistralConfig, moments: str) -> int:
     return size
 
 
+def one_rank_moments(
+    config: MistralConfig,
+    micro_batch: int,
+    seq_len: int,
+    moments: str,
+    accumulation: int = 1,
+    lean: bool = True,
+    compute_bytes: int = 2,
+) -> dict[str, MemoryEstimate]:
+    """``memory_moments`` of one rank in bf16 without FSDP (model/optimizer.py), in the last of its micro batches.
+
+    A master weight is the bf16 that the model computes with and 16 bits more, 4 B. Gradients come in bf16. Of one micro
+    batch they are not there while all activations are; over several the sums are: with 8bit moments in bf16, otherwise
+    in fp32 from the second on. The last gradient to come beside its sum is the embedding's.
+    """
+    n, n_tokens, n_layers = parameters(config), micro_batch * seq_len, config.n_layers
+    own = {"parameters": FP32_BYTES * n, "optimizer": moment_bytes(config, moments), "gathered_parameters": 0}
+    narrow = moments == "8bit" or accumulation == 1
+    after = compute_bytes if narrow else FP32_BYTES  # a weight, once its gradient has come
+    before = 0 if accumulation == 1 else compute_bytes if accumulation == 2 else after
+    embedding = config.vocab_size * config.dim
+    a_layer = n_tokens * activation_bytes_per_token(config, compute_bytes, lean) // n_layers
+
+    def backward(done: int) -> MemoryEstimate:
+        weights = embedding + done * layer_parameters(config)  # the head has as many as the embedding
+        return MemoryEstimate(
+            gradients=after * weights + before * (n - weights),
+            activations=(n_layers - done) * a_layer,
+            logits=0,
+            working=working_bytes(config, n_tokens, compute_bytes),
+            **own,
+        )
+
+    loss = _loss_moments(config, n_tokens, compute_bytes, lean, None)
+    return {
+        **{when: MemoryEstimate(gradients=before * n, **parts, **own) for when, parts in loss.items()},
+        "backward of the last layer": backward(0),
+        "backward of the first layer": backward(n_layers - 1),
+        "gradient of the embedding": MemoryEstimate(
+            gradients=after * n + (before * embedding if before != after else 0),
+            activations=0,
+            logits=0,
+            working=compute_bytes * embedding if accumulation > 1 else 0,
+            **own,
+        ),
+    }
+
+
 def one_rank_memory(
     config: MistralConfig,
     micro_batch: int,
@@ -529,27 +635,9 @@ def one_rank_memory(
     lean: bool = True,
     compute_bytes: int = 2,
 ) -> MemoryEstimate:
-    """The parts on one rank in bf16, without FSDP (model/optimizer.py): 6 B a weight, gradient included, and moments.
-
-    A master weight is the bf16 that the model computes with and 16 bits more. Gradients come in bf16; over several
-    micro batches they are summed in fp32, or with 8bit moments in bf16, and the largest is on its way beside its sum.
-    """
-    n_tokens, n = micro_batch * seq_len, parameters(config)
-    gradients = compute_bytes * n
-    if accumulation > 1:
-        shapes = layer_shapes(config) + root_shapes(config)
-        arriving = compute_bytes * max(rows * columns for rows, columns in shapes)
-        gradients = (compute_bytes if moments == "8bit" else FP32_BYTES) * n + arriving
-    chunk_rows = loss_chunk_rows(config, n_tokens, compute_bytes) if lean else None
-    return MemoryEstimate(
-        parameters=FP32_BYTES * n,
-        gradients=gradients,
-        optimizer=moment_bytes(config, moments),
-        gathered_parameters=0,
-        activations=n_tokens * activation_bytes_per_token(config, compute_bytes, lean),
-        logits=logits_bytes(config, n_tokens, compute_bytes, chunk_rows),
-        working=working_bytes(config, n_tokens, compute_bytes),
-    )
+    """The largest of ``one_rank_moments``: a rank's memory at the peak of a step. Raises ValueError for bad moments."""
+    estimates = one_rank_moments(config, micro_batch, seq_len, moments, accumulation, lean, compute_bytes)
+    return max(estimates.values(), key=lambda estimate: estimate.total)
 
 
 def most_micro_batch(
@@ -569,10 +657,8 @@ def most_micro_batch(
     room = memory_bytes * (1 - RESERVED)
     for micro_batch in range(min(at_most, divides), 0, -1):
         if divides % micro_batch == 0:
-            estimate = one_rank_memory(
-                config, micro_batch, seq_len, moments, divides // micro_batch, lean, compute_bytes
-            )
-            if estimate.total <= room:
+            accumulation = divides // micro_batch
+            if one_rank_memory(config, micro_batch, seq_len, moments, accumulation, lean, compute_bytes).total <= room:
                 return micro_batch
     return 0
 

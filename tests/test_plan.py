@@ -11,7 +11,7 @@ from runs import REPO
 
 sys.path.insert(0, str(REPO))
 from bench import published
-from halny.model import plan, roofline
+from halny.model import plan, roofline, sharding
 from halny.model.exits import Refused
 from halny.model.mistral import PRESETS
 
@@ -123,9 +123,53 @@ def test_bielik_on_256_gh200():
     assert choice.step.exposed <= 0.03 * choice.step.total  # the goal
     assert not plan.choose(replace(WORK, micro_batch=16), GH200_256).fits
     by_name = {c.sharding.name: c for c in plan.compare(WORK, GH200_256)}
-    assert by_name["HSDP 4 x 64, gathered again"].step.exposed > choice.step.exposed  # 671 ms of it in the backward
+    assert by_name["HSDP 4 x 64, kept gathered"].step.exposed > choice.step.exposed  # 671 ms of it in the backward
     text = plan.answer(BIELIK)
     assert "nothing here is measured" in text and "<- default" in text and "checkpoint" in text and "MWh" in text
+
+
+ALONE = plan.Request(MISTRAL_7B, 65_536, 4096, None, 10_000, 500, "1", "h100-80", 25.0, 8, moments="8bit")
+
+
+def test_one_gpu_does_without_fsdp():
+    """No copies, no communication; AdamW's bytes and the memory are those of its moments."""
+    cluster, rates = plan.cluster_of(ALONE, 1), plan.RATES["good"]
+    bandwidth = cluster.gpu.hbm_bytes_per_second * rates.memory
+    n = roofline.parameters(MISTRAL_7B)
+    for moments, update in (("fp32", 26 + 2), ("bf16", 18 + 2), ("8bit", 14 + 2 + 4 / 256)):
+        work = plan.Work(MISTRAL_7B, 4, 4096, moments=moments)
+        choice = plan.choose(work, cluster)
+        s = choice.step
+        assert s.optimizer == pytest.approx(update * n / bandwidth, rel=1e-6)
+        assert (s.exposed, s.hidden, s.straggling) == (0, 0, 0)
+        estimate = asdict(roofline.one_rank_memory(MISTRAL_7B, 4, 4096, moments))
+        assert choice.memory.pop("reserved, assumed") == int(roofline.RESERVED * cluster.gpu.memory_bytes)
+        assert choice.memory == {name.replace("_", " "): size for name, size in estimate.items() if size}
+    assert plan.RESERVED == sharding.RESERVED
+    sharded = plan.step(work, plan.cluster_of(replace(ALONE, gpus="8"), 8), plan.Sharding("", 8), rates)
+    forward, backward = roofline.memory_bound_bytes(MISTRAL_7B)
+    assert s.memory_bound == pytest.approx(
+        (32 * 16_384 * (forward + backward) + roofline.head_bytes(MISTRAL_7B, 16_384, 2, 2048)) / bandwidth
+    )
+    copies = 32 * (4 + 4 + 6) * roofline.layer_parameters(MISTRAL_7B) / bandwidth
+    assert sharded.memory_bound - s.memory_bound == pytest.approx(copies)
+    summed = plan.step(replace(work, accumulation=4), cluster, choice.sharding, rates)
+    assert summed.optimizer - s.optimizer == pytest.approx(3 * 6 * n / bandwidth, rel=1e-6)
+
+
+@pytest.mark.parametrize("gpu, moments, micro_batch", [("h100-80", "8bit", 1), ("gh200-96", "8bit", 2),
+    ("h200-141", "8bit", 4), ("h200-141", "bf16", 4), ("h200-141", "fp32", 1), ("h100-80", "fp32", 1)])  # fmt: skip
+def test_the_micro_batch_of_one_gpu_follows_from_its_memory(gpu, moments, micro_batch):
+    request = replace(ALONE, gpu=gpu, moments=moments)
+    work = plan.work_of(request, 1)
+    assert (work.micro_batch, work.accumulation, work.moments) == (micro_batch, 16 // micro_batch, moments)
+    text = plan.answer(request)
+    fits = (gpu, moments) != ("h100-80", "fp32")
+    assert plan.choose(work, plan.cluster_of(request, 1)).fits == fits == ("does not fit: take" not in text)
+    assert f"none, moments in {moments}: one GPU has nothing to gather" in text and "communication" not in text
+    assert "-0 ms" not in text
+    size = {"8bit": 43.5, "bf16": 57.9, "fp32": 86.9}[moments]
+    assert f"checkpoint {size} GB, {size} GB a rank" in text
 
 
 def test_published_runs_are_predicted():
@@ -173,6 +217,9 @@ def test_gpu_counts():
         (dict(seq_len=4095), "--batch-tokens 4194304 is not a multiple of --seq-len 4095"),
         (dict(seq_len=65_536), "beyond the model's limit"),
         (dict(shard=3), "--shard 3"),
+        (dict(moments="8bit"), "--moments 8bit is for one GPU, and --gpus is 256; leave it out"),
+        (dict(moments="bf16", gpus="1..4"), "--moments bf16 is for one GPU, and --gpus is 1..4"),
+        (dict(moments="fp8"), "unknown --moments fp8: .*8bit"),
     ],
 )
 def test_what_cannot_be_is_refused(change, words):

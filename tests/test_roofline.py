@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from halny.kernels.adamw import new_moments
+from halny.kernels.adamw import MOMENTS, new_moments
 from halny.kernels.attention import attention_mask
 from halny.kernels.linear_cross_entropy import chunk_rows
 from halny.model import roofline
@@ -104,23 +104,42 @@ def test_activation_bytes_of_mistral_7b():
 
 
 def test_memory_of_mistral_7b():
-    one = roofline.memory_estimate(MISTRAL_7B, 1, 1, 4096, lean=True, logits_chunk_rows=2048)
-    assert one.parameters + one.gradients + one.optimizer == 16 * 7_241_732_096  # the 116e9 that one H200 holds
-    assert one.activations == pytest.approx(12.4e9, rel=5e-3)
-    assert one.logits == 2048 * 32000 * 2 + 32000 * 4096 * 4  # a chunk and the fp32 weight gradient: under 0.7 GB
-    assert one.gathered_parameters == 2 * (2 * 32000 * 4096 + 4096 + 2 * (218_103_808 + 2 * 4096))
-    assert one.working == 4096 * 2 * (4096 + 4 * 14_336)
-    parts = one.parameters, one.gradients, one.optimizer, one.gathered_parameters, one.activations
-    assert one.total == sum(parts) + max(one.logits, one.working) < roofline.GPUS["NVIDIA H200"].memory_bytes
+    many = roofline.memory_moments(MISTRAL_7B, 256, 4, 4096, lean=True)
+    loss, last = many["loss"], many["backward of the last layer"]
+    assert (
+        loss.parameters + loss.optimizer
+        == 12 * 7_241_732_096 / 256
+        == 3 * many["reduction of the root group"].gradients
+    )
+    assert last.gathered_parameters == 2 * (2 * 32000 * 4096 + 4096 + 2 * (218_103_808 + 2 * 4096))
+    assert last.gathered_parameters - loss.gathered_parameters == 2 * roofline.layer_parameters(MISTRAL_7B)
+    stream = 2 * 16_384 * 4096
+    assert loss.logits == 2048 * 32000 * 2 + 32000 * 4096 * 4 + stream  # a chunk, the fp32 weight gradient, d_hidden
+    rounding = many["backward of the loss"]
+    assert (loss.logits - rounding.logits, rounding.working) == (2048 * 32000 * 2, 2 * 32000 * 4096)
+    assert loss.activations - rounding.activations == stream
+    one_chunk = roofline.memory_moments(MISTRAL_7B, 256, 1, 2048, lean=True)  # whose gradient needs no rounding
+    assert "backward of the loss" not in one_chunk
+    assert last.activations == 32 * 94_344 * 16_384 == loss.activations - 2 * stream - 4 * 16_384
+    assert last.working == 16_384 * 2 * (4096 + 4 * 14_336) + 2 * 32000 * 4096  # SwiGLU's backward, the head's gradient
+    assert roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096, lean=True) == last
+    assert all(moment.total <= last.total == pytest.approx(53.5e9, rel=1e-3) for moment in many.values())
 
-    many = roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096, lean=True, logits_chunk_rows=2048)
-    assert many.parameters + many.gradients + many.optimizer == pytest.approx(0.4526e9, rel=1e-3)
-    assert many.activations == pytest.approx(49.46e9, rel=1e-3)
-    assert many.gathered_parameters == one.gathered_parameters
-    assert roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096, lean=True) == many  # the kernels' own chunks: 8 of 2,048
-    whole = roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096)
-    assert whole.logits == 3 * 4 * 16384 * 32000
-    assert whole.activations == pytest.approx(73.1e9, rel=1e-3)
+    # A sequence of 4,096 has less activations a layer than a layer has weights: the peak comes with the gradients
+    few = roofline.memory_moments(MISTRAL_7B, 256, 1, 4096, lean=True)
+    third = few["backward of the third layer from the end"]
+    assert third == roofline.memory_estimate(MISTRAL_7B, 256, 1, 4096, lean=True)
+    assert third.activations == 30 * 94_344 * 4096
+    assert third.working - few["backward of the last layer"].working == 2 * 4 * roofline.layer_parameters(MISTRAL_7B)
+
+    whole = roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096)  # PyTorch's loss and all activations
+    assert whole.logits == 3 * 4 * 16384 * 32000 + stream
+    assert whole.activations == pytest.approx(73.1e9 + 2 * stream, rel=1e-3)
+    chunks = roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096, logits_chunk_rows=2048)
+    assert chunks.total < whole.total - 3e9
+    one = roofline.memory_estimate(MISTRAL_7B, 1, 1, 4096, lean=True)
+    assert one.parameters + one.gradients + one.optimizer == 16 * 7_241_732_096  # the 116e9 that one H200 holds
+    assert one.total < roofline.GPUS["NVIDIA H200"].memory_bytes
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -171,21 +190,31 @@ def test_loss_chunks_are_the_kernels(name, n_rows, element_bytes):
 
 
 def test_memory_of_one_rank():
-    """Bytes a weight: 4 and its gradient's 2, or 4 and the largest on its way when they are summed; and moments."""
-    n, largest = roofline.parameters(MISTRAL_7B), 2 * 32_000 * 4096
+    """Bytes a weight: 4, and of moments; gradients 2, or summed 4 or 2, there before the backward from the 2nd on."""
+    n, head = roofline.parameters(MISTRAL_7B), 32_000 * 4096
     for moments, size, summed in (("fp32", 8, 4), ("bf16", 4, 4), ("8bit", 2 + 2 / 256, 2)):
-        one = roofline.one_rank_memory(MISTRAL_7B, 2, 4096, moments)
-        assert (one.parameters, one.gradients, one.gathered_parameters) == (4 * n, 2 * n, 0)
-        assert one.optimizer == pytest.approx(size * n, abs=500)  # norms' last groups of 256 are whole
-        sharded = roofline.memory_estimate(MISTRAL_7B, 256, 2, 4096, lean=True)
-        assert (one.activations, one.logits) == (sharded.activations, sharded.logits)
-        several = roofline.one_rank_memory(MISTRAL_7B, 2, 4096, moments, accumulation=3)
-        assert several.gradients == summed * n + largest
+        for accumulation, before, after in ((1, 0, 2), (2, 2, summed), (3, summed, summed)):
+            parts = roofline.one_rank_moments(MISTRAL_7B, 4, 4096, moments, accumulation)
+            for part in parts.values():
+                assert (part.parameters, part.gathered_parameters) == (4 * n, 0)
+                assert part.optimizer == pytest.approx(size * n, abs=500)  # norms' last groups of 256 are whole
+            last = parts["backward of the last layer"]
+            end = parts["gradient of the embedding"]
+            assert parts["loss"].gradients == before * n
+            assert end.gradients == after * n + (2 * head if 0 < before < after else 0)  # two sums of the embedding's
+            assert end.working == (2 * head if before else 0)
+            assert last.gradients == before * (n - head) + after * head
+            assert (last.activations, last.working) == (32 * 94_344 * 16_384, 16_384 * 2 * (4096 + 4 * 14_336))
+            peak = roofline.one_rank_memory(MISTRAL_7B, 4, 4096, moments, accumulation)
+            assert peak == max(parts.values(), key=lambda part: part.total)
+    sharded = roofline.memory_moments(MISTRAL_7B, 256, 4, 4096, lean=True)["loss"]
+    assert (sharded.activations, sharded.logits) == (parts["loss"].activations, parts["loss"].logits)
     with pytest.raises(ValueError, match="moments must be one of fp32, bf16, 8bit, got 'fp8'"):
         roofline.one_rank_memory(MISTRAL_7B, 2, 4096, "fp8")
     config = PRESETS["test"]
-    held = sum(x.nbytes for m in Mistral(config).parameters() for x in new_moments(m, "8bit").values())
-    assert roofline.moment_bytes(config, "8bit") == held
+    for moments in MOMENTS:
+        held = sum(x.nbytes for p in Mistral(config).parameters() for x in new_moments(p, moments).values())
+        assert roofline.moment_bytes(config, moments) == held
 
 
 def test_most_micro_batch_is_the_largest_that_fits():

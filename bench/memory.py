@@ -1,0 +1,333 @@
+"""The memory of the trainer's step, counted without a GPU and held against model/roofline.py's prediction.
+
+    python bench/memory.py             Mistral-7B at 4 x 4096: one rank of 256 under FSDP2, and one rank alone
+    python bench/memory.py --cards     what roofline.py predicts for GPUs of 80, 96 and 141 GB; nothing is counted
+
+The step is train.py's own, at full size, on the meta device, with kernels and FSDP2 going the way of a Hopper GPU
+(bench/account.py): every tensor that a GPU would hold has its size here, and no bytes. For the other 255 ranks stands
+PyTorch's fake process group. A dispatch mode sees each tensor made and follows its storage until it is freed, those
+included that FSDP2 empties and fills again: the largest sum of all that live at once is the step's peak, and what makes
+it up is known by part. The prediction is the largest of roofline.py's moments. More than 1% of the peak apart in any
+part, or in the sum, ends with exit code 1. The loss, where the logits are, is a moment beside it.
+
+Counted are bytes that tensors ask for. What a GPU holds besides is not: CUDA's context, workspaces of cuBLAS and
+FlashAttention, NCCL's buffers, what the allocator rounds up and cannot use for its holes; roofline.RESERVED stands for
+these. A tensor is held until the last reference is gone; FSDP2's streams may free some of them some kernels later.
+"""
+# ruff: noqa: E402  imports follow the change of sys.path
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from unittest.mock import patch
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train
+from bench.account import Case, Step, on_hopper, world_of
+from halny.kernels import dispatch
+from halny.model import roofline, sharding
+from halny.model.mistral import PRESETS, MistralConfig
+
+BOUND = 0.01  # of the peak, that a part or the sum may differ from the prediction
+OTHER = "not predicted"  # RoPE tables, the batch, metrics
+
+# ----------------------------------------------------------------------------------------------------------- the count
+
+# What FSDP2 makes for itself, by the function of torch.distributed.fsdp that asks for it. A reduce-scatter's output
+# stays and is told from its input by that: see ``Live``.
+FSDP_PARTS = {
+    **dict.fromkeys(("foreach_all_gather", "wait_for_unshard", "to_sharded_post_forward"), "gathered_parameters"),
+    "foreach_reduce": "working",
+}
+
+
+@dataclass
+class Storage:
+    bytes: int
+    part: str
+    reference: weakref.ref | None = None
+
+
+@dataclass
+class Moment:
+    """The largest sum seen, and what made it."""
+
+    total: int = 0
+    parts: list[tuple[Storage, int]] = field(default_factory=list)
+
+    def by_part(self) -> Counter[str]:
+        sizes = Counter()
+        for storage, size in self.parts:
+            sizes[storage.part] += size
+        return sizes
+
+
+class Live(TorchDispatchMode):
+    """Follows the storages of meta tensors; ``most`` has the largest moments of "forward", "loss" and "backward".
+
+    A storage's part is decided where it is made: by FSDP2's collectives; in the loss; otherwise activations in the
+    forward and working memory in the backward. Of the latter, what outlives the backward was a gradient.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.total = 0
+        self.most = {"forward": Moment(), "loss": Moment(), "backward": Moment()}
+        self._live: dict[int, Storage] = {}
+        self._phase = "forward"  # of what was made last
+        self._rising = self._in_backward = False
+
+    @contextlib.contextmanager
+    def watch_resizes(self) -> Iterator[None]:
+        """FSDP2 empties and fills storages by ``resize_``, of which no operator is told."""
+        resize = torch.UntypedStorage.resize_
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+            resize(storage, size)
+            if id(storage) in self._live:
+                self._change(self._live[id(storage)], storage.nbytes())
+            return storage
+
+        with patch.object(torch.UntypedStorage, "resize_", resize_, create=True):
+            yield
+
+    def hold(self, x: Tensor, part: str | None = None) -> None:
+        """Follow x's storage, if it is a new one, as of that part."""
+        storage = x.untyped_storage()
+        key = id(storage)  # the same object as long as any tensor has it
+        if key not in self._live:
+            held = self._live[key] = Storage(0, part or self._part())
+            self._phase = {"activations": "forward", "logits": "loss", "working": "backward"}.get(
+                held.part, self._phase
+            )
+            held.reference = weakref.ref(storage, lambda _: self._forget(key))
+            self._change(held, storage.nbytes())
+
+    def _forget(self, key: int) -> None:
+        self._change(self._live[key], 0)
+        del self._live[key]
+
+    def _change(self, storage: Storage, size: int) -> None:
+        if size < storage.bytes and self._rising:  # after a rise: is it the largest?
+            moment = self.most[self._phase]
+            if self.total > moment.total:
+                moment.total, moment.parts = self.total, [(s, s.bytes) for s in self._live.values()]
+            self._rising = False
+        self._rising |= size > storage.bytes
+        self.total += size - storage.bytes
+        storage.bytes = size
+
+    def _part(self) -> str:
+        frame = sys._getframe(3)
+        while frame is not None:
+            file, function = frame.f_code.co_filename, frame.f_code.co_name
+            if "_fully_shard" in file and function in FSDP_PARTS:
+                return FSDP_PARTS[function]
+            if file.endswith("linear_cross_entropy.py") and not self._in_backward:
+                return "logits"
+            frame = frame.f_back
+        return "working" if self._in_backward else "activations"
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(issubclass(t, FakeTensor) for t in types):  # a DTensor finding out what shape a result will have
+            return operator(*args, **kwargs)
+        if not all(t in (Tensor, torch.nn.Parameter) for t in types):
+            return NotImplemented  # a DTensor, which will ask again about its local tensors
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self._in_backward and not in_backward:
+            for storage in self._live.values():
+                storage.part = "gradients" if storage.part == "working" else storage.part
+        self._in_backward = in_backward
+        if operator in dispatch.implementations:
+            with self:
+                return dispatch.implementations[operator](*args, **kwargs)
+        out = operator(*args, **kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor) and x.is_meta:
+                self.hold(x)
+        return out
+
+
+# ---------------------------------------------------------------------------------------------------------- its result
+
+
+def count(case: Case) -> Live:
+    """Two steps, of which the second finds what the first leaves behind."""
+    live = Live()
+    with (
+        world_of(case.ranks) as world,
+        on_hopper(lambda *_: None, case.window_hides),
+        patch.object(sharding, "has_streams", lambda device: True),  # prefetch and buffers as on a GPU
+    ):
+        step = Step(case, world)
+        for part, tensors in state(step).items():
+            for x in tensors:
+                live.hold(x.to_local() if isinstance(x, DTensor) else x, part)
+        with live, live.watch_resizes():
+            step.run()
+            step.run()
+    return live
+
+
+def state(step: Step) -> dict[str, list[Tensor]]:
+    """What is there between two steps, by part."""
+    halves = getattr(step.optimizer, "low", {}).values()  # of one rank's master weights
+    moments = [x for of_one in step.optimizer.state.values() for x in of_one.values()]
+    return {
+        "parameters": [*step.model.parameters(), *halves],
+        "optimizer": moments,
+        OTHER: [*step.model.buffers(), *(x for batch in step.batches for x in (batch.tokens, batch.labels))],
+    }
+
+
+def predicted(case: Case) -> dict[str, roofline.MemoryEstimate]:
+    sizes = case.config, case.micro_batch, case.seq_len
+    if case.ranks == 1:
+        return roofline.one_rank_moments(*sizes, case.moments, case.accumulation)
+    return roofline.memory_moments(sizes[0], case.ranks, *sizes[1:], lean=True)
+
+
+@dataclass(frozen=True)
+class Row:
+    part: str
+    counted: int
+    predicted: int
+    peak: int
+
+    @property
+    def differs(self) -> bool:
+        return abs(self.counted - self.predicted) > BOUND * self.peak
+
+
+def compare(moment: Moment, estimate: roofline.MemoryEstimate) -> list[Row]:
+    """Part by part, and last their sum."""
+    counted, expected = moment.by_part(), asdict(estimate) | {OTHER: 0}
+    unknown = counted.keys() - expected.keys()
+    if unknown:
+        raise KeyError(f"parts that no prediction has: {', '.join(unknown)}")
+    rows = [Row(part, counted[part], size, moment.total) for part, size in expected.items()]
+    return [*rows, Row("sum", moment.total, estimate.total, moment.total)]
+
+
+def tables(case: Case) -> Iterator[tuple[str, list[Row]]]:
+    """(which moment, its rows): the peak of the step, and the loss."""
+    live, moments = count(case), predicted(case)
+    name, peak = max(moments.items(), key=lambda item: item[1].total)
+    yield f"the peak: {name}", compare(max(live.most.values(), key=lambda moment: moment.total), peak)
+    yield "the loss", compare(live.most["loss"], moments["loss"])
+
+
+def describe(case: Case) -> str:
+    tokens = f"{case.accumulation} x " * (case.accumulation > 1) + f"{case.micro_batch} x {case.seq_len} tokens"
+    if case.ranks == 1:
+        return f"one rank, AdamW's moments in {case.moments}, {tokens}"
+    return f"one rank of {case.ranks} under FSDP2, {tokens}"
+
+
+def print_tables(case: Case) -> bool:
+    """Whether everything is within BOUND."""
+    fine = True
+    print(f"\n{describe(case)}, {case.config.n_layers} layers, bf16: GB", flush=True)
+    for name, rows in tables(case):
+        print(f"  {name:<44}{'counted':>9}{'predicted':>11}{'difference':>12}{'of the peak':>13}")
+        for row in rows:
+            fine &= not row.differs
+            if max(row.counted, row.predicted) < 1e6:
+                continue
+            apart = row.counted - row.predicted
+            print(f"    {row.part.replace('_', ' '):<42}{row.counted / 1e9:>9.3f}{row.predicted / 1e9:>11.3f}"
+                f"{apart / 1e9:>+12.3f}{apart / row.peak:>+13.2%}{'  <- too much' * row.differs}")  # fmt: skip
+    return fine
+
+
+# --------------------------------------------------------------------------------------------------------------- cards
+
+CARDS = ("NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB", "NVIDIA H200")  # of 80, 96 and 141 GB, as they are sold
+MICRO_BATCHES = (1, 2, 4, 8)
+RANKS = 256
+
+
+def card_lines(model: MistralConfig, name: str = "mistral-7b-1gpu") -> Iterator[str]:
+    """What roofline.py predicts that a step needs, what that leaves of each card, and what the preset takes there."""
+    recipe = train.PRESETS[name]
+    seq_len, share = recipe["seq_len"], recipe["batch_tokens"] // recipe["seq_len"]
+    rooms = {card: roofline.GPUS[card].memory_bytes * (1 - roofline.RESERVED) for card in CARDS}
+    yield (
+        f"predicted by model/roofline.py, nothing measured: GB at a step's peak for {roofline.parameters(model):,} "
+        f"parameters, sequences of {seq_len}"
+    )
+    yield f"left: of the memory less {roofline.RESERVED:.0%}, reserved for CUDA, NCCL and fragments; - does not fit\n"
+    yield f"{'':<44}{'':>9}" + "".join(f"{card.removeprefix('NVIDIA '):>18}" for card in CARDS)
+    totals = (f"{roofline.GPUS[card].memory_bytes / 1e9:.1f}, left" for card in CARDS)
+    yield f"{'':<44}{'needs':>9}" + "".join(f"{total:>18}" for total in totals)
+
+    def line(what: str, estimate: roofline.MemoryEstimate) -> str:
+        left = ((room - estimate.total) / 1e9 for room in rooms.values())
+        return f"{what:<44}{estimate.total / 1e9:>9.1f}" + "".join(
+            f"{x:>18.1f}" if x >= 0 else f"{'-':>18}" for x in left
+        )
+
+    for moments in roofline.MOMENT_BYTES:
+        for accumulates in (False, True):
+            for n in MICRO_BATCHES:
+                accumulation = share // n if accumulates else 1
+                what = f"one rank, moments in {moments}, {f'{accumulation} x ' * accumulates}{n} x {seq_len}"
+                yield line(what, roofline.one_rank_memory(model, n, seq_len, moments, accumulation))
+    for n in MICRO_BATCHES:
+        estimate = roofline.memory_estimate(model, RANKS, n, seq_len, lean=True)
+        yield line(f"one rank of {RANKS}, {n} x {seq_len}", estimate)
+
+    yield f"\n{name}: {recipe['batch_tokens']:,} tokens a step, moments in {recipe['moments']}, takes on"
+    for card in CARDS:
+        memory_bytes = roofline.GPUS[card].memory_bytes
+        n = roofline.most_micro_batch(model, memory_bytes, seq_len, recipe["moments"], divides=share)
+        if not n:
+            yield f"  {card:<24} nothing: one sequence does not fit"
+            continue
+        estimate = roofline.one_rank_memory(model, n, seq_len, recipe["moments"], share // n)
+        parts = ", ".join(f"{part.replace('_', ' ')} {x / 1e9:.1f}" for part, x in asdict(estimate).items() if x)
+        yield f"  {card:<24} {share // n:>2} x {n} x {seq_len}: {estimate.total / 1e9:.1f} GB: {parts}"
+
+
+CASES = [
+    {"ranks": RANKS, "reshard": "always"},
+    *({"ranks": 1, "moments": moments} for moments in roofline.MOMENT_BYTES),
+    *({"ranks": 1, "moments": moments, "accumulation": 4} for moments in ("bf16", "8bit")),
+]
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--cards", action="store_true", help="the prediction alone, for GPUs of 80, 96 and 141 GB")
+    given = parser.parse_args(arguments)
+    model = PRESETS["mistral-7b"]
+    if given.cards:
+        print("\n".join(card_lines(model)))
+        return 0
+    print(
+        "counted: tensors of train.py's step on the meta device; predicted: model/roofline.py. No GPU, nothing measured"
+    )
+    fine = [print_tables(Case(model, 4, 4096, **case)) for case in CASES]
+    return 0 if all(fine) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
