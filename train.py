@@ -285,7 +285,7 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from halny.kernels.dispatch import set_reference_only  # noqa: E402
-from halny.model import checkpoint, roofline, sharding  # noqa: E402
+from halny.model import checkpoint, out_of_memory, roofline, sharding  # noqa: E402
 from halny.model.batches import (  # noqa: E402
     IGNORED,
     Batch,
@@ -315,10 +315,10 @@ from halny.model.loggers import PATIENCE_S, check_loggers, start_loggers  # noqa
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
 from halny.model.optimizer import ShardedAdamW, SplitAdamW, master_weights, narrow_  # noqa: E402
-from halny.model.plan import Request, answer  # noqa: E402
+from halny.model.plan import Request, Sharding, Work, answer  # noqa: E402
 from halny.model.preflight import Job, preflight  # noqa: E402
 from halny.model.prepare_data import prepare_builtin  # noqa: E402
-from halny.model.profiler import StepProfiler, ranks_to_profile, steps_to_profile  # noqa: E402
+from halny.model.profiler import StepProfiler, floors_of_run, ranks_to_profile, steps_to_profile  # noqa: E402
 from halny.model.progress import Progress, say  # noqa: E402
 from halny.model.ranks import (  # noqa: E402
     Probe,
@@ -535,7 +535,7 @@ def plan_ahead(recipe: Recipe) -> int:
         )
     request = Request(
         model_config(r), r.batch_tokens, r.seq_len, r.micro_batch, r.steps, saving_interval(r), r.gpus or "256",
-        r.gpu or "gh200-96", r.nic_gbs or 25.0, r.gpus_per_node or 4, r.shard, r.replicate, r.reshard,
+        r.gpu or "gh200-96", r.nic_gbs or 25.0, r.gpus_per_node or 4, r.shard, r.replicate, r.reshard, r.moments,
     )  # fmt: skip
     print(answer(request, r.run_dir.with_name(f"{r.run_dir.name}-plan.png")))
     return FINISHED
@@ -879,7 +879,7 @@ def train(run: Run) -> str | None:
     progress = Progress(world, run.step + 1, recipe.steps)
     probe = Probe(world.device)
     gap = Gap.of_run(plan.model, plan.layout, recipe.micro_batch, recipe.seq_len, plan.accumulation,
-        is_lean(recipe, world), DTYPES[recipe.dtype], world)  # fmt: skip
+        is_lean(recipe, world), DTYPES[recipe.dtype], world, recipe.moments)  # fmt: skip
     profiler = make_profiler(run)
     clock = time.perf_counter()
     in_flight: InFlight | None = None
@@ -972,7 +972,11 @@ def make_profiler(run: Run) -> StepProfiler:
         if first <= run.step:
             say(world, f"--profile {recipe.profile}: nothing is profiled, step {run.step} is done already")
     chosen = world.rank in ranks_to_profile(recipe.profile_ranks or "0", world.size)
-    return StepProfiler(first, last, chosen, run.folder.path / "traces", world.rank, world.device)
+    floors = None
+    if recipe.profile:
+        floors = floors_of_run(run.plan.model, run.plan.layout, recipe.micro_batch, recipe.seq_len,
+            run.plan.accumulation, is_lean(recipe, world), DTYPES[recipe.dtype], world, recipe.moments)  # fmt: skip
+    return StepProfiler(first, last, chosen, run.folder.path / "traces", world.rank, world.device, floors)
 
 
 def evaluation_is_due(run: Run) -> bool:
@@ -1121,7 +1125,7 @@ def look_before(recipe: Recipe) -> int:
     plan = agreed(resolve, recipe, world)
     r, watch = plan.recipe, Watch(world, min(recipe.deadline, 60.0), recipe.run_dir, write_failure)
     global active
-    active = Active(watch, None)
+    active = Active(watch, None, plan)
 
     def stage(what: str) -> None:
         watch.at(what, long=True)
@@ -1153,7 +1157,7 @@ def set_up(recipe: Recipe) -> Run:
     on_main(world, folder.open, None if restarted else recipe.resume)
     watch = Watch(world, recipe.deadline, folder.path, write_failure)
     global active
-    active = Active(watch, None if looking else folder)  # from here on its status.json is told how it ended
+    active = Active(watch, None if looking else folder, plan)  # from here on its status.json is told how it ended
     data = folder.path / "data"
     if corpus is None and (not (recipe.eval_only and recipe.eval_data) or on_main(world, data.exists)):
         if world.is_main and not data.exists():
@@ -1257,6 +1261,7 @@ class Active(typing.NamedTuple):
 
     watch: Watch
     folder: RunFolder | None  # None: its status is not to be touched
+    plan: Plan
 
 
 def write_failure(reason: str) -> None:
@@ -1264,6 +1269,14 @@ def write_failure(reason: str) -> None:
     if active is not None and active.folder is not None and active.folder.state() != "failed":
         with contextlib.suppress(OSError):  # a full disk may be what ended the run
             active.folder.status("failed", active.watch.done, reason)
+
+
+def explain_shortage(error: torch.OutOfMemoryError, plan: Plan) -> str:
+    """What to change, and by how much, for a run that a GPU has no memory for (model/out_of_memory.py)."""
+    r, dtype, (free, total) = plan.recipe, DTYPES[plan.recipe.dtype], torch.cuda.mem_get_info()
+    work = Work(plan.model, r.micro_batch, r.seq_len, plan.accumulation, r.kernels != "reference", r.moments)
+    return out_of_memory.explain(error, work, Sharding.of(plan.layout), r.shard * r.replicate,
+        compute_bytes=dtype.itemsize, free=free, total=total, reserved=torch.cuda.memory_reserved())  # fmt: skip
 
 
 def run_to_exit_code(recipe: Recipe) -> int:
@@ -1287,6 +1300,9 @@ def run_to_exit_code(recipe: Recipe) -> int:
             reason, speaks = active.watch.verdict("lost the connection to another rank")
             if speaks:
                 print(f"train.py: stopped: {reason}", file=sys.stderr)
+        elif isinstance(error, torch.OutOfMemoryError) and active is not None:
+            reason, speaks = f"rank {rank} on {host}: {explain_shortage(error, active.plan)}", True
+            print(f"train.py: stopped: {reason}", file=sys.stderr)
         elif isinstance(error, OSError) and error.strerror and active is not None:  # a full disk, a folder taken away
             where = error.filename or f"in {active.watch.phase}"
             reason, speaks = f"rank {rank} on {host}: {where}: {error.strerror}", True

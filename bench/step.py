@@ -262,9 +262,11 @@ class Step:
         )  # fmt: skip
         work = plan.Work(self.config, self.micro_batch, self.seq_len, lean=self.lean)
         if self.whole:
-            return profiler.floors(work, speeds, None, profiler.split_update_bytes(self.config, self.recipe.moments))
+            return profiler.floors(work, speeds, None, roofline.split_update_bytes(self.config, self.recipe.moments))
         sharding = plan.Sharding.of(self.layout)
-        return profiler.floors(work, speeds, sharding, profiler.sharded_update_bytes(self.config, sharding.shards))
+        return profiler.floors(
+            work, speeds, sharding, roofline.sharded_update_bytes(roofline.shard_numel(self.config, sharding.shards))
+        )
 
 
 def build(bench: measure.Bench, world: train.World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:

@@ -35,7 +35,7 @@ class Gap:
     @classmethod
     def of_run(
         cls, config: MistralConfig, layout: Layout, micro_batch: int, seq_len: int, accumulation: int, lean: bool,
-        dtype: torch.dtype, world: World,
+        dtype: torch.dtype, world: World, moments: str = "fp32",
     ) -> Gap:  # fmt: skip
         """Held against model/plan.py's step at the rates that it calls good, on a GPU that it knows, in bf16."""
         tokens = accumulation * micro_batch * seq_len
@@ -45,7 +45,7 @@ class Gap:
             return cls(None, tokens)
         machine, good = known[0], plan.RATES["good"]
         cluster = plan.Cluster(machine.gpu, world.size, world.node_size, machine.nvlink, NIC)
-        work = plan.Work(config, micro_batch, seq_len, accumulation, lean)
+        work = plan.Work(config, micro_batch, seq_len, accumulation, lean, moments)
         step = plan.step(work, cluster, plan.Sharding.of(layout), good)
         return cls(step, tokens, Probe.flops(world.device) / (machine.gpu.bf16_flops * good.matmul))
 

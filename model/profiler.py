@@ -207,9 +207,8 @@ def floors(
     rows = sum(roofline.memory_bound_bytes(config, 2, work.lean)) * n_layers * tokens
     copied = 0
     if sharding is not None:
-        again = 4 if sharding.gathered_again != 1 else 0
         layer = roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
-        copied = work.accumulation * n_layers * (4 + again + 6) * layer
+        copied = work.accumulation * n_layers * (4 + plan.copied_again(sharding.gathered_again) + 6) * layer
     loss = work.accumulation * roofline.head_bytes(config, work.tokens, 2, plan.CHUNK_ROWS)
     seconds = {
         "matmul": matmul_flops / speeds.matmul,
@@ -237,28 +236,13 @@ def floors_of_run(
     machine = known[0]
     work, speeds = plan.Work(config, micro_batch, seq_len, accumulation, lean), ideal_speeds(machine.gpu)
     if is_whole(world, dtype):
-        return floors(work, speeds, None, split_update_bytes(config, moments, accumulation))
+        update = roofline.split_update_bytes(config, moments, accumulation)
+        return floors(work, speeds, None, update + roofline.gradient_sum_bytes(config, moments, accumulation))
     sharding = plan.Sharding.of(layout)
     cluster = plan.Cluster(machine.gpu, world.size, world.node_size, machine.nvlink, NIC)
     exposed_s = plan.step(work, cluster, sharding, plan.RATES["ideal"]).exposed
-    return floors(work, speeds, sharding, sharded_update_bytes(config, sharding.shards), exposed_s)
-
-
-def sharded_update_bytes(config: MistralConfig, shards: int) -> float:
-    """AdamW on fp32 shards, 28 bytes a weight; the norm of the gradients and what --plan counts beside it, 8."""
-    return 36 * roofline.shard_numel(config, shards)
-
-
-def split_update_bytes(config: MistralConfig, moments: str, accumulation: int = 1) -> float:
-    """On one rank (model/optimizer.py): the update by kernels/adamw.py, and the gradients' norm, 2 bytes a weight.
-
-    Over micro batches gradients are summed, in fp32 (10 bytes a weight and addition, and 2 more wherever the sum is
-    read), or with 8bit moments in bf16 (6).
-    """
-    update = {"fp32": 26, "bf16": 18, "8bit": 14 + 4 / 256}[moments] + 2
-    if accumulation > 1:
-        update += 6 * (accumulation - 1) if moments == "8bit" else 10 * (accumulation - 1) + 4
-    return update * roofline.parameters(config)
+    update = roofline.sharded_update_bytes(roofline.shard_numel(config, sharding.shards))
+    return floors(work, speeds, sharding, update, exposed_s)
 
 
 def gaps(found: dict, least: Floors, n_steps: int = 1) -> list[dict]:

@@ -159,7 +159,11 @@ def test_the_floors_are_the_plans_step(reshard):
     expected = plan.step(work_of(layout), plan.Cluster(gpu, 256, 4, 450e9, 25e9), sharding, ideal)
     speeds = profiler.ideal_speeds(gpu)
     least = profiler.floors(
-        work_of(layout), speeds, sharding, profiler.sharded_update_bytes(config, 256), expected.exposed
+        work_of(layout),
+        speeds,
+        sharding,
+        roofline.sharded_update_bytes(roofline.shard_numel(config, 256)),
+        expected.exposed,
     ).ms
     rows = ("norm, RoPE, SwiGLU", "loss", "copies")
     assert least["matmul"] == pytest.approx(1e3 * expected.matmul)
@@ -203,7 +207,7 @@ def test_a_known_gpu_has_floors(monkeypatch, tmp_path):
     for moments, accumulation, n_bytes in (
         ("fp32", 1, 28),
         ("bf16", 1, 20),
-        ("fp32", 3, 28 + 24),
+        ("fp32", 3, 32 + 18),
         ("8bit", 3, 16 + 12),
     ):
         found = profiler.floors_of_run(config, alone, 2, 4096, accumulation, True, torch.bfloat16, one, moments).ms
