@@ -1273,10 +1273,12 @@ def write_failure(reason: str) -> None:
 
 def explain_shortage(error: torch.OutOfMemoryError, plan: Plan) -> str:
     """What to change, and by how much, for a run that a GPU has no memory for (model/out_of_memory.py)."""
-    r, dtype, (free, total) = plan.recipe, DTYPES[plan.recipe.dtype], torch.cuda.mem_get_info()
+    r, free, total, reserved = plan.recipe, None, None, None
+    if torch.cuda.is_available():
+        (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
     work = Work(plan.model, r.micro_batch, r.seq_len, plan.accumulation, r.kernels != "reference", r.moments)
     return out_of_memory.explain(error, work, Sharding.of(plan.layout), r.shard * r.replicate,
-        compute_bytes=dtype.itemsize, free=free, total=total, reserved=torch.cuda.memory_reserved())  # fmt: skip
+        compute_bytes=DTYPES[r.dtype].itemsize, free=free, total=total, reserved=reserved)  # fmt: skip
 
 
 def run_to_exit_code(recipe: Recipe) -> int:

@@ -170,6 +170,17 @@ def test_a_skipped_update_changes_nothing(moments, small, tmp_path):
     assert all(x.isfinite().all() for x in held[-1].values() if x.is_floating_point())
 
 
+def test_out_of_memory_says_what_to_change(small, tmp_path):
+    command = [*COMMAND, "--data", small, "--eval-every", 0, "--seq-len", 64]
+    failed = ranks_run(*command, cwd=tmp_path, fault=("out_of_memory", "0", "10"), codes=[train.FAILED])
+    assert "train.py: stopped: rank 0 on " in failed.err and "Traceback" not in failed.err
+    assert "out of GPU memory: 234.9 MB were asked for" in failed.err
+    assert "--micro-batch 1 instead of 2" in failed.err and "--moments bf16" in failed.err
+    assert status(tmp_path / "r")["state"] == "failed" and "--micro-batch 1" in status(tmp_path / "r")["reason"]
+    ranks_run(*command, "--micro-batch", 1, cwd=tmp_path)  # as it says
+    assert len(losses(tmp_path / "r")) == STEPS
+
+
 class Plain(torch.nn.Module):
     def __init__(self):
         super().__init__()
