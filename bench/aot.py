@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-MODULES = ("rms_norm", "rope", "swiglu", "cross_entropy")
+MODULES = ("rms_norm", "rope", "swiglu", "cross_entropy", "adamw")
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
 # Recorded on sm_90 with triton 3.9: name -> (most registers, most bytes of shared memory, global memory instructions
