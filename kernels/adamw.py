@@ -1,25 +1,34 @@
-"""AdamW for weights that live once, in two halves, with moments in fp32, bf16 or 8 bits. One pass over memory.
+"""AdamW for weights that live once, in two halves, with moments in fp32, bf16 or 8 bits: one pass over memory.
 
-    w <- w - lr wd w                                            Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101
+    w <- w - lr wd w                                     Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101
     m <- m + (1 - b1) (g - m),   v <- b2 v + (1 - b2) g^2
-    w <- w - (lr / c1) m / (sqrt(v) / c2 + eps),   c1 = 1 - b1^t,  c2 = sqrt(1 - b2^t)
+    w <- w - (lr / c1) m / (sqrt(v) / c2 + eps),   c1 = 1 - b1^t,   c2 = sqrt(1 - b2^t)
 
-**Weights.** A master weight is fp32; the model computes with it rounded to bf16. Kept apart, the two are 6 bytes a weight.
-But the master weight *is* the bf16 weight and 16 bits more: ``split`` rounds to the nearest bf16 and keeps the difference
-of the two bit patterns, -32768 .. 32767, in an int16. The model's parameters are the high halves, the optimizer's state
-the low ones, 4 bytes together, and ``join`` gives the fp32 weight back to the bit: nothing is approximated. (Split SGD:
-Kalamkar et al. 2019, https://arxiv.org/abs/1905.12322, which truncates. Rounding gives the model the better half.)
+**Weights.** A master weight is fp32, and the model computes with it rounded to bf16; kept apart, the two are 6 bytes.
+But the fp32 weight *is* the bf16 weight and 16 bits more. ``split`` rounds it to the nearest bf16 and keeps its lower
+16 bits, read as a signed number: the difference of the two bit patterns. The model's parameters are the high halves,
+the optimizer's state the low ones, together 4 bytes, and ``join`` gives the fp32 weight back to the bit: nothing is
+approximated. (Split SGD cuts the bits in two as well, but its model sees the truncated weight: Kalamkar et al. 2020,
+https://arxiv.org/abs/2005.04680.)
 
-**Stochastic rounding.** Moments change by a fraction 1 - b of themselves a step, 0.05 or 0.001; bf16's nearest neighbours
-lie 0.004 to 0.008 apart, so round-to-nearest would return the same v step after step. Adding 16 random bits below the
-last that is kept, then truncating, goes up with the probability of the remainder: right on average. The random
-bits are a hash of the element's index and two keys made of the seed: no state, equal bits for equal inputs. One hash
-serves an element, its low half for m and its high half for v.
+**Stochastic rounding.** In a step v changes by at most a few times 1 - b2 of itself, 0.05 or 0.001, while neighbours in
+bf16 lie 0.004 to 0.008 apart: rounded to nearest, v would hardly ever fall. So 16 random bits are added below the last
+bit that is kept, and the sum is truncated: up with the probability of the remainder, right on average. The bits are a
+hash of the element's index with two keys made of the seed. There is no state, and equal inputs give equal bits. One
+hash serves an element: its lower bits round m, its upper ones v.
 
-**8 bits.** A group of 256 consecutive elements of the flattened tensor shares an exponent E, of its largest element; a
-code is a small float beneath it: 4 exponent bits and 3 of mantissa with a sign for m, 4 and 4 without one for sqrt(v).
-The smallest exponent holds evenly spaced numbers down to 0, as in IEEE formats, so rounding stays unbiased to the bottom.
-The root is kept because it is what divides: it has half of v's binades. A group whose largest is inf or NaN reads as NaN.
+**8 bits.** A group of 256 consecutive elements of the flattened tensor shares an exponent, that of its largest element,
+and an element is a small float beneath it: for m a sign, 4 bits of exponent and 3 of mantissa; for sqrt(v) 4 and 4. The
+lowest exponent is that of evenly spaced numbers down to 0, as in IEEE formats, so rounding is unbiased to the bottom.
+The root, because it is what divides, and has half of v's binades: 4 and 4 bits of it are as fine as 5 and 3 of v, and
+reach further. Where the sizes of gradients in a group spread by factors of e^1.5 (a standard deviation), rounding adds
+noise of 10 to 12% to the update; one bit less of exponent and one more of mantissa would halve that at e^0.5 and triple
+it at e^1.5. (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861: blocks of 2048 scaled by their largest element, v
+itself, the nearest of a table of 256 numbers.)
+
+m and sqrt(v) are rounded apart, so m could outlive a sqrt(v) that became 0, and m / (0 + eps) would be thousands of
+steps at once. Two guards: a sqrt(v) above 0 never becomes 0 but the smallest number of its group; and the divisor is
+at least |m| times the least that sqrt(v) / |m| can be (``smallest_root``), which in exact arithmetic changes nothing.
 """
 
 import torch
@@ -27,24 +36,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halny.kernels.dispatch import AotCase, cdiv, check_floating, check_same_device, launch, runs_kernel
+from halny.kernels.dispatch import AotCase, cdiv, check_same_device, launch, runs_kernel
 
 MOMENTS = ("fp32", "bf16", "8bit")
 GROUP = 256  # elements that share one exponent in 8bit
 
-# Of a group: 2^-95, so that its smallest number, 2^-113, is no denormal of fp32; and what a group with inf or NaN gets
+# Biased, of a group: 2^-95, beneath which the smallest number is 2^-113, no denormal of fp32; and what says that the
+# largest is 2^127 or more, inf or NaN: all of such a group reads as NaN, so that it is noticed
 LOWEST_EXPONENT, NAN_EXPONENT = 32, 255
 LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 
 
-# ------------------------------------------------------------------------------------------------------------ two halves
+# ----------------------------------------------------------------------------------------------------------- two halves
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x.bfloat16()`` and what it lost: fp32 x -> (high bf16, low int16), bits of x == (bits of high << 16) + low.
 
-    Exact for every finite x. Rounds to nearest, ties away from zero. From 2^128 - 2^119 on high is inf, as in any
-    rounding to bf16, and join still gives x back. inf stays inf; a NaN becomes the quiet NaN. Raises TypeError if x is not fp32.
+    Exact for every finite x. high is rounded to nearest, ties away from zero (PyTorch's: to even); from 2^128 - 2^119
+    on it is inf, as in any rounding to bf16, and join still gives x back. inf stays inf, a NaN becomes the quiet NaN.
+    Raises TypeError if x is not fp32.
     """
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         raise TypeError(f"x must be an fp32 tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
@@ -64,7 +75,7 @@ def join(high: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
     return x if out is None else out.copy_(x)
 
 
-# --------------------------------------------------------------------------------------------------------------- moments
+# -------------------------------------------------------------------------------------------------------------- moments
 
 
 def new_moments(weight: Tensor, moments: str) -> dict[str, Tensor]:
@@ -93,7 +104,7 @@ def _dtype_of(moments: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[moments]
 
 
-# ------------------------------------------------------------------------------------------------------------- reference
+# ------------------------------------------------------------------------------------------------------------ reference
 # int32 stands for uint32: sums and products wrap alike, and >> needs a mask.
 
 
@@ -111,8 +122,10 @@ def _signed(x: int) -> int:
 
 
 def random_bits_reference(n: int, seed: int, device=None) -> Tensor:
-    """int32 [n], 32 random bits each: the hash lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/), with
-    one key before its first round and one after its second product, so that seeds do not merely permute one sequence."""
+    """int32 [n], 32 random bits each: a hash of the element's index, with a key added before and another after it.
+
+    lowbias32: Wellons 2018, https://nullprogram.com/blog/2018/07/31/
+    """
     first, second = keys_of(seed)
     index = torch.arange(n, device=device)
     x = index.int() ^ (index >> 32).int() * _signed(0x9E3779B9) ^ first
@@ -182,8 +195,12 @@ def adamw_reference_(
     high: Tensor, low: Tensor, gradient: Tensor, moments: dict[str, Tensor], scalars: Tensor,
     *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int,
 ) -> None:  # fmt: skip
-    """The definition of ``adamw_``, in plain PyTorch. The kernel gives the same bits, but for the last of sums that a
-    GPU fuses with products."""
+    """The definition of ``adamw_``, in plain PyTorch, with the same random bits.
+
+    In the interpreter the kernel gives the same to the bit. On a GPU, whose root and division are approximate and whose
+    products and sums fuse, m, v and w are within a few ulp of fp32 before they are rounded and split; so of the stored
+    bf16 and 8-bit numbers one in some ten thousand is its neighbour.
+    """
     lr, c1, c2, gradient_scale, found_inf = scalars.unbind()
     dtype = moments["exp_avg"].dtype
     random = random_bits_reference(high.numel(), seed, high.device)
@@ -195,7 +212,7 @@ def adamw_reference_(
     w = w - lr * weight_decay * w
     m = m + (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g * g
-    root = v.double().sqrt().float()  # the nearest; on a CPU PyTorch's own fp32 root is the next one now and then
+    root = v.double().sqrt().float()  # rounded to nearest, which PyTorch's fp32 root is not always on a CPU
     divisor = root
     if dtype == torch.uint8:
         divisor = torch.maximum(root, m.abs() * smallest_root(beta1, beta2))
@@ -204,7 +221,9 @@ def adamw_reference_(
     new_high, new_low = split(w)
     new = {"high": new_high, "low": new_low}
     if dtype == torch.uint8:
-        new |= _stored(m, random & 0xFFFFF, dtype, "exp_avg") | _stored(root, random >> 13 & 0x7FFFF, dtype, "exp_avg_sq")
+        new |= _stored(m, random & 0xFFFFF, dtype, "exp_avg") | _stored(
+            root, random >> 13 & 0x7FFFF, dtype, "exp_avg_sq"
+        )
     else:
         new |= _stored(m, random & 0xFFFF, dtype, "exp_avg") | _stored(v, random >> 16 & 0xFFFF, dtype, "exp_avg_sq")
     skip = found_inf != 0
@@ -213,8 +232,10 @@ def adamw_reference_(
 
 
 def smallest_root(beta1: float, beta2: float) -> float:
-    """The least that sqrt(v) / |m| can be, whatever the gradients: by Cauchy and Schwarz |m| / sqrt(v) is at most
-    (1 - b1) / sqrt(1 - b2) * sqrt(sum of (b1^2 / b2)^k). 8bit's moments, rounded apart, are held to it."""
+    """The least that sqrt(v) / |m| can be, whatever the gradients; 0 if there is no such bound.
+
+    By Cauchy and Schwarz |m| / sqrt(v) is at most (1 - b1) / sqrt(1 - b2) * sqrt(sum of (b1^2 / b2)^k).
+    """
     return max(0.0, (1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5 / (1 - beta1) if beta2 else 0.0
 
 
@@ -225,11 +246,12 @@ def add_rounded_reference_(total: Tensor, x: Tensor, *, seed: int) -> None:
     total.copy_(_to_bf16(total.float() + x.float(), random & 0xFFFF))
 
 
-# ------------------------------------------------------------------------------------------------------------ kernels
-# A program takes BLOCK consecutive elements as [BLOCK / 256, 256]. With 128 threads each has 8 of them, one after the
-# other: 16 bytes of bf16, and a group of 256 is one warp's, so that its largest is found without shared memory.
+# -------------------------------------------------------------------------------------------------------------- kernels
+# A program takes BLOCK consecutive elements, as [BLOCK / 256, 256]. Each of 128 threads has 8 in a row, 16 bytes of
+# bf16, and a group is one warp's, which finds its largest by shuffles. With fp32 moments each of 256 threads has 4, 16
+# bytes of those: with 8, values would pass through shared memory from the layout of one width to that of the other.
 
-BLOCK, NUM_WARPS = 1024, 4
+BLOCK, NUM_WARPS, NUM_WARPS_FP32 = 1024, 4, 8
 _LOWEST_EXPONENT, _NAN_EXPONENT = tl.constexpr(LOWEST_EXPONENT), tl.constexpr(NAN_EXPONENT)
 _LARGEST_BF16 = tl.constexpr(LARGEST_BF16)
 
@@ -356,7 +378,8 @@ def aot_cases() -> list[AotCase]:
             ("one_minus_beta1", "beta2", "one_minus_beta2", "eps", "weight_decay", "smallest_root"), "fp32"
         )
         constants = {"EIGHT_BITS": moments == "8bit", "BLOCK": BLOCK}
-        cases.append(AotCase(f"adamw, {moments} moments bf16", adamw_kernel, signature, constants, NUM_WARPS))
+        num_warps = NUM_WARPS_FP32 if moments == "fp32" else NUM_WARPS
+        cases.append(AotCase(f"adamw, {moments} moments bf16", adamw_kernel, signature, constants, num_warps))
     for dtype in ("bf16", "fp32"):
         signature = {"p_total": "*bf16:16", "p_x": f"*{dtype}:16", "n": "i32:16"}
         signature |= {"first_key": "i32", "second_key": "i32"}
@@ -364,24 +387,25 @@ def aot_cases() -> list[AotCase]:
     return cases
 
 
-# --------------------------------------------------------------------------------------------------- public functions
+# ----------------------------------------------------------------------------------------------------- public functions
 
 
 def adamw_(
     high: Tensor, low: Tensor, gradient: Tensor, moments: dict[str, Tensor], scalars: Tensor,
     *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int,
 ) -> None:  # fmt: skip
-    """One step of ``torch.optim.AdamW`` for one tensor whose fp32 weights are ``join(high, low)``, in place.
+    """One step of ``torch.optim.AdamW`` for one tensor, whose fp32 weights are ``join(high, low)``, in place.
 
     high bf16, low int16, gradient bf16 or fp32, all contiguous and of one shape; moments as ``new_moments`` makes them.
     scalars: fp32 [5] on their device, so that nothing is read back and nothing waits: lr, 1 - beta1^t,
-    sqrt(1 - beta2^t), what the gradient is multiplied by (the clip), and found_inf: unless that is 0 nothing is
-    changed at all. Arithmetic is fp32; with fp32 moments a step is that of AdamW(fused=True) but for the last bits.
-    Moments in bf16 and 8bit are rounded stochastically; seed (any integer) and an element's index decide how, and equal
-    inputs give equal bits. Use another seed for every tensor and step. Bytes a weight with a bf16 gradient: 26 fp32, 18 bf16,
-    14 + 4/256 8bit. No autograd: it neither records nor notices the change.
+    sqrt(1 - beta2^t), what the gradient is multiplied by (the clip), and found_inf: unless that is 0, nothing at all is
+    changed. Arithmetic is fp32; with fp32 moments a step is that of AdamW(fused=True) but for last bits. bf16 and 8bit
+    moments are rounded stochastically: seed (any integer) and an element's index decide how, and equal inputs give
+    equal bits; take another seed for every tensor and step. Bytes a weight with a bf16 gradient: 26 with fp32 moments,
+    18 with bf16, 14 + 4/256 with 8bit. No autograd: it neither records the change nor notices it.
 
-    Raises TypeError for other dtypes or an unfit moments, ValueError for shapes, strides, devices or numbers that do not fit.
+    Raises TypeError for other dtypes or a moments that is none, ValueError for shapes, strides, devices or numbers that
+    do not fit.
     """
     _check(high, low, gradient, moments, scalars, beta1, beta2, eps, weight_decay, seed)
     if high.numel() == 0:
@@ -395,15 +419,17 @@ def adamw_(
         high, low, gradient, m, v, moments.get("exp_avg_exponents", m), moments.get("exp_avg_sq_exponents", v), scalars,
         high.numel(), *keys_of(seed),
         1 - beta1, beta2, 1 - beta2, eps, weight_decay, smallest_root(beta1, beta2),
-        EIGHT_BITS=m.dtype == torch.uint8, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        EIGHT_BITS=m.dtype == torch.uint8, BLOCK=BLOCK,
+        num_warps=NUM_WARPS_FP32 if m.dtype == torch.float32 else NUM_WARPS,
     )  # fmt: skip
 
 
 def add_rounded_(total: Tensor, x: Tensor, *, seed: int) -> None:
-    """``total += x`` in fp32, rounded stochastically to total's bf16: sums lose nothing on average, however small x.
+    """``total += x`` in fp32, rounded stochastically to total's bf16: on average nothing is lost, however small x is.
 
-    For gradients over micro batches: total bf16, x bf16 or fp32, contiguous and of one shape. seed as for ``adamw_``.
-    6 bytes an element with a bf16 x. Raises TypeError for other dtypes, ValueError for shapes, strides or devices that do not fit.
+    For gradients over micro batches. total bf16, x bf16 or fp32, contiguous and of one shape; seed as for ``adamw_``.
+    6 bytes an element with a bf16 x. Raises TypeError for other dtypes, ValueError for shapes, strides or devices that
+    do not fit.
     """
     _check_tensor("total", total, (torch.bfloat16,))
     _check_tensor("x", x, (torch.bfloat16, torch.float32), total.shape)
@@ -461,7 +487,8 @@ def _check(high, low, gradient, moments, scalars, beta1, beta2, eps, weight_deca
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"{name} must be in [0, 1), got {beta!r}")
-    for name, x in (("eps", eps), ("weight_decay", weight_decay)):
-        if not x >= 0:
-            raise ValueError(f"{name} must be at least 0, got {x!r}")
+    if not eps > 0:  # 0 / (0 + 0) where a gradient has always been 0
+        raise ValueError(f"eps must be above 0, got {eps!r}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
     _check_seed(seed)
