@@ -121,13 +121,13 @@ def _signed(x: int) -> int:
     return (x & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
 
 
-def random_bits_reference(n: int, seed: int, device=None) -> Tensor:
-    """int32 [n], 32 random bits each: a hash of the element's index, with a key added before and another after it.
+def random_bits_reference(index: Tensor, seed: int) -> Tensor:
+    """32 random bits for each of the elements that index, int64, numbers: int32 of its shape.
 
-    lowbias32: Wellons 2018, https://nullprogram.com/blog/2018/07/31/
+    The hash lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/), with a key before its first product and
+    another after its second.
     """
     first, second = keys_of(seed)
-    index = torch.arange(n, device=device)
     x = index.int() ^ (index >> 32).int() * _signed(0x9E3779B9) ^ first
     x = (x ^ x >> 16 & 0xFFFF) * 0x7FEB352D
     x = (x ^ x >> 15 & 0x1FFFF) * _signed(0x846CA68B) + second
@@ -203,7 +203,7 @@ def adamw_reference_(
     """
     lr, c1, c2, gradient_scale, found_inf = scalars.unbind()
     dtype = moments["exp_avg"].dtype
-    random = random_bits_reference(high.numel(), seed, high.device)
+    random = random_bits_reference(torch.arange(high.numel(), device=high.device), seed)
     w, g = join(high, low).flatten(), gradient.float().flatten() * gradient_scale
     m, v = _read(moments, "exp_avg"), _read(moments, "exp_avg_sq")
     if dtype == torch.uint8:
@@ -242,7 +242,7 @@ def smallest_root(beta1: float, beta2: float) -> float:
 @torch.no_grad()
 def add_rounded_reference_(total: Tensor, x: Tensor, *, seed: int) -> None:
     """The definition of ``add_rounded_``, in plain PyTorch."""
-    random = random_bits_reference(total.numel(), seed, total.device).view(total.shape)
+    random = random_bits_reference(torch.arange(total.numel(), device=total.device), seed).view(total.shape)
     total.copy_(_to_bf16(total.float() + x.float(), random & 0xFFFF))
 
 
