@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-MODULES = ("rms_norm", "rope", "swiglu", "cross_entropy")
+MODULES = ("rms_norm", "rope", "swiglu", "cross_entropy", "adamw")
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
 # Recorded on sm_90 with triton 3.9: name -> (most registers, most bytes of shared memory, global memory instructions
@@ -71,6 +71,12 @@ LIMITS: dict[str, tuple[int, int, int]] = {
     "cross_entropy, loss only 131072 bf16": (64, 32, 6),
     "scale_gradient in place bf16": (32, 0, 1),
     "scale_gradient fp32": (32, 0, 1),
+    # five scalars; of four elements a thread, bf16 is 8 bytes, and of eight a code is; a group's exponents
+    "adamw, fp32 moments bf16": (32, 0, 10),
+    "adamw, bf16 moments bf16": (56, 0, 5),
+    "adamw, 8bit moments bf16": (64, 4, 13),
+    "add_rounded bf16": (32, 0, 0),
+    "add_rounded fp32": (32, 0, 0),
 }
 
 

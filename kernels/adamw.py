@@ -1,25 +1,34 @@
-"""AdamW for weights that live once, in two halves, with moments in fp32, bf16 or 8 bits. One pass over memory.
+"""AdamW for weights that live once, in two halves, with moments in fp32, bf16 or 8 bits: one pass over memory.
 
-    w <- w - lr wd w                                            Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101
+    w <- w - lr wd w                                     Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101
     m <- m + (1 - b1) (g - m),   v <- b2 v + (1 - b2) g^2
-    w <- w - (lr / c1) m / (sqrt(v) / c2 + eps),   c1 = 1 - b1^t,  c2 = sqrt(1 - b2^t)
+    w <- w - (lr / c1) m / (sqrt(v) / c2 + eps),   c1 = 1 - b1^t,   c2 = sqrt(1 - b2^t)
 
-**Weights.** A master weight is fp32; the model computes with it rounded to bf16. Kept apart, the two are 6 bytes a weight.
-But the master weight *is* the bf16 weight and 16 bits more: ``split`` rounds to the nearest bf16 and keeps the difference
-of the two bit patterns, -32768 .. 32767, in an int16. The model's parameters are the high halves, the optimizer's state
-the low ones, 4 bytes together, and ``join`` gives the fp32 weight back to the bit: nothing is approximated. (Split SGD:
-Kalamkar et al. 2019, https://arxiv.org/abs/1905.12322, which truncates. Rounding gives the model the better half.)
+**Weights.** A master weight is fp32, and the model computes with it rounded to bf16; kept apart, the two are 6 bytes.
+But the fp32 weight *is* the bf16 weight and 16 bits more. ``split`` rounds it to the nearest bf16 and keeps its lower
+16 bits, read as a signed number: the difference of the two bit patterns. The model's parameters are the high halves,
+the optimizer's state the low ones, together 4 bytes, and ``join`` gives the fp32 weight back to the bit: nothing is
+approximated. (Split SGD cuts the bits in two as well, but its model sees the truncated weight: Kalamkar et al. 2020,
+https://arxiv.org/abs/2005.04680.)
 
-**Stochastic rounding.** Moments change by a fraction 1 - b of themselves a step, 0.05 or 0.001; bf16's nearest neighbours
-lie 0.004 to 0.008 apart, so round-to-nearest would return the same v step after step. Adding 16 random bits below the
-last that is kept, then truncating, goes up with the probability of the remainder: right on average. The random
-bits are a hash of the element's index and two keys made of the seed: no state, equal bits for equal inputs. One hash
-serves an element, its low half for m and its high half for v.
+**Stochastic rounding.** In a step v changes by at most a few times 1 - b2 of itself, 0.05 or 0.001, while neighbours in
+bf16 lie 0.004 to 0.008 apart: rounded to nearest, v would hardly ever fall. So 16 random bits are added below the last
+bit that is kept, and the sum is truncated: up with the probability of the remainder, right on average. The bits are a
+hash of the element's index with two keys made of the seed. There is no state, and equal inputs give equal bits. One
+hash serves an element: its lower bits round m, its upper ones v.
 
-**8 bits.** A group of 256 consecutive elements of the flattened tensor shares an exponent E, of its largest element; a
-code is a small float beneath it: 4 exponent bits and 3 of mantissa with a sign for m, 4 and 4 without one for sqrt(v).
-The smallest exponent holds evenly spaced numbers down to 0, as in IEEE formats, so rounding stays unbiased to the bottom.
-The root is kept because it is what divides: it has half of v's binades. A group whose largest is inf or NaN reads as NaN.
+**8 bits.** A group of 256 consecutive elements of the flattened tensor shares an exponent, that of its largest element,
+and an element is a small float beneath it: for m a sign, 4 bits of exponent and 3 of mantissa; for sqrt(v) 4 and 4. The
+lowest exponent is that of evenly spaced numbers down to 0, as in IEEE formats, so rounding is unbiased to the bottom.
+The root, because it is what divides, and has half of v's binades: 4 and 4 bits of it are as fine as 5 and 3 of v, and
+reach further. Where the sizes of gradients in a group spread by factors of e^1.5 (a standard deviation), rounding adds
+noise of 10 to 12% to the update; one bit less of exponent and one more of mantissa would halve that at e^0.5 and triple
+it at e^1.5. (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861: blocks of 2048 scaled by their largest element, v
+itself, the nearest of a table of 256 numbers.)
+
+m and sqrt(v) are rounded apart, so m could outlive a sqrt(v) that became 0, and m / (0 + eps) would be thousands of
+steps at once. Two guards: a sqrt(v) above 0 never becomes 0 but the smallest number of its group; and the divisor is
+at least |m| times the least that sqrt(v) / |m| can be (``smallest_root``), which in exact arithmetic changes nothing.
 """
 
 import torch
@@ -27,29 +36,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halny.kernels.dispatch import AotCase, cdiv, check_floating, check_same_device, launch, runs_kernel
+from halny.kernels.dispatch import AotCase, cdiv, check_same_device, launch, runs_kernel
 
 MOMENTS = ("fp32", "bf16", "8bit")
 GROUP = 256  # elements that share one exponent in 8bit
 
-LOWEST_EXPONENT, NAN_EXPONENT = 32, 255  # of a group: 2^-95, so that its smallest number, 2^-113, is no denormal of fp32
+# Biased, of a group: 2^-95, beneath which the smallest number is 2^-113, no denormal of fp32; and what says that the
+# largest is 2^127 or more, inf or NaN: all of such a group reads as NaN, so that it is noticed
+LOWEST_EXPONENT, NAN_EXPONENT = 32, 255
+LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 
 
-# ------------------------------------------------------------------------------------------------------------ two halves
+# ----------------------------------------------------------------------------------------------------------- two halves
 
 
 def split(x: Tensor) -> tuple[Tensor, Tensor]:
     """``x.bfloat16()`` and what it lost: fp32 x -> (high bf16, low int16), bits of x == (bits of high << 16) + low.
 
-    Exact for every finite x. Rounds to nearest, ties away from zero. From 2^128 - 2^119 on high is inf, as in any
-    rounding to bf16, and join still gives x back. inf stays inf; a NaN becomes the quiet NaN. Raises TypeError if x is not fp32.
+    Exact for every finite x. high is rounded to nearest, ties away from zero (PyTorch's: to even); from 2^128 - 2^119
+    on it is inf, as in any rounding to bf16, and join still gives x back. inf stays inf, a NaN becomes the quiet NaN.
+    Raises TypeError if x is not fp32.
     """
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         raise TypeError(f"x must be an fp32 tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     bits = x.detach().contiguous().view(torch.int32)
     bits = torch.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
     high = (bits + 0x8000) >> 16
-    return high.to(torch.int16).view(torch.bfloat16), (bits - (high << 16)).to(torch.int16)
+    return high.to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)  # the lower 16 bits, read as a signed number
 
 
 def join(high: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
@@ -62,7 +75,7 @@ def join(high: Tensor, low: Tensor, out: Tensor | None = None) -> Tensor:
     return x if out is None else out.copy_(x)
 
 
-# --------------------------------------------------------------------------------------------------------------- moments
+# -------------------------------------------------------------------------------------------------------------- moments
 
 
 def new_moments(weight: Tensor, moments: str) -> dict[str, Tensor]:
@@ -91,7 +104,7 @@ def _dtype_of(moments: str) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "8bit": torch.uint8}[moments]
 
 
-# ------------------------------------------------------------------------------------------------------------- reference
+# ------------------------------------------------------------------------------------------------------------ reference
 # int32 stands for uint32: sums and products wrap alike, and >> needs a mask.
 
 
@@ -108,53 +121,45 @@ def _signed(x: int) -> int:
     return (x & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
 
 
-def random_bits_reference(n: int, seed: int, device=None) -> Tensor:
-    """int32 [n], 32 random bits each: the hash lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/), with
-    one key before its first round and one before its second, so that seeds do not merely permute one sequence."""
+def random_bits_reference(index: Tensor, seed: int) -> Tensor:
+    """32 random bits for each of the elements that index, int64, numbers: int32 of its shape.
+
+    The hash lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/), with a key before its first product and
+    another after its second.
+    """
     first, second = keys_of(seed)
-    index = torch.arange(n, device=device)
     x = index.int() ^ (index >> 32).int() * _signed(0x9E3779B9) ^ first
     x = (x ^ x >> 16 & 0xFFFF) * 0x7FEB352D
-    x = ((x ^ x >> 15 & 0x1FFFF) + second) * _signed(0x846CA68B)
+    x = (x ^ x >> 15 & 0x1FFFF) * _signed(0x846CA68B) + second
     return x ^ x >> 16 & 0xFFFF
 
 
 def _to_bf16(x: Tensor, random: Tensor) -> Tensor:
-    """fp32 rounded to bf16, up with the probability of the remainder: random is 0 .. 65535. Finite stays finite."""
-    bits = x.view(torch.int32)
-    magnitude = bits & 0x7FFFFFFF
-    rounded = (magnitude + random).clamp(max=0x7F7FFFFF)
-    rounded = torch.where(magnitude < 0x7F800000, rounded, torch.where(magnitude == 0x7F800000, magnitude, 0x7FC00000))
-    return ((rounded | bits & -0x80000000) >> 16).to(torch.int16).view(torch.bfloat16)
+    """fp32 that arithmetic has made, rounded to bf16: up with the probability of the remainder; random is 0 .. 65535.
+
+    From bf16's largest on it truncates, so that finite stays finite, inf inf and NaN (quiet, out of arithmetic) NaN.
+    """
+    bits = x.view(torch.int32) + torch.where(x.abs() < LARGEST_BF16, random, 0)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def _float_of(bits: Tensor) -> Tensor:
-    return bits.view(torch.float32)
-
-
-def _decode(codes: Tensor, exponents: Tensor, mantissa_bits: int) -> Tensor:
-    """Codes [groups, GROUP], without a sign, and exponents [groups] -> fp32 [groups, GROUP]."""
-    codes, exponents = codes.int(), exponents.int().clamp(min=LOWEST_EXPONENT)[:, None]
-    one = 1 << mantissa_bits
-    bits = (codes | (codes < one).int() << mantissa_bits) << 23 - mantissa_bits
-    x = _float_of(bits + (exponents - 15 << 23))
-    x = torch.where(codes < one, x - _float_of(exponents - 14 << 23), x)
-    return torch.where(exponents == NAN_EXPONENT, float("nan"), x)
+def _decode(codes: Tensor, exponents: Tensor, shift: int) -> Tensor:
+    """int16 codes [groups, GROUP], shifted to their place in fp16, and exponents [groups] -> fp32 [groups, GROUP]."""
+    exponents = exponents.int().clamp(min=LOWEST_EXPONENT)
+    power = torch.where(exponents == NAN_EXPONENT, float("nan"), (exponents << 23).view(torch.float32))
+    return (codes << shift).view(torch.float16).float() * power[:, None]
 
 
 def _encode(x: Tensor, random: Tensor, mantissa_bits: int) -> tuple[Tensor, Tensor]:
-    """x >= 0, fp32 [groups, GROUP] -> (codes int32, exponents int32 [groups]), rounded stochastically."""
-    one, dropped = 1 << mantissa_bits, 23 - mantissa_bits
-    largest = x.view(torch.int32).amax(1)
-    # up by one where the largest would round up to the next power of two
-    exponents = (largest + (1 << dropped) - 1 >> 23).clamp(LOWEST_EXPONENT, NAN_EXPONENT - 1)
-    exponents = torch.where(largest >= 0x7F800000, NAN_EXPONENT, exponents)
-    e = exponents[:, None]
-    smallest = _float_of(e - 14 << 23)  # of the numbers with a leading one
-    below = x < smallest
-    bits = torch.where(below, x + smallest, x).view(torch.int32)
-    codes = (bits + (random << dropped - 16) >> dropped) - (e - 15 + below.int() << mantissa_bits)
-    return codes.clamp(max=16 * one - 1), exponents
+    """x >= 0, fp32 [groups, GROUP] -> (codes without a sign, exponents [groups]), int32, rounded stochastically."""
+    dropped = 23 - mantissa_bits
+    # one more where the largest would round up to the next power of two
+    exponents = x.view(torch.int32).amax(1) + (1 << dropped) - 1 >> 23
+    exponents = torch.where(exponents >= NAN_EXPONENT - 1, NAN_EXPONENT, exponents.clamp(min=LOWEST_EXPONENT))
+    power = (254 - exponents << 23).view(torch.float32)[:, None]
+    # The second product brings the exponent to 15 .. 0 in fp32, where 0 is that of denormals, evenly spaced
+    bits = (x * power * 2.0**-112).view(torch.int32)
+    return bits + random >> dropped, exponents
 
 
 def _read(moments: dict[str, Tensor], name: str) -> Tensor:
@@ -165,10 +170,10 @@ def _read(moments: dict[str, Tensor], name: str) -> Tensor:
     n = stored.numel()
     codes = torch.nn.functional.pad(stored, (0, -n % GROUP)).view(-1, GROUP)
     exponents = moments[f"{name}_exponents"]
+    codes = codes.to(torch.int16)
     if name == "exp_avg_sq":
-        return _decode(codes, exponents, 4).flatten()[:n]
-    x = _decode(codes & 0x7F, exponents, 3)
-    return torch.where(codes >= 128, -x, x).flatten()[:n]
+        return _decode(codes, exponents, 6).flatten()[:n]
+    return _decode(codes & 0x7F | codes << 1 & 0x100, exponents, 7).flatten()[:n]
 
 
 def _stored(x: Tensor, random: Tensor, dtype: torch.dtype, name: str) -> dict[str, Tensor]:
@@ -181,7 +186,7 @@ def _stored(x: Tensor, random: Tensor, dtype: torch.dtype, name: str) -> dict[st
     x, random = (torch.nn.functional.pad(y, (0, -n % GROUP)).view(-1, GROUP) for y in (x, random))
     codes, exponents = _encode(x.abs(), random, 3 if signed else 4)
     # Never 0 for what is more: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
-    codes = codes | (x < 0).int() << 7 if signed else torch.maximum(codes, (x > 0).int())
+    codes = codes | x.view(torch.int32) >> 24 & 0x80 if signed else torch.maximum(codes, (x > 0).int())
     return {name: codes.to(torch.uint8).flatten()[:n], f"{name}_exponents": exponents.to(torch.uint8)}
 
 
@@ -190,11 +195,15 @@ def adamw_reference_(
     high: Tensor, low: Tensor, gradient: Tensor, moments: dict[str, Tensor], scalars: Tensor,
     *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int,
 ) -> None:  # fmt: skip
-    """The definition of ``adamw_``, in plain PyTorch. The kernel gives the same bits, but for the last of sums that a
-    GPU fuses with products."""
+    """The definition of ``adamw_``, in plain PyTorch, with the same random bits.
+
+    In the interpreter the kernel gives the same to the bit. On a GPU, whose root and division are approximate and whose
+    products and sums fuse, m, v and w are within a few ulp of fp32 before they are rounded and split; so of the stored
+    bf16 and 8-bit numbers one in some ten thousand is its neighbour.
+    """
     lr, c1, c2, gradient_scale, found_inf = scalars.unbind()
     dtype = moments["exp_avg"].dtype
-    random = random_bits_reference(high.numel(), seed, high.device)
+    random = random_bits_reference(torch.arange(high.numel(), device=high.device), seed)
     w, g = join(high, low).flatten(), gradient.float().flatten() * gradient_scale
     m, v = _read(moments, "exp_avg"), _read(moments, "exp_avg_sq")
     if dtype == torch.uint8:
@@ -203,42 +212,48 @@ def adamw_reference_(
     w = w - lr * weight_decay * w
     m = m + (1 - beta1) * (g - m)
     v = beta2 * v + (1 - beta2) * g * g
-    root = v.sqrt()
-    update = m / (root / c2 + eps)
+    root = v.double().sqrt().float()  # rounded to nearest, which PyTorch's fp32 root is not always on a CPU
+    divisor = root
     if dtype == torch.uint8:
-        bound = c2 * largest_ratio(beta1, beta2)
-        update = torch.where(update > bound, bound, torch.where(update < -bound, -bound, update))
-    w = w - lr / c1 * update
+        divisor = torch.maximum(root, m.abs() * smallest_root(beta1, beta2))
+    w = w - lr * c2 / c1 * (m / (divisor + c2 * eps))
 
     new_high, new_low = split(w)
     new = {"high": new_high, "low": new_low}
-    new |= _stored(m, random & 0xFFFF, dtype, "exp_avg")
-    new |= _stored(root if dtype == torch.uint8 else v, random >> 16 & 0xFFFF, dtype, "exp_avg_sq")
+    if dtype == torch.uint8:
+        new |= _stored(m, random & 0xFFFFF, dtype, "exp_avg") | _stored(
+            root, random >> 13 & 0x7FFFF, dtype, "exp_avg_sq"
+        )
+    else:
+        new |= _stored(m, random & 0xFFFF, dtype, "exp_avg") | _stored(v, random >> 16 & 0xFFFF, dtype, "exp_avg_sq")
     skip = found_inf != 0
     for name, old in ({"high": high, "low": low} | moments).items():
         old.copy_(torch.where(skip, old, new[name].view(old.shape)))
 
 
-def largest_ratio(beta1: float, beta2: float) -> float:
-    """The most that |m| / sqrt(v) can be, whatever the gradients, or inf: by Cauchy and Schwarz
-    (1 - b1) / sqrt(1 - b2) * sqrt(sum of (b1^2 / b2)^k). 8bit's rounded moments are held to it."""
-    if beta1**2 >= beta2:
-        return float("inf")
-    return (1 - beta1) / ((1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5
+def smallest_root(beta1: float, beta2: float) -> float:
+    """The least that sqrt(v) / |m| can be, whatever the gradients; 0 if there is no such bound.
+
+    By Cauchy and Schwarz |m| / sqrt(v) is at most (1 - b1) / sqrt(1 - b2) * sqrt(sum of (b1^2 / b2)^k).
+    """
+    return max(0.0, (1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5 / (1 - beta1) if beta2 else 0.0
 
 
 @torch.no_grad()
 def add_rounded_reference_(total: Tensor, x: Tensor, *, seed: int) -> None:
     """The definition of ``add_rounded_``, in plain PyTorch."""
-    random = random_bits_reference(total.numel(), seed, total.device).view(total.shape)
+    random = random_bits_reference(torch.arange(total.numel(), device=total.device), seed).view(total.shape)
     total.copy_(_to_bf16(total.float() + x.float(), random & 0xFFFF))
 
 
-# ------------------------------------------------------------------------------------------------------------ kernels
-# A program takes BLOCK consecutive elements as [BLOCK / 256, 256]. With 128 threads each has 8 of them, one after the
-# other: 16 bytes of bf16, and a group of 256 is one warp's, so that its largest is found without shared memory.
+# -------------------------------------------------------------------------------------------------------------- kernels
+# A program takes BLOCK consecutive elements, as [BLOCK / 256, 256]. Each of 128 threads has 8 in a row, 16 bytes of
+# bf16, and a group is one warp's, which finds its largest by shuffles. With fp32 moments each of 256 threads has 4, 16
+# bytes of those: with 8, values would pass through shared memory from the layout of one width to that of the other.
 
-BLOCK, NUM_WARPS = 1024, 4
+BLOCK, NUM_WARPS, NUM_WARPS_FP32 = 1024, 4, 8
+_LOWEST_EXPONENT, _NAN_EXPONENT = tl.constexpr(LOWEST_EXPONENT), tl.constexpr(NAN_EXPONENT)
+_LARGEST_BF16 = tl.constexpr(LARGEST_BF16)
 
 
 @triton.jit
@@ -246,61 +261,39 @@ def _random_bits(start, offsets, first, second):
     x = offsets.to(tl.uint32) + start.to(tl.uint32)
     x = x ^ ((start >> 32).to(tl.uint32) * 0x9E3779B9) ^ first.to(tl.uint32, bitcast=True)
     x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = ((x ^ (x >> 15)) + second.to(tl.uint32, bitcast=True)) * 0x846CA68B
+    x = (x ^ (x >> 15)) * 0x846CA68B + second.to(tl.uint32, bitcast=True)
     return (x ^ (x >> 16)).to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _bf16_of_bits(bits):
-    """The upper halves of int32 as bf16."""
+def _round_to_bf16(x, random):
+    bits = x.to(tl.int32, bitcast=True) + tl.where(tl.abs(x) < _LARGEST_BF16, random, 0)
     return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
-def _round_to_bf16(x, random):
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = bits & 0x7FFFFFFF
-    rounded = tl.minimum(magnitude + random, 0x7F7FFFFF)
-    rounded = tl.where(magnitude < 0x7F800000, rounded, tl.where(magnitude == 0x7F800000, magnitude, 0x7FC00000))
-    return _bf16_of_bits(rounded | (bits & -0x80000000))
+def _decoded(codes, exponents, SHIFT: tl.constexpr):
+    exponents = tl.maximum(exponents.to(tl.int32), _LOWEST_EXPONENT)
+    power = (exponents << 23) | tl.where(exponents == _NAN_EXPONENT, 1, 0)
+    return (codes << SHIFT).to(tl.float16, bitcast=True).to(tl.float32) * power.to(tl.float32, bitcast=True)[:, None]
 
 
 @triton.jit
-def _float(bits):
-    return bits.to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _decoded(codes, exponents, MANTISSA_BITS: tl.constexpr, LOWEST: tl.constexpr):
-    one: tl.constexpr = 1 << MANTISSA_BITS
-    e = tl.maximum(exponents.to(tl.int32), LOWEST)[:, None]
-    bits = (codes | tl.where(codes < one, one, 0)) << (23 - MANTISSA_BITS)
-    x = _float(bits + ((e - 15) << 23))
-    x = x - tl.where(codes < one, _float((e - 14) << 23), 0.0)
-    return tl.where(e == 255, float("nan"), x)
-
-
-@triton.jit
-def _encoded(x, random, MANTISSA_BITS: tl.constexpr, LOWEST: tl.constexpr):
-    one: tl.constexpr = 1 << MANTISSA_BITS
-    dropped: tl.constexpr = 23 - MANTISSA_BITS
-    largest = tl.max(x.to(tl.int32, bitcast=True), 1)
-    exponents = tl.minimum(tl.maximum((largest + ((1 << dropped) - 1)) >> dropped >> MANTISSA_BITS, LOWEST), 254)
-    exponents = tl.where(largest >= 0x7F800000, 255, exponents)
-    e = exponents[:, None]
-    smallest = _float((e - 14) << 23)
-    below = x < smallest
-    bits = (x + tl.where(below, smallest, 0.0)).to(tl.int32, bitcast=True)
-    codes = ((bits + (random << (dropped - 16))) >> dropped) - ((e - 15 + below.to(tl.int32)) << MANTISSA_BITS)
-    return tl.minimum(codes, 16 * one - 1), exponents
+def _encoded(x, random, MANTISSA_BITS: tl.constexpr):
+    DROPPED: tl.constexpr = 23 - MANTISSA_BITS
+    exponents = (tl.max(x.to(tl.int32, bitcast=True), 1) + ((1 << DROPPED) - 1)) >> 23
+    exponents = tl.where(exponents >= _NAN_EXPONENT - 1, _NAN_EXPONENT, tl.maximum(exponents, _LOWEST_EXPONENT))
+    power = ((254 - exponents) << 23).to(tl.float32, bitcast=True)[:, None]
+    bits = (x * power * 1.925929944387236e-34).to(tl.int32, bitcast=True)  # 2^-112
+    return (bits + random) >> DROPPED, exponents
 
 
 @triton.jit(do_not_specialize=["first_key", "second_key"])
 def adamw_kernel(
     p_high, p_low, p_gradient, p_m, p_v, p_m_exponents, p_v_exponents, p_scalars,
     n, first_key, second_key,
-    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, largest_ratio,
-    EIGHT_BITS: tl.constexpr, LOWEST: tl.constexpr, BLOCK: tl.constexpr,
+    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, smallest_root,
+    EIGHT_BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(p_scalars + 4) == 0.0:
         lr = tl.load(p_scalars)
@@ -316,17 +309,16 @@ def adamw_kernel(
         b_high = tl.load(p_high + start + offsets, mask=mask, other=0.0).to(tl.int16, bitcast=True)
         b_low = tl.load(p_low + start + offsets, mask=mask, other=0)
         b_g = tl.load(p_gradient + start + offsets, mask=mask, other=0.0).to(tl.float32) * gradient_scale
-        b_w = _float((b_high.to(tl.int32) << 16) + b_low.to(tl.int32))
+        b_w = ((b_high.to(tl.int32) << 16) + b_low.to(tl.int32)).to(tl.float32, bitcast=True)
         if EIGHT_BITS:
             groups = start // 256 + tl.arange(0, ROWS)
             group_mask = groups * 256 < n
-            b_codes = tl.load(p_m + start + offsets, mask=mask, other=0).to(tl.int32)
+            b_codes = tl.load(p_m + start + offsets, mask=mask, other=0).to(tl.int16)
             b_exponents = tl.load(p_m_exponents + groups, mask=group_mask, other=0)
-            b_m = _decoded(b_codes & 0x7F, b_exponents, 3, LOWEST)
-            b_m = tl.where(b_codes >= 128, -b_m, b_m)
-            b_codes = tl.load(p_v + start + offsets, mask=mask, other=0).to(tl.int32)
+            b_m = _decoded((b_codes & 0x7F) | ((b_codes << 1) & 0x100), b_exponents, 7)
+            b_codes = tl.load(p_v + start + offsets, mask=mask, other=0).to(tl.int16)
             b_exponents = tl.load(p_v_exponents + groups, mask=group_mask, other=0)
-            b_v = _decoded(b_codes, b_exponents, 4, LOWEST)
+            b_v = _decoded(b_codes, b_exponents, 6)
             b_v = b_v * b_v
         else:
             b_m = tl.load(p_m + start + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -335,26 +327,25 @@ def adamw_kernel(
         b_w = b_w - lr * weight_decay * b_w
         b_m = b_m + one_minus_beta1 * (b_g - b_m)
         b_v = beta2 * b_v + one_minus_beta2 * b_g * b_g
-        b_root = tl.sqrt_rn(b_v)
-        b_update = tl.div_rn(b_m, tl.div_rn(b_root, c2) + eps)
+        b_root = tl.sqrt(b_v)
+        b_divisor = b_root
         if EIGHT_BITS:
-            bound = c2 * largest_ratio
-            b_update = tl.where(b_update > bound, bound, tl.where(b_update < -bound, -bound, b_update))
-        b_w = b_w - tl.div_rn(lr, c1) * b_update
+            b_divisor = tl.maximum(b_root, tl.abs(b_m) * smallest_root, propagate_nan=tl.PropagateNan.ALL)
+        b_w = b_w - lr * c2 / c1 * (b_m / (b_divisor + c2 * eps))
 
         bits = b_w.to(tl.int32, bitcast=True)
-        bits = tl.where((bits & 0x7FFFFFFF) > 0x7F800000, 0x7FC00000, bits)
+        bits = tl.where(b_w == b_w, bits, 0x7FC00000)
         high = (bits + 0x8000) >> 16
         tl.store(p_high + start + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
-        tl.store(p_low + start + offsets, (bits - (high << 16)).to(tl.int16), mask=mask)
+        tl.store(p_low + start + offsets, bits.to(tl.int16), mask=mask)
         if EIGHT_BITS:
-            b_codes, b_exponents = _encoded(tl.abs(b_m), b_random & 0xFFFF, 3, LOWEST)
-            b_codes = b_codes | tl.where(b_m < 0, 128, 0)
+            b_codes, b_exponents = _encoded(tl.abs(b_m), b_random & 0xFFFFF, 3)
+            b_codes = b_codes | ((b_m.to(tl.int32, bitcast=True) >> 24) & 0x80)
             tl.store(p_m + start + offsets, b_codes.to(tl.uint8), mask=mask)
             tl.store(p_m_exponents + groups, b_exponents.to(tl.uint8), mask=group_mask)
-            b_codes, b_exponents = _encoded(b_root, (b_random >> 16) & 0xFFFF, 4, LOWEST)
+            b_codes, b_exponents = _encoded(tl.abs(b_root), (b_random >> 13) & 0x7FFFF, 4)
             # Never 0 for what is more: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
-            b_codes = tl.where((b_codes == 0) & (b_root > 0), 1, b_codes)
+            b_codes = tl.maximum(b_codes, tl.minimum(b_root.to(tl.int32, bitcast=True), 1))
             tl.store(p_v + start + offsets, b_codes.to(tl.uint8), mask=mask)
             tl.store(p_v_exponents + groups, b_exponents.to(tl.uint8), mask=group_mask)
         elif p_m.dtype.element_ty == tl.float32:
@@ -376,24 +367,45 @@ def add_rounded_kernel(p_total, p_x, n, first_key, second_key, BLOCK: tl.constex
     tl.store(p_total + start + offsets, _round_to_bf16(b_sum, b_random & 0xFFFF), mask=mask)
 
 
-# --------------------------------------------------------------------------------------------------- public functions
+def aot_cases() -> list[AotCase]:
+    """Every format of the moments with a bf16 gradient, and the sum of gradients."""
+    cases = []
+    for moments, dtype in (("fp32", "fp32"), ("bf16", "bf16"), ("8bit", "u8")):
+        signature = dict.fromkeys(("p_high", "p_gradient"), "*bf16:16") | {"p_low": "*i16:16", "p_scalars": "*fp32:16"}
+        signature |= dict.fromkeys(("p_m", "p_v", "p_m_exponents", "p_v_exponents"), f"*{dtype}:16")
+        signature |= {"n": "i32:16", "first_key": "i32", "second_key": "i32"}
+        signature |= dict.fromkeys(
+            ("one_minus_beta1", "beta2", "one_minus_beta2", "eps", "weight_decay", "smallest_root"), "fp32"
+        )
+        constants = {"EIGHT_BITS": moments == "8bit", "BLOCK": BLOCK}
+        num_warps = NUM_WARPS_FP32 if moments == "fp32" else NUM_WARPS
+        cases.append(AotCase(f"adamw, {moments} moments bf16", adamw_kernel, signature, constants, num_warps))
+    for dtype in ("bf16", "fp32"):
+        signature = {"p_total": "*bf16:16", "p_x": f"*{dtype}:16", "n": "i32:16"}
+        signature |= {"first_key": "i32", "second_key": "i32"}
+        cases.append(AotCase(f"add_rounded {dtype}", add_rounded_kernel, signature, {"BLOCK": BLOCK}, NUM_WARPS))
+    return cases
+
+
+# ----------------------------------------------------------------------------------------------------- public functions
 
 
 def adamw_(
     high: Tensor, low: Tensor, gradient: Tensor, moments: dict[str, Tensor], scalars: Tensor,
     *, beta1: float, beta2: float, eps: float, weight_decay: float, seed: int,
 ) -> None:  # fmt: skip
-    """One step of ``torch.optim.AdamW`` for one tensor whose fp32 weights are ``join(high, low)``, in place.
+    """One step of ``torch.optim.AdamW`` for one tensor, whose fp32 weights are ``join(high, low)``, in place.
 
     high bf16, low int16, gradient bf16 or fp32, all contiguous and of one shape; moments as ``new_moments`` makes them.
     scalars: fp32 [5] on their device, so that nothing is read back and nothing waits: lr, 1 - beta1^t,
-    sqrt(1 - beta2^t), what the gradient is multiplied by (the clip), and found_inf: unless that is 0 nothing is
-    changed at all. Arithmetic is fp32; with fp32 moments a step is that of AdamW(fused=True) but for the last bits.
-    Moments in bf16 and 8bit are rounded stochastically; seed (any integer) and an element's index decide how, and equal
-    inputs give equal bits. Use another seed for every tensor and step. Bytes a weight with a bf16 gradient: 26 fp32, 18 bf16,
-    14 + 4/256 8bit. No autograd: it neither records nor notices the change.
+    sqrt(1 - beta2^t), what the gradient is multiplied by (the clip), and found_inf: unless that is 0, nothing at all is
+    changed. Arithmetic is fp32; with fp32 moments a step is that of AdamW(fused=True) but for last bits. bf16 and 8bit
+    moments are rounded stochastically: seed (any integer) and an element's index decide how, and equal inputs give
+    equal bits; take another seed for every tensor and step. Bytes a weight with a bf16 gradient: 26 with fp32 moments,
+    18 with bf16, 14 + 4/256 with 8bit. No autograd: it neither records the change nor notices it.
 
-    Raises TypeError for other dtypes or an unfit moments, ValueError for shapes, strides, devices or numbers that do not fit.
+    Raises TypeError for other dtypes or a moments that is none, ValueError for shapes, strides, devices or numbers that
+    do not fit.
     """
     _check(high, low, gradient, moments, scalars, beta1, beta2, eps, weight_decay, seed)
     if high.numel() == 0:
@@ -406,16 +418,18 @@ def adamw_(
         adamw_kernel, (cdiv(high.numel(), BLOCK),),
         high, low, gradient, m, v, moments.get("exp_avg_exponents", m), moments.get("exp_avg_sq_exponents", v), scalars,
         high.numel(), *keys_of(seed),
-        1 - beta1, beta2, 1 - beta2, eps, weight_decay, largest_ratio(beta1, beta2),
-        EIGHT_BITS=m.dtype == torch.uint8, LOWEST=LOWEST_EXPONENT, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        1 - beta1, beta2, 1 - beta2, eps, weight_decay, smallest_root(beta1, beta2),
+        EIGHT_BITS=m.dtype == torch.uint8, BLOCK=BLOCK,
+        num_warps=NUM_WARPS_FP32 if m.dtype == torch.float32 else NUM_WARPS,
     )  # fmt: skip
 
 
 def add_rounded_(total: Tensor, x: Tensor, *, seed: int) -> None:
-    """``total += x`` in fp32, rounded stochastically to total's bf16: sums lose nothing on average, however small x.
+    """``total += x`` in fp32, rounded stochastically to total's bf16: on average nothing is lost, however small x is.
 
-    For gradients over micro batches: total bf16, x bf16 or fp32, contiguous and of one shape. seed as for ``adamw_``.
-    6 bytes an element with a bf16 x. Raises TypeError for other dtypes, ValueError for shapes, strides or devices that do not fit.
+    For gradients over micro batches. total bf16, x bf16 or fp32, contiguous and of one shape; seed as for ``adamw_``.
+    6 bytes an element with a bf16 x. Raises TypeError for other dtypes, ValueError for shapes, strides or devices that
+    do not fit.
     """
     _check_tensor("total", total, (torch.bfloat16,))
     _check_tensor("x", x, (torch.bfloat16, torch.float32), total.shape)
@@ -473,7 +487,8 @@ def _check(high, low, gradient, moments, scalars, beta1, beta2, eps, weight_deca
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
             raise ValueError(f"{name} must be in [0, 1), got {beta!r}")
-    for name, x in (("eps", eps), ("weight_decay", weight_decay)):
-        if not x >= 0:
-            raise ValueError(f"{name} must be at least 0, got {x!r}")
+    if not eps > 0:  # 0 / (0 + 0) where a gradient has always been 0
+        raise ValueError(f"eps must be above 0, got {eps!r}")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
     _check_seed(seed)

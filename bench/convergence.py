@@ -1,0 +1,316 @@
+"""Does the low-memory optimizer learn as fp32 AdamW does? A small Mistral in bf16, trained by each, side by side.
+
+    python bench/convergence.py [--steps 400] [--seeds 3] [--beta2 0.95]    a quarter of an hour on a CPU core
+
+Same data in the same order, same fresh weights, same clipping and schedule; only what is kept between steps differs:
+
+    fp32 AdamW          torch.optim.AdamW(fused=True) on fp32 master weights, copied to the bf16 model every step
+    fp32, bf16, 8bit    kernels/adamw.py: the master weight's upper half *is* the model's, moments in that format
+    bf16, nearest       torch.optim.AdamW on the bf16 model: weights and moments rounded to nearest. What one must not
+                        do, here to show that the comparison can tell
+
+Every optimizer runs with every seed (of fresh weights, order of samples and rounding), so a difference to fp32 AdamW is
+taken at the same seed, and held against the spread of fp32 AdamW between seeds. Runs that differ in one bit drift apart
+as far as chance takes them: "fp32", whose arithmetic is AdamW's but for last bits, shows how far that is.
+
+The text is the built-in corpus with Mistral's tokenizer; ids that never occur in it are taken out of the vocabulary,
+which leaves the many rare tokens, whose embeddings see a gradient once in a while: the hard case for coarse moments.
+"""
+# ruff: noqa: E402  imports follow the change of sys.path
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import train
+from bench import measure
+from halny.kernels import adamw
+from halny.model import roofline
+from halny.model.batches import IGNORED, Corpus, Rows, read_in_turn, sample_order, step_numbers
+from halny.model.mistral import Mistral, MistralConfig
+from halny.model.prepare_data import prepare_builtin
+
+SEQ_LEN, SAMPLES_A_STEP = 128, 8
+EVALUATIONS = 16  # over a run, the last of them at its end
+BETA1, EPS, WEIGHT_DECAY, CLIP = 0.9, 1e-8, 0.1, 1.0
+SIZES = dict(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=192, window=64, max_seq_len=1024)
+
+# ---------------------------------------------------------------------------------------------------------------- data
+
+
+class Text:
+    """The built-in corpus on a device, cut into rows of SEQ_LEN; its ids renumbered without gaps."""
+
+    def __init__(self, device: torch.device):
+        with tempfile.TemporaryDirectory() as folder:
+            prepare_builtin(Path(folder) / "data")
+            corpus = Corpus([str(Path(folder) / "data")], SEQ_LEN)
+            splits = [whole(corpus.train), whole(corpus.held_out)]
+        ids = torch.cat([x.flatten() for split in splits for x in split]).unique()
+        ids = ids[ids != IGNORED]
+        renumbered = torch.empty(corpus.vocab_size, dtype=torch.int64)
+        renumbered[ids] = torch.arange(len(ids))
+        self.vocab_size = len(ids)
+        self.train, self.held_out = (
+            tuple(torch.where(x == IGNORED, IGNORED, renumbered[x.clamp(min=0)]).to(device) for x in split)
+            for split in splits
+        )
+
+    def batch(self, step: int, seed: int) -> tuple[Tensor, Tensor]:
+        """(tokens, labels) of a step, in train.py's order of samples."""
+        tokens, labels = self.train
+        rows = sample_order(step_numbers(step, SAMPLES_A_STEP), len(tokens), seed)
+        return tokens[rows], labels[rows]
+
+
+def whole(rows: list[Rows]) -> tuple[Tensor, Tensor]:
+    return read_in_turn(rows, np.arange(sum(map(len, rows))))[:2]
+
+
+# ---------------------------------------------------------------------------------------------------------- optimizers
+# Each takes the model's fp32 weights, puts bf16 ones in their place, and has a step(scale, lr, seed) that reads the
+# bf16 gradients, times the scale of the clip, a tensor.
+
+
+class Torch:
+    """torch.optim.AdamW on fp32 master weights, or, ``nearest``, on the bf16 ones themselves."""
+
+    def __init__(self, model: Mistral, beta2: float, nearest: bool):
+        self.weights = list(model.parameters())
+        self.masters = self.weights if nearest else [p.detach().clone() for p in self.weights]
+        for p in self.weights:
+            p.data = p.data.bfloat16()
+        groups = [
+            {"params": [p for p in self.masters if p.ndim >= 2], "weight_decay": WEIGHT_DECAY},
+            {"params": [p for p in self.masters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.adamw = torch.optim.AdamW(groups, betas=(BETA1, beta2), eps=EPS, fused=True)
+
+    def step(self, scale: Tensor, lr: float, seed: int) -> None:
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            master.grad = (weight.grad.float() * scale).to(master.dtype)
+        for group in self.adamw.param_groups:
+            group["lr"] = lr
+        self.adamw.step()
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            weight.data.copy_(master)
+
+
+class Halves:
+    """adamw_ on the model's weights and their lower halves."""
+
+    def __init__(self, model: Mistral, beta2: float, moments: str):
+        self.weights, self.lows, self.beta2, self.steps = list(model.parameters()), [], beta2, 0
+        for p in self.weights:
+            high, low = adamw.split(p.data)
+            p.data = high
+            self.lows.append(low)
+        self.moments = [adamw.new_moments(p, moments) for p in self.weights]
+
+    def step(self, scale: Tensor, lr: float, seed: int) -> None:
+        self.steps += 1
+        corrections = [1 - BETA1**self.steps, math.sqrt(1 - self.beta2**self.steps)]
+        scalars = torch.tensor([lr, *corrections, 1.0, 0.0]).to(scale.device)
+        scalars[3] = scale
+        for i, (weight, low, moments) in enumerate(zip(self.weights, self.lows, self.moments, strict=True)):
+            decay = WEIGHT_DECAY if weight.ndim >= 2 else 0.0
+            settings = dict(beta1=BETA1, beta2=self.beta2, eps=EPS, weight_decay=decay)
+            rounding = (seed << 40) + (self.steps << 12) + i
+            adamw.adamw_(weight.data, low, weight.grad, moments, scalars, **settings, seed=rounding)
+
+
+OPTIMIZERS: dict[str, Callable] = {
+    "fp32 AdamW": lambda model, beta2: Torch(model, beta2, nearest=False),
+    "fp32": lambda model, beta2: Halves(model, beta2, "fp32"),
+    "bf16": lambda model, beta2: Halves(model, beta2, "bf16"),
+    "8bit": lambda model, beta2: Halves(model, beta2, "8bit"),
+    "bf16, nearest": lambda model, beta2: Torch(model, beta2, nearest=True),
+}
+
+# ------------------------------------------------------------------------------------------------------------- one run
+
+
+@torch.no_grad()
+def held_out_loss(model: Mistral, text: Text) -> float:
+    parts = [model(*pair) for pair in zip(*(x.split(64) for x in text.held_out), strict=True)]
+    return (sum(p.loss.double() for p in parts) / sum(p.n_tokens for p in parts)).item()
+
+
+def run(name: str, text: Text, steps: int, seed: int, beta2: float, lr: float) -> dict:
+    """Train one model: {"losses": of every step, "held_out": [[step, loss], ...]}."""
+    recipe = train.Recipe(steps=steps, lr=lr, min_lr=lr / 10, warmup_steps=max(1, steps // 10))
+    model = Mistral(MistralConfig(vocab_size=text.vocab_size, **SIZES)).to(text.train[0].device)
+    model.init_weights(seed)
+    optimizer = OPTIMIZERS[name](model, beta2)
+    losses, held_out = [], []
+    for step in range(1, steps + 1):
+        result = model(*text.batch(step, seed))
+        (result.loss / result.n_tokens).backward()
+        norm = torch.nn.utils.get_total_norm([p.grad.float() for p in model.parameters()])
+        optimizer.step((CLIP / norm).clamp(max=1.0), train.learning_rate(recipe, step), seed)
+        model.zero_grad()
+        losses.append((result.loss.detach() / result.n_tokens).item())
+        if step * EVALUATIONS // steps > (step - 1) * EVALUATIONS // steps:
+            held_out.append([step, held_out_loss(model, text)])
+    return {"optimizer": name, "seed": seed, "losses": losses, "held_out": held_out}
+
+
+# -------------------------------------------------------------------------------------------------------- what it says
+
+
+def summary(runs: list[dict]) -> list[dict]:
+    """Of each optimizer: final held-out loss, mean over seeds, and its difference to fp32 AdamW at the same seed.
+
+    "spread" is the sample standard deviation between seeds, of the loss, and of the difference; 0 with one seed.
+    """
+    final = {(r["optimizer"], r["seed"]): r["held_out"][-1][1] for r in runs}
+    seeds = sorted({seed for _, seed in final})
+    rows = []
+    for name in OPTIMIZERS:
+        losses = [final[name, seed] for seed in seeds]
+        differences = [final[name, seed] - final["fp32 AdamW", seed] for seed in seeds]
+        spreads = [statistics.stdev(x) if len(x) > 1 else 0.0 for x in (losses, differences)]
+        rows.append({
+            "optimizer": name, "held_out_loss": statistics.mean(losses), "spread": spreads[0],
+            "difference": statistics.mean(differences), "spread_of_difference": spreads[1],
+        })  # fmt: skip
+    return rows
+
+
+def table(rows: list[dict], n_weights: int) -> str:
+    lines = [f"{'optimizer':15}{'bytes a weight':>15}{'held-out loss':>15}{'+-':>9}{'difference':>12}{'+-':>9}"]
+    for row in rows:
+        name = row["optimizer"]
+        moments = adamw.moment_bytes(n_weights, name) / n_weights if name in adamw.MOMENTS else None
+        held = {"fp32 AdamW": 4 + 2 + 8, "bf16, nearest": 2 + 4}.get(name) or 4 + moments
+        lines.append(
+            f"{name:15}{held:15.2f}{row['held_out_loss']:15.4f}{row['spread']:9.4f}"
+            f"{row['difference']:12.4f}{row['spread_of_difference']:9.4f}"
+        )
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: Path) -> None:
+    """Training loss, smoothed, and the held-out loss less that of fp32 AdamW at the same seed."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # not pyplot: no display, no global state
+
+    figure = Figure(figsize=(13, 4.8), layout="constrained", facecolor="white")
+    left, right = figure.subplots(1, 2)
+    by_name = {name: [r for r in result["runs"] if r["optimizer"] == name] for name in OPTIMIZERS}
+    baseline = [dict(r["held_out"]) for r in by_name["fp32 AdamW"]]
+    at = sorted(baseline[0])
+    for i, (name, runs) in enumerate(by_name.items()):
+        color = "black" if i == 0 else colormaps["tab10"](i)
+        losses = np.mean([r["losses"] for r in runs], axis=0)
+        width = max(1, len(losses) // 40)
+        smooth = np.convolve(losses, np.ones(width) / width, mode="valid")
+        left.plot(np.arange(width, len(losses) + 1), smooth, color=color, linewidth=1.2, label=name)
+        if i:
+            differences = np.array([
+                [dict(r["held_out"])[s] - b[s] for s in at] for r, b in zip(runs, baseline, strict=True)
+            ])  # fmt: skip
+            right.plot(at, differences.mean(0), "o-", color=color, linewidth=1.2, markersize=3, label=name)
+            right.plot(at, differences.T, color=color, linewidth=0.5, alpha=0.4)
+    if len(baseline) > 1:
+        spread = np.array([np.std([b[s] for b in baseline], ddof=1) for s in at])
+        right.fill_between(at, -spread, spread, color="black", alpha=0.1, label="fp32 AdamW between seeds")
+    left.set(title="training loss (mean of seeds, smoothed)", xlabel="step")
+    right.set(title="held-out loss less fp32 AdamW's, same seed", xlabel="step")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False)
+    about, machine = result["setting"], result["machine"]
+    figure.suptitle(
+        f"{about['weights']:,} weights, bf16, {about['steps']} steps of {SAMPLES_A_STEP} x {SEQ_LEN} tokens, "
+        f"beta2 {about['beta2']}, {about['seeds']} seeds; {machine['device']}, torch {machine['versions']['torch']}",
+        fontsize=10,
+    )
+    partial = path.with_name(f".{path.stem}.partial.png")
+    figure.savefig(partial, dpi=110)
+    partial.replace(path)
+
+
+def positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
+    return int(text)
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--steps", type=positive, default=400, help="optimizer steps of each run [400]")
+    parser.add_argument("--seeds", type=positive, default=3, help="runs of each optimizer [3]")
+    parser.add_argument("--beta2", type=float, default=0.95, help="AdamW's; 0.999 is where coarse moments stall [0.95]")
+    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate [2e-3]")
+    parser.add_argument("--out", type=Path, help="folder of the JSON file [bench/results/DATE-DEVICE]")
+    parser.add_argument("--png", type=Path, metavar="FILE", help="the curves [beside the JSON file]")
+    given = parser.parse_args(arguments)
+    if not 0 <= given.beta2 < 1 or not 0 < given.lr < 1:
+        parser.error(f"--beta2 must be in [0, 1) and --lr between 0 and 1, got {given.beta2} and {given.lr}")
+
+    if torch.cuda.is_available():
+        bench = measure.bench_on(smoke=False)
+        folder = measure.results_folder(bench)
+    else:
+        torch.set_num_threads(1)  # tensors this small are no faster with two, and the same bits on any machine's cores
+        bench = measure.Bench(torch.device("cpu"), False, 0)
+        folder = measure.ROOT / "bench" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-cpu"
+    name = "convergence" if given.beta2 == 0.95 else f"convergence-beta2-{given.beta2:g}"
+    path = (given.out or folder) / f"{name}.json"
+    png = given.png or path.with_suffix(".png")
+    machine, text = measure.machine(bench), Text(bench.device)
+    model = MistralConfig(vocab_size=text.vocab_size, **SIZES)
+    n_weights = roofline.parameters(model)
+    setting = dict(
+        steps=given.steps, seeds=given.seeds, beta1=BETA1, beta2=given.beta2, eps=EPS, lr=given.lr, clip=CLIP,
+        weight_decay=WEIGHT_DECAY, seq_len=SEQ_LEN, samples_a_step=SAMPLES_A_STEP, model=asdict(model),
+        weights=n_weights, train_tokens=text.train[0].numel(), held_out_tokens=text.held_out[0].numel(),
+        threads=torch.get_num_threads(),
+    )  # fmt: skip
+    print(
+        f"{machine['device']}, torch {machine['versions']['torch']}; {n_weights:,} weights, vocabulary "
+        f"{text.vocab_size:,}, {given.steps} steps of {SAMPLES_A_STEP} x {SEQ_LEN} tokens, beta2 {given.beta2}",
+        flush=True,
+    )
+    runs, started = [], time.monotonic()
+    todo = [(seed, name) for seed in range(given.seeds) for name in OPTIMIZERS]
+    for i, (seed, optimizer) in enumerate(todo, start=1):
+        runs.append(run(optimizer, text, given.steps, seed, given.beta2, given.lr))
+        minutes = (time.monotonic() - started) / i * (len(todo) - i) / 60
+        print(
+            f"{i:3} of {len(todo)}: {optimizer:15} seed {seed}: training loss "
+            f"{statistics.mean(runs[-1]['losses'][-20:]):.4f}, held out {runs[-1]['held_out'][-1][1]:.4f}; "
+            f"{minutes:.0f} min left",
+            flush=True,
+        )
+    rows = summary(runs)
+    result = {"format": 1, "kind": "convergence", "smoke": False, "machine": machine, "setting": setting}
+    measure.write_json(path, result | {"summary": rows, "runs": runs})
+    png.parent.mkdir(parents=True, exist_ok=True)
+    plot(result | {"runs": runs}, png)
+    print(f"{path} and {png}")
+    print(table(rows, n_weights))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
