@@ -241,7 +241,7 @@ def linear_cross_entropy(
     check_floating("hidden", hidden)
     check_floating("weight", weight)
     device = hidden.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         narrow = torch.get_autocast_dtype(device)
         hidden, weight = (x if x.dtype == torch.float64 else x.to(narrow) for x in (hidden, weight))
     if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:

@@ -145,12 +145,12 @@ def rms_norm_backward_kernel(
         b_x = tl.load(x_ptr + i_row[:, None] * x_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
         b_dy = tl.load(dy_ptr + i_row[:, None] * dy_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
         b_rstd = tl.load(rstd_ptr + i_row, mask=m_row, other=0.0)[:, None]
-        if REMAKE:  # here and not further down, where it costs 20 registers more
+        if NEEDS_DW:
+            b_dw += b_dy * (b_x * b_rstd)
+        if REMAKE:  # here: above dw or below dx it costs registers, in triton 3.6 or 3.9
             b_x_hat = (b_x * b_rstd).to(y_ptr.dtype.element_ty).to(tl.float32)
             p_y = y_ptr + i_row[:, None] * N + i_column[None, :]
             tl.store(p_y, (b_x_hat * b_weight).to(y_ptr.dtype.element_ty), mask=m)
-        if NEEDS_DW:
-            b_dw += b_dy * (b_x * b_rstd)
         if NEEDS_DX:
             b_g = b_dy * b_weight
             # mean(g x-hat) rstd^2, multiplied in the order that keeps rows of 1e18 and of 1e-18 in range

@@ -39,7 +39,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
@@ -280,13 +279,7 @@ class Saver:
         self.best_by = best_by
         self.stalled_s = self.took_s = 0.0
         self._group = dist.new_group(backend="gloo")  # made by all ranks; used by the threads alone
-        on_gpu = world.device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
-            )
-        )
-        self._joined: dict[str, Tensor] = {}  # where split weights go, kept as the stager keeps its own copies
+        self._host: dict[str, Tensor] = {}  # where the copies lie, from one save to the next
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
 
@@ -318,16 +311,20 @@ class Saver:
         self._thread.start()
 
     def _stage(self, state: dict[str, Tensor | Split]) -> dict[str, Tensor]:
-        """A copy in host memory; split weights are put together on the way, one at a time."""
-        copied = self._stager.stage({name: x for name, x in state.items() if not isinstance(x, Split)})
+        """A copy in host memory, pinned beside a GPU; split weights are put together on the way, one at a time.
+
+        Not DCP's stager: in torch 2.11 it cannot copy a DTensor (KeyError: <class 'type'>).
+        """
+        staged = {}
         for name, x in state.items():
-            if isinstance(x, Split):
-                if name not in self._joined:
-                    self._joined[name] = torch.empty(x.high.shape, dtype=torch.float32, pin_memory=x.high.is_cuda)
-                self._joined[name].copy_(x.joined(), non_blocking=True)
-        if self._joined and self.world.device.type == "cuda":
+            local = x.joined() if isinstance(x, Split) else local_rows(x)[0]
+            if name not in self._host:
+                self._host[name] = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
+            host = self._host[name].copy_(local, non_blocking=True)
+            staged[name] = DTensor(host, x._spec, requires_grad=False) if isinstance(x, DTensor) else host
+        if self.world.device.type == "cuda":
             torch.cuda.synchronize(self.world.device)
-        return {name: self._joined[name] if isinstance(x, Split) else copied[name] for name, x in state.items()}
+        return staged
 
     def wait(self) -> None:
         """Until nothing is being written; raises Failed if that went wrong."""
