@@ -173,6 +173,11 @@ NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view"
     "_record_function_exit", "wait_tensor")  # fmt: skip
 
 
+def on_meta(operator, args: tuple, kwargs: dict):
+    """The operator's result; of addmm with an out_dtype its ``out``: torch 2.11's meta function takes that for beta."""
+    return kwargs["out"] if operator is torch.ops.aten.addmm.dtype_out else operator(*args, **kwargs)
+
+
 class Count(TorchDispatchMode):
     """Writes down every operator on meta tensors as ``calls``; ``launched`` is the record of a StandIn."""
 
@@ -204,7 +209,7 @@ class Count(TorchDispatchMode):
                     return dispatch.implementations[operator](*args, **kwargs)
             finally:
                 self._inside = before
-        out = operator(*args, **kwargs)
+        out = on_meta(operator, args, kwargs)
         self._count(operator, args, kwargs, out)
         return out
 

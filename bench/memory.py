@@ -40,7 +40,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from bench.account import Case, Step, on_hopper, world_of
+from bench.account import Case, Step, on_hopper, on_meta, world_of
 from halny.kernels import dispatch
 from halny.model import roofline, sharding
 from halny.model.mistral import PRESETS, MistralConfig
@@ -159,7 +159,7 @@ class Live(TorchDispatchMode):
         if operator in dispatch.implementations:
             with self:
                 return dispatch.implementations[operator](*args, **kwargs)
-        out = operator(*args, **kwargs)
+        out = on_meta(operator, args, kwargs)
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.is_meta:
                 self.hold(x)

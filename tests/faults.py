@@ -233,9 +233,9 @@ def out_of_memory(guilty: str, forward: str) -> None:
     def fail(*_):
         raise torch.OutOfMemoryError(
             "CUDA out of memory. Tried to allocate 224.00 MiB. GPU 0 has a total capacity of 79.18 GiB of which 171.19 "
-            "MiB is free. Process 4711 has 1.50 GiB memory in use. Including non-PyTorch memory, this process has 77.50 "
-            "GiB memory in use. Of the allocated memory 76.10 GiB is allocated by PyTorch, and 812.48 MiB is reserved by "
-            "PyTorch but unallocated."
+            "MiB is free. Process 4711 has 1.50 GiB memory in use. Including non-PyTorch memory, this process has "
+            "77.50 GiB memory in use. Of the allocated memory 76.10 GiB is allocated by PyTorch, and 812.48 MiB is "
+            "reserved by PyTorch but unallocated."
         )
 
     if rank() == int(guilty):
