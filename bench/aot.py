@@ -78,6 +78,7 @@ LIMITS: dict[str, tuple[int, int, int]] = {
     "adamw, 8bit moments bf16": (64, 4, 13),
     "add_rounded bf16": (32, 0, 0),
     "add_rounded fp32": (32, 0, 0),
+    "add_wide bf16": (32, 4096, 0),
 }
 
 

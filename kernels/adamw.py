@@ -367,8 +367,18 @@ def add_rounded_kernel(p_total, p_x, n, first_key, second_key, BLOCK: tl.constex
     tl.store(p_total + start + offsets, _round_to_bf16(b_sum, b_random & 0xFFFF), mask=mask)
 
 
+@triton.jit
+def add_wide_kernel(p_a, p_b, p_out, n, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    mask = start + offsets < n
+    b_sum = tl.load(p_a + start + offsets, mask=mask, other=0.0).to(tl.float32)
+    b_sum += tl.load(p_b + start + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(p_out + start + offsets, b_sum, mask=mask)
+
+
 def aot_cases() -> list[AotCase]:
-    """Every format of the moments with a bf16 gradient, and the sum of gradients."""
+    """Every format of the moments with a bf16 gradient, and the sums of gradients."""
     cases = []
     for moments, dtype in (("fp32", "fp32"), ("bf16", "bf16"), ("8bit", "u8")):
         signature = dict.fromkeys(("p_high", "p_gradient"), "*bf16:16") | {"p_low": "*i16:16", "p_scalars": "*fp32:16"}
@@ -384,6 +394,8 @@ def aot_cases() -> list[AotCase]:
         signature = {"p_total": "*bf16:16", "p_x": f"*{dtype}:16", "n": "i32:16"}
         signature |= {"first_key": "i32", "second_key": "i32"}
         cases.append(AotCase(f"add_rounded {dtype}", add_rounded_kernel, signature, {"BLOCK": BLOCK}, NUM_WARPS))
+    signature = dict.fromkeys(("p_a", "p_b"), "*bf16:16") | {"p_out": "*fp32:16", "n": "i32:16"}
+    cases.append(AotCase("add_wide bf16", add_wide_kernel, signature, {"BLOCK": BLOCK}, NUM_WARPS))
     return cases
 
 
@@ -441,6 +453,23 @@ def add_rounded_(total: Tensor, x: Tensor, *, seed: int) -> None:
         return add_rounded_reference_(total, x, seed=seed)
     grid = (cdiv(total.numel(), BLOCK),)
     launch(add_rounded_kernel, grid, total, x, total.numel(), *keys_of(seed), BLOCK=BLOCK, num_warps=NUM_WARPS)
+
+
+def add_wide(a: Tensor, b: Tensor) -> Tensor:
+    """``a.float() + b.float()`` in one pass, which PyTorch has not: the fp32 sum of the gradients of two micro batches.
+
+    a, b: bf16, contiguous and of one shape. 8 bytes an element. Raises as ``add_rounded_``.
+    """
+    _check_tensor("a", a, (torch.bfloat16,))
+    _check_tensor("b", b, (torch.bfloat16,), a.shape)
+    check_same_device(a=a, b=b)
+    if not runs_kernel(a):
+        return a.float() + b.float()
+    out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
+    if a.numel():
+        grid = (cdiv(a.numel(), BLOCK),)
+        launch(add_wide_kernel, grid, a, b, out, a.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS)
+    return out
 
 
 def _check_halves(high: Tensor, low: Tensor) -> None:

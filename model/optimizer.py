@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from halny.kernels.adamw import adamw_, add_rounded_, join, new_moments, split
+from halny.kernels.adamw import adamw_, add_rounded_, add_wide, join, new_moments, split
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -96,7 +96,7 @@ class SplitAdamW(torch.optim.Optimizer):
             self._added[p] += 1
             add_rounded_(total, p.grad, seed=self._seed(p, self._added[p]))
         else:
-            total = (total if total.dtype == torch.float32 else total.float()).add_(p.grad)
+            total = add_wide(total, p.grad) if total.dtype == torch.bfloat16 else total.add_(p.grad)
         self._sums[p], p.grad = total, None
 
     def _seed(self, p: Tensor, use: int) -> int:
@@ -106,7 +106,7 @@ class SplitAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def clip_gradients(self, clip: float) -> Tensor:
         """The gradients' global norm, fp64; ``step`` scales them on its way, so that it is at most ``clip``."""
-        norms = [torch.linalg.vector_norm(total, dtype=torch.float32) for total in self._sums.values()]
+        norms = torch._foreach_norm(list(self._sums.values()), 2, dtype=torch.float32)  # clip_grad_norm_'s own
         norm = torch.linalg.vector_norm(torch.stack(norms).double())
         self._scale = (clip / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         return norm

@@ -433,6 +433,10 @@ def test_the_sum_is_the_reference(dtype, n, launches):
     adamw.add_rounded_reference_(expected, x, seed=9)
     assert torch.equal(total, expected) and (buffer[n:] == 77).all()
     assert launches["add_rounded_kernel"] == (1 if dispatch.INTERPRETED else 0)
+    if dtype == torch.bfloat16:
+        wide = adamw.add_wide(total, x)
+        assert wide.dtype == torch.float32 and torch.equal(wide, total.float() + x.float())
+        assert launches["add_wide_kernel"] == (1 if dispatch.INTERPRETED else 0)
 
 
 @without_interpreter
@@ -514,6 +518,8 @@ def test_bad_arguments_of_the_others_are_refused():
         (lambda: add_rounded_(torch.zeros(4), bf16, seed=0), TypeError, "total must be a tensor of torch.bfloat16"),
         (lambda: add_rounded_(bf16, torch.zeros(5), seed=0), ValueError, "x must have shape"),
         (lambda: add_rounded_(bf16, torch.zeros(4), seed=None), TypeError, "seed must be an integer"),
+        (lambda: adamw.add_wide(bf16, torch.zeros(4)), TypeError, "b must be a tensor of torch.bfloat16"),
+        (lambda: adamw.add_wide(bf16, bf16[:3]), ValueError, "b must have shape"),
     ):
         with pytest.raises(error, match=message):
             call()
