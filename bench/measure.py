@@ -682,12 +682,25 @@ OPPONENT = {"name": str, "label": str, "status": str, "reason": str, "attempts":
 GAP = {"part": str, "ms": NUMBER, "kernels_ms": NUMBER, "floor_ms": NUMBER, "gap_ms": NUMBER}
 PROFILE = {"wall_ms": NUMBER, "idle_ms": NUMBER, "hidden_communication_ms": NUMBER, "categories_ms": dict,
            "other": list, "gaps": [GAP], "floors": {"basis": str}}  # fmt: skip
+CONVERGENCE_SETTING = {
+    "weights": int,
+    "steps": int,
+    "seeds": int,
+    "beta2": NUMBER,
+    "samples_a_step": int,
+    "seq_len": int,
+}
+CONVERGENCE_ROW = {
+    "optimizer": str, "held_out_loss": NUMBER, "spread": NUMBER, "difference": NUMBER, "spread_of_difference": NUMBER,
+}  # fmt: skip
+
 KINDS: dict[str, dict] = {
     "kernels": {"ceilings": CEILINGS, "rows": [ROW]},
     "step": {"rows": [STEP_ROW]},
     "aot": {"rows": [AOT_ROW]},
     "profile": {"profiles": [STEP_ROW]},
     "pass": {"parts": dict},
+    "convergence": {"setting": CONVERGENCE_SETTING, "summary": [CONVERGENCE_ROW]},
 }
 
 

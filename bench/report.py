@@ -29,7 +29,7 @@ KERNEL_FILES = ("kernels.json", "attention.json")
 
 def load(folder: Path) -> dict[str, dict]:
     """name -> result, of the files that are there. Raises BadResult for one that is damaged or a rehearsal."""
-    names = (*KERNEL_FILES, "step.json", "profile.json", "aot.json")
+    names = (*KERNEL_FILES, "step.json", "profile.json", "aot.json", *convergence_files(folder))
     found = {name: read_result(folder / name) for name in names if (folder / name).exists()}
     for name, result in found.items():
         if result["smoke"]:
@@ -37,6 +37,10 @@ def load(folder: Path) -> dict[str, dict]:
                 f"{name} is a rehearsal (smoke): it holds no performance figure, and none is rendered from it"
             )
     return found
+
+
+def convergence_files(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("convergence*.json"))
 
 
 def newest(results: Path) -> Path | None:
@@ -266,6 +270,24 @@ def aot_table(result: dict) -> str:
     return table(head, rows, left=2)
 
 
+def convergence_table(result: dict) -> str:
+    rows = [
+        [row["optimizer"], f"{row['held_out_loss']:.3f}", f"{row['spread']:.3f}", f"{row['difference']:+.3f}",
+         f"{row['spread_of_difference']:.3f}"]
+        for row in result["summary"]
+    ]  # fmt: skip
+    head = ["moments", "held-out loss", "between seeds", "less fp32 AdamW's, same seed", "between seeds"]
+    return table(head, rows)
+
+
+def convergence_line(result: dict) -> str:
+    s, machine = result["setting"], result["machine"]
+    return (
+        f"{s['weights']:,} weights in bf16, {s['steps']} steps of {s['samples_a_step']} x {s['seq_len']} tokens, beta2 "
+        f"{s['beta2']:g}, {s['seeds']} seeds; {machine['device']}, commit {machine['commit']}: `{machine['command']}`"
+    )
+
+
 def markdown(results: dict[str, dict]) -> str:
     """Everything the files hold."""
     parts = []
@@ -289,6 +311,9 @@ def markdown(results: dict[str, dict]) -> str:
     if "profile.json" in results:
         parts += ["### Where the time goes", machine_line(results["profile.json"])]
         parts += profile_parts(results["profile.json"])
+    for name in sorted(name for name in results if name.startswith("convergence")):
+        result = results[name]
+        parts += ["### Convergence", convergence_line(result), convergence_table(result)]
     if "aot.json" in results:
         versions = results["aot.json"]["machine"]["versions"]
         parts += ["### Machine code", f"Compiled by triton {versions.get('triton', 'unknown')}; nothing here is timed.",

@@ -630,3 +630,16 @@ def test_without_a_gpu_nothing_starts_and_nobody_elses_package_is_shadowed(scrip
     assert done.returncode == 2 and "needs a CUDA GPU" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "out").exists()
     assert done.stdout == "the stand-in\n"
+
+
+def test_the_report_shows_convergence(tmp_path):
+    """The file that is in the repository; and none that lacks a number."""
+    source = report.RESULTS / "2026-11-25-cpu" / "convergence.json"
+    result = json.loads(source.read_text())
+    text = report.markdown(report.load(source.parent))
+    row = next(row for row in result["summary"] if row["optimizer"] == "8bit")
+    assert f"| 8bit | {row['held_out_loss']:.3f} | {row['spread']:.3f} | {row['difference']:+.3f} |" in text
+    del row["difference"]
+    (tmp_path / "convergence.json").write_text(json.dumps(result))
+    with pytest.raises(measure.BadResult, match=r"convergence.json.summary\[3\].difference is missing"):
+        report.load(tmp_path)
