@@ -115,7 +115,7 @@ class Recipe:
         "calculate what this run will do on the machine below (memory, speed, network, time, energy), without a GPU, "
         "print it and end")
     gpus: str | None = setting("plan", None,
-        "how many, or a range of doublings, as in 8..2048, which is also plotted [256]")
+        "how many, or a range of doublings, as in 8..2048, which is also plotted [256; 1 where --moments is not fp32]")
     gpu: str | None = setting("plan", None,
         "a100-40, a100-80, h100-80, h200-141, gh200-96, gh200-144, b200-180 or the driver's name of one [gh200-96]")
     nic_gbs: float | None = setting("plan", None,
@@ -440,7 +440,7 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     if r.moments != "fp32" and not whole:
         raise Refused(
             f"--moments {r.moments} is for one rank in bf16, and this is {dtype} on {world.size} rank(s); "
-            + ("leave it out: shards are small" if world.size > 1 else "add --dtype bf16, or leave it out")
+            + ("take --moments fp32: shards are small" if world.size > 1 else "add --dtype bf16, or leave it out")
         )
     samples_a_step = r.batch_tokens // r.seq_len
     share = samples_a_step // world.size
@@ -534,7 +534,8 @@ def plan_ahead(recipe: Recipe) -> int:
             "--plan calculates a run in bf16 with our kernels; leave out --dtype fp32 and --kernels reference"
         )
     request = Request(
-        model_config(r), r.batch_tokens, r.seq_len, r.micro_batch, r.steps, saving_interval(r), r.gpus or "256",
+        model_config(r), r.batch_tokens, r.seq_len, r.micro_batch, r.steps, saving_interval(r),
+        r.gpus or ("256" if r.moments == "fp32" else "1"),
         r.gpu or "gh200-96", r.nic_gbs or 25.0, r.gpus_per_node or 4, r.shard, r.replicate, r.reshard, r.moments,
     )  # fmt: skip
     print(answer(request, r.run_dir.with_name(f"{r.run_dir.name}-plan.png")))

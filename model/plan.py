@@ -465,7 +465,8 @@ def answer(request: Request, plot: Path | None = None) -> str:
         raise unknown("--moments", request.moments, roofline.MOMENT_BYTES)
     if request.moments != "fp32" and counts != [1]:
         raise Refused(
-            f"--moments {request.moments} is for one GPU, and --gpus is {request.gpus}; leave it out: shards are small"
+            f"--moments {request.moments} is for one GPU, and --gpus is {request.gpus}; with more take --moments fp32: "
+            "shards are small"
         )
     clusters = [cluster_of(request, n) for n in counts]
     if len(counts) == 1:

@@ -221,7 +221,7 @@ def test_gpu_counts():
         (dict(seq_len=4095), "--batch-tokens 4194304 is not a multiple of --seq-len 4095"),
         (dict(seq_len=65_536), "beyond the model's limit"),
         (dict(shard=3), "--shard 3"),
-        (dict(moments="8bit"), "--moments 8bit is for one GPU, and --gpus is 256; leave it out"),
+        (dict(moments="8bit"), "--moments 8bit is for one GPU, and --gpus is 256; with more take --moments fp32"),
         (dict(moments="bf16", gpus="1..4"), "--moments bf16 is for one GPU, and --gpus is 1..4"),
         (dict(moments="fp8"), "unknown --moments fp8: .*8bit"),
     ],
