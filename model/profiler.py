@@ -46,7 +46,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     ("norm, RoPE, SwiGLU", r"^rms_norm_|^rope_kernel|^swiglu_"),
     ("loss", r"^one_block_kernel|^online_kernel|^scale_kernel|[Ll]og_?[Ss]oft[Mm]ax|nll_loss"),
     ("copies", r"^Mem(cpy|set)|[Cc]opy|CatArray|chunk_cat|split_with_sizes|aten::cat$|fsdp::"),
-    ("optimizer", r"^adamw_|^add_rounded_|multi_tensor_apply|[Ff]used_?[Aa]dam|_foreach_|linalg_vector_norm"),
+    ("optimizer", r"^adamw_|^add_(rounded|wide)_|multi_tensor_apply|[Ff]used_?[Aa]dam|_foreach_|linalg_vector_norm"),
     ("matmul", r"gemm|nvjet|cublas|splitK|tensorop|aten::(add|b)?mm$"),
 )
 
