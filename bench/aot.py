@@ -35,7 +35,7 @@ from typing import NamedTuple
 MODULES = ("rms_norm", "rope", "swiglu", "cross_entropy", "adamw")
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
-# Recorded on sm_90 with triton 3.9, held by 3.6 too: name -> (most registers, most bytes of shared memory, global memory
+# Recorded on sm_90 with triton 3.9, held by 3.6: name -> (most registers, most bytes of shared memory, global memory
 # instructions narrower than 16 bytes). The narrow ones are named: rstd, positions, a row's scalars; never a row's
 # elements.
 LIMITS: dict[str, tuple[int, int, int]] = {
