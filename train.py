@@ -255,7 +255,7 @@ def begin(arguments: list[str]) -> Recipe:
             signal.signal(number, ask_to_stop)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on the CPU, huge pages for the logits
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # on a GPU, less fragmentation
-    os.environ.setdefault("KINETO_LOG_LEVEL", "4")  # errors only: torch 2.13's profiler announces itself on stderr
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # nothing: torch 2.13 announces its profiler otherwise
     if os.environ.get("RANK", "0") != "0" and not sys.warnoptions:
         warnings.simplefilter("ignore")  # rank 0 has the same ones, and says them once
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
