@@ -1134,8 +1134,8 @@ def look_before(recipe: Recipe) -> int:
             raise Failed(f"the preflight was stopped by {told}")
 
     job = Job(plan.model, plan.layout, r.micro_batch, plan.accumulation, r.seq_len, DTYPES[r.dtype], is_lean(r, world),
-        r.run_dir, r.keep)  # fmt: skip
-    say(world, sharding.describe(plan.layout))
+        r.run_dir, r.keep, r.moments)  # fmt: skip
+    say(world, describe_sharding(plan))
     opening = functools.partial(open_data, recipe.data, plan) if recipe.data else None
     return FINISHED if preflight(job, world, opening, functools.partial(say, world), stage) else FAILED
 

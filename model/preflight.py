@@ -50,6 +50,12 @@ class Job:
     lean: bool
     folder: Path  # the run's
     checkpoints: int  # kept at once
+    moments: str = "fp32"
+
+    @property
+    def work(self) -> plan.Work:
+        """In the plan's words."""
+        return plan.Work(self.model, self.micro_batch, self.seq_len, self.accumulation, self.lean, self.moments)
 
 
 @dataclass(frozen=True)
@@ -302,8 +308,8 @@ def versions() -> dict[str, str]:
 
 
 def too_little_memory(job: Job, world: World, hosts: list[str], say: Callable) -> list[str]:
-    sizes = (job.layout.shard, job.micro_batch, job.seq_len, job.dtype.itemsize, job.lean)
-    needed = roofline.memory_estimate(job.model, *sizes).total
+    sharding = plan.Sharding.of(job.layout)
+    needed = sum(plan.rank_memory(job.work, sharding, world.size, job.dtype.itemsize).values())
     free = None
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # what the measurements used
@@ -318,7 +324,8 @@ def too_little_memory(job: Job, world: World, hosts: list[str], say: Callable) -
     if needed <= room:
         return []
     return [f"the step needs about {in_words(needed)}, and rank {least} on {hosts[least]} has {in_words(room)} for it; "
-        "lower --micro-batch, or shard over more ranks"]  # fmt: skip
+        "lower --micro-batch, or use more ranks"
+        + (", or --moments 8bit" if world.size == 1 and job.moments != "8bit" else "")]  # fmt: skip
 
 
 def unreadable_data(open_data: Callable | None, world: World, hosts: list[str], say: Callable) -> list[str]:
@@ -345,7 +352,7 @@ def unreadable_data(open_data: Callable | None, world: World, hosts: list[str], 
 
 def poor_disk(job: Job, world: World, hosts: list[str], effort: Effort, say: Callable) -> list[str]:
     """Every rank writes and syncs a file where the run's checkpoints will lie; rank 0 must find them all."""
-    total = roofline.checkpoint_bytes(job.model)
+    total = roofline.parameter_bytes(job.model) + roofline.moment_bytes(job.model, job.moments)
     export = 2 * roofline.parameters(job.model)
     existing = next(p for p in (job.folder, *job.folder.absolute().parents) if p.is_dir())
     folder, problem = None, None
@@ -409,7 +416,7 @@ def predict(job: Job, rates: dict[str, float], world: World) -> tuple[float, dic
         nic = rates["gather"] / node  # a ring over nodes leaves each by one GPU, and all NICs of a node share it
     gpu = roofline.GPU(rates["matmul"], rates["copy"], 0)
     cluster = plan.Cluster(gpu, world.size, node, nvlink / plan.NVLINK_SHARE, nic / plan.NIC_SHARE)
-    work = plan.Work(job.model, job.micro_batch, job.seq_len, job.accumulation, job.lean)
+    work = job.work
     reached = replace(good, matmul=1.0, attention=good.attention / good.matmul, memory=1.0)
     step = plan.step(work, cluster, plan.Sharding.of(job.layout), reached)
     parts = {name.replace("_", " "): seconds for name, seconds in asdict(step).items()}

@@ -11,7 +11,7 @@ from runs import SMALL, Ranks, flip_a_bit, ranks_run, snapshot
 import train
 from halny.model import plan, preflight
 from halny.model.mistral import PRESETS as MODELS
-from halny.model.preflight import Job, predict, slow_ranks, throttled
+from halny.model.preflight import Job, predict, slow_ranks, throttled, too_little_memory
 from halny.model.sharding import choose_layout
 
 HOST = socket.gethostname()
@@ -88,6 +88,20 @@ def test_throttling_is_named(monkeypatch):
     assert throttled([1.0, 0.7, 0.97], ["a", "b", "c"]) == [
         "rank 1 on b throttles: within seconds its matrix products fall to 70%"
     ]
+
+
+@pytest.mark.parametrize("moments, fits", [("8bit", True), ("fp32", False)])
+def test_memory_of_one_gpu_is_that_without_fsdp(moments, fits, monkeypatch):
+    """The 7B on a card of 80 GB, a sequence at a time."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (84_000_000_000, 85_520_809_984))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr("halny.model.preflight.everywhere", lambda x: [x])
+    layout = choose_layout(MODELS["mistral-7b"], size=1, node_size=1, micro_batch=1, seq_len=4096, accumulation=16)
+    job = Job(MODELS["mistral-7b"], layout, 1, 16, 4096, torch.bfloat16, True, None, 1, moments)
+    world, said = train.World(0, 1, torch.device("cuda"), mesh=None), []
+    reasons = too_little_memory(job, world, ["node7"], said.append)
+    assert not reasons if fits else "--moments 8bit" in reasons[0]
+    assert ("71.2 GB" in said[0]) == fits
 
 
 def test_the_prediction_is_the_plans_at_measured_rates():
