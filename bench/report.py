@@ -44,10 +44,10 @@ def convergence_files(folder: Path) -> list[str]:
 
 
 def newest(results: Path) -> Path | None:
-    """The folder of the latest date that holds a result, by name: DATE-DEVICE."""
+    """The folder of the latest date that holds a result, by name: DATE-DEVICE; one of a GPU before DATE-cpu."""
     folders = [p for p in results.iterdir() if p.is_dir() and any(p.glob("*.json"))] if results.is_dir() else []
     folders = [p for p in folders if "smoke" not in p.name]
-    return max(folders, key=lambda p: p.name, default=None)
+    return max(folders, key=lambda p: (not p.name.endswith("-cpu"), p.name), default=None)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables

@@ -643,3 +643,13 @@ def test_the_report_shows_convergence(tmp_path):
     (tmp_path / "convergence.json").write_text(json.dumps(result))
     with pytest.raises(measure.BadResult, match=r"convergence.json.summary\[3\].difference is missing"):
         report.load(tmp_path)
+
+
+def test_the_newest_results_are_a_gpus_if_there_are_any(tmp_path):
+    for name in ("2026-11-24-cpu", "2026-11-25-cpu"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "convergence.json").write_text("{}")
+    assert report.newest(tmp_path).name == "2026-11-25-cpu"
+    (tmp_path / "2026-11-25-NVIDIA-H200").mkdir()
+    (tmp_path / "2026-11-25-NVIDIA-H200/step.json").write_text("{}")
+    assert report.newest(tmp_path).name == "2026-11-25-NVIDIA-H200"
