@@ -353,8 +353,10 @@ def rank_memory(work: Work, sharding: Sharding, gpus: int, compute_bytes: int = 
         parts = asdict(roofline.one_rank_memory(config, *sizes, work.moments, work.accumulation, work.lean))
     else:
         chunk_rows = None if work.lean else CHUNK_ROWS
-        estimate = roofline.memory_estimate(config, sharding.shards, *sizes, compute_bytes, work.lean, chunk_rows)
-        parts = asdict(estimate)
+        reduced = 1 if sharding.holds_gradients else work.accumulation  # times a step
+        parts = asdict(
+            roofline.memory_estimate(config, sharding.shards, *sizes, compute_bytes, work.lean, chunk_rows, reduced)
+        )
         if sharding.gathered_again:
             layer = compute_bytes * roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
             others = config.n_layers - (2 if sharding.gathered_again == 1 else 1)  # than those that are whole anyway

@@ -506,6 +506,7 @@ def memory_moments(
     compute_bytes: int = 2,
     lean: bool = False,
     logits_chunk_rows: int | None = None,
+    accumulation: int = 1,
 ) -> dict[str, MemoryEstimate]:
     """A rank's memory at the moments of a step that may be its peak, under FSDP2 with AdamW: what happens -> parts.
 
@@ -513,6 +514,7 @@ def memory_moments(
     cross-entropy. Layers leave their activations behind one by one, from the last; in exchange gradients come: a
     reduce-scatter's fp32 input is there until the one after the next, so the third layer may be the peak, where a layer
     has less activations than weights; and at the end there are all gradients. Those of the root group wait for the end.
+    Where each of several micro batches is reduced, the sums of those before are there from the start (accumulation).
 
     Left out are the CUDA context, buffers of libraries and fragments (RESERVED), and the [s, s] score matrix and other
     temporaries of the reference's attention and SwiGLU.
@@ -527,19 +529,24 @@ def memory_moments(
     working = working_bytes(config, n_tokens, compute_bytes) + compute_bytes * config.vocab_size * config.dim
     layer, root = (padded_numel(shapes(config), world_size) for shapes in (layer_shapes, root_shapes))
 
+    whole = gradient_bytes(config, world_size)
+
     def backward(done: int) -> MemoryEstimate:
         return MemoryEstimate(
-            gradients=FP32_BYTES * done * layer // world_size,
+            gradients=whole if accumulation > 1 else FP32_BYTES * done * layer // world_size,
             activations=(n_layers - done) * a_layer,
             logits=0,
             working=working + min(done, 2) * FP32_BYTES * layer,
             **own,
         )
 
-    end = {"gradients": gradient_bytes(config, world_size), "activations": 0, "logits": 0}
+    end = {"gradients": whole, "activations": 0, "logits": 0}
     reducing = FP32_BYTES * (layer + root) + compute_bytes * root
     loss = _loss_moments(config, n_tokens, compute_bytes, lean, logits_chunk_rows)
-    at_loss = own | {"gradients": 0, "gathered_parameters": gathered_parameter_bytes(config, compute_bytes, layers=1)}
+    at_loss = own | {
+        "gradients": whole if accumulation > 1 else 0,
+        "gathered_parameters": gathered_parameter_bytes(config, compute_bytes, layers=1),
+    }
     return {
         **{when: MemoryEstimate(**parts, **at_loss) for when, parts in loss.items()},
         "backward of the last layer": backward(0),
@@ -557,9 +564,12 @@ def memory_estimate(
     compute_bytes: int = 2,
     lean: bool = False,
     logits_chunk_rows: int | None = None,
+    accumulation: int = 1,
 ) -> MemoryEstimate:
     """The largest of ``memory_moments``: micro_batch sequences of seq_len, FSDP2, AdamW. bench/memory.py counts it."""
-    moments = memory_moments(config, world_size, micro_batch, seq_len, compute_bytes, lean, logits_chunk_rows)
+    moments = memory_moments(
+        config, world_size, micro_batch, seq_len, compute_bytes, lean, logits_chunk_rows, accumulation
+    )
     return max(moments.values(), key=lambda moment: moment.total)
 
 

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from bench import memory
 from bench.account import Case
-from halny.model import plan, roofline
+from halny.model import plan, roofline, sharding
 from halny.model.mistral import PRESETS
 from halny.model.out_of_memory import Shortage, explain
 from halny.model.plan import Sharding, Work
@@ -115,6 +115,18 @@ def test_weights_kept_for_the_backward(reshard, again):
     parts = plan.rank_memory(Work(DEEP_ENOUGH, 4, 4096), Sharding("", 256, again), 256)
     kept = parts["gathered parameters"] + parts["kept for the backward"]
     assert peak["gathered_parameters"] == pytest.approx(kept, rel=1e-3)
+    assert sum(peak.values()) - peak[memory.OTHER] == pytest.approx(sum(parts.values()), rel=1e-3)
+
+
+@pytest.mark.parametrize("holds", [True, False])
+def test_gradients_of_several_micro_batches(monkeypatch, holds):
+    """Whole, or reduced for each: then the shards' sums are there while the last micro batch computes."""
+    choose = sharding.choose_layout
+    monkeypatch.setattr(sharding, "choose_layout", lambda *a, **k: replace(choose(*a, **k), holds_gradients=holds))
+    live = memory.count(Case(DEEP_ENOUGH, 4, 4096, 8, accumulation=2, reshard="always"))
+    peak = max(live.most.values(), key=lambda moment: moment.total).by_part()
+    parts = plan.rank_memory(Work(DEEP_ENOUGH, 4, 4096, 2), Sharding("", 8, holds_gradients=holds), 8)
+    assert peak["gradients"] == pytest.approx(parts.get("gradients", 0) + parts.get("whole gradients", 0), rel=1e-3)
     assert sum(peak.values()) - peak[memory.OTHER] == pytest.approx(sum(parts.values()), rel=1e-3)
 
 
