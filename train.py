@@ -365,7 +365,10 @@ class Plan:
         r = self.recipe
         if self.whole:
             return roofline.one_rank_memory(self.model, r.micro_batch, r.seq_len, r.moments, self.accumulation, lean)
-        return roofline.memory_estimate(self.model, r.shard, r.micro_batch, r.seq_len, DTYPES[r.dtype].itemsize, lean)
+        reduced = 1 if self.layout.holds_gradients else self.accumulation  # times a step
+        return roofline.memory_estimate(
+            self.model, r.shard, r.micro_batch, r.seq_len, DTYPES[r.dtype].itemsize, lean, accumulation=reduced
+        )
 
 
 def model_config(recipe: Recipe) -> MistralConfig:
