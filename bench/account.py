@@ -174,12 +174,38 @@ NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view"
     "_record_function_exit", "wait_tensor")  # fmt: skip
 
 
-def on_meta(operator, args: tuple, kwargs: dict):
-    """The operator's result; of addmm with an out_dtype its ``out``: torch 2.11's meta function takes that for beta."""
-    return kwargs["out"] if operator is torch.ops.aten.addmm.dtype_out else operator(*args, **kwargs)
+class MetaMode(TorchDispatchMode):
+    """Sees the operators of a step on meta tensors, those inside the registered ones of ours included: ``ran``."""
+
+    def begins(self, operator) -> None:
+        """An operator is about to run."""
+
+    def opens(self, operator, args: tuple, kwargs: dict):
+        """Run one of ours from the inside, seen by this mode."""
+        with self:
+            return dispatch.implementations[operator](*args, **kwargs)
+
+    def ran(self, operator, args: tuple, kwargs: dict, out) -> None:
+        raise NotImplementedError
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if any(issubclass(t, FakeTensor) for t in types):  # a DTensor finding out what shape a result will have
+            return operator(*args, **kwargs)
+        if not all(t in (Tensor, torch.nn.Parameter) for t in types):
+            return NotImplemented  # a DTensor, which will ask again about its local tensors
+        self.begins(operator)
+        if operator in dispatch.implementations:
+            return self.opens(operator, args, kwargs)
+        if operator is torch.ops.aten.addmm.dtype_out:  # whose meta function, in torch 2.11, takes the dtype for beta
+            out = kwargs["out"]
+        else:
+            out = operator(*args, **kwargs)
+        self.ran(operator, args, kwargs, out)
+        return out
 
 
-class Count(TorchDispatchMode):
+class Count(MetaMode):
     """Writes down every operator on meta tensors as ``calls``; ``launched`` is the record of a StandIn."""
 
     def __init__(self):
@@ -197,24 +223,14 @@ class Count(TorchDispatchMode):
         shape = tuple(max((*read, *written), key=Tensor.numel).shape)
         self.calls.append(Call(name, part, shape, size(*read), size(*written), **more))
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if any(issubclass(t, FakeTensor) for t in types):  # a DTensor finding out what shape a result will have
-            return operator(*args, **kwargs)
-        if not all(t in (Tensor, torch.nn.Parameter) for t in types):
-            return NotImplemented  # a DTensor, which will ask again about its local tensors
-        if operator in dispatch.implementations:
-            before, self._inside = self._inside, operator.overloadpacket.__name__
-            try:
-                with self:
-                    return dispatch.implementations[operator](*args, **kwargs)
-            finally:
-                self._inside = before
-        out = on_meta(operator, args, kwargs)
-        self._count(operator, args, kwargs, out)
-        return out
+    def opens(self, operator, args: tuple, kwargs: dict):
+        before, self._inside = self._inside, operator.overloadpacket.__name__
+        try:
+            return super().opens(operator, args, kwargs)
+        finally:
+            self._inside = before
 
-    def _count(self, operator, args: tuple, kwargs: dict, out) -> None:
+    def ran(self, operator, args: tuple, kwargs: dict, out) -> None:
         schema, name = operator._schema, operator.overloadpacket.__name__
         outs = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         read, written = [], [] if any(r.alias_info for r in schema.returns) else outs

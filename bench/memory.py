@@ -34,14 +34,11 @@ if __name__ == "__main__":
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from bench.account import Case, Step, on_hopper, on_meta, world_of
-from halny.kernels import dispatch
+from bench.account import Case, MetaMode, Step, on_hopper, world_of
 from halny.model import roofline, sharding
 from halny.model.mistral import PRESETS, MistralConfig
 
@@ -79,7 +76,7 @@ class Moment:
         return sizes
 
 
-class Live(TorchDispatchMode):
+class Live(MetaMode):
     """Follows the storages of meta tensors; ``most`` has the largest moments of "forward", "loss" and "backward".
 
     A storage's part is decided where it is made: by FSDP2's collectives; in the loss; otherwise activations in the
@@ -145,25 +142,17 @@ class Live(TorchDispatchMode):
             frame = frame.f_back
         return "working" if self._in_backward else "activations"
 
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if any(issubclass(t, FakeTensor) for t in types):  # a DTensor finding out what shape a result will have
-            return operator(*args, **kwargs)
-        if not all(t in (Tensor, torch.nn.Parameter) for t in types):
-            return NotImplemented  # a DTensor, which will ask again about its local tensors
+    def begins(self, operator) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
         if self._in_backward and not in_backward:
             for storage in self._live.values():
                 storage.part = "gradients" if storage.part == "working" else storage.part
         self._in_backward = in_backward
-        if operator in dispatch.implementations:
-            with self:
-                return dispatch.implementations[operator](*args, **kwargs)
-        out = on_meta(operator, args, kwargs)
+
+    def ran(self, operator, args: tuple, kwargs: dict, out) -> None:
         for x in tree_leaves(out):
             if isinstance(x, Tensor) and x.is_meta:
                 self.hold(x)
-        return out
 
 
 # ---------------------------------------------------------------------------------------------------------- its result
