@@ -25,15 +25,13 @@ from typing import TYPE_CHECKING
 from halny.model import roofline
 from halny.model.durable import in_words
 from halny.model.exits import Refused
+from halny.model.roofline import RESERVED
 
 if TYPE_CHECKING:  # the choice is arithmetic, made on laptops too
     import torch
 
     from halny.model.mistral import Mistral, MistralConfig
     from halny.model.ranks import World
-
-# Of a GPU's memory, for the CUDA context, NCCL's buffers, gradients on their way and fragments. An estimate.
-RESERVED = 0.08
 
 
 @dataclass(frozen=True)
