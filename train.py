@@ -361,6 +361,11 @@ class Plan:
     def n_parameters(self) -> int:
         return roofline.parameters(self.model)
 
+    def work(self, lean: bool) -> Work:
+        """What a rank computes in a step, in model/plan.py's words."""
+        r = self.recipe
+        return Work(self.model, r.micro_batch, r.seq_len, self.accumulation, lean, r.moments)
+
     def memory(self, lean: bool) -> roofline.MemoryEstimate:
         r = self.recipe
         if self.whole:
@@ -882,8 +887,7 @@ def train(run: Run) -> str | None:
     loader = load_steps(run.step + 1, recipe.steps, run)
     progress = Progress(world, run.step + 1, recipe.steps)
     probe = Probe(world.device)
-    gap = Gap.of_run(plan.model, plan.layout, recipe.micro_batch, recipe.seq_len, plan.accumulation,
-        is_lean(recipe, world), DTYPES[recipe.dtype], world, recipe.moments)  # fmt: skip
+    gap = Gap.of_run(plan.work(is_lean(recipe, world)), plan.layout, DTYPES[recipe.dtype], world)
     profiler = make_profiler(run)
     clock = time.perf_counter()
     in_flight: InFlight | None = None
@@ -978,8 +982,8 @@ def make_profiler(run: Run) -> StepProfiler:
     chosen = world.rank in ranks_to_profile(recipe.profile_ranks or "0", world.size)
     floors = None
     if recipe.profile:
-        floors = floors_of_run(run.plan.model, run.plan.layout, recipe.micro_batch, recipe.seq_len,
-            run.plan.accumulation, is_lean(recipe, world), DTYPES[recipe.dtype], world, recipe.moments)  # fmt: skip
+        work = run.plan.work(is_lean(recipe, world))
+        floors = floors_of_run(work, run.plan.layout, DTYPES[recipe.dtype], world)
     return StepProfiler(first, last, chosen, run.folder.path / "traces", world.rank, world.device, floors)
 
 
@@ -1280,7 +1284,7 @@ def explain_shortage(error: torch.OutOfMemoryError, plan: Plan) -> str:
     r, free, total, reserved = plan.recipe, None, None, None
     if torch.cuda.is_available():
         (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
-    work = Work(plan.model, r.micro_batch, r.seq_len, plan.accumulation, r.kernels != "reference", r.moments)
+    work = plan.work(lean=r.kernels != "reference")
     return out_of_memory.explain(error, work, Sharding.of(plan.layout), r.shard * r.replicate,
         compute_bytes=DTYPES[r.dtype].itemsize, free=free, total=total, reserved=reserved)  # fmt: skip
 

@@ -260,13 +260,8 @@ class Step:
             f"measured beside it: matmuls at {ceiling['tflop_s']:,.0f} TFLOP/s (cuBLAS, these shapes), all else at "
             f"{copy_gb_s:,.0f} GB/s (copy); assumed: attention at {attention_flops / 1e12:,.0f} TFLOP/s",
         )  # fmt: skip
-        work = plan.Work(self.config, self.micro_batch, self.seq_len, lean=self.lean)
-        if self.whole:
-            return profiler.floors(work, speeds, None, roofline.split_update_bytes(self.config, self.recipe.moments))
-        sharding = plan.Sharding.of(self.layout)
-        return profiler.floors(
-            work, speeds, sharding, roofline.sharded_update_bytes(roofline.shard_numel(self.config, sharding.shards))
-        )
+        work = plan.Work(self.config, self.micro_batch, self.seq_len, lean=self.lean, moments=self.recipe.moments)
+        return profiler.floors(work, speeds, None if self.whole else plan.Sharding.of(self.layout))
 
 
 def build(bench: measure.Bench, world: train.World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:

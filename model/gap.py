@@ -12,12 +12,9 @@ import time
 
 import torch
 
-from halny.model import plan, roofline
-from halny.model.mistral import MistralConfig
+from halny.model import plan
 from halny.model.ranks import Probe, World
 from halny.model.sharding import Layout
-
-NIC = 25e9  # bytes/s a GPU between nodes, assumed: what --plan assumes too
 
 
 class Gap:
@@ -33,21 +30,16 @@ class Gap:
         self.steps, self.seconds, self.spent = -1, 0.0, {}  # the first step sets up, and is left out
 
     @classmethod
-    def of_run(
-        cls, config: MistralConfig, layout: Layout, micro_batch: int, seq_len: int, accumulation: int, lean: bool,
-        dtype: torch.dtype, world: World, moments: str = "fp32",
-    ) -> Gap:  # fmt: skip
+    def of_run(cls, work: plan.Work, layout: Layout, dtype: torch.dtype, world: World) -> Gap:
         """Held against model/plan.py's step at the rates that it calls good, on a GPU that it knows, in bf16."""
-        tokens = accumulation * micro_batch * seq_len
+        tokens = work.accumulation * work.tokens
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-        known = [m for m in plan.MACHINES.values() if name in roofline.GPUS and m.gpu == roofline.GPUS[name]]
-        if not known or dtype != torch.bfloat16 or world.size % world.node_size:
+        cluster = plan.cluster_of_run(name, world.size, world.node_size)
+        if cluster is None or dtype != torch.bfloat16:
             return cls(None, tokens)
-        machine, good = known[0], plan.RATES["good"]
-        cluster = plan.Cluster(machine.gpu, world.size, world.node_size, machine.nvlink, NIC)
-        work = plan.Work(config, micro_batch, seq_len, accumulation, lean, moments)
+        good = plan.RATES["good"]
         step = plan.step(work, cluster, plan.Sharding.of(layout), good)
-        return cls(step, tokens, Probe.flops(world.device) / (machine.gpu.bf16_flops * good.matmul))
+        return cls(step, tokens, Probe.flops(world.device) / (cluster.gpu.bf16_flops * good.matmul))
 
     def add(self, step_s: float, data_wait_s: float) -> None:
         self.steps += 1

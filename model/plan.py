@@ -61,6 +61,7 @@ NVLINK_SHARE = 0.80  # of NVLink's: NCCL's bus bandwidth on eight H100 is some 3
 HOP_S = 5e-6  # a collective's latency for each node in its ring
 POWER_SHARE = 0.9  # of the board's limit, drawn on average while training
 CHUNK_ROWS = 2048  # rows of logits at once
+NIC = 25e9  # bytes/s a GPU between nodes, for a machine of which only the GPU is known
 
 
 @dataclass(frozen=True)
@@ -222,6 +223,23 @@ def micro_step_s(
     return max(end, now) + reduce_root
 
 
+def cluster_of_run(gpu_name: str, gpus: int, gpus_per_node: int) -> Cluster | None:
+    """The machine that a run is on, by its GPU's name; None for a GPU not in MACHINES, or nodes that are not full."""
+    known = [m for m in MACHINES.values() if gpu_name in roofline.GPUS and m.gpu == roofline.GPUS[gpu_name]]
+    if not known or gpus % gpus_per_node:
+        return None
+    return Cluster(known[0].gpu, gpus, gpus_per_node, known[0].nvlink, NIC)
+
+
+def update_bytes(work: Work, sharding: Sharding | None) -> int:
+    """That clipping and update move in a step; sharding None: on one GPU without FSDP, gradients' sums included."""
+    config, micro = work.config, work.accumulation
+    if sharding is None:
+        sums = roofline.gradient_sum_bytes(config, work.moments, micro)
+        return roofline.split_update_bytes(config, work.moments, micro) + sums
+    return roofline.sharded_update_bytes(roofline.shard_numel(config, sharding.shards))
+
+
 def copied_again(ranks: int) -> float:
     """Bytes a weight that FSDP2 copies for the second gather, ``ranks`` as in roofline.collectives.
 
@@ -276,12 +294,7 @@ def step(work: Work, cluster: Cluster, sharding: Sharding, rates: Rates, communi
         network_s += times * sum(s * (1 if name.endswith("root") else n_layers) for name, s in seconds.items())
     exposed = 0.0 if alone else elapsed_s - n_micro * compute_s
 
-    if alone:
-        optimizer_bytes = roofline.split_update_bytes(config, work.moments, n_micro)
-        optimizer_bytes += roofline.gradient_sum_bytes(config, work.moments, n_micro)
-    else:
-        optimizer_bytes = roofline.sharded_update_bytes(roofline.shard_numel(config, sharding.shards))
-    optimizer_s = optimizer_bytes / bandwidth
+    optimizer_s = update_bytes(work, None if alone else sharding) / bandwidth
     busy = n_micro * compute_s + optimizer_s + exposed
     return Step(
         matmul=n_micro * (n_layers * (3 * matmul_s + again_matmul_s) + head_matmul_s),

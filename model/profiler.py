@@ -32,7 +32,6 @@ from halny.model import plan, roofline
 from halny.model.sharding import is_whole
 
 if TYPE_CHECKING:
-    from halny.model.mistral import MistralConfig
     from halny.model.ranks import World
     from halny.model.sharding import Layout
 
@@ -157,8 +156,6 @@ def category_lines(found: dict, n_steps: int = 1) -> list[str]:
 
 # --- floors -----------------------------------------------------------------------------------------------------------
 
-NIC = 25e9  # bytes/s a GPU between nodes, assumed: what --plan assumes too
-
 
 @dataclass(frozen=True)
 class Speeds:
@@ -190,14 +187,11 @@ class Floors:
     basis: str
 
 
-def floors(
-    work: plan.Work, speeds: Speeds, sharding: plan.Sharding | None, update_bytes: float, exposed_s: float = 0.0
-) -> Floors:
+def floors(work: plan.Work, speeds: Speeds, sharding: plan.Sharding | None, exposed_s: float = 0.0) -> Floors:
     """What a step must take at least: FLOPs and bytes of model/roofline.py over these speeds.
 
     sharding            None where nothing is gathered or reduced; else FSDP's copies of the layers' weights and
                         gradients have a floor too: bf16 out of the buffer of a gather, and into fp32 to be reduced
-    update_bytes        that clipping and update move in all
     exposed_s           communication that no computation can hide
     Idle and what has no name can be nothing.
     """
@@ -215,7 +209,7 @@ def floors(
         "attention": attention_flops / speeds.attention,
         "norm, RoPE, SwiGLU": rows / speeds.memory,
         "loss": loss / speeds.memory,
-        "optimizer": update_bytes / speeds.memory,
+        "optimizer": plan.update_bytes(work, sharding) / speeds.memory,
         "other": 0.0,
         "copies": copied / speeds.memory,
         "communication": exposed_s,
@@ -224,25 +218,17 @@ def floors(
     return Floors({name: 1e3 * s for name, s in seconds.items()}, speeds.basis)
 
 
-def floors_of_run(
-    config: MistralConfig, layout: Layout, micro_batch: int, seq_len: int, accumulation: int, lean: bool,
-    dtype: torch.dtype, world: World, moments: str = "fp32",
-) -> Floors | None:  # fmt: skip
+def floors_of_run(work: plan.Work, layout: Layout, dtype: torch.dtype, world: World) -> Floors | None:
     """The floors of a run's step on a GPU that model/plan.py knows, in bf16, at the rates called ideal; else None."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    known = [m for m in plan.MACHINES.values() if name in roofline.GPUS and m.gpu == roofline.GPUS[name]]
-    if not known or dtype != torch.bfloat16 or world.size % world.node_size:
+    cluster = plan.cluster_of_run(name, world.size, world.node_size)
+    if cluster is None or dtype != torch.bfloat16:
         return None
-    machine = known[0]
-    work, speeds = plan.Work(config, micro_batch, seq_len, accumulation, lean), ideal_speeds(machine.gpu)
     if is_whole(world, dtype):
-        update = roofline.split_update_bytes(config, moments, accumulation)
-        return floors(work, speeds, None, update + roofline.gradient_sum_bytes(config, moments, accumulation))
+        return floors(work, ideal_speeds(cluster.gpu), None)
     sharding = plan.Sharding.of(layout)
-    cluster = plan.Cluster(machine.gpu, world.size, world.node_size, machine.nvlink, NIC)
     exposed_s = plan.step(work, cluster, sharding, plan.RATES["ideal"]).exposed
-    update = roofline.sharded_update_bytes(roofline.shard_numel(config, sharding.shards))
-    return floors(work, speeds, sharding, update, exposed_s)
+    return floors(work, ideal_speeds(cluster.gpu), sharding, exposed_s)
 
 
 def gaps(found: dict, least: Floors, n_steps: int = 1) -> list[dict]:

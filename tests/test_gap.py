@@ -55,12 +55,12 @@ def test_a_known_gpu_is_held_against_the_plan(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GH200 120GB")
     model, world = MODELS["mistral-7b"], train.World(0, 256, torch.device("cuda"), mesh=None, node_size=4)
     layout = choose_layout(model, size=256, node_size=4, micro_batch=4, seq_len=4096, memory_bytes=97871 * 2**20)
-    gap = Gap.of_run(model, layout, 4, 4096, 1, True, torch.bfloat16, world)
+    gap = Gap.of_run(plan.Work(model, 4, 4096), layout, torch.bfloat16, world)
     machine, good = plan.MACHINES["gh200-96"], plan.RATES["good"]
     cluster = plan.Cluster(machine.gpu, 256, 4, machine.nvlink, 25e9)
     assert gap.expected == plan.step(plan.Work(model, 4, 4096), cluster, plan.Sharding.of(layout), good)
     assert gap.probe_s == pytest.approx(2 * 4096**3 / (989.5e12 * good.matmul))
-    assert Gap.of_run(model, layout, 4, 4096, 1, True, torch.float32, world).expected is None
+    assert Gap.of_run(plan.Work(model, 4, 4096), layout, torch.float32, world).expected is None
 
 
 def test_a_run_says_what_its_evaluations_cost(small, tmp_path):

@@ -158,20 +158,14 @@ def test_the_floors_are_the_plans_step(reshard):
     sharding = plan.Sharding.of(layout)
     expected = plan.step(work_of(layout), plan.Cluster(gpu, 256, 4, 450e9, 25e9), sharding, ideal)
     speeds = profiler.ideal_speeds(gpu)
-    least = profiler.floors(
-        work_of(layout),
-        speeds,
-        sharding,
-        roofline.sharded_update_bytes(roofline.shard_numel(config, 256)),
-        expected.exposed,
-    ).ms
+    least = profiler.floors(work_of(layout), speeds, sharding, expected.exposed).ms
     rows = ("norm, RoPE, SwiGLU", "loss", "copies")
     assert least["matmul"] == pytest.approx(1e3 * expected.matmul)
     assert least["attention"] == pytest.approx(1e3 * expected.attention)
     assert least["optimizer"] == pytest.approx(1e3 * expected.optimizer)
     assert sum(least[name] for name in rows) == pytest.approx(1e3 * expected.memory_bound)
     assert sum(least.values()) == pytest.approx(1e3 * expected.total)
-    alone = profiler.floors(work_of(layout), speeds, None, 0.0).ms
+    alone = profiler.floors(work_of(layout), speeds, None).ms
     assert alone["copies"] == alone["communication"] == 0 and alone["matmul"] == least["matmul"]
 
 
@@ -196,11 +190,11 @@ def test_a_known_gpu_has_floors(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GH200 120GB")
     config, world = PRESETS["mistral-7b"], train.World(0, 256, torch.device("cuda"), mesh=None, node_size=4)
     layout = choose_layout(config, size=256, node_size=4, micro_batch=4, seq_len=4096, memory_bytes=97871 * 2**20)
-    least = profiler.floors_of_run(config, layout, 4, 4096, 1, True, torch.bfloat16, world)
+    least = profiler.floors_of_run(plan.Work(config, 4, 4096), layout, torch.bfloat16, world)
     cluster = plan.Cluster(plan.MACHINES["gh200-96"].gpu, 256, 4, 450e9, 25e9)
     whole = plan.step(plan.Work(config, 4, 4096), cluster, plan.Sharding.of(layout), plan.RATES["ideal"])
     assert sum(least.ms.values()) == pytest.approx(1e3 * whole.total)
-    assert profiler.floors_of_run(config, layout, 4, 4096, 1, True, torch.float32, world) is None
+    assert profiler.floors_of_run(plan.Work(config, 4, 4096), layout, torch.float32, world) is None
 
     one = train.World(0, 1, torch.device("cuda"), mesh=None)  # without FSDP, and so without its copies
     alone = choose_layout(config, size=1, node_size=1, micro_batch=2, seq_len=4096, memory_bytes=97871 * 2**20)
@@ -210,12 +204,13 @@ def test_a_known_gpu_has_floors(monkeypatch, tmp_path):
         ("fp32", 3, 32 + 18),
         ("8bit", 3, 16 + 12),
     ):
-        found = profiler.floors_of_run(config, alone, 2, 4096, accumulation, True, torch.bfloat16, one, moments).ms
+        work = plan.Work(config, 2, 4096, accumulation, moments=moments)
+        found = profiler.floors_of_run(work, alone, torch.bfloat16, one).ms
         assert found["copies"] == found["communication"] == 0
         ideal = plan.RATES["ideal"].memory * 4000e9
         assert found["optimizer"] == pytest.approx(1e3 * n_bytes * 7_241_732_096 / ideal, rel=1e-3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unknown")
-    assert profiler.floors_of_run(config, layout, 4, 4096, 1, True, torch.bfloat16, world) is None
+    assert profiler.floors_of_run(plan.Work(config, 4, 4096), layout, torch.bfloat16, world) is None
 
     made = StepProfiler(1, 1, True, tmp_path, 0, torch.device("cuda"), least)
     text = made._tables(events(MICROSECONDS), None, wall_ms=0.1)
