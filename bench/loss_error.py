@@ -31,7 +31,8 @@ def plain(hidden, weight, labels):
 
 def native(hidden, weight, labels):
     """PyTorch's chunked form, in as many chunks as ours."""
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=lce.LEAST_ROWS, chunking_method=None)
+    rows = lce.chunk_rows(len(hidden), *weight.shape, weight.element_size())
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
     return F.linear_cross_entropy(hidden, weight, labels, options=options)
 
 
@@ -49,7 +50,7 @@ def main():
     parser.add_argument("--chunk-rows", type=int, default=16, help="of ours and of PyTorch's chunked form")
     sizes = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    lce.LEAST_ROWS, lce.LOGITS_BYTES = sizes.chunk_rows, 0
+    lce.chunk_rows = lambda *_: sizes.chunk_rows
     print(f"torch {torch.__version__}, {device}: {sizes.rows} rows x {sizes.dim} x {sizes.vocabulary}, mean; ", end="")
     print("largest error / largest value of the fp64 truth")
     print(f"{'dtype':6}{'targets':11}{'form':34}{'loss':>10}{'d_hidden':>10}{'d_weight':>10}")

@@ -223,7 +223,7 @@ def peak_bytes(bench: Bench, call: Call) -> int | None:
 # ------------------------------------------------------------------------------------------------------------- ceilings
 
 # Matrix products of a 7B step, [m, k] by [k, n], m the tokens of a micro batch: one a linear layer, forward; and the
-# head's three over one of its chunks of 2,048 rows.
+# head's three over one of its chunks of 4,096 rows.
 STEP_PRODUCTS = {
     "qkv": (16384, 4096, 6144),
     "out": (16384, 4096, 4096),
@@ -233,9 +233,9 @@ STEP_PRODUCTS = {
     "gate_up, weight gradient": (28672, 16384, 4096),
 }
 HEAD_PRODUCTS = {
-    "head": (2048, 4096, 32000),
-    "head, input gradient": (2048, 32000, 4096),
-    "head, weight gradient": (32000, 2048, 4096),
+    "head": (4096, 4096, 32000),
+    "head, input gradient": (4096, 32000, 4096),
+    "head, weight gradient": (32000, 4096, 4096),
 }
 
 
@@ -416,7 +416,7 @@ def products_of(config: MistralConfig, n_tokens: int) -> dict[str, tuple[str, in
         "gate_up": (2 * config.hidden_dim, config.dim),
         "down": (config.dim, config.hidden_dim),
     }
-    rows = chunk_rows(n_tokens, config.vocab_size, 2)
+    rows = chunk_rows(n_tokens, config.vocab_size, config.dim, 2)
     found = {}
     for kind in ("forward", "input gradient", "weight gradient"):
         for name, (n_out, n_in) in weights.items():

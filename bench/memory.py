@@ -24,7 +24,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -80,7 +80,8 @@ class Live(MetaMode):
     """Follows the storages of meta tensors; ``most`` has the largest moments of "forward", "loss" and "backward".
 
     A storage's part is decided where it is made: by FSDP2's collectives; in the loss; otherwise activations in the
-    forward and working memory in the backward. Of the latter, what outlives the backward was a gradient.
+    forward and working memory in the backward. In the backward, working memory is also what the loss made and is still
+    there: its gradients. What of working memory outlives the backward was a gradient.
     """
 
     def __init__(self):
@@ -144,6 +145,9 @@ class Live(MetaMode):
 
     def begins(self, operator) -> None:
         in_backward = torch._C._current_graph_task_id() != -1
+        if in_backward and not self._in_backward:
+            of_loss = {key: storage for key, storage in self._live.items() if storage.part == "logits"}
+            self._live |= {key: replace(storage, part="working") for key, storage in of_loss.items()}
         if self._in_backward and not in_backward:
             for storage in self._live.values():
                 storage.part = "gradients" if storage.part == "working" else storage.part

@@ -54,9 +54,10 @@ def linear_cross_entropy_reference(
 
 # --------------------------------------------------------------------------------------------------------------- chunks
 
-# A chunk's logits take 128 MiB: at V = 32,000 in bf16 2,096 rows, and 0.66 GB with the fp32 sum for d_weight. Never
-# fewer than 2,048 rows, though: every chunk reads and writes that whole sum, 8 D V bytes for 2 D V FLOP a row, and from
-# 2,048 rows on the product takes three times as long as the traffic (700 TFLOP/s, 4.3 TB/s) and can hide it.
+# Every chunk reads and writes the fp32 sum for d_weight, 8 D V bytes for 2 D V FLOP a row: from 2,048 rows on the
+# product takes three times as long as that traffic (700 TFLOP/s, 4.3 TB/s) and can hide it, so never fewer. More are
+# better, and up to D they are free: D V logits are as many elements as the d_weight into which the backward rounds the
+# sum, when the logits are gone. Where that is little, 128 MiB of them. At V = 32,000, D = 4,096 in bf16: 4,096 rows.
 LOGITS_BYTES = 2**27
 LEAST_ROWS = 2048
 ROWS_MULTIPLE = 16  # rows start 16-byte aligned in d_hidden and in labels, whatever D is
@@ -68,9 +69,9 @@ def padded_vocabulary(vocab_size: int) -> int:
     return -(-vocab_size // COLUMNS_MULTIPLE) * COLUMNS_MULTIPLE
 
 
-def chunk_rows(n_rows: int, vocab_size: int, element_bytes: int) -> int:
-    """Rows of a chunk: as many as LOGITS_BYTES hold, at least LEAST_ROWS, evened out so that none is left small."""
-    most = LOGITS_BYTES // (padded_vocabulary(vocab_size) * element_bytes)
+def chunk_rows(n_rows: int, vocab_size: int, dim: int, element_bytes: int) -> int:
+    """Rows of a chunk: dim, or as many as LOGITS_BYTES hold; at least LEAST_ROWS; evened out, so that none is small."""
+    most = max(LOGITS_BYTES // (padded_vocabulary(vocab_size) * element_bytes), dim)
     most = max(LEAST_ROWS, most // ROWS_MULTIPLE * ROWS_MULTIPLE)
     n_chunks = max(1, -(-n_rows // most))
     even = -(-n_rows // n_chunks)
@@ -78,10 +79,17 @@ def chunk_rows(n_rows: int, vocab_size: int, element_bytes: int) -> int:
 
 
 def buffer_bytes(n_rows: int, vocab_size: int, dim: int, element_bytes: int) -> int:
-    """Peak of the forward pass above inputs and returned gradients: logits buffer, fp32 d_weight, rows' outputs."""
-    rows = chunk_rows(n_rows, vocab_size, element_bytes)
-    summed = 4 * vocab_size * dim if rows < n_rows and element_bytes < 4 else 0  # in fp32 the sum is what is returned
-    return rows * padded_vocabulary(vocab_size) * element_bytes + summed + 8 * n_rows
+    """Peak above inputs and returned gradients, where both are wanted: 0.66 GB at 16,384 x 4,096 x 32,000 in bf16.
+
+    One chunk, or fp32, whose sum is what is returned: the logits. Several: the fp32 sum with them, while d_weight is
+    not there yet; or, if more, in the backward pass, with the d_hidden that the returned one is scaled from.
+    """
+    rows = chunk_rows(n_rows, vocab_size, dim, element_bytes)
+    logits = rows * padded_vocabulary(vocab_size) * element_bytes + 8 * n_rows
+    if rows >= n_rows or element_bytes == 4:
+        return logits
+    summed = 4 * vocab_size * dim
+    return summed + max(logits - element_bytes * vocab_size * dim, element_bytes * n_rows * dim)
 
 
 def _outputs(hidden: Tensor, weight: Tensor, hidden_gradient: bool, weight_gradient: bool):
@@ -91,7 +99,7 @@ def _outputs(hidden: Tensor, weight: Tensor, hidden_gradient: bool, weight_gradi
     rounds once.
     """
     (n_rows, dim), vocab_size = hidden.shape, weight.shape[0]
-    several = chunk_rows(n_rows, vocab_size, weight.element_size()) < n_rows
+    several = chunk_rows(n_rows, vocab_size, dim, weight.element_size()) < n_rows
     loss = hidden.new_empty(n_rows, dtype=torch.float32)
     correct = hidden.new_empty(n_rows, dtype=torch.int32)
     d_hidden = hidden.new_empty((n_rows, dim) if hidden_gradient else (0,))
@@ -142,7 +150,7 @@ def _rows(
 ):
     loss, correct, d_hidden, d_weight = _outputs(hidden, weight, hidden_gradient, weight_gradient)
     n_rows, vocab_size = hidden.shape[0], weight.shape[0]
-    size, columns = chunk_rows(n_rows, vocab_size, weight.element_size()), padded_vocabulary(vocab_size)
+    size, columns = chunk_rows(n_rows, *weight.shape, weight.element_size()), padded_vocabulary(vocab_size)
     buffer = hidden.new_empty(min(size, n_rows), columns)
     device = "cuda" if on_gpu(hidden) else hidden.device.type
     with _FullPrecisionReductions(), torch.autocast(device, enabled=False):

@@ -5,7 +5,7 @@ PyTorch's own message knows bytes and no settings. The trainer knows its setting
     out of GPU memory: 234.9 MB were asked for, and 179.5 MB of 85.0 GB were free; this process had 84.8 GB
     estimated  83.7 GB at the peak: parameters 29.0, gradients 14.5, optimizer 14.5, activations 24.7, working 1.0
                5.5 GB more than the 78.2 GB that 8% kept for CUDA and fragments leave of 85.0 GB
-    change     --micro-batch 1 instead of 2                  12.5 GB less: 71.2 GB, which fits
+    change     --micro-batch 1 instead of 2                  12.7 GB less: 71.0 GB, which fits
 
 The estimate is --plan's (model/plan.py), its arithmetic roofline.py's. Nothing here needs a GPU.
 """

@@ -203,7 +203,7 @@ def floors(work: plan.Work, speeds: Speeds, sharding: plan.Sharding | None, expo
     if sharding is not None:
         layer = roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
         copied = work.accumulation * n_layers * (4 + plan.copied_again(sharding.gathered_again) + 6) * layer
-    loss = work.accumulation * roofline.head_bytes(config, work.tokens, 2, plan.CHUNK_ROWS)
+    loss = work.accumulation * roofline.head_bytes(config, work.tokens)
     seconds = {
         "matmul": matmul_flops / speeds.matmul,
         "attention": attention_flops / speeds.attention,

@@ -349,9 +349,9 @@ def activation_bytes_per_token(config: MistralConfig, compute_bytes: int = 2, le
 def loss_chunk_rows(config: MistralConfig, n_rows: int, compute_bytes: int = 2) -> int:
     """Rows of logits that ``halny.kernels.linear_cross_entropy`` holds at once, by its own rule (its ``chunk_rows``).
 
-    128 MiB of them, at least 2,048 rows, in chunks of even size, a multiple of 16. 7B, 16,384 rows in bf16: 2,048.
+    128 MiB of them or ``dim`` rows, at least 2,048, in even chunks, a multiple of 16. 7B, 16,384 rows in bf16: 4,096.
     """
-    most = 2**27 // (-(-config.vocab_size // 64) * 64 * compute_bytes)
+    most = max(2**27 // (-(-config.vocab_size // 64) * 64 * compute_bytes), config.dim)
     most = max(2048, most // 16 * 16)
     even = -(-n_rows // max(1, -(-n_rows // most)))
     return min(most, max(1, -(-even // 16)) * 16)
@@ -385,14 +385,15 @@ def memory_bound_bytes(config: MistralConfig, compute_bytes: int = 2, lean: bool
     return compute_bytes * forward, compute_bytes * backward
 
 
-def head_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2, chunk_rows: int = 2048) -> int:
+def head_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
     """Bytes that the loss moves beside its matrix products.
 
     Five passes over the logits (written, read and overwritten by the gradient, read by two products), and the head's
     fp32 gradient read and written once a chunk.
     """
     logits = 5 * compute_bytes * n_tokens * config.vocab_size
-    return logits + -(-n_tokens // chunk_rows) * 2 * FP32_BYTES * config.vocab_size * config.dim
+    chunks = -(-n_tokens // loss_chunk_rows(config, n_tokens, compute_bytes))
+    return logits + chunks * 2 * FP32_BYTES * config.vocab_size * config.dim
 
 
 # -------------------------------------------------------------------------------------------------------- communication

@@ -370,7 +370,7 @@ def test_in_place_is_loud_where_another_branch_would_be_wrong():
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 16 rows, as if 16 were enough for a matrix product."""
+    """Chunks of 16 rows, as if 16 were enough for a matrix product; of D, if that is more."""
     monkeypatch.setattr(lce, "LEAST_ROWS", 16)
     monkeypatch.setattr(lce, "LOGITS_BYTES", 0)
 
@@ -384,15 +384,17 @@ def plain_linear(labels, **keywords):
 
 
 def test_chunk_rows():
-    assert lce.chunk_rows(16_384, 32_000, 2) == 2_048
-    assert lce.chunk_rows(2_048, 128_256, 2) == 2_048  # one chunk: no sum, no fp32 d_weight
-    assert lce.chunk_rows(2_049, 128_256, 2) == 1_040  # two that are even, not 2,048 and 1
-    assert lce.buffer_bytes(16_384, 32_000, 4_096, 2) == 655_491_072 < 0.7e9
+    assert lce.chunk_rows(16_384, 32_000, 4_096, 2) == 4_096
+    assert lce.chunk_rows(16_384, 32_000, 256, 2) == 2_048
+    assert lce.chunk_rows(16_384, 1_000, 256, 2) == 16_384  # all of it takes 33 MB
+    assert lce.chunk_rows(2_048, 128_256, 4_096, 2) == 2_048  # one chunk: no sum, no fp32 d_weight
+    assert lce.chunk_rows(2_049, 128_256, 256, 2) == 1_040  # two that are even, not 2,048 and 1
+    assert lce.buffer_bytes(16_384, 32_000, 4_096, 2) == 4 * 32_000 * 4_096 + 2 * 16_384 * 4_096 < 0.7e9
     for n_rows in (0, 1, 15, 2_047, 2_048, 2_049, 5_000, 16_384, 100_000):
-        for V in (1, 41, 32_000, 32_001, 128_256, 500_000):
-            rows = lce.chunk_rows(n_rows, V, 2)
+        for V, D in ((1, 8), (41, 64), (32_000, 4_096), (32_001, 1_000), (128_256, 4_096), (500_000, 100)):
+            rows = lce.chunk_rows(n_rows, V, D, 2)
             assert rows % lce.ROWS_MULTIPLE == 0
-            assert rows <= 2_048 or rows * lce.padded_vocabulary(V) * 2 <= lce.LOGITS_BYTES
+            assert rows <= max(2_048, D) or rows * lce.padded_vocabulary(V) * 2 <= lce.LOGITS_BYTES
             if n_rows > 2_048:
                 assert rows >= 1_024 and (-(-n_rows // rows) - 1) * rows < n_rows
 
@@ -407,7 +409,7 @@ def test_linear_against_the_truth(n, D, V, reduction, dtype, small_chunks, launc
     roundings = 8 if dtype == torch.float32 else 1  # a matrix product may sum in another order
     ours, theirs = linear_loss(labels, reduction=reduction), plain_linear(labels, reduction=reduction)
     compare(ours, theirs, [hidden, weight], upstream, roundings)
-    n_chunks = -(-n // lce.chunk_rows(n, V, hidden.element_size()))
+    n_chunks = -(-n // lce.chunk_rows(n, V, D, hidden.element_size()))
     ahead = reduction != "none" and dtype != torch.float16
     assert launches == {"one_block_kernel": n_chunks} | (
         {"scale_kernel": 2} if ahead else {"one_block_kernel": 2 * n_chunks}
@@ -441,7 +443,7 @@ def test_frozen_inputs_and_no_grad(reduction, small_chunks):
 
 @kernel
 def test_weight_gradient_is_summed_in_fp32(monkeypatch):
-    """Of 60 chunks, a large one and others that are each below half a unit in the last place of the sum in bf16."""
+    """Of 60 rows, a large one and others; what a chunk of them adds is below half a unit of the sum in bf16."""
     for name in ("LEAST_ROWS", "ROWS_MULTIPLE"):
         monkeypatch.setattr(lce, name, 1)
     monkeypatch.setattr(lce, "LOGITS_BYTES", 0)
@@ -548,13 +550,16 @@ def test_peak_memory(reduction, dtype, small_chunks, monkeypatch):
         gradients = torch.autograd.grad(loss, (hidden, weight), upstream)
     returned = sum(g.nbytes for g in gradients)
 
-    buffer, summed = 16 * 512 * b, 4 * V * D if dtype == torch.bfloat16 else 0
-    assert lce.buffer_bytes(n, V, D, b) == buffer + summed + 8 * n
-    # bf16 on a CPU has no product into fp32: a chunk's two factors are widened, while d_weight in bf16 is not there yet
-    widened = 4 * 16 * (V + D) - gradients[1].nbytes if dtype == torch.bfloat16 else 0
-    held = buffer if reduction == "none" else 0  # by such a cycle, in the backward pass
-    expected = max(buffer + summed + widened, summed + held if b == 2 else 0)
-    assert expected <= count.peak - returned <= expected + 40 * n < b * n * V, (count.peak - returned, expected)
+    assert lce.chunk_rows(n, V, D, b) == 64
+    buffer, summed = 64 * 512 * b, 4 * V * D if b == 2 else 0
+    ahead, after = buffer, 0
+    if b == 2:
+        # On a CPU no product of bf16 has an fp32 result: a chunk's two factors are widened, before d_weight is there
+        ahead = buffer + summed + 4 * 64 * (V + D) - gradients[1].nbytes
+        after = summed + (buffer if reduction == "none" else gradients[0].nbytes)  # the first held by such a cycle
+        assert lce.buffer_bytes(n, V, D, b) == summed + max(buffer + 8 * n - b * V * D, b * n * D)
+    expected = max(ahead, after)
+    assert expected <= count.peak - returned <= expected + 40 * n, (count.peak - returned, expected)
 
 
 # ------------------------------------------------------------------------------------------------ the company they keep

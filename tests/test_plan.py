@@ -153,7 +153,7 @@ def test_one_gpu_does_without_fsdp():
     sharded = plan.step(work, plan.cluster_of(replace(ALONE, gpus="8"), 8), plan.Sharding("", 8), rates)
     forward, backward = roofline.memory_bound_bytes(MISTRAL_7B)
     assert s.memory_bound == pytest.approx(
-        (32 * 16_384 * (forward + backward) + roofline.head_bytes(MISTRAL_7B, 16_384, 2, 2048)) / bandwidth
+        (32 * 16_384 * (forward + backward) + roofline.head_bytes(MISTRAL_7B, 16_384)) / bandwidth
     )
     copies = 32 * (4 + 4 + 6) * roofline.layer_parameters(MISTRAL_7B) / bandwidth
     assert sharded.memory_bound - s.memory_bound == pytest.approx(copies)

@@ -114,9 +114,9 @@ def test_memory_of_mistral_7b():
     assert last.gathered_parameters == 2 * (2 * 32000 * 4096 + 4096 + 2 * (218_103_808 + 2 * 4096))
     assert last.gathered_parameters - loss.gathered_parameters == 2 * roofline.layer_parameters(MISTRAL_7B)
     stream = 2 * 16_384 * 4096
-    assert loss.logits == 2048 * 32000 * 2 + 32000 * 4096 * 4 + stream  # a chunk, the fp32 weight gradient, d_hidden
+    assert loss.logits == 4096 * 32000 * 2 + 32000 * 4096 * 4 + stream  # a chunk, the fp32 weight gradient, d_hidden
     rounding = many["backward of the loss"]
-    assert (loss.logits - rounding.logits, rounding.working) == (2048 * 32000 * 2, 2 * 32000 * 4096)
+    assert loss.logits - rounding.logits == rounding.working == 2 * 32000 * 4096
     assert loss.activations - rounding.activations == stream
     one_chunk = roofline.memory_moments(MISTRAL_7B, 256, 1, 2048, lean=True)  # whose gradient needs no rounding
     assert "backward of the loss" not in one_chunk
@@ -186,7 +186,7 @@ def test_memory_at_the_edges():
 def test_loss_chunks_are_the_kernels(name, n_rows, element_bytes):
     config = PRESETS[name]
     rows = roofline.loss_chunk_rows(config, n_rows, element_bytes)
-    assert rows == chunk_rows(n_rows, config.vocab_size, element_bytes)
+    assert rows == chunk_rows(n_rows, config.vocab_size, config.dim, element_bytes)
 
 
 def test_memory_of_one_rank():
