@@ -111,6 +111,11 @@ class Recipe:
         "a layer's gathered weights after the forward pass: dropped always, never, or kept in parts on the ranks of a "
         "node or on a number of ranks [by memory and node; the start-up lines say why]")
 
+    recompute: str = setting("ranks", "auto",
+        "whether the backward pass makes the outputs of norms and SwiGLU again, a third of all activations: always, "
+        "never, or auto, where memory is short; costs 0.5% of a 7B's step",
+        choices=("auto", "always", "never"))
+
     plan: bool = setting("plan", False,
         "calculate what this run will do on the machine below (memory, speed, network, time, energy), without a GPU, "
         "print it and end")
@@ -191,7 +196,7 @@ PRESETS: dict[str, dict] = {
 # What a resumed run may change: what is computed stays, but for updates skipped. (Data may move: its fingerprint not.)
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
-    *("shard", "replicate", "reshard"),
+    *("shard", "replicate", "reshard", "recompute"),
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
     *("max_hours", "deadline", "replay_step", "eval_data", "eval_only", "profile", "profile_ranks"),
     *("plan", "gpus", "gpu", "nic_gbs", "gpus_per_node", "preflight"),
@@ -284,7 +289,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from halny.kernels.dispatch import set_reference_only  # noqa: E402
+from halny.kernels.dispatch import INTERPRETED, set_reference_only  # noqa: E402
 from halny.model import checkpoint, out_of_memory, roofline, sharding  # noqa: E402
 from halny.model.batches import (  # noqa: E402
     IGNORED,
@@ -315,7 +320,7 @@ from halny.model.loggers import PATIENCE_S, check_loggers, start_loggers  # noqa
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
 from halny.model.optimizer import ShardedAdamW, SplitAdamW, master_weights, narrow_  # noqa: E402
-from halny.model.plan import Request, Sharding, Work, answer  # noqa: E402
+from halny.model.plan import Request, Sharding, Work, activations, answer, rank_memory, recomputed  # noqa: E402
 from halny.model.preflight import Job, preflight  # noqa: E402
 from halny.model.prepare_data import prepare_builtin  # noqa: E402
 from halny.model.profiler import StepProfiler, floors_of_run, ranks_to_profile, steps_to_profile  # noqa: E402
@@ -354,6 +359,8 @@ class Plan:
     accumulation: int
     whole: bool  # one rank holds all of the model, in bf16, without FSDP
     layout: Layout
+    work: Work  # what a rank computes in a step, in model/plan.py's words
+    why_lean: str  # or not: whether the backward makes the outputs of norms and SwiGLU again
     flops_per_token: float
     peak_flops: float | None
 
@@ -361,19 +368,11 @@ class Plan:
     def n_parameters(self) -> int:
         return roofline.parameters(self.model)
 
-    def work(self, lean: bool) -> Work:
-        """What a rank computes in a step, in model/plan.py's words."""
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes of the fullest rank at the peak of a step, by part."""
         r = self.recipe
-        return Work(self.model, r.micro_batch, r.seq_len, self.accumulation, lean, r.moments)
-
-    def memory(self, lean: bool) -> roofline.MemoryEstimate:
-        r = self.recipe
-        if self.whole:
-            return roofline.one_rank_memory(self.model, r.micro_batch, r.seq_len, r.moments, self.accumulation, lean)
-        reduced = 1 if self.layout.holds_gradients else self.accumulation  # times a step
-        return roofline.memory_estimate(
-            self.model, r.shard, r.micro_batch, r.seq_len, DTYPES[r.dtype].itemsize, lean, accumulation=reduced
-        )
+        return rank_memory(self.work, Sharding.of(self.layout), r.shard * r.replicate, DTYPES[r.dtype].itemsize)
 
 
 def model_config(recipe: Recipe) -> MistralConfig:
@@ -454,7 +453,8 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     share = samples_a_step // world.size
     micro_batch = r.micro_batch or max(n for n in range(1, 9) if share % n == 0)
     if whole and r.micro_batch is None and world.memory_bytes is not None:
-        micro_batch = roofline.most_micro_batch(model, world.memory_bytes, r.seq_len, r.moments, divides=share) or 1
+        lean = r.recompute != "never"
+        micro_batch = roofline.most_micro_batch(model, world.memory_bytes, r.seq_len, r.moments, share, lean=lean) or 1
     if share % micro_batch:
         raise Refused(
             f"--micro-batch {micro_batch} does not divide the {share} samples that --batch-tokens {r.batch_tokens} "
@@ -492,11 +492,19 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         for name, path in inputs:
             if path.exists() and path.resolve().is_relative_to(r.run_dir.resolve()):
                 raise Refused(f"--no-resume would set aside {name} {path}, which lies in --run-dir {r.run_dir}")
+    ours = (world.device.type == "cuda" or INTERPRETED) and r.kernels != "reference"  # kernels, not what they stand for
     layout = choose_layout(
         model, size=world.size, node_size=world.node_size, shard=r.shard, replicate=r.replicate, reshard=r.reshard,
         micro_batch=micro_batch, seq_len=r.seq_len, accumulation=share // micro_batch,
-        compute_bytes=DTYPES[dtype].itemsize, lean=is_lean(r, world), memory_bytes=world.memory_bytes,
+        compute_bytes=DTYPES[dtype].itemsize, lean=ours and r.recompute != "never", memory_bytes=world.memory_bytes,
     )  # fmt: skip
+    work = Work(model, micro_batch, r.seq_len, share // micro_batch, moments=r.moments)
+    if ours:
+        work, why_lean = activations(
+            work, Sharding.of(layout), world.size, world.memory_bytes, r.recompute, DTYPES[dtype].itemsize
+        )
+    else:
+        work, why_lean = replace(work, lean=False, whole_logits=True), "PyTorch's own layers"
     recipe = replace(
         recipe,
         model=str(r.init_from or r.model),
@@ -518,14 +526,11 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         accumulation=share // micro_batch,
         whole=whole,
         layout=layout,
+        work=work,
+        why_lean=why_lean,
         flops_per_token=roofline.flops_per_token(model, r.seq_len),
         peak_flops=roofline.peak_flops(device_name, r.peak_tflops),
     )
-
-
-def is_lean(recipe: Recipe, world: World) -> bool:
-    """Whether the layers keep less for their backward (kernels/lean_linear.py)."""
-    return world.device.type == "cuda" and recipe.kernels != "reference"
 
 
 def saving_interval(recipe: Recipe) -> int:
@@ -545,6 +550,7 @@ def plan_ahead(recipe: Recipe) -> int:
         model_config(r), r.batch_tokens, r.seq_len, r.micro_batch, r.steps, saving_interval(r),
         r.gpus or ("256" if r.moments == "fp32" else "1"),
         r.gpu or "gh200-96", r.nic_gbs or 25.0, r.gpus_per_node or 4, r.shard, r.replicate, r.reshard, r.moments,
+        r.recompute,
     )  # fmt: skip
     print(answer(request, r.run_dir.with_name(f"{r.run_dir.name}-plan.png")))
     return FINISHED
@@ -553,8 +559,7 @@ def plan_ahead(recipe: Recipe) -> int:
 def describe(plan: Plan, world: World, corpus: Corpus | None, eval_sets: EvalSets) -> str:
     """Everything derived, for the log, before the first step."""
     r, gib = plan.recipe, 2**30
-    memory = plan.memory(is_lean(r, world))
-    parts = ", ".join(f"{name.replace('_', ' ')} {size / gib:.2f}" for name, size in asdict(memory).items())
+    parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in plan.memory.items())
     device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     peak = "unknown, so no MFU (--peak-tflops)" if plan.peak_flops is None else f"{plan.peak_flops / 1e12:,.0f} TFLOP/s"
     weights = f"Hugging Face weights of {r.init_from}" if r.init_from else f"fresh weights, seed {r.seed}"
@@ -570,7 +575,8 @@ def describe(plan: Plan, world: World, corpus: Corpus | None, eval_sets: EvalSet
         + (f" to {r.min_lr:g}" if r.schedule != "constant" else ""),
         f"compute    {r.dtype} on {world.size} x {device}; {plan.flops_per_token / 1e9:.3f} GFLOP a token; peak {peak}",
         describe_sharding(plan),
-        f"memory     about {memory.total / gib:.2f} GiB a rank: {parts}",
+        f"recompute  {recomputed(plan.work)}: {plan.why_lean}",
+        f"memory     about {sum(plan.memory.values()) / gib:.2f} GiB a rank: {parts}",
         f"run        {r.run_dir}: a checkpoint every {r.save_every} steps"
         + (f", evaluation every {r.eval_every}" if r.eval_every else ", no evaluation"),
     ])  # fmt: skip
@@ -649,7 +655,7 @@ def build_model(plan: Plan, world: World) -> Mistral:
     stays as it is, and ``begin_computing`` makes its weights bf16.
     """
     with torch.device("meta"):
-        model = Mistral(plan.model)
+        model = Mistral(plan.model, plan.work.lean)
     for name, p in model.named_parameters():
         p.requires_grad_(not is_frozen(name, plan.recipe))
     dtype = DTYPES[plan.recipe.dtype]
@@ -887,7 +893,7 @@ def train(run: Run) -> str | None:
     loader = load_steps(run.step + 1, recipe.steps, run)
     progress = Progress(world, run.step + 1, recipe.steps)
     probe = Probe(world.device)
-    gap = Gap.of_run(plan.work(is_lean(recipe, world)), plan.layout, DTYPES[recipe.dtype], world)
+    gap = Gap.of_run(plan.work, plan.layout, DTYPES[recipe.dtype], world)
     profiler = make_profiler(run)
     clock = time.perf_counter()
     in_flight: InFlight | None = None
@@ -982,8 +988,7 @@ def make_profiler(run: Run) -> StepProfiler:
     chosen = world.rank in ranks_to_profile(recipe.profile_ranks or "0", world.size)
     floors = None
     if recipe.profile:
-        work = run.plan.work(is_lean(recipe, world))
-        floors = floors_of_run(work, run.plan.layout, DTYPES[recipe.dtype], world)
+        floors = floors_of_run(run.plan.work, run.plan.layout, DTYPES[recipe.dtype], world)
     return StepProfiler(first, last, chosen, run.folder.path / "traces", world.rank, world.device, floors)
 
 
@@ -1102,8 +1107,8 @@ def decode(tokenizer: Path, ids: list[int]) -> str:
 def check_disk(plan: Plan) -> None:
     """Refuse a run whose first checkpoint and export cannot fit on the disk."""
     existing = next(p for p in (plan.recipe.run_dir, *plan.recipe.run_dir.absolute().parents) if p.exists())
-    moment_bytes = plan.memory(lean=True).optimizer * plan.recipe.shard  # of all ranks
-    free, needed = shutil.disk_usage(existing).free, plan.n_parameters * (4 + 4) + moment_bytes
+    moments = roofline.moment_bytes(plan.model, plan.recipe.moments)
+    free, needed = shutil.disk_usage(existing).free, plan.n_parameters * (4 + 4) + moments
     if free < needed:
         raise Refused(
             f"--run-dir {plan.recipe.run_dir} has {in_words(free)} free, but one checkpoint and the export take "
@@ -1140,8 +1145,7 @@ def look_before(recipe: Recipe) -> int:
         if told := next(filter(None, everywhere(stop_signal)), None):
             raise Failed(f"the preflight was stopped by {told}")
 
-    job = Job(plan.model, plan.layout, r.micro_batch, plan.accumulation, r.seq_len, DTYPES[r.dtype], is_lean(r, world),
-        r.run_dir, r.keep, r.moments)  # fmt: skip
+    job = Job(plan.work, plan.layout, DTYPES[r.dtype], r.run_dir, r.keep)
     say(world, describe_sharding(plan))
     opening = functools.partial(open_data, recipe.data, plan) if recipe.data else None
     return FINISHED if preflight(job, world, opening, functools.partial(say, world), stage) else FAILED
@@ -1284,8 +1288,7 @@ def explain_shortage(error: torch.OutOfMemoryError, plan: Plan) -> str:
     r, free, total, reserved = plan.recipe, None, None, None
     if torch.cuda.is_available():
         (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
-    work = plan.work(lean=r.kernels != "reference")
-    return out_of_memory.explain(error, work, Sharding.of(plan.layout), r.shard * r.replicate,
+    return out_of_memory.explain(error, plan.work, Sharding.of(plan.layout), r.shard * r.replicate,
         compute_bytes=DTYPES[r.dtype].itemsize, free=free, total=total, reserved=reserved)  # fmt: skip
 
 

@@ -63,7 +63,7 @@ from halny.model import roofline, sharding
 from halny.model.batches import Batch
 from halny.model.exits import Refused
 from halny.model.mistral import PRESETS, MistralConfig
-from halny.model.plan import MACHINES, RATES, Sharding
+from halny.model.plan import MACHINES, RATES, Sharding, Work, activations, recomputed
 from halny.model.ranks import World
 
 META = torch.device("meta")
@@ -344,6 +344,7 @@ class Case:
     accumulation: int = 1
     reshard: str | None = None  # None: by memory_bytes, as the trainer decides
     memory_bytes: int | None = None  # of the GPU
+    recompute: str = "auto"
 
     @property
     def n_tokens(self) -> int:
@@ -358,8 +359,14 @@ class Case:
     def layout(self) -> sharding.Layout:
         return sharding.choose_layout(
             self.config, size=self.ranks, node_size=min(NODE, self.ranks), reshard=self.reshard,
-            micro_batch=self.micro_batch, seq_len=self.seq_len, memory_bytes=self.memory_bytes,
+            micro_batch=self.micro_batch, seq_len=self.seq_len, lean=self.recompute != "never",
+            memory_bytes=self.memory_bytes,
         )  # fmt: skip
+
+    @property
+    def work(self) -> Work:
+        work = Work(self.config, self.micro_batch, self.seq_len, self.accumulation, moments=self.moments)
+        return activations(work, Sharding.of(self.layout), self.ranks, self.memory_bytes, self.recompute)[0]
 
     @property
     def window_hides(self) -> bool:
@@ -371,7 +378,7 @@ class Step:
 
     def __init__(self, case: Case, world: World):
         self.recipe = train.Recipe(dtype="bf16", moments=case.moments)
-        plan = SimpleNamespace(model=case.config, recipe=self.recipe, layout=case.layout)
+        plan = SimpleNamespace(model=case.config, recipe=self.recipe, layout=case.layout, work=case.work)
         self.model = train.build_model(plan, world)
         self.optimizer = train.build_optimizer(self.model, self.recipe)
         train.begin_computing(self.model, self.optimizer)
@@ -419,8 +426,9 @@ def apart(counted: int, expected: int) -> bool:
 
 def expected(case: Case) -> dict[str, tuple[int, int]]:
     """Executed FLOPs and bytes of a step by roofline.py, of each of PARTS."""
-    config, T, micro = case.config, case.n_tokens, case.accumulation
-    tile = dispatch.tile(rms_norm.BACKWARD_AND_Y_TILES, config.dim, HOPPER["capability"][0])
+    config, T, micro, lean = case.config, case.n_tokens, case.accumulation, case.work.lean
+    tiles = rms_norm.BACKWARD_AND_Y_TILES if lean else rms_norm.BACKWARD_TILES
+    tile = dispatch.tile(tiles, config.dim, HOPPER["capability"][0])
     programs = min(HOPPER["multiprocessors"] * tile["PROGRAMS"], dispatch.cdiv(T, tile["ROWS"]))
     if case.ranks > 1:
         again = Sharding.of(case.layout).gathered_again
@@ -433,7 +441,7 @@ def expected(case: Case) -> dict[str, tuple[int, int]]:
     return {
         "matmul": (micro * 6 * roofline.matmul_parameters(config) * T, micro * roofline.matmul_bytes(config, T)),
         "attention": (micro * attended, micro * roofline.attention_bytes(config, T)),
-        ROWS: (0, micro * roofline.row_kernel_bytes(config, T, programs)),
+        ROWS: (0, micro * roofline.row_kernel_bytes(config, T, programs, lean=lean)),
         "loss": (0, micro * roofline.loss_bytes(config, T)),
         "optimizer": (0, updated),
         SUMS: (0, roofline.gradient_sum_bytes(config, case.moments, micro)),
@@ -635,7 +643,7 @@ def case_of(given: argparse.Namespace) -> Case:
         raise ValueError(f"--gpu {given.gpu} is not known; use one of {', '.join(gpu_names())}")
     case = Case(
         config, given.micro_batch, given.seq_len, given.ranks, given.moments, given.accumulation, given.reshard,
-        roofline.GPUS[gpu_names()[given.gpu]].memory_bytes,
+        roofline.GPUS[gpu_names()[given.gpu]].memory_bytes, given.recompute,
     )  # fmt: skip
     case.layout  # noqa: B018  refuses what cannot be
     return case
@@ -654,6 +662,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--seq-len", type=int, default=4096, help="tokens of each [4096]")
     add("--ranks", type=int, default=1, help="1, or so many under FSDP2, of which rank 0 is counted [1]")
     add("--reshard", choices=("always", "never", "node"), help="what becomes of gathered weights [as train.py decides]")
+    add(
+        "--recompute",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="the outputs of norms and SwiGLU in the backward pass; auto: as train.py decides for this GPU [auto]",
+    )
     add("--moments", choices=MOMENTS, default="fp32", help="AdamW's two moments, on one rank [fp32]")
     add("--gpu", default="NVIDIA H200", metavar="NAME",
         help=f"whose peaks the floors are of [NVIDIA H200]; one of {', '.join(gpu_names())}")  # fmt: skip
@@ -677,6 +691,7 @@ def main(arguments: list[str]) -> int:
     where = f"one rank, moments in {case.moments}"
     if case.ranks > 1:
         where = f"one of {case.ranks} ranks under FSDP2, --reshard {case.layout.reshard_name}"
+    where += f", recomputed: {recomputed(case.work)}"
     tokens = f"{case.accumulation} x " * (case.accumulation > 1) + f"{case.micro_batch} x {case.seq_len} tokens"
     title = f"{given.model}, {case.config.n_layers} layers, {tokens}, bf16, {where}"
     result = {

@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from bench.account import Case, MetaMode, Step, on_hopper, world_of
-from halny.model import roofline, sharding
+from halny.model import plan, roofline, sharding
 from halny.model.mistral import PRESETS, MistralConfig
 
 BOUND = 0.01  # of the peak, that a part or the sum may differ from the prediction
@@ -194,8 +194,8 @@ def state(step: Step) -> dict[str, list[Tensor]]:
 def predicted(case: Case) -> dict[str, roofline.MemoryEstimate]:
     sizes = case.config, case.micro_batch, case.seq_len
     if case.ranks == 1:
-        return roofline.one_rank_moments(*sizes, case.moments, case.accumulation)
-    return roofline.memory_moments(sizes[0], case.ranks, *sizes[1:], lean=True)
+        return roofline.one_rank_moments(*sizes, case.moments, case.accumulation, case.work.lean)
+    return roofline.memory_moments(sizes[0], case.ranks, *sizes[1:], lean=case.work.lean)
 
 
 @dataclass(frozen=True)
@@ -267,7 +267,10 @@ def card_lines(model: MistralConfig, name: str = "mistral-7b-1gpu") -> Iterator[
         f"predicted by model/roofline.py, nothing measured: GB at a step's peak for {roofline.parameters(model):,} "
         f"parameters, sequences of {seq_len}"
     )
-    yield f"left: of the memory less {roofline.RESERVED:.0%}, reserved for CUDA, NCCL and fragments; - does not fit\n"
+    yield (
+        f"left: of the memory less {roofline.RESERVED:.0%}, reserved for CUDA, NCCL and fragments; - does not fit. "
+        "Lines are of --recompute always\n"
+    )
     yield f"{'':<44}{'':>9}" + "".join(f"{card.removeprefix('NVIDIA '):>18}" for card in CARDS)
     totals = (f"{roofline.GPUS[card].memory_bytes / 1e9:.1f}, left" for card in CARDS)
     yield f"{'':<44}{'needs':>9}" + "".join(f"{total:>18}" for total in totals)
@@ -295,9 +298,15 @@ def card_lines(model: MistralConfig, name: str = "mistral-7b-1gpu") -> Iterator[
         if not n:
             yield f"  {card:<24} nothing: one sequence does not fit"
             continue
-        estimate = roofline.one_rank_memory(model, n, seq_len, recipe["moments"], share // n)
-        parts = ", ".join(f"{part.replace('_', ' ')} {x / 1e9:.1f}" for part, x in asdict(estimate).items() if x)
-        yield f"  {card:<24} {share // n:>2} x {n} x {seq_len}: {estimate.total / 1e9:.1f} GB: {parts}"
+        alone = plan.Sharding("", 1, 1)
+        work = plan.Work(model, n, seq_len, share // n, moments=recipe["moments"])
+        work, _ = plan.activations(work, alone, 1, memory_bytes)
+        parts = plan.rank_memory(work, alone, 1)
+        listed = ", ".join(f"{part} {x / 1e9:.1f}" for part, x in parts.items())
+        yield (
+            f"  {card:<24} {share // n:>2} x {n} x {seq_len}: {sum(parts.values()) / 1e9:.1f} GB: {listed}; "
+            f"recomputed: {plan.recomputed(work)}"
+        )
 
 
 CASES = [

@@ -213,9 +213,11 @@ class Step:
             batch_tokens=world.size * micro_batch * self.seq_len, reshard=reshard, moments=case.moments,
             dtype="bf16" if case.mode == "one-gpu" else None,  # on a CPU too: its path is another than fp32's
         )  # fmt: skip
-        resolved = replace(train.resolve(recipe, world), model=model)
-        self.recipe, self.layout, self.whole = resolved.recipe, resolved.layout, resolved.whole
-        self.lean = train.is_lean(self.recipe, world)
+        resolved = train.resolve(recipe, world)
+        resolved = replace(resolved, model=model, work=replace(resolved.work, config=model))
+        self.recipe, self.layout, self.whole, self.work = (
+            resolved.recipe, resolved.layout, resolved.whole, resolved.work
+        )  # fmt: skip
         self.model = train.build_model(resolved, world)
         dtype = train.DTYPES[self.recipe.dtype]
         self.stand_in = StandIn(model, world.size, dtype, world.device).on(self.model) if world.size > 1 else None
@@ -260,8 +262,7 @@ class Step:
             f"measured beside it: matmuls at {ceiling['tflop_s']:,.0f} TFLOP/s (cuBLAS, these shapes), all else at "
             f"{copy_gb_s:,.0f} GB/s (copy); assumed: attention at {attention_flops / 1e12:,.0f} TFLOP/s",
         )  # fmt: skip
-        work = plan.Work(self.config, self.micro_batch, self.seq_len, lean=self.lean, moments=self.recipe.moments)
-        return profiler.floors(work, speeds, None if self.whole else plan.Sharding.of(self.layout))
+        return profiler.floors(self.work, speeds, None if self.whole else plan.Sharding.of(self.layout))
 
 
 def build(bench: measure.Bench, world: train.World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:
@@ -409,6 +410,7 @@ def calculated(device: str) -> list[dict]:
             work = plan.Work(PRESETS["mistral-7b"], 4, SEQ_LEN)
             cluster = plan.Cluster(machine.gpu, RANKS, NODE, machine.nvlink, nic * 1e9)
             chosen = plan.choose(work, cluster)
+            work = chosen.work
             steps = [plan.step(work, cluster, chosen.sharding, plan.RATES[rates]) for rates in ("good", "leading")]
             rates = [plan.tokens_per_second(work, step) for step in steps]
             flops = roofline.flops_per_token(work.config, SEQ_LEN), roofline.palm_flops_per_token(work.config, SEQ_LEN)

@@ -78,7 +78,7 @@ def explain(
     """The message for a torch.OutOfMemoryError in training: some lines, for the log and for status.json.
 
     work, sharding: what a rank computes and holds, as --plan has it: ``Work(config, micro_batch, seq_len, accumulation,
-    lean, moments)`` and ``Sharding.of(layout)``. compute_bytes: of the compute dtype. free and total are
+    lean, moments=moments)`` and ``Sharding.of(layout)``. compute_bytes: of the compute dtype. free and total are
     torch.cuda.mem_get_info()'s, reserved is torch.cuda.memory_reserved(): for what the error's text leaves out.
     """
     short = Shortage.of(str(error), free, total, reserved)
@@ -148,6 +148,8 @@ def remedies(
     kinds = [first_that_fits(
         [(f"--micro-batch {n} instead of {work.micro_batch}", needs(in_micro_batches(n))) for n in smaller], True
     )]  # fmt: skip
+    if not (work.lean or work.whole_logits):
+        kinds.insert(0, first_that_fits([("--recompute always", needs(replace(work, lean=True)))], True))
     dropped = replace(sharding, gathered_again=0)
     if sharding.gathered_again and not alone:
         kinds.append(first_that_fits([("--reshard always", needs(work, dropped))], True))
@@ -160,6 +162,7 @@ def remedies(
     yield from found
     if room is not None and len(found) > 1 and all(then > room for _, then in found):
         least = replace(in_micro_batches(1), moments=moments[-1] if moments else work.moments)
+        least = least if work.whole_logits else replace(least, lean=True)
         yield "these together", needs(least, dropped)
     if compute_bytes == 4:
         yield "--dtype bf16, for a new run", needs(work, sharding, ranks, 2)

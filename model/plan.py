@@ -60,7 +60,6 @@ NIC_SHARE = 0.85  # of a NIC's line rate that collectives reach
 NVLINK_SHARE = 0.80  # of NVLink's: NCCL's bus bandwidth on eight H100 is some 360 of 450 GB/s
 HOP_S = 5e-6  # a collective's latency for each node in its ring
 POWER_SHARE = 0.9  # of the board's limit, drawn on average while training
-CHUNK_ROWS = 2048  # rows of logits at once
 NIC = 25e9  # bytes/s a GPU between nodes, for a machine of which only the GPU is known
 
 
@@ -137,7 +136,8 @@ class Work:
     micro_batch: int
     seq_len: int
     accumulation: int = 1
-    lean: bool = True
+    lean: bool = True  # the backward makes the outputs of norms and SwiGLU again, instead of keeping them
+    whole_logits: bool = False  # the loss is PyTorch's
     moments: str = "fp32"  # AdamW's, where there is one GPU: that does without FSDP (model/optimizer.py)
     recomputed: float = 0.0  # share of the layers' forward matrix products that the backward computes again
     recomputes_attention: bool = False
@@ -319,44 +319,72 @@ def tokens_per_second(work: Work, step: Step) -> float:
 
 @dataclass(frozen=True)
 class Choice:
+    work: Work
     sharding: Sharding
     step: Step  # at the rates called good
     memory: dict[str, int]  # bytes on the fullest rank at the peak, by part
     fits: bool
     why: str  # the weights are gathered again, or not
+    why_lean: str
 
     @property
     def bytes(self) -> int:
         return sum(self.memory.values())
 
 
-def choose(work: Work, cluster: Cluster, **asked) -> Choice:
+def choose(work: Work, cluster: Cluster, recompute: str = "auto", **asked) -> Choice:
     """A layout as the trainer would choose it on this machine, where ``asked`` (shard, reshard) leaves it open."""
     layout = choose_layout(
         work.config, size=cluster.gpus, node_size=cluster.node, micro_batch=work.micro_batch, seq_len=work.seq_len,
-        accumulation=work.accumulation, lean=work.lean, memory_bytes=cluster.gpu.memory_bytes, **asked,
+        accumulation=work.accumulation, lean=recompute != "never", memory_bytes=cluster.gpu.memory_bytes, **asked,
     )  # fmt: skip
     sharding, why = Sharding.of(layout), layout.reshard_why
     if cluster.gpus == 1:
         sharding = Sharding(f"none, moments in {work.moments}", 1, gathered_again=1)
         why = "one GPU has nothing to gather or to reduce"
+    work, why_lean = activations(work, sharding, cluster.gpus, cluster.gpu.memory_bytes, recompute)
     parts = memory(work, cluster, sharding)
     fits = sum(parts.values()) <= cluster.gpu.memory_bytes
-    return Choice(sharding, step(work, cluster, sharding, RATES["good"]), parts, fits, why)
+    return Choice(work, sharding, step(work, cluster, sharding, RATES["good"]), parts, fits, why, why_lean)
 
 
-def compare(work: Work, cluster: Cluster) -> list[Choice]:
+def compare(work: Work, cluster: Cluster, recompute: str = "auto") -> list[Choice]:
     """Side by side: gathered again everywhere, in the node, not at all; HSDP in groups of eight nodes and of one.
 
     For one GPU AdamW's moments in fp32, bf16 and 8 bits.
     """
     if cluster.gpus == 1:
-        return [choose(replace(work, moments=moments), cluster) for moments in roofline.MOMENT_BYTES]
+        return [choose(replace(work, moments=moments), cluster, recompute) for moments in roofline.MOMENT_BYTES]
     asked = [{"reshard": "always"}, {"reshard": "node"}, {"reshard": "never"}]
     if cluster.nodes == 1:
         del asked[1]  # it is the first again
     asked += [{"shard": n * cluster.node} for n in (8, 1) if n < cluster.nodes and cluster.nodes % n == 0]
-    return [choose(work, cluster, **options) for options in asked]
+    return [choose(work, cluster, recompute, **options) for options in asked]
+
+
+def activations(
+    work: Work, sharding: Sharding, gpus: int, memory_bytes: int | None, recompute: str = "auto", compute_bytes: int = 2
+) -> tuple[Work, str]:
+    """The work with ``lean`` as --recompute has it, and why: by default all is kept that there is memory for.
+
+    Making the outputs of norms and SwiGLU again costs a pass over memory, at 7B and 4 x 4096 23.6 GB a step, 0.5% of it
+    (kernels/lean_linear.py). Weights that are kept gathered and whole gradients save more for less, and come first.
+    """
+    lean, keeping = replace(work, lean=True), replace(work, lean=False)
+    if recompute != "auto":
+        return (lean if recompute == "always" else keeping), "as asked for"
+    if memory_bytes is None:
+        return lean, "the memory of this device is not known"
+    needs, more = (sum(rank_memory(x, sharding, gpus, compute_bytes).values()) for x in (lean, keeping))
+    spare = int(memory_bytes * (1 - RESERVED)) - needs
+    if more - needs <= spare:
+        return keeping, f"there is room for {in_words(more - needs)} more"
+    return lean, f"keeping them takes {in_words(more - needs)} more, and {in_words(max(0, spare))} are left"
+
+
+def recomputed(work: Work) -> str:
+    """What the backward makes again, in words."""
+    return "norms and SwiGLU, in the backward" if work.lean else "nothing, all activations are kept"
 
 
 def rank_memory(work: Work, sharding: Sharding, gpus: int, compute_bytes: int = 2) -> dict[str, int]:
@@ -365,10 +393,11 @@ def rank_memory(work: Work, sharding: Sharding, gpus: int, compute_bytes: int = 
     if gpus == 1 and compute_bytes == 2:
         parts = asdict(roofline.one_rank_memory(config, *sizes, work.moments, work.accumulation, work.lean))
     else:
-        chunk_rows = None if work.lean else CHUNK_ROWS
         reduced = 1 if sharding.holds_gradients else work.accumulation  # times a step
         parts = asdict(
-            roofline.memory_estimate(config, sharding.shards, *sizes, compute_bytes, work.lean, chunk_rows, reduced)
+            roofline.memory_estimate(
+                config, sharding.shards, *sizes, compute_bytes, work.lean, work.whole_logits, reduced
+            )
         )
         if sharding.gathered_again:
             layer = compute_bytes * roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
@@ -406,6 +435,7 @@ class Request:
     replicate: int | None = None
     reshard: str | None = None
     moments: str = "fp32"  # AdamW's, on one GPU
+    recompute: str = "auto"
 
     @property
     def asked(self) -> dict:
@@ -492,8 +522,8 @@ def answer(request: Request, plot: Path | None = None) -> str:
 def one(request: Request, work: Work, cluster: Cluster) -> str:
     """The plan for one number of GPUs."""
     r, m, config = request, machine(request.gpu), request.config
-    chosen = choose(work, cluster, **r.asked)
-    choices = compare(work, cluster)
+    chosen = choose(work, cluster, r.recompute, **r.asked)
+    work, choices = chosen.work, compare(work, cluster, r.recompute)
     if all(c.sharding != chosen.sharding for c in choices):
         choices.append(chosen)
     per_token = roofline.flops_per_token(config, r.seq_len)
@@ -525,6 +555,7 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
             + ("  <- " + ("asked for" if asked else "default") if c.sharding == chosen.sharding else "")
         )
     lines.append(f"chosen     {chosen.sharding.name}: {chosen.why}")
+    lines.append(f"recompute  {recomputed(work)}: {chosen.why_lean}")
     if not chosen.fits:
         smaller = "" if cluster.gpus > 1 or work.moments == "8bit" else "--moments 8bit, "
         lines.append(
@@ -621,7 +652,7 @@ def sweep(request: Request, clusters: list[Cluster], plot: Path | None) -> str:
         f"   |{'exposed':>9}{'tokens/s/GPU':>14}{'of best':>9}{'million tokens/s':>18}",
     ]
     fixed: dict[int, tuple[Work, Choice]] = {}
-    growing = {cluster.gpus: (grown, choose(grown, cluster, **r.asked)) for cluster in clusters}
+    growing = {cluster.gpus: (grown, choose(grown, cluster, r.recompute, **r.asked)) for cluster in clusters}
     reasons = {}
     for cluster in clusters:
         try:
@@ -629,7 +660,7 @@ def sweep(request: Request, clusters: list[Cluster], plot: Path | None) -> str:
         except Refused as refusal:
             reasons[cluster.gpus] = str(refusal)
         else:
-            fixed[cluster.gpus] = work, choose(work, cluster, **r.asked)
+            fixed[cluster.gpus] = work, choose(work, cluster, r.recompute, **r.asked)
     for n in growing:
         if n in fixed:
             work, chosen = fixed[n]
@@ -671,11 +702,12 @@ def limit(request: Request, last: Cluster, grown: Work, fixed: Series, growing: 
             beyond = [n for n in rates if n > scaling]
             end = f"at {beyond[0]} {rates[beyond[0]] / best:.0%}" if beyond else "the end of this range"
             lines.append(f"{what + ':':<20} at least 90% of its best rate a GPU up to {scaling} GPUs, {end}")
-    base, asked = replace(grown, micro_batch=1), request.asked
+    base, asked = replace(grown, micro_batch=1), request.asked | {"recompute": request.recompute}
     plain = choose(base, last, **asked)
     cases = [("one sequence a GPU", base, last, plain)]
-    cases += [("  HSDP", base, last, c) for c in compare(base, last) if c.sharding.shards < last.gpus]
-    cases += [("  kept gathered", base, last, choose(base, last, reshard="never"))]
+    compared = compare(base, last, request.recompute)
+    cases += [("  HSDP", base, last, c) for c in compared if c.sharding.shards < last.gpus]
+    cases += [("  kept gathered", base, last, choose(base, last, request.recompute, reshard="never"))]
     for name, work, cluster in (
         ("  NICs twice as fast", base, replace(last, nic=2 * last.nic)),
         ("  sequence twice as long", replace(base, seq_len=2 * base.seq_len), last),

@@ -32,7 +32,6 @@ import torch.distributed as dist
 from halny.model import plan, roofline
 from halny.model.durable import in_words
 from halny.model.exits import Failed
-from halny.model.mistral import MistralConfig
 from halny.model.ranks import World, all_gather, check_collectives, everywhere, reduce_scatter
 from halny.model.sharding import RESERVED, Layout
 
@@ -41,21 +40,11 @@ from halny.model.sharding import RESERVED, Layout
 class Job:
     """The run that is asked about."""
 
-    model: MistralConfig
+    work: plan.Work  # of a rank
     layout: Layout
-    micro_batch: int
-    accumulation: int
-    seq_len: int
     dtype: torch.dtype
-    lean: bool
     folder: Path  # the run's
     checkpoints: int  # kept at once
-    moments: str = "fp32"
-
-    @property
-    def work(self) -> plan.Work:
-        """In the plan's words."""
-        return plan.Work(self.model, self.micro_batch, self.seq_len, self.accumulation, self.lean, self.moments)
 
 
 @dataclass(frozen=True)
@@ -145,7 +134,7 @@ def seconds_of(action: Callable[[], object], device: torch.device, repeats: int)
 def device_rates(job: Job, world: World, effort: Effort) -> tuple[dict[str, float], float]:
     """(this device's rates in FLOP/s and bytes/s; what the last matrix products reached, as a share of the best)."""
     device = world.device
-    m, k, n = (max(256, x) for x in (job.micro_batch * job.seq_len, job.model.dim, 2 * job.model.hidden_dim))
+    m, k, n = (max(256, x) for x in (job.work.tokens, job.work.config.dim, 2 * job.work.config.hidden_dim))
     a, b = (torch.randn(shape, device=device).to(job.dtype) for shape in ((m, k), (k, n)))  # not zeros: they cost less
     out = torch.empty(m, n, device=device, dtype=job.dtype)
 
@@ -190,7 +179,7 @@ def collective_rates(job: Job, world: World, effort: Effort) -> dict[str, float]
 def _layer_rates(job: Job, world: World, effort: Effort, n: int) -> tuple[float, float]:
     """(all-gather of a layer in the compute dtype, reduce-scatter of its fp32 gradients) in groups of n neighbours."""
     group, _ = dist.new_subgroups(n) if n < world.size else (None, None)
-    each = -(-roofline.layer_parameters(job.model) // n)
+    each = -(-roofline.layer_parameters(job.work.config) // n)
     rates = []
     for dtype, collective, out, into in (
         (job.dtype, all_gather, each * n, each),
@@ -214,7 +203,7 @@ def _link_rate(job: Job, world: World, effort: Effort) -> float:
     """The better of this rank's exchanges with its counterparts on the nodes before and after: one slow node spoils
     both of its own, but only one of each neighbour's."""
     nodes, node = world.size // world.node_size, world.rank // world.node_size
-    numel = roofline.layer_parameters(job.model)
+    numel = roofline.layer_parameters(job.work.config)
     ours, theirs = (torch.zeros(numel, dtype=job.dtype, device=world.device) for _ in range(2))
     best = 0.0
     for first in (0, 1):
@@ -325,7 +314,7 @@ def too_little_memory(job: Job, world: World, hosts: list[str], say: Callable) -
         return []
     return [f"the step needs about {in_words(needed)}, and rank {least} on {hosts[least]} has {in_words(room)} for it; "
         "lower --micro-batch, or use more ranks"
-        + (", or --moments 8bit" if world.size == 1 and job.moments != "8bit" else "")]  # fmt: skip
+        + (", or --moments 8bit" if world.size == 1 and job.work.moments != "8bit" else "")]  # fmt: skip
 
 
 def unreadable_data(open_data: Callable | None, world: World, hosts: list[str], say: Callable) -> list[str]:
@@ -352,8 +341,8 @@ def unreadable_data(open_data: Callable | None, world: World, hosts: list[str], 
 
 def poor_disk(job: Job, world: World, hosts: list[str], effort: Effort, say: Callable) -> list[str]:
     """Every rank writes and syncs a file where the run's checkpoints will lie; rank 0 must find them all."""
-    total = roofline.parameter_bytes(job.model) + roofline.moment_bytes(job.model, job.moments)
-    export = 2 * roofline.parameters(job.model)
+    total = roofline.parameter_bytes(job.work.config) + roofline.moment_bytes(job.work.config, job.work.moments)
+    export = 2 * roofline.parameters(job.work.config)
     existing = next(p for p in (job.folder, *job.folder.absolute().parents) if p.is_dir())
     folder, problem = None, None
     if world.is_main:

@@ -148,18 +148,20 @@ def attention_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2
     return config.n_layers * n_tokens * (6 * compute_bytes * (q + kv) + 2 * FP32_BYTES * config.n_heads)
 
 
-def row_kernel_bytes(config: MistralConfig, n_tokens: int, programs: int, compute_bytes: int = 2) -> int:
+def row_kernel_bytes(
+    config: MistralConfig, n_tokens: int, programs: int, compute_bytes: int = 2, lean: bool = True
+) -> int:
     """Norms, RoPE and SwiGLU of a micro batch, forward and backward; q, kv and f elements a token.
 
     A norm with the addition before it is 4d each way, and a layer has two; the first of all has nothing to add, 2d and
     3d, and the last's sum goes nowhere else, 4d and 3d. RoPE moves q, k and the v that it copies along, 2 (q + 2kv)
-    each way, SwiGLU 3f and 5f, and lean as it is the backward also writes the outputs of norms and SwiGLU, 2d + f. Each
+    each way, SwiGLU 3f and 5f, and lean the backward also writes the outputs of norms and SwiGLU, 2d + f. Each
     norm's fp32 rstd is written and read, its weight read twice, and of the weight's gradient each of ``programs``
     writes an fp32 row; their sum is rounded.
     """
     b, d, T = compute_bytes, config.dim, n_tokens
     q, kv, f = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.hidden_dim
-    layer = 18 * d + 4 * (q + 2 * kv) + 9 * f
+    layer = 16 * d + 4 * (q + 2 * kv) + 8 * f + (2 * d + f if lean else 0)
     norms = 2 * config.n_layers + 1
     rows = b * (config.n_layers * layer + 4 * d) + 2 * FP32_BYTES * norms
     return T * rows + norms * d * (2 * b + FP32_BYTES * (2 * programs + 2) + b)
@@ -466,25 +468,25 @@ class MemoryEstimate:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def working_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
+def working_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2, lean: bool = True) -> int:
     """Most of what a layer's backward holds beside the saved activations: b (d + 4f) a token. 7B in bf16: 122,880 B.
 
     In SwiGLU's: the gradient of the layer's output (d), the gradient of SwiGLU's output (f), that of gate and up (2f),
-    and SwiGLU's output, made again for the weight's gradient (f).
+    and SwiGLU's output, made again for the weight's gradient (f); or where it was kept, that gradient.
     """
-    return compute_bytes * n_tokens * (config.dim + 4 * config.hidden_dim)
+    d, f = config.dim, config.hidden_dim
+    return compute_bytes * (n_tokens * (d + 3 * f) + (n_tokens * f if lean else d * f))
 
 
 def _loss_moments(
-    config: MistralConfig, n_tokens: int, compute_bytes: int, lean: bool, chunk_rows: int | None
+    config: MistralConfig, n_tokens: int, compute_bytes: int, lean: bool, whole_logits: bool
 ) -> dict[str, dict[str, int]]:
     """While the loss is made, and in its own backward: activations of all layers, logits, working memory.
 
     Three more [n_tokens, d] are there: the last norm's input, its output, and the gradient of that, which is made at
     once and counted as the loss's. The backward rounds the head's gradient from its fp32 sum, if there are chunks.
     """
-    if lean and chunk_rows is None:
-        chunk_rows = loss_chunk_rows(config, n_tokens, compute_bytes)
+    chunk_rows = None if whole_logits else loss_chunk_rows(config, n_tokens, compute_bytes)
     stream = compute_bytes * n_tokens * config.dim
     layers = n_tokens * activation_bytes_per_token(config, compute_bytes, lean) + FP32_BYTES * n_tokens
     logits = logits_bytes(config, n_tokens, compute_bytes, chunk_rows) + stream
@@ -505,17 +507,17 @@ def memory_moments(
     micro_batch: int,
     seq_len: int,
     compute_bytes: int = 2,
-    lean: bool = False,
-    logits_chunk_rows: int | None = None,
+    lean: bool = True,
+    whole_logits: bool = False,
     accumulation: int = 1,
 ) -> dict[str, MemoryEstimate]:
     """A rank's memory at the moments of a step that may be its peak, under FSDP2 with AdamW: what happens -> parts.
 
-    logits_chunk_rows = None stands for what runs: lean, our kernels and their own chunks; otherwise PyTorch's
-    cross-entropy. Layers leave their activations behind one by one, from the last; in exchange gradients come: a
-    reduce-scatter's fp32 input is there until the one after the next, so the third layer may be the peak, where a layer
-    has less activations than weights; and at the end there are all gradients. Those of the root group wait for the end.
-    Where each of several micro batches is reduced, the sums of those before are there from the start (accumulation).
+    lean: outputs of norms and SwiGLU are made again. whole_logits: the loss is PyTorch's, not ours in chunks. Layers
+    leave their activations behind one by one, from the last; in exchange gradients come: a reduce-scatter's fp32 input
+    is there until the one after the next, so the third layer may be the peak, where a layer has less activations than
+    weights; and at the end there are all gradients. Those of the root group wait for the end. Where each of several
+    micro batches is reduced, the sums of those before are there from the start (accumulation).
 
     Left out are the CUDA context, buffers of libraries and fragments (RESERVED), and the [s, s] score matrix and other
     temporaries of the reference's attention and SwiGLU.
@@ -527,7 +529,8 @@ def memory_moments(
         "gathered_parameters": gathered_parameter_bytes(config, compute_bytes),
     }
     a_layer = n_tokens * activation_bytes_per_token(config, compute_bytes, lean) // n_layers
-    working = working_bytes(config, n_tokens, compute_bytes) + compute_bytes * config.vocab_size * config.dim
+    gone = 0 if lean else compute_bytes * n_tokens * config.hidden_dim  # SwiGLU's output, when its backward begins
+    working = working_bytes(config, n_tokens, compute_bytes, lean) + compute_bytes * config.vocab_size * config.dim
     layer, root = (padded_numel(shapes(config), world_size) for shapes in (layer_shapes, root_shapes))
 
     whole = gradient_bytes(config, world_size)
@@ -535,7 +538,7 @@ def memory_moments(
     def backward(done: int) -> MemoryEstimate:
         return MemoryEstimate(
             gradients=whole if accumulation > 1 else FP32_BYTES * done * layer // world_size,
-            activations=(n_layers - done) * a_layer,
+            activations=(n_layers - done) * a_layer - gone,
             logits=0,
             working=working + min(done, 2) * FP32_BYTES * layer,
             **own,
@@ -543,7 +546,7 @@ def memory_moments(
 
     end = {"gradients": whole, "activations": 0, "logits": 0}
     reducing = FP32_BYTES * (layer + root) + compute_bytes * root
-    loss = _loss_moments(config, n_tokens, compute_bytes, lean, logits_chunk_rows)
+    loss = _loss_moments(config, n_tokens, compute_bytes, lean, whole_logits)
     at_loss = own | {
         "gradients": whole if accumulation > 1 else 0,
         "gathered_parameters": gathered_parameter_bytes(config, compute_bytes, layers=1),
@@ -563,14 +566,12 @@ def memory_estimate(
     micro_batch: int,
     seq_len: int,
     compute_bytes: int = 2,
-    lean: bool = False,
-    logits_chunk_rows: int | None = None,
+    lean: bool = True,
+    whole_logits: bool = False,
     accumulation: int = 1,
 ) -> MemoryEstimate:
     """The largest of ``memory_moments``: micro_batch sequences of seq_len, FSDP2, AdamW. bench/memory.py counts it."""
-    moments = memory_moments(
-        config, world_size, micro_batch, seq_len, compute_bytes, lean, logits_chunk_rows, accumulation
-    )
+    moments = memory_moments(config, world_size, micro_batch, seq_len, compute_bytes, lean, whole_logits, accumulation)
     return max(moments.values(), key=lambda moment: moment.total)
 
 
@@ -611,18 +612,19 @@ def one_rank_moments(
     before = 0 if accumulation == 1 else compute_bytes if accumulation == 2 else after
     embedding = config.vocab_size * config.dim
     a_layer = n_tokens * activation_bytes_per_token(config, compute_bytes, lean) // n_layers
+    gone = 0 if lean else compute_bytes * n_tokens * config.hidden_dim  # SwiGLU's output, when its backward begins
 
     def backward(done: int) -> MemoryEstimate:
         weights = embedding + done * layer_parameters(config)  # the head has as many as the embedding
         return MemoryEstimate(
             gradients=after * weights + before * (n - weights),
-            activations=(n_layers - done) * a_layer,
+            activations=(n_layers - done) * a_layer - gone,
             logits=0,
-            working=working_bytes(config, n_tokens, compute_bytes),
+            working=working_bytes(config, n_tokens, compute_bytes, lean),
             **own,
         )
 
-    loss = _loss_moments(config, n_tokens, compute_bytes, lean, None)
+    loss = _loss_moments(config, n_tokens, compute_bytes, lean, whole_logits=False)
     return {
         **{when: MemoryEstimate(gradients=before * n, **parts, **own) for when, parts in loss.items()},
         "backward of the last layer": backward(0),

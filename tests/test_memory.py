@@ -86,6 +86,8 @@ def test_what_a_backward_makes_is_working_memory_until_it_outlives_it():
         Case(DEEP_ENOUGH, 1, 4096, 1, "fp32", 2),  # sums turn from bf16 into fp32
         Case(DEEP_ENOUGH, 1, 4096, 1, "bf16", 3),
         Case(DEEP_ENOUGH, 4, 4096, 1, "8bit", 3),
+        Case(DEEP_ENOUGH, 4, 4096, 1, "8bit", recompute="never"),
+        Case(MISTRAL_7B, 4, 4096, 256, reshard="always", recompute="never"),
     ],
     ids=memory.describe,
 )
@@ -151,7 +153,7 @@ TEXT = (
     "unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
 )
 ONE, FSDP = Sharding("", 1, 1), Sharding("", 256, 4)
-H100, GH200 = 85_520_809_984, 102_625_181_696
+H100, GH200, H200 = 85_520_809_984, 102_625_181_696, 150_754_820_096
 
 
 def changes(message: str) -> dict[str, tuple[str, str, str]]:
@@ -207,6 +209,15 @@ def test_kept_weights_and_accumulated_gradients():
     assert found["--micro-batch 4 instead of 8"][1:] == (f"{sum(four.values()) / 1e9:.1f}", "which fits")
     assert not any("--moments" in what for what in found)  # shards are small
     assert "--reshard always" not in changes(explain("", work, Sharding("", 256), 256, total=GH200, free=0))
+
+
+def test_activations_that_were_kept_can_be_made_again():
+    work = Work(MISTRAL_7B, 4, 4096, 4, lean=False, moments="8bit")
+    found = changes(explain("", work, ONE, 1, total=H200, free=0))
+    lean, kept = (sum(plan.rank_memory(w, ONE, 1).values()) for w in (replace(work, lean=True), work))
+    assert found["--recompute always"] == (f"{(kept - lean) / 1e9:.1f}", f"{lean / 1e9:.1f}", "which fits")
+    assert list(found)[:2] == ["--recompute always", "--micro-batch 2 instead of 4"]
+    assert "--recompute always" not in changes(explain("", replace(work, lean=True), ONE, 1, total=H200, free=0))
 
 
 def test_others_and_fragments_are_named():

@@ -97,7 +97,7 @@ def test_memory_of_one_gpu_is_that_without_fsdp(moments, fits, monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr("halny.model.preflight.everywhere", lambda x: [x])
     layout = choose_layout(MODELS["mistral-7b"], size=1, node_size=1, micro_batch=1, seq_len=4096, accumulation=16)
-    job = Job(MODELS["mistral-7b"], layout, 1, 16, 4096, torch.bfloat16, True, None, 1, moments)
+    job = Job(plan.Work(MODELS["mistral-7b"], 1, 4096, 16, moments=moments), layout, torch.bfloat16, None, 1)
     world, said = train.World(0, 1, torch.device("cuda"), mesh=None), []
     reasons = too_little_memory(job, world, ["node7"], said.append)
     assert not reasons if fits else "--moments 8bit" in reasons[0]
@@ -110,7 +110,7 @@ def test_the_prediction_is_the_plans_at_measured_rates():
     layout = choose_layout(
         model, size=256, node_size=4, micro_batch=4, seq_len=4096, memory_bytes=machine.gpu.memory_bytes
     )
-    job = Job(model, layout, 4, 1, 4096, torch.bfloat16, True, None, 2)
+    job = Job(plan.Work(model, 4, 4096), layout, torch.bfloat16, None, 2)
     world = train.World(0, 256, torch.device("cuda"), mesh=None, node_size=4)
     nic = 25e9 * plan.NIC_SHARE
     rates = {

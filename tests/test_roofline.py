@@ -132,11 +132,14 @@ def test_memory_of_mistral_7b():
     assert third.activations == 30 * 94_344 * 4096
     assert third.working - few["backward of the last layer"].working == 2 * 4 * roofline.layer_parameters(MISTRAL_7B)
 
-    whole = roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096)  # PyTorch's loss and all activations
+    whole = roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096, lean=False, whole_logits=True)  # all as PyTorch has it
     assert whole.logits == 3 * 4 * 16384 * 32000 + stream
     assert whole.activations == pytest.approx(73.1e9 + 2 * stream, rel=1e-3)
-    chunks = roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096, logits_chunk_rows=2048)
-    assert chunks.total < whole.total - 3e9
+    kept = roofline.memory_estimate(MISTRAL_7B, 256, 4, 4096, lean=False)
+    assert kept.total < whole.total - 3e9
+    swiglu = 2 * 14_336 * 16_384  # its output, gone where it was kept, and not made again
+    assert last.working - kept.working == swiglu - 2 * 14_336 * 4096  # the weight's gradient is there instead
+    assert kept.activations - last.activations == 32 * (139_400 - 94_344) * 16_384 - swiglu
     one = roofline.memory_estimate(MISTRAL_7B, 1, 1, 4096, lean=True)
     assert one.parameters + one.gradients + one.optimizer == 16 * 7_241_732_096  # the 116e9 that one H200 holds
     assert one.total < roofline.GPUS["NVIDIA H200"].memory_bytes

@@ -25,6 +25,7 @@ if __name__ == "__main__":
 import train
 from halny.model import roofline
 from halny.model.mistral import PRESETS
+from halny.model.plan import Work
 from halny.model.ranks import World
 from halny.model.sharding import choose_layout, reduce_gradients
 
@@ -63,7 +64,8 @@ def build(config, world: int, rank: int = 0, **asked):
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     everyone = World(rank, world, torch.device("cpu"), init_device_mesh("cpu", (world,)), NODE)
     layout = choose_layout(config, size=world, node_size=NODE, micro_batch=1, seq_len=8, accumulation=2, **asked)
-    plan = SimpleNamespace(model=config, recipe=SimpleNamespace(dtype="bf16", freeze=None), layout=layout)
+    recipe, work = SimpleNamespace(dtype="bf16", freeze=None), Work(config, 1, 1)
+    plan = SimpleNamespace(model=config, recipe=recipe, layout=layout, work=work)
     model = train.build_model(plan, everyone)
     return model, train.build_optimizer(model, train.Recipe()), layout
 

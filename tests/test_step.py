@@ -234,8 +234,8 @@ def test_calculated_needs_no_gpu(tmp_path, capsys):
     machine = plan.MACHINES["gh200-96"]
     for row, nic in zip(rows, (25e9, 50e9), strict=True):
         work, cluster = plan.Work(MISTRAL_7B, 4, 4096), plan.Cluster(machine.gpu, 256, 4, machine.nvlink, nic)
-        layout = plan.choose(work, cluster).sharding
-        expected = [plan.tokens_per_second(work, plan.step(work, cluster, layout, plan.RATES[r]))
+        chosen = plan.choose(work, cluster)
+        expected = [plan.tokens_per_second(work, plan.step(chosen.work, cluster, chosen.sharding, plan.RATES[r]))
                     for r in ("good", "leading")]  # fmt: skip
         assert row["range"]["tokens_per_second"] == pytest.approx(expected) and expected[0] < expected[1]
     assert rows[0]["range"]["tokens_per_second"][0] < rows[1]["range"]["tokens_per_second"][0]
