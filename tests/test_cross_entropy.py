@@ -243,6 +243,18 @@ def test_the_first_of_equal_logits_is_the_prediction(tile, monkeypatch):
     assert torch.equal(correct.bool(), want) and 0 < want.sum() < 2 * V
 
 
+@kernel
+@pytest.mark.parametrize("first", [0, 8_191, 8_192, 17_000])
+def test_a_tie_is_looked_for_all_along_the_row(first):
+    """The label's equal is in the first, the second and the last block that is read again; or behind the label."""
+    logits = randn(1, 20_000, dtype=torch.bfloat16)
+    logits[0, [first, 17_000, 19_999]] = 100.0
+    for label in (17_000, 19_999):
+        labels = torch.tensor([label], device=DEVICE)
+        _, correct, _ = ce.cross_entropy_rows(logits, labels, torch.ones((), device=DEVICE), -100, True)
+        assert correct.item() == (label == first)
+
+
 def poison(x):
     return torch.full_like(x, NAN if x.is_floating_point() else 2**40)
 
