@@ -522,7 +522,10 @@ def plan_attention(
             capability, installed = gpu.capability, gpu.packages
         elif device.type == "cuda":
             capability = _capability(device)
-        described = window is not None, cu_seqlens is not None, T == 1, deterministic, installed
+        # What _choose is called with must be constants, and in a graph for any T and head_dim these two are symbols.
+        # torch.compile makes a number of a symbol where a length is asked for, a bool of a comparison where "not" is.
+        head_dim, one_position = len(range(head_dim)), not T > 1
+        described = window is not None, cu_seqlens is not None, one_position, deterministic, installed
         backend = _choose(backend, capability, dtype, head_dim, *described)
     block_mask = None
     if backend in ("flex", "flex_flash"):

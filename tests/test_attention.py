@@ -911,17 +911,33 @@ def test_flash_attention_4_as_operators(packed, install):
 
 @pytest.mark.parametrize("name", VERSIONS)
 def test_plan_and_call_compile_into_one_graph(name, install, monkeypatch):
-    """The choice, with the import that it may take, is made while tracing."""
+    """The choice, with the import that it may take, is made while tracing, from the second T on for all."""
     install(name)
     monkeypatch.setattr(StandIn, "check", lambda *_: None)  # the stand-in's own checks read values
-    q, k, v = random_qkv(2, 12, 4, 2, 16)
     assert hopper_plan(window=3).backend == name
     module._load.cache_clear()
     torch._dynamo.reset()
     function = torch.compile(
-        lambda *x: planned_attention(*x, hopper_plan(window=3)), fullgraph=True, backend="aot_eager"
+        lambda *x: planned_attention(*x, hopper_plan(x[0].shape[1], window=3)), fullgraph=True, backend="aot_eager"
     )
-    torch.testing.assert_close(function(q, k, v), attention_reference(q, k, v, window=3))
+    for T in (12, 13, 14):
+        q, k, v = random_qkv(2, T, 4, 2, 16)
+        torch.testing.assert_close(function(q, k, v), attention_reference(q, k, v, window=3))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_graph_serves_all_lengths(dynamic):
+    """Compiled for one T, or for any: others, one position, other documents and, if for any, another head_dim."""
+    torch._dynamo.reset()
+    function = torch.compile(
+        lambda q, k, v, cu: attention(q, k, v, window=3, cu_seqlens=cu), fullgraph=True, backend="aot_eager",
+        dynamic=dynamic,
+    )  # fmt: skip
+    for T, cuts, head_dim in ((9, None, 8), (12, None, 8), (1, None, 8), (12, (5,), 8), (20, (1, 7), 8), (9, None, 16)):
+        q, k, v = random_qkv(2, T, 4, 2, head_dim)
+        cu = None if cuts is None else torch.tensor([0, *cuts, T, 2 * T], dtype=torch.int32)
+        want = attention_reference(q, k, v, window=3, cu_seqlens=cu)
+        torch.testing.assert_close(function(q, k, v, cu), want)
 
 
 @pytest.mark.parametrize("name, kernel", [("cudnn", SDPBackend.CUDNN_ATTENTION), ("sdpa", SDPBackend.FLASH_ATTENTION)])
