@@ -325,6 +325,8 @@ def _run_flex(flash: bool, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan)
     function = flex_attention if not q.is_cuda or torch.compiler.is_compiling() else _compiled_flex_attention(flash)
     options = {"BACKEND": "FLASH"} if flash else None
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if not q.is_cuda:  # PyTorch refuses leaves that require a gradient even under no_grad
+        q, k, v = q.detach(), k.detach(), v.detach()
     out = function(q, k, v, block_mask=plan.block_mask, enable_gqa=True, kernel_options=options)
     return out.transpose(1, 2)
 
@@ -579,6 +581,7 @@ def attention(
     return planned_attention(q, k, v, plan_attention(B, T, head_dim, q.dtype, q.device, **documents, backend=backend))
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CAPABILITIES = {"A100": (8, 0), "H100": (9, 0), "H200": (9, 0), "GH200": (9, 0), "B200": (10, 0), "GB200": (10, 0)}
 
 
@@ -597,7 +600,7 @@ def describe_case(
 
     device: a name in CAPABILITIES or a compute capability, "cpu", or None for this machine. documents: whether a row
     holds several, of unknown lengths. deterministic: None for PyTorch's present setting. installed: which of PACKAGES
-    to take for installed; None for those that import here. Raises ValueError for a name it does not know.
+    to take for installed; None for those that import here. Raises ValueError for what ``attention`` would not take.
     """
     if device is None:
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
@@ -613,8 +616,10 @@ def describe_case(
     for name, value in (("T", T), ("head_dim", head_dim), *([("window", window)] if window is not None else [])):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+    if not isinstance(documents, bool):
+        raise ValueError(f"documents must be True or False, got {documents!r}")
     installed = None if installed is None else (installed,) if isinstance(installed, str) else tuple(installed)
     unknown = set(installed or ()) - set(PACKAGES)
     if unknown:
@@ -646,9 +651,6 @@ def explain(device: str | tuple[int, int] | None = None, *, T: int = 4096, windo
     raise AssertionError("the reference runs everything")
 
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
 def _check(q, k, v, window, cu_seqlens, max_seqlen, backend) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floating(name, x)
@@ -672,15 +674,17 @@ def _check(q, k, v, window, cu_seqlens, max_seqlen, backend) -> None:
         raise ValueError(f"window must be None or an integer of at least 1, got {window!r}")
     if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 1):
-        raise ValueError(f"max_seqlen must be None or a positive integer, got {max_seqlen!r}")
+    check_documents(cu_seqlens, max_seqlen, B, T)
     if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, B, T, max_seqlen)
         check_same_device(q=q, cu_seqlens=cu_seqlens)
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, max_seqlen: int | None) -> None:
-    """TypeError or ValueError unless cu_seqlens describes documents of a [B, T] batch, none of them over two rows."""
+def check_documents(cu_seqlens: Tensor | None, max_seqlen: int | None, B: int, T: int) -> None:
+    """TypeError or ValueError unless these describe documents of a [B, T] batch, none of them over two rows."""
+    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 1):
+        raise ValueError(f"max_seqlen must be None or a positive integer, got {max_seqlen!r}")
+    if cu_seqlens is None:
+        return
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens must be an int32 tensor, got {kind}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from halny.kernels.attention import check_cu_seqlens, document_ids, plan_attention, planned_attention
+from halny.kernels.attention import check_documents, document_ids, plan_attention, planned_attention
 from halny.kernels.dispatch import can_check_values, check_integer, check_same_device
 from halny.kernels.lean_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
@@ -191,7 +191,8 @@ class Mistral(nn.Module):
 
         Returns logits [B, T, V] in the compute dtype; or, with labels, ``LinearCrossEntropy(loss, n_tokens,
         n_correct)`` with the SUM of the losses over the targets, fp32. Raises ValueError for a T beyond
-        config.max_seq_len, token ids or labels outside the vocabulary, or cu_seqlens that do not fit.
+        config.max_seq_len, token ids or labels outside the vocabulary, or cu_seqlens or max_seqlen that do not
+        fit.
         """
         tokens = self._check(tokens, cu_seqlens, max_seqlen)
         B, T = tokens.shape
@@ -231,8 +232,8 @@ class Mistral(nn.Module):
         if can_check_values(tokens) and (tokens.min() < 0 or tokens.max() >= self.config.vocab_size):
             wrong = int(tokens.min() if tokens.min() < 0 else tokens.max())
             raise ValueError(f"tokens must lie in 0 .. {self.config.vocab_size - 1} (the vocabulary), got {wrong}")
+        check_documents(cu_seqlens, max_seqlen, B, T)
         if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, B, T, max_seqlen)
             check_same_device(tokens=tokens, cu_seqlens=cu_seqlens)
         return tokens
 

@@ -385,6 +385,8 @@ def test_flex_attention_on_the_cpu(window, dtype):
             assert_close_to_truth(got, hf_eager(q, k, v, mask), truth, roundings=roundings)
     with pytest.raises(ValueError, match="no backward on the CPU"):
         attention(q.requires_grad_(), k, v, backend="flex")
+    with torch.no_grad():
+        assert torch.equal(attention(q, k, v, window=window, cu_seqlens=cu, backend="flex"), got)
 
 
 @pytest.mark.parametrize("window, packed", [(None, False), (3, False), (3, True)])
@@ -1193,6 +1195,7 @@ def test_corners_of_empty_batches_and_of_explain():
         attention(empty, empty, empty, backend=["flex"])
     assert explain("H100", installed="flash-attn-4") == explain("H100", installed=("flash-attn-4",))
     for wrong in (dict(window=0), dict(T=0), dict(head_dim=-8), dict(head_dim="128"), dict(dtype="bf16"),
-                  dict(dtype=torch.int64), dict(device=(9,))):  # fmt: skip
+                  dict(dtype=torch.int64), dict(dtype=torch.float8_e4m3fn), dict(documents=zeros),
+                  dict(device=(9,))):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             explain(**({"device": "H100"} | wrong))
