@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from halny.kernels.dispatch import (
+    autocast_dtype,
     can_check_values,
     check_floating,
     check_same_device,
@@ -560,7 +561,7 @@ def attention(
     q [B, T, H, head_dim], k and v [B, T, Hkv, head_dim] with H a multiple of Hkv, one floating dtype -> out like q.
     Softmax in fp32 (fp64 for fp64). Keys and values are never repeated for their group, except by the reference. For
     its backward a FlashAttention kernel keeps q, k, v, out and an fp32 log-sum-exp a query and head; the reference
-    keeps the [T, T] weights.
+    keeps the [T, T] weights. Under autocast q, k and v are cast to its dtype, as that function's are.
 
     window: query i sees keys i - window < j <= i (Hugging Face's meaning); None for all of them.
     cu_seqlens: int32 [documents + 1] over the flattened B * T positions, from 0 to B * T, strictly increasing, with
@@ -575,6 +576,7 @@ def attention(
     Raises TypeError or ValueError naming the argument that does not fit. The values of cu_seqlens are checked on CPU
     tensors, on CUDA tensors under ``dispatch.set_debug_checks``.
     """
+    q, k, v = (x.to(autocast_dtype(x)) if isinstance(x, Tensor) else x for x in (q, k, v))
     _check(q, k, v, window, cu_seqlens, max_seqlen, backend)
     B, T, _, head_dim = q.shape
     documents = {"window": window, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
@@ -619,13 +621,17 @@ def describe_case(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
     if not isinstance(documents, bool):
-        raise ValueError(f"documents must be True or False, got {documents!r}")
-    installed = None if installed is None else (installed,) if isinstance(installed, str) else tuple(installed)
-    unknown = set(installed or ()) - set(PACKAGES)
-    if unknown:
-        raise ValueError(f"installed must be among {', '.join(PACKAGES)}, got {', '.join(sorted(unknown))}")
+        raise ValueError(f"documents must be True or False, whether a row holds several, got {documents!r}")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    elif not isinstance(deterministic, bool):
+        raise ValueError(f"deterministic must be True, False or None, got {deterministic!r}")
+    if installed is not None:
+        installed = (installed,) if isinstance(installed, str) or not isinstance(installed, Iterable) else installed
+        installed = tuple(installed)
+        unknown = [package for package in installed if package not in PACKAGES]
+        if unknown:
+            raise ValueError(f"installed must be among {', '.join(PACKAGES)}, got {', '.join(map(str, unknown))}")
     hides = window is not None and window < T
     return Case(capability, dtype, head_dim, hides, documents, T == 1, deterministic, installed)
 
@@ -674,13 +680,15 @@ def _check(q, k, v, window, cu_seqlens, max_seqlen, backend) -> None:
         raise ValueError(f"window must be None or an integer of at least 1, got {window!r}")
     if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
-    check_documents(cu_seqlens, max_seqlen, B, T)
-    if cu_seqlens is not None:
-        check_same_device(q=q, cu_seqlens=cu_seqlens)
+    check_documents(cu_seqlens, max_seqlen, B, T, q=q)
 
 
-def check_documents(cu_seqlens: Tensor | None, max_seqlen: int | None, B: int, T: int) -> None:
-    """TypeError or ValueError unless these describe documents of a [B, T] batch, none of them over two rows."""
+def check_documents(cu_seqlens: Tensor | None, max_seqlen: int | None, B: int, T: int, **beside: Tensor) -> None:
+    """TypeError or ValueError unless these describe documents of a [B, T] batch, none of them over two rows.
+
+    beside: a tensor by its name, whose device cu_seqlens must be on.
+    """
+    # a tensor would do in some backends, and make the host wait for the GPU in each
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 1):
         raise ValueError(f"max_seqlen must be None or a positive integer, got {max_seqlen!r}")
     if cu_seqlens is None:
@@ -693,6 +701,7 @@ def check_documents(cu_seqlens: Tensor | None, max_seqlen: int | None, B: int, T
             f"cu_seqlens must be [documents + 1] with at least one document in each of {B} rows, "
             f"got shape {tuple(cu_seqlens.shape)}"
         )
+    check_same_device(**beside, cu_seqlens=cu_seqlens)
     if not can_check_values(cu_seqlens):
         return
     if B * T == 0:

@@ -159,6 +159,14 @@ def upcast(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product computes x in: autocast's where it is enabled, which leaves fp64 and integers."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not x.is_floating_point() or device not in ("cuda", "cpu"):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def check_floating(name: str, x: Tensor) -> None:
     """TypeError unless ``x`` is a floating-point tensor."""
     if not isinstance(x, Tensor):

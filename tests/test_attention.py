@@ -290,6 +290,34 @@ def test_the_plan_is_for_the_dtype_that_attention_sees(monkeypatch):
         dtypes.clear()
 
 
+def test_attention_under_autocast():
+    """Cast as PyTorch's own is, whatever mixture comes in; each gradient in its own dtype; fp64 left as it is."""
+    q, k, v = random_qkv(2, 12, 4, 2, 16)
+    leaves = [x.requires_grad_() for x in (q, k.bfloat16(), v)]
+    narrow = [x.detach().bfloat16().requires_grad_() for x in leaves]
+    upstream = torch.randn(2, 12, 4, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*leaves, window=5, cu_seqlens=CU)
+        assert torch.equal(attention(q, k, v, backend="sdpa"), attention(*narrow, backend="sdpa"))
+        assert attention(*(x.double() for x in (q, k, v)), window=5).dtype == torch.float64
+    want = attention(*narrow, window=5, cu_seqlens=CU)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, want)
+    got = torch.autograd.grad(out, leaves, upstream)
+    assert [g.dtype for g in got] == [torch.float32, torch.bfloat16, torch.float32]
+    for a, b in zip(got, torch.autograd.grad(want, narrow, upstream), strict=True):
+        assert torch.equal(a.bfloat16(), b)
+
+
+@pytest.mark.parametrize("max_seqlen", [torch.tensor(18), 18.0, True, "18", 0])
+def test_the_model_refuses_a_max_seqlen_that_is_no_length(max_seqlen):
+    """A tensor among them: packages that take one make the host wait for its value."""
+    config = PRESETS["test"]
+    model, (tokens, _) = Mistral(config), tiny_batch(config)
+    for cu in (DOCUMENTS, None):
+        with pytest.raises(ValueError, match="max_seqlen must be None or a positive integer"):
+            model(tokens, cu_seqlens=cu, max_seqlen=max_seqlen)
+
+
 @pytest.mark.parametrize("restart", [True, False])
 def test_positions_restart_with_each_document_unless_told_not_to(restart, monkeypatch):
     config = PRESETS["test"]
@@ -1195,7 +1223,7 @@ def test_corners_of_empty_batches_and_of_explain():
         attention(empty, empty, empty, backend=["flex"])
     assert explain("H100", installed="flash-attn-4") == explain("H100", installed=("flash-attn-4",))
     for wrong in (dict(window=0), dict(T=0), dict(head_dim=-8), dict(head_dim="128"), dict(dtype="bf16"),
-                  dict(dtype=torch.int64), dict(dtype=torch.float8_e4m3fn), dict(documents=zeros),
-                  dict(device=(9,))):  # fmt: skip
+                  dict(dtype=torch.int64), dict(dtype=torch.float8_e4m3fn), dict(documents=zeros), dict(device=(9,)),
+                  dict(deterministic="no"), dict(installed=3)):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             explain(**({"device": "H100"} | wrong))
