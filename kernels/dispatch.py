@@ -117,6 +117,23 @@ def register_operator(schema: str, implementation, fake, launches: bool = True):
     return operator
 
 
+def once_differentiable(backward):
+    """PyTorch's decorator of that name, which refuses second derivatives, for a backward that is not linear.
+
+    PyTorch's refuses only where the upstream gradient asks for a gradient. The 1 that ``grad(loss, x,
+    create_graph=True)`` starts from does not, and the result would pass for a constant: a penalty on it for nothing.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def strictly(ctx, *upstream):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # enabled in a backward by create_graph
+            upstream = [g if g is None or g.requires_grad else g.detach().requires_grad_() for g in upstream]
+        return once(ctx, *upstream)
+
+    return strictly
+
+
 def is_reference_only() -> bool:
     return _reference_only
 

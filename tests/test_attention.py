@@ -939,6 +939,17 @@ def test_flash_attention_4_as_operators(packed, install):
     assert calls == {"compiled": 2, "checkpointed": 3, "selectively": 2}  # forward, backward, and one forward again
 
 
+def test_flash_attention_4_refuses_second_derivatives(install):
+    """Also of a plain sum, whose upstream gradient is a constant: the gradient must not pass for one."""
+    install("flash4")
+    q, k, v = (x.requires_grad_() for x in random_qkv(2, 12, 4, 2, 16))
+    for function in (torch.sum, torch.norm):
+        loss = function(planned_attention(q, k, v, hopper_plan(backend="flash4")))
+        (d_q,) = torch.autograd.grad(loss, q, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            (loss + d_q.square().sum()).backward()
+
+
 @pytest.mark.parametrize("name", VERSIONS)
 def test_plan_and_call_compile_into_one_graph(name, install, monkeypatch):
     """The choice, with the import that it may take, is made while tracing, from the second T on for all."""
