@@ -530,6 +530,11 @@ def test_what_can_run_breaks_no_rule():
         ("B200", {"window": 100}, ("flash-attn-4",), "flash4"),
         ("A100", {}, ("flash-attn-3", "flash-attn-4"), "sdpa"),
         ("A100", {"documents": True}, ("flash-attn",), "flash2"),
+        # the order of neighbours in the rows of FASTEST that nothing above tells apart
+        ("A100", {}, tuple(PACKAGES), "flash2"),
+        ("B200", {}, ("flash-attn",), "cudnn"),
+        ("B200", {"head_dim": 192}, tuple(PACKAGES), "flash2"),
+        ("H100", {"head_dim": 256}, ("flash-attn",), "flash2"),
         ((8, 9), {"window": 64}, (), "flex"),
         ("cpu", {}, tuple(PACKAGES), "reference"),
     ],
