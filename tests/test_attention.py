@@ -1238,8 +1238,11 @@ def test_corners_of_empty_batches_and_of_explain():
     with pytest.raises(ValueError, match="backend"):
         attention(empty, empty, empty, backend=["flex"])
     assert explain("H100", installed="flash-attn-4") == explain("H100", installed=("flash-attn-4",))
-    for wrong in (dict(window=0), dict(T=0), dict(head_dim=-8), dict(head_dim="128"), dict(dtype="bf16"),
-                  dict(dtype=torch.int64), dict(dtype=torch.float8_e4m3fn), dict(documents=zeros), dict(device=(9,)),
+    no_channels = torch.zeros(1, 4, 2, 0)
+    with pytest.raises(ValueError, match="q's head_dim must be positive, got 0"):
+        attention(no_channels, no_channels, no_channels)
+    for wrong in (dict(window=0), dict(window=True), dict(T=0), dict(head_dim=-8), dict(head_dim="128"),
+                  dict(dtype="bf16"), dict(dtype=torch.float8_e4m3fn), dict(device=(9,)), dict(documents=CU),
                   dict(deterministic="no"), dict(installed=3)):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             explain(**({"device": "H100"} | wrong))
