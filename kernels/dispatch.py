@@ -118,7 +118,7 @@ def register_operator(schema: str, implementation, fake, launches: bool = True):
 
 
 def once_differentiable(backward):
-    """PyTorch's decorator of that name, which refuses second derivatives, for a backward that is not linear.
+    """PyTorch's decorator of that name, which refuses second derivatives, for a backward of kernels.
 
     PyTorch's refuses only where the upstream gradient asks for a gradient. The 1 that ``grad(loss, x,
     create_graph=True)`` starts from does not, and the result would pass for a constant: a penalty on it for nothing.
@@ -128,10 +128,14 @@ def once_differentiable(backward):
     @functools.wraps(backward)
     def strictly(ctx, *upstream):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # enabled in a backward by create_graph
-            upstream = [g if g is None or g.requires_grad else g.detach().requires_grad_() for g in upstream]
+            upstream = [g.detach().requires_grad_() if _is_constant(g) else g for g in upstream]
         return once(ctx, *upstream)
 
     return strictly
+
+
+def _is_constant(gradient: Tensor | None) -> bool:
+    return gradient is not None and gradient.is_floating_point() and not gradient.requires_grad
 
 
 def is_reference_only() -> bool:

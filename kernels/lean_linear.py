@@ -20,10 +20,9 @@ gathered again before the backward, as it is for torch.nn.functional.linear.
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
-from halny.kernels.dispatch import check_floating, check_same_device
+from halny.kernels.dispatch import check_floating, check_same_device, once_differentiable
 from halny.kernels.rms_norm import (
     add_rms_norm,
     add_rms_norm_forward,

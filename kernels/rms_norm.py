@@ -22,7 +22,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from halny.kernels.dispatch import (
     AotCase,
@@ -35,6 +34,7 @@ from halny.kernels.dispatch import (
     launch,
     multiprocessors,
     next_power_of_2,
+    once_differentiable,
     register_operator,
     runs_kernel,
     tile,

@@ -17,7 +17,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import silu
 
 from halny.kernels.dispatch import (
@@ -28,6 +27,7 @@ from halny.kernels.dispatch import (
     check_floating,
     generation_of,
     launch,
+    once_differentiable,
     register_operator,
     runs_kernel,
     tile,

@@ -328,11 +328,14 @@ def test_loss_in_the_middle_and_another_branch_on_the_logits():
 
 
 @kernel
-def test_second_derivatives_are_refused():
-    x = randn(3, 41).requires_grad_()
-    (gradient,) = torch.autograd.grad(cross_entropy(x, ints(0, 1, 2)).square(), x, create_graph=True)
+@pytest.mark.parametrize("function", [torch.square, torch.sum])  # of a plain loss the upstream gradient is a constant
+@pytest.mark.parametrize("loss", ["cross_entropy", "linear_cross_entropy"])
+def test_second_derivatives_are_refused(loss, function):
+    x, labels = randn(3, 41).requires_grad_(), ints(0, 1, 2)
+    value = cross_entropy(x, labels) if loss == "cross_entropy" else linear_cross_entropy(x, randn(5, 41), labels).loss
+    (gradient,) = torch.autograd.grad(function(value), x, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+        (value + gradient.square().sum()).backward()
 
 
 # ---------------------------------------------------------------------------------------------------- the in-place form
