@@ -31,7 +31,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
@@ -40,6 +39,7 @@ from halny.kernels.dispatch import (
     check_floating,
     check_same_device,
     is_reference_only,
+    once_differentiable,
     register_operator,
     stands_for,
     upcast,

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from halny.kernels.dispatch import (
     AotCase,
@@ -29,6 +28,7 @@ from halny.kernels.dispatch import (
     check_same_device,
     launch,
     next_power_of_2,
+    once_differentiable,
     register_operator,
     runs_kernel,
     upcast,

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import function as autograd_function
 
 # Triton reads the variable when it decorates a kernel, that is at import: later changes would split the two of us.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -115,6 +116,27 @@ def register_operator(schema: str, implementation, fake, launches: bool = True):
     if launches:
         implementations[operator] = implementation
     return operator
+
+
+def once_differentiable(backward: Callable) -> Callable:
+    """PyTorch's decorator of the name, which also refuses second derivatives where the upstream gradient is a constant.
+
+    Its own looks at the upstream gradient alone: of ``torch.autograd.grad(loss, x, create_graph=True)``, where that is
+    the number 1, it would return a gradient without history, and a penalty on it would silently have none.
+    """
+    refusing = autograd_function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def outer(ctx, *upstream):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph
+            floating = (isinstance(g, Tensor) and g.is_floating_point() for g in upstream)
+            upstream = [
+                g.detach().requires_grad_() if f and not g.requires_grad else g
+                for g, f in zip(upstream, floating, strict=True)
+            ]
+        return refusing(ctx, *upstream)
+
+    return outer
 
 
 def is_reference_only() -> bool:

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from halny.kernels.cross_entropy import (
     check_labels,
@@ -29,7 +28,14 @@ from halny.kernels.cross_entropy import (
     reduce_rows,
     scaled_gradient,
 )
-from halny.kernels.dispatch import check_floating, check_same_device, on_gpu, register_operator, runs_kernel
+from halny.kernels.dispatch import (
+    check_floating,
+    check_same_device,
+    on_gpu,
+    once_differentiable,
+    register_operator,
+    runs_kernel,
+)
 
 
 class LinearCrossEntropy(NamedTuple):

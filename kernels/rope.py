@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from halny.kernels.dispatch import (
     AotCase,
@@ -34,6 +33,7 @@ from halny.kernels.dispatch import (
     generation_of,
     launch,
     next_power_of_2,
+    once_differentiable,
     register_operator,
     runs_kernel,
     tile,

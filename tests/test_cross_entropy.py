@@ -328,11 +328,13 @@ def test_loss_in_the_middle_and_another_branch_on_the_logits():
 
 
 @kernel
-def test_second_derivatives_are_refused():
-    x = randn(3, 41).requires_grad_()
-    (gradient,) = torch.autograd.grad(cross_entropy(x, ints(0, 1, 2)).square(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("power", [1, 2])  # the upstream gradient a constant, and one with a history
+def test_second_derivatives_are_refused(power):
+    x, w, labels = randn(3, 41).requires_grad_(), randn(7, 41).requires_grad_(), ints(0, 1, 2)
+    for loss in (cross_entropy, cross_entropy_, lambda x, y: linear_cross_entropy(x, w, y).loss):
+        (gradient,) = torch.autograd.grad(loss(x * 1, labels) ** power, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            (x.sum() + gradient.sum()).backward()
 
 
 # ---------------------------------------------------------------------------------------------------- the in-place form
@@ -505,20 +507,27 @@ def test_all_ignored_and_no_rows(n, small_chunks):
 
 
 @kernel
-def test_padding_of_an_odd_vocabulary_is_never_taken_for_logits(small_chunks, monkeypatch):
+@pytest.mark.parametrize("tile", ["one_block", "online"])
+def test_padding_of_an_odd_vocabulary_is_never_taken_for_logits(tile, small_chunks, monkeypatch):
     """The buffer's columns behind the vocabulary hold whatever was there: here NaN, then numbers above every logit."""
-    hidden, weight, labels = randn(20, 16), randn(41, 16), some_labels(20, 41)
-    want = with_gradients(linear_loss(labels), [hidden, weight])
+    every_tile(monkeypatch, tile)
+    hidden, weight, labels = randn(20, 16), randn(101, 16), some_labels(20, 101)
+
+    def results():
+        with torch.no_grad():
+            alone = linear_cross_entropy(hidden, weight, labels)
+        return [*alone, *with_gradients(linear_loss(labels), [hidden, weight])]
+
+    want = results()
     empty = torch.Tensor.new_empty
-    for value in (NAN, 1e30):
+    for value in (NAN, INF, 1e30):
 
         def poisoned(x, *arguments, **keywords):
             new = empty(x, *arguments, **keywords)
             return new.fill_(value) if new.is_floating_point() else new  # noqa: B023
 
         monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-        got = with_gradients(linear_loss(labels), [hidden, weight])
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(results(), want, strict=True))
 
 
 class LiveBytes(TorchDispatchMode):
