@@ -255,6 +255,21 @@ def test_a_tie_is_looked_for_all_along_the_row(first):
         assert correct.item() == (label == first)
 
 
+@kernel
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_program_scales_several_tiles(reduction, monkeypatch):
+    """Of a gradient with more tiles than there are programs, into a new tensor and in place."""
+    monkeypatch.setattr(ce, "SCALE_PROGRAMS", 3)
+    monkeypatch.setattr(ce, "SCALE_BLOCK", 32)
+    leaf, labels = randn(7, 41).requires_grad_(), some_labels(7, 41)
+    upstream = torch.randn(7 if reduction == "none" else (), device=DEVICE)
+    (want,) = torch.autograd.grad(plain(leaf, labels, reduction=reduction), leaf, upstream)
+    loss = cross_entropy(leaf, labels, reduction=reduction)
+    for keep in (True, False):
+        (got,) = torch.autograd.grad(loss, leaf, upstream, retain_graph=keep)
+        torch.testing.assert_close(got, want)
+
+
 def poison(x):
     return torch.full_like(x, NAN if x.is_floating_point() else 2**40)
 
