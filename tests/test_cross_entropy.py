@@ -690,6 +690,8 @@ def test_autocast():
         assert_close_to_truth(a.bfloat16(), b.bfloat16(), c)
     mixed = with_gradients(narrow(linear_loss(labels)), [hidden.bfloat16(), weight])
     assert mixed[1].dtype == torch.bfloat16 and torch.equal(mixed[2], ours[2])
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):  # fp64 stays what it is, as for a linear layer
+        assert linear_cross_entropy(hidden.double(), weight.double(), labels).loss.dtype == torch.float64
     with pytest.raises(TypeError, match="weight"):
         linear_cross_entropy(hidden.bfloat16(), weight, labels)
 
