@@ -827,6 +827,11 @@ def test_flash_attention_is_called_right(name, keywords, packed, install):
     assert len(stand_in.calls) == (3 if name == "flash4" else 1)  # compare() runs two backward passes
 
 
+def test_a_package_is_never_called_for_an_empty_batch(install):
+    install("flash4")
+    assert hopper_plan().backend == hopper_plan(1).backend == "flash4" and hopper_plan(0).backend == "reference"
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", ["flash2", "flash3"])
 def test_flash_attention_2_and_3_get_what_they_can_load(name, layout, install):

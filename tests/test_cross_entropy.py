@@ -255,6 +255,21 @@ def test_a_tie_is_looked_for_all_along_the_row(first):
         assert correct.item() == (label == first)
 
 
+@kernel
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_program_scales_several_tiles(reduction, monkeypatch):
+    """Of a gradient with more tiles than there are programs, into a new tensor and in place."""
+    monkeypatch.setattr(ce, "SCALE_PROGRAMS", 3)
+    monkeypatch.setattr(ce, "SCALE_BLOCK", 32)
+    leaf, labels = randn(7, 41).requires_grad_(), some_labels(7, 41)
+    upstream = torch.randn(7 if reduction == "none" else (), device=DEVICE)
+    (want,) = torch.autograd.grad(plain(leaf, labels, reduction=reduction), leaf, upstream)
+    loss = cross_entropy(leaf, labels, reduction=reduction)
+    for keep in (True, False):
+        (got,) = torch.autograd.grad(loss, leaf, upstream, retain_graph=keep)
+        torch.testing.assert_close(got, want)
+
+
 def poison(x):
     return torch.full_like(x, NAN if x.is_floating_point() else 2**40)
 
@@ -328,14 +343,13 @@ def test_loss_in_the_middle_and_another_branch_on_the_logits():
 
 
 @kernel
-@pytest.mark.parametrize("function", [torch.square, torch.sum])  # of a plain loss the upstream gradient is a constant
-@pytest.mark.parametrize("loss", ["cross_entropy", "linear_cross_entropy"])
-def test_second_derivatives_are_refused(loss, function):
-    x, labels = randn(3, 41).requires_grad_(), ints(0, 1, 2)
-    value = cross_entropy(x, labels) if loss == "cross_entropy" else linear_cross_entropy(x, randn(5, 41), labels).loss
-    (gradient,) = torch.autograd.grad(function(value), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        (value + gradient.square().sum()).backward()
+@pytest.mark.parametrize("power", [1, 2])  # the upstream gradient a constant, and one with a history
+def test_second_derivatives_are_refused(power):
+    x, w, labels = randn(3, 41).requires_grad_(), randn(7, 41).requires_grad_(), ints(0, 1, 2)
+    for loss in (cross_entropy, cross_entropy_, lambda x, y: linear_cross_entropy(x, w, y).loss):
+        (gradient,) = torch.autograd.grad(loss(x * 1, labels) ** power, x, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            (x.sum() + gradient.sum()).backward()
 
 
 # ---------------------------------------------------------------------------------------------------- the in-place form
@@ -508,20 +522,27 @@ def test_all_ignored_and_no_rows(n, small_chunks):
 
 
 @kernel
-def test_padding_of_an_odd_vocabulary_is_never_taken_for_logits(small_chunks, monkeypatch):
+@pytest.mark.parametrize("tile", ["one_block", "online"])
+def test_padding_of_an_odd_vocabulary_is_never_taken_for_logits(tile, small_chunks, monkeypatch):
     """The buffer's columns behind the vocabulary hold whatever was there: here NaN, then numbers above every logit."""
-    hidden, weight, labels = randn(20, 16), randn(41, 16), some_labels(20, 41)
-    want = with_gradients(linear_loss(labels), [hidden, weight])
+    every_tile(monkeypatch, tile)
+    hidden, weight, labels = randn(20, 16), randn(101, 16), some_labels(20, 101)
+
+    def results():
+        with torch.no_grad():
+            alone = linear_cross_entropy(hidden, weight, labels)
+        return [*alone, *with_gradients(linear_loss(labels), [hidden, weight])]
+
+    want = results()
     empty = torch.Tensor.new_empty
-    for value in (NAN, 1e30):
+    for value in (NAN, INF, 1e30):
 
         def poisoned(x, *arguments, **keywords):
             new = empty(x, *arguments, **keywords)
             return new.fill_(value) if new.is_floating_point() else new  # noqa: B023
 
         monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
-        got = with_gradients(linear_loss(labels), [hidden, weight])
-        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(results(), want, strict=True))
 
 
 class LiveBytes(TorchDispatchMode):
@@ -669,6 +690,8 @@ def test_autocast():
         assert_close_to_truth(a.bfloat16(), b.bfloat16(), c)
     mixed = with_gradients(narrow(linear_loss(labels)), [hidden.bfloat16(), weight])
     assert mixed[1].dtype == torch.bfloat16 and torch.equal(mixed[2], ours[2])
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):  # fp64 stays what it is, as for a linear layer
+        assert linear_cross_entropy(hidden.double(), weight.double(), labels).loss.dtype == torch.float64
     with pytest.raises(TypeError, match="weight"):
         linear_cross_entropy(hidden.bfloat16(), weight, labels)
 
