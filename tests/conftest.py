@@ -21,12 +21,15 @@ def pytest_configure(config):
     if "gpu" in config.option.markexpr and "not gpu" not in config.option.markexpr:
         # for deterministic products; PyTorch looks at its first product in cuBLAS, and never again
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # one process meets more kinds of mask, heads and lengths than a function may be compiled for, which is 8
+        torch._dynamo.config.recompile_limit = 128
     else:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
+        items.sort(key=lambda item: "attention" in item.nodeid)  # minutes of compiling: last, in case time runs out
         return
     no_gpu = pytest.mark.skip(reason="marked gpu: needs a GPU, and to be asked for by -m gpu")
     for item in items:
