@@ -355,6 +355,12 @@ def _():
     return lambda hidden, weight, labels: F.linear_cross_entropy(hidden, weight, labels, options=options)
 
 
+@peer("linear_cross_entropy", "torch native", note="4,096 rows")
+def _():
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4096, chunking_method=None)
+    return lambda hidden, weight, labels: F.linear_cross_entropy(hidden, weight, labels, options=options)
+
+
 @peer("linear_cross_entropy", "Liger-Kernel")
 def _():
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
@@ -377,11 +383,13 @@ def _():
     return lambda hidden, weight, labels: chunked_linear_cross_entropy(hidden, weight, labels)
 
 
-@peer("linear_cross_entropy", "quack", note="untuned")
+@peer("linear_cross_entropy", "quack", note="dlogits, untuned")
 def _():
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return lambda hidden, weight, labels: chunked_linear_cross_entropy(hidden, weight, labels, tuned=False)
+    # on capability 9.0 the default never makes the logits' gradient, and tunes nothing
+    options = dict(use_scaled_exp=False, tuned=False)
+    return lambda hidden, weight, labels: chunked_linear_cross_entropy(hidden, weight, labels, **options)
 
 
 @peer("linear_cross_entropy", "cut-cross-entropy")
