@@ -309,9 +309,7 @@ def make_block_mask(
     )
 
 
-FLEX_VARIANTS = (
-    128  # compiled in one process: T's first two lengths, kinds of mask, dtypes, heads, with a backward or not
-)
+FLEX_VARIANTS = 128  # of one process: lengths, kinds of mask, dtypes, heads, with a backward or without
 
 
 @functools.cache

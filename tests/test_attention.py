@@ -401,6 +401,25 @@ def test_flex_attention_in_a_compiled_function(window, packed):
         torch.testing.assert_close(function(q, k, v), attention_reference(q, k, v, window=window, cu_seqlens=cu))
 
 
+def test_flex_attention_compiles_for_every_kind_of_mask_that_a_process_meets(monkeypatch):
+    """More than the eight variants of one function after which PyTorch's fullgraph raises."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    compiled = module._compiled_flex_attention.__wrapped__(False)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for window, packed, kv_heads, head_dim in itertools.product((None, 3), (False, True), (1, 2), (16, 32)):
+        q, k, v = random_qkv(2, 12, 4, kv_heads, head_dim)
+        plan = plan_attention(
+            2, 12, head_dim, q.dtype, q.device, window=window, cu_seqlens=CU if packed else None, backend="flex"
+        )
+        with torch.no_grad():
+            out = compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=plan.block_mask, enable_gqa=True)
+        want = attention_reference(q, k, v, window=window, cu_seqlens=CU if packed else None)
+        torch.testing.assert_close(out.transpose(1, 2), want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before > 8
+
+
 # --------------------------------------------------------------------------------------------------- the decision table
 
 DEVICES = [None, (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (13, 0)]
