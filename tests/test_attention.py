@@ -1069,6 +1069,8 @@ def test_every_backend_against_the_fp32_reference(name, heads, packed, T, window
     """Forward and all gradients in bf16, within twice the error that plain PyTorch makes in bf16."""
     if name == "reference" and T > 4160:
         pytest.skip("reference: its score matrix does not fit; by_chunks is the same, and tested")
+    if name == "flex_flash" and (T, heads) != (4160, (32, 8)):
+        pytest.skip("flex_flash: compiles for each length, window and number of heads, and auto never takes it")
     B = 2 if T <= 8192 else 1
     ran = 0
     for window in windows:

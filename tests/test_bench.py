@@ -549,10 +549,17 @@ def test_tests_are_counted_from_their_file(tmp_path):
         '<testcase classname="tests.test_b" name="three"><error/></testcase>'
         '<testcase classname="tests.test_b" name="four"><skipped/></testcase></testsuite></testsuites>'
     )
-    counts = gpu_pass.test_counts(tmp_path / "tests.xml")
+    counts = gpu_pass.test_counts(tmp_path / "tests.xml", [])
     assert counts == {"passed": 1, "failed": 1, "errors": 1, "skipped": 1,
                       "failing": ["tests/test_a.py::two[x]", "tests/test_b.py::three"]}  # fmt: skip
-    assert gpu_pass.test_counts(tmp_path / "none.xml")["passed"] == 0
+    lines = [
+        "$ python -m pytest tests -m gpu", "tests/test_a.py::test_b[x y-None] PASSED   [  1%]",
+        "tests/test_a.py::test_c FAILED [  2%]", "tests/test_a.py::test_d SKIPPED (marked gpu: ...)  [  3%]",
+        "tests/test_a.py::test_e ERROR [  4%]", "tests/test_a.py::test_f",
+    ]  # fmt: skip
+    counts = gpu_pass.test_counts(tmp_path / "none.xml", lines)  # ended before it could write one
+    assert [counts[k] for k in ("passed", "failed", "errors", "skipped")] == [1, 1, 1, 1]
+    assert counts["failing"] == ["tests/test_a.py::test_c", "tests/test_a.py::test_e"]
 
 
 def test_the_summary_stays_within_its_lines(tmp_path):
