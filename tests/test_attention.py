@@ -1087,7 +1087,10 @@ def test_every_backend_against_the_fp32_reference(name, heads, packed, T, window
         same = by_chunks(q, k, v, d_out, window, cu)
         truth = by_chunks(*(x.float() for x in (q, k, v, d_out)), window, cu)
         for what, a, b, c in zip(("out", "dq", "dk", "dv"), got, same, truth, strict=True):
-            assert_close_to_truth(a, b, c, name=f"{name}, window {window}: {what}")
+            if window == 1 and what in ("dq", "dk"):  # 0, of two sums over head_dim that a kernel makes in two orders
+                assert not c.any() and a.abs().max() < 1e-3, f"{name}, window 1: {what}"
+            else:
+                assert_close_to_truth(a, b, c, name=f"{name}, window {window}: {what}")
     if not ran:
         pytest.skip(f"{name}: {BACKENDS[name].can(case)}")
 
