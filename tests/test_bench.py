@@ -218,6 +218,10 @@ def test_compiling_beforehand_names_only_who_hangs_or_crashes(tmp_path, monkeypa
     assert kernels.warm_all(str(script), jobs, workers=2) == {
         "case": {"hangs": "was still compiling after 2 s", "crashes": "its process was ended by signal 11"}
     }
+    jobs = [("case", "hangs"), ("case", "works")]
+    assert kernels.warm_all(str(script), jobs, workers=1, budget_s=1) == {
+        "case": {"hangs": "was still compiling after 1 s", "works": "no time was left to compile it"}
+    }
 
 
 def test_compiling_beforehand_runs_forward_and_backward():
