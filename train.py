@@ -356,17 +356,21 @@ class Plan:
     recipe: Recipe
     model: MistralConfig
     samples_a_step: int
-    accumulation: int
     whole: bool  # one rank holds all of the model, in bf16, without FSDP
     layout: Layout
     work: Work  # what a rank computes in a step, in model/plan.py's words
-    why_lean: str  # or not: whether the backward makes the outputs of norms and SwiGLU again
+    why_lean: str  # why the backward makes the outputs of norms and SwiGLU again, or they are kept
     flops_per_token: float
     peak_flops: float | None
 
     @property
     def n_parameters(self) -> int:
         return roofline.parameters(self.model)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches of a rank in a step."""
+        return self.work.accumulation
 
     @property
     def memory(self) -> dict[str, int]:
@@ -523,7 +527,6 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         recipe,
         model,
         samples_a_step=samples_a_step,
-        accumulation=share // micro_batch,
         whole=whole,
         layout=layout,
         work=work,

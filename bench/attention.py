@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from bench import kernels, measure
-from bench.kernels import Operation
+from bench.operations import ROW_MODES, Operation, random
 from bench.peers import Peer
 from halny.kernels.attention import BACKENDS, attention_reference, plan_attention, planned_attention
 from halny.model import roofline
@@ -125,10 +125,10 @@ def case(sequences: int, seq_len: int, window: int | None, mean_document: int | 
     shape |= dict(window=window, documents=len(lengths) if mean_document else 0)
 
     def inputs(_, dtype, device):
-        return [kernels.random(sequences, seq_len, h, heads[2], dtype=dtype, device=device)
+        return [random(sequences, seq_len, h, heads[2], dtype=dtype, device=device)
                 for h in (heads[0], heads[1], heads[1])]  # fmt: skip
 
-    return Attention("attention", inputs, (0, 1, 2), attention_reference, ("out",), kernels.ROW_MODES,
+    return Attention("attention", inputs, (0, 1, 2), attention_reference, ("out",), ROW_MODES,
                      "square_tflop_s", shape=shape, lengths=tuple(lengths))  # fmt: skip
 
 

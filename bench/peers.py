@@ -19,9 +19,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from halny.kernels import adamw, rms_norm, rope, swiglu
 from halny.kernels import cross_entropy as ce
 from halny.kernels import linear_cross_entropy as lce
-from halny.kernels import rms_norm, rope, swiglu
 
 EPS = 1e-5
 
@@ -404,3 +404,75 @@ def _():
     from cut_cross_entropy import linear_cross_entropy
 
     return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, filter_eps=None)
+
+
+# --------------------------------------------------------------------------------------------------------------- AdamW
+
+ADAMW = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
+LR = 1e-3
+
+
+def first_update(weight, gradient):
+    """The weight after AdamW's first step, in its own dtype: corrected by c1 and c2^2, m is g and v is g^2."""
+    kept = weight * (1 - LR * ADAMW["weight_decay"])
+    return kept - LR * gradient / (gradient.abs() + ADAMW["eps"])
+
+
+def whole_weight(updated):
+    """What a provider returned, the weight or its two halves, as one tensor in fp32."""
+    return adamw.join(*updated) if isinstance(updated, tuple) else updated.detach().float()
+
+
+def halves_updated_by(update, moments: str):
+    """adamw_'s way: the weight in two halves, moments beside it, scalars on the device."""
+    states = {}
+
+    def step(weight, gradient):
+        key = weight.data_ptr()
+        if key not in states:
+            c1, c2 = 1 - ADAMW["beta1"], (1 - ADAMW["beta2"]) ** 0.5
+            scalars = torch.tensor([LR, c1, c2, 1.0, 0.0], device=weight.device)
+            states[key] = *adamw.split(weight), adamw.new_moments(weight, moments), scalars
+        high, low, kept, scalars = states[key]
+        update(high, low, gradient, kept, scalars, **ADAMW, seed=0)
+        return high, low
+
+    return step
+
+
+def torch_adamw():
+    """torch.optim.AdamW(fused=True) on fp32 weights, whose gradient is cast to fp32 and result to what computes."""
+    states = {}
+
+    def step(weight, gradient):
+        key = weight.data_ptr()
+        if key not in states:
+            parameter = torch.nn.Parameter(weight.clone())
+            betas = ADAMW["beta1"], ADAMW["beta2"]
+            options = dict(lr=LR, betas=betas, eps=ADAMW["eps"], weight_decay=ADAMW["weight_decay"], fused=True)
+            states[key] = parameter, parameter.detach().to(gradient.dtype), torch.optim.AdamW([parameter], **options)
+        parameter, computed_with, optimizer = states[key]
+        parameter.grad = gradient.float()
+        optimizer.step()
+        computed_with.copy_(parameter.detach())
+        return parameter
+
+    return step
+
+
+def adamw_peers(moments: str) -> list[Peer]:
+    arguments = "(high, low, gradient, moments, scalars)"
+    found = [
+        Peer("halny", lambda: halves_updated_by(adamw.adamw_, moments), False, "", f"adamw_{arguments}"),
+        Peer("PyTorch eager", lambda: halves_updated_by(adamw.adamw_reference_, moments), False, "",
+             f"adamw_reference_{arguments}"),
+        Peer("torch.compile", lambda: halves_updated_by(compiled(adamw.adamw_reference_), moments), False, "",
+             f"compiled(adamw_reference_){arguments}"),
+    ]  # fmt: skip
+    if moments == "fp32":
+        text = "AdamW([fp32 weight], fused=True).step(), its gradient from bf16, and a bf16 weight from it"
+        found.append(Peer("torch native", torch_adamw, False, "fused, casts", text))
+    return found
+
+
+PEERS |= {f"adamw, {moments}": adamw_peers(moments) for moments in adamw.MOMENTS}

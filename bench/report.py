@@ -417,7 +417,7 @@ def plots(results: dict[str, dict], folder: Path) -> list[Path]:
         columns = [
             timed_groups(result, op_mode, lambda r, m=modes: r["set"] == "7b" and r["ceiling"] == "copy_gb_s"
                          and r["mode"] in m and (r["mode"] != "both" or r["operation"] == "cross_entropy"))
-            for modes in (("forward", "loss only"), ("backward", "both"))
+            for modes in (("forward", "loss only", "update"), ("backward", "both"))
         ]  # fmt: skip
         copy, head = result["ceilings"]["copy_gb_s"], result["ceilings"]["head_tflop_s"]
         draw("bandwidth.png", columns,

@@ -118,7 +118,7 @@ def sizes(bench: measure.Bench, case: Case, layers: int | None, micro_batch: int
 
 
 def estimated_bytes(case: Case, model: MistralConfig, micro_batch: int) -> int:
-    """roofline.py's estimate of a rank's memory at the peak, and the stand-in's buffers."""
+    """The least that a rank needs at the peak, everything gathered or made again, and the stand-in's buffers."""
     if case.mode == "one-gpu":
         return roofline.one_rank_memory(model, micro_batch, SEQ_LEN, case.moments).total
     total = roofline.memory_estimate(model, RANKS, micro_batch, SEQ_LEN, compute_bytes=2, lean=True).total
@@ -222,6 +222,7 @@ class Step:
         )  # fmt: skip
         self.model = train.build_model(resolved, world)
         dtype = train.DTYPES[self.recipe.dtype]
+        self.compute_bytes = dtype.itemsize
         self.stand_in = StandIn(model, world.size, dtype, world.device).on(self.model) if world.size > 1 else None
         with torch.no_grad():  # much as train.fill_model, which draws on the CPU, at 7B for a while
             for name, parameter in self.model.named_parameters():
@@ -256,6 +257,12 @@ class Step:
     @property
     def n_tokens(self) -> int:
         return self.micro_batch * self.seq_len
+
+    def estimated_bytes(self) -> int:
+        """The plan's estimate for what this step keeps and gathers, and the stand-in's buffers."""
+        sharding = plan.Sharding.of(self.layout)
+        estimate = sum(plan.rank_memory(self.work, sharding, self.world.size, self.compute_bytes).values())
+        return estimate + (StandIn.bytes_for(self.config, self.world.size, self.compute_bytes) if self.stand_in else 0)
 
     def floors(self, ceiling: dict, copy_gb_s: float, attention_flops: float) -> profiler.Floors:
         """At what this machine has been measured to do, attention's rate assumed."""
@@ -322,6 +329,7 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
         "n_layers": step.config.n_layers, "micro_batch": step.micro_batch, "seq_len": step.seq_len,
         "n_parameters": roofline.parameters(step.config), "tried": tried,
         "sharding": "none" if step.whole else plan.Sharding.of(step.layout).name,
+        "recomputed": plan.recomputed(step.work),
         "ceiling_before": before, "copy_gb_s": copy_gb_s,
     }  # fmt: skip
     if given.profile:
@@ -336,7 +344,7 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
         "step_ms": ms,
         **measure.step_figures(step.config, step.n_tokens, step.seq_len, ms["median"], device),
         **measure.memory_figures(bench),
-        "estimated_bytes": None if bench.smoke else estimated_bytes(case, step.config, step.micro_batch),
+        "estimated_bytes": None if bench.smoke else step.estimated_bytes(),
         "loss": step.loss() if world.size == 1 else None,  # where weights are random values, it means nothing
         "nvidia_smi_before": smi,
         "nvidia_smi_beside": watch.found,

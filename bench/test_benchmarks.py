@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from bench import kernels, measure, peers
+from bench.operations import OPERATIONS, SETS, SMOKE_SETS
 
 SMOKE = not torch.cuda.is_available()
-SHAPE = (kernels.SMOKE_SETS if SMOKE else kernels.SETS)["7b"]
+SHAPE = (SMOKE_SETS if SMOKE else SETS)["7b"]
 CASES = [
     pytest.param(operation, peer, mode, id=f"{operation.name}-{mode}-{peer.name}".replace(" ", "_"))
-    for operation in kernels.OPERATIONS.values()
+    for operation in OPERATIONS.values()
     for mode in operation.modes
     for peer in peers.PEERS[operation.name]
 ]

@@ -31,15 +31,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from halny.kernels.dispatch import (
+    autocast_dtype,
     can_check_values,
     check_floating,
     check_same_device,
     is_reference_only,
+    once_differentiable,
     register_operator,
     stands_for,
     upcast,
@@ -331,6 +332,8 @@ def _run_flex(flash: bool, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan)
     function = flex_attention if not q.is_cuda or torch.compiler.is_compiling() else _compiled_flex_attention(flash)
     options = {"BACKEND": "FLASH"} if flash else None
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if not q.is_cuda:  # PyTorch refuses leaves that require a gradient even under no_grad
+        q, k, v = q.detach(), k.detach(), v.detach()
     out = function(q, k, v, block_mask=plan.block_mask, enable_gqa=True, kernel_options=options)
     return out.transpose(1, 2)
 
@@ -528,7 +531,10 @@ def plan_attention(
             capability, installed = gpu.capability, gpu.packages
         elif device.type == "cuda":
             capability = _capability(device)
-        described = window is not None, cu_seqlens is not None, T == 1, deterministic, installed
+        # What _choose is called with must be constants, and in a graph for any T and head_dim these two are symbols.
+        # torch.compile makes a number of a symbol where a length is asked for, a bool of a comparison where "not" is.
+        head_dim, one_position = len(range(head_dim)), not T > 1
+        described = window is not None, cu_seqlens is not None, one_position, deterministic, installed
         backend = _choose(backend, capability, dtype, head_dim, *described)
     block_mask = None
     if backend in ("flex", "flex_flash"):
@@ -561,7 +567,7 @@ def attention(
     q [B, T, H, head_dim], k and v [B, T, Hkv, head_dim] with H a multiple of Hkv, one floating dtype -> out like q.
     Softmax in fp32 (fp64 for fp64). Keys and values are never repeated for their group, except by the reference. For
     its backward a FlashAttention kernel keeps q, k, v, out and an fp32 log-sum-exp a query and head; the reference
-    keeps the [T, T] weights.
+    keeps the [T, T] weights. Under autocast q, k and v are cast to its dtype, as that function's are.
 
     window: query i sees keys i - window < j <= i (Hugging Face's meaning); None for all of them.
     cu_seqlens: int32 [documents + 1] over the flattened B * T positions, from 0 to B * T, strictly increasing, with
@@ -576,12 +582,14 @@ def attention(
     Raises TypeError or ValueError naming the argument that does not fit. The values of cu_seqlens are checked on CPU
     tensors, on CUDA tensors under ``dispatch.set_debug_checks``.
     """
+    q, k, v = (x.to(autocast_dtype(x)) if isinstance(x, Tensor) else x for x in (q, k, v))
     _check(q, k, v, window, cu_seqlens, max_seqlen, backend)
     B, T, _, head_dim = q.shape
     documents = {"window": window, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
     return planned_attention(q, k, v, plan_attention(B, T, head_dim, q.dtype, q.device, **documents, backend=backend))
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CAPABILITIES = {"A100": (8, 0), "H100": (9, 0), "H200": (9, 0), "GH200": (9, 0), "B200": (10, 0), "GB200": (10, 0)}
 
 
@@ -600,7 +608,7 @@ def describe_case(
 
     device: a name in CAPABILITIES or a compute capability, "cpu", or None for this machine. documents: whether a row
     holds several, of unknown lengths. deterministic: None for PyTorch's present setting. installed: which of PACKAGES
-    to take for installed; None for those that import here. Raises ValueError for a name it does not know.
+    to take for installed; None for those that import here. Raises ValueError for what ``attention`` would not take.
     """
     if device is None:
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
@@ -616,14 +624,20 @@ def describe_case(
     for name, value in (("T", T), ("head_dim", head_dim), *([("window", window)] if window is not None else [])):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be a positive integer, got {value!r}")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point torch.dtype, got {dtype!r}")
-    installed = None if installed is None else (installed,) if isinstance(installed, str) else tuple(installed)
-    unknown = set(installed or ()) - set(PACKAGES)
-    if unknown:
-        raise ValueError(f"installed must be among {', '.join(PACKAGES)}, got {', '.join(sorted(unknown))}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype!r}")
+    if not isinstance(documents, bool):
+        raise ValueError(f"documents must be True or False, whether a row holds several, got {documents!r}")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
+    elif not isinstance(deterministic, bool):
+        raise ValueError(f"deterministic must be True, False or None, got {deterministic!r}")
+    if installed is not None:
+        installed = (installed,) if isinstance(installed, str) or not isinstance(installed, Iterable) else installed
+        installed = tuple(installed)
+        unknown = [package for package in installed if package not in PACKAGES]
+        if unknown:
+            raise ValueError(f"installed must be among {', '.join(PACKAGES)}, got {', '.join(map(str, unknown))}")
     hides = window is not None and window < T
     return Case(capability, dtype, head_dim, hides, documents, T == 1, deterministic, installed)
 
@@ -649,9 +663,6 @@ def explain(device: str | tuple[int, int] | None = None, *, T: int = 4096, windo
     raise AssertionError("the reference runs everything")
 
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-
-
 def _check(q, k, v, window, cu_seqlens, max_seqlen, backend) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_floating(name, x)
@@ -675,15 +686,19 @@ def _check(q, k, v, window, cu_seqlens, max_seqlen, backend) -> None:
         raise ValueError(f"window must be None or an integer of at least 1, got {window!r}")
     if not isinstance(backend, str) or (backend != "auto" and backend not in BACKENDS):
         raise ValueError(f"backend must be one of auto, {', '.join(BACKENDS)}, got {backend!r}")
+    check_documents(cu_seqlens, max_seqlen, B, T, q=q)
+
+
+def check_documents(cu_seqlens: Tensor | None, max_seqlen: int | None, B: int, T: int, **beside: Tensor) -> None:
+    """TypeError or ValueError unless these describe documents of a [B, T] batch, none of them over two rows.
+
+    beside: a tensor by its name, whose device cu_seqlens must be on.
+    """
+    # a tensor would do in some backends, and make the host wait for the GPU in each
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not isinstance(max_seqlen, int) or max_seqlen < 1):
         raise ValueError(f"max_seqlen must be None or a positive integer, got {max_seqlen!r}")
-    if cu_seqlens is not None:
-        check_cu_seqlens(cu_seqlens, B, T, max_seqlen)
-        check_same_device(q=q, cu_seqlens=cu_seqlens)
-
-
-def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, max_seqlen: int | None) -> None:
-    """TypeError or ValueError unless cu_seqlens describes documents of a [B, T] batch, none of them over two rows."""
+    if cu_seqlens is None:
+        return
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dtype != torch.int32:
         kind = cu_seqlens.dtype if isinstance(cu_seqlens, Tensor) else type(cu_seqlens).__name__
         raise TypeError(f"cu_seqlens must be an int32 tensor, got {kind}")
@@ -692,6 +707,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, B: int, T: int, max_seqlen: int | None)
             f"cu_seqlens must be [documents + 1] with at least one document in each of {B} rows, "
             f"got shape {tuple(cu_seqlens.shape)}"
         )
+    check_same_device(**beside, cu_seqlens=cu_seqlens)
     if not can_check_values(cu_seqlens):
         return
     if B * T == 0:

@@ -516,8 +516,8 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> None:
     check_floating("logits", logits)
-    if logits.ndim == 0:
-        raise ValueError("logits must have at least one dimension, [..., V]")
+    if logits.ndim == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"logits must be [..., V] with V at least 1, got {tuple(logits.shape)}")
     check_labels(labels, logits.shape[:-1], logits.shape[-1], ignore_index, reduction)
     check_same_device(logits=logits, labels=labels)
 
@@ -528,6 +528,8 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], vocab_size: int, ignore
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    if not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index must fit an int64, got {ignore_index}")
     check_integer("labels", labels)
     if labels.shape != shape:
         raise ValueError(f"labels must have shape {tuple(shape)}, got {tuple(labels.shape)}")

@@ -117,6 +117,23 @@ def register_operator(schema: str, implementation, fake, launches: bool = True):
     return operator
 
 
+def once_differentiable(backward):
+    """PyTorch's decorator of that name, which refuses second derivatives, for a backward that is not linear.
+
+    PyTorch's refuses only where the upstream gradient asks for a gradient. The 1 that ``grad(loss, x,
+    create_graph=True)`` starts from does not, and the result would pass for a constant: a penalty on it for nothing.
+    """
+    once = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def strictly(ctx, *upstream):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # enabled in a backward by create_graph
+            upstream = [g if g is None or g.requires_grad else g.detach().requires_grad_() for g in upstream]
+        return once(ctx, *upstream)
+
+    return strictly
+
+
 def is_reference_only() -> bool:
     return _reference_only
 
@@ -157,6 +174,14 @@ def can_check_values(x: Tensor) -> bool:
 def upcast(x: Tensor) -> Tensor:
     """x in the dtype that references compute in: fp32, or fp64 for fp64 (which makes them a test's truth)."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a matrix product computes x in: autocast's where it is enabled, which leaves fp64 and integers."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not x.is_floating_point() or device not in ("cuda", "cpu"):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def check_floating(name: str, x: Tensor) -> None:

@@ -252,9 +252,9 @@ def linear_cross_entropy(
     if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
         narrow = torch.get_autocast_dtype(device)
         hidden, weight = (x if x.dtype == torch.float64 else x.to(narrow) for x in (hidden, weight))
-    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1]:
+    if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or weight.numel() == 0:
         raise ValueError(
-            f"weight must be [V, D] with D = hidden's last dimension, got weight {tuple(weight.shape)} "
+            f"weight must be [V, D], neither 0, with D = hidden's last dimension, got weight {tuple(weight.shape)} "
             f"and hidden {tuple(hidden.shape)}"
         )
     if hidden.dtype != weight.dtype:

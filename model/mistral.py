@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from halny.kernels.attention import check_cu_seqlens, document_ids, plan_attention, planned_attention
-from halny.kernels.dispatch import can_check_values, check_integer, check_same_device
+from halny.kernels.attention import check_documents, document_ids, plan_attention, planned_attention
+from halny.kernels.dispatch import autocast_dtype, can_check_values, check_integer
 from halny.kernels.lean_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
 from halny.kernels.rms_norm import add_rms_norm, rms_norm
@@ -191,7 +191,8 @@ class Mistral(nn.Module):
 
         Returns logits [B, T, V] in the compute dtype; or, with labels, ``LinearCrossEntropy(loss, n_tokens,
         n_correct)`` with the SUM of the losses over the targets, fp32. Raises ValueError for a T beyond
-        config.max_seq_len, token ids or labels outside the vocabulary, or cu_seqlens that do not fit.
+        config.max_seq_len, token ids or labels outside the vocabulary, or cu_seqlens or max_seqlen that do not
+        fit.
         """
         tokens = self._check(tokens, cu_seqlens, max_seqlen)
         B, T = tokens.shape
@@ -205,7 +206,7 @@ class Mistral(nn.Module):
             B,
             T,
             self.config.head_dim,
-            _matmul_dtype(x_btd),
+            autocast_dtype(x_btd),
             x_btd.device,
             window=self.config.window,
             cu_seqlens=cu_seqlens,
@@ -231,9 +232,7 @@ class Mistral(nn.Module):
         if can_check_values(tokens) and (tokens.min() < 0 or tokens.max() >= self.config.vocab_size):
             wrong = int(tokens.min() if tokens.min() < 0 else tokens.max())
             raise ValueError(f"tokens must lie in 0 .. {self.config.vocab_size - 1} (the vocabulary), got {wrong}")
-        if cu_seqlens is not None:
-            check_cu_seqlens(cu_seqlens, B, T, max_seqlen)
-            check_same_device(tokens=tokens, cu_seqlens=cu_seqlens)
+        check_documents(cu_seqlens, max_seqlen, B, T, tokens=tokens)
         return tokens
 
     @torch.no_grad()
@@ -266,8 +265,13 @@ class Mistral(nn.Module):
         """Continue tokens int [1, T] by n_new tokens: [1, T + n_new], greedy at temperature 0.
 
         For a look at a sample: one whole forward pass a token, no key/value cache. A collective under FSDP; every rank
-        draws the same token, because each has the same logits and the same seed.
+        draws the same token, because each has the same logits and the same seed. Raises ValueError for other shapes
+        and a negative temperature.
         """
+        if tokens.ndim != 2 or tokens.shape[0] != 1 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens must be [1, T] with at least one token, got {tuple(tokens.shape)}")
+        if not temperature >= 0:
+            raise ValueError(f"temperature must not be negative, got {temperature}")
         generator = torch.Generator().manual_seed(seed)
         for _ in range(n_new):
             logits_v = self(tokens[:, -self.config.max_seq_len :])[0, -1].float().cpu()
@@ -277,13 +281,6 @@ class Mistral(nn.Module):
                 new = torch.multinomial((logits_v / temperature).softmax(0), 1, generator=generator)
             tokens = torch.cat([tokens, new.view(1, 1).to(tokens)], dim=1)
         return tokens
-
-
-def _matmul_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a linear layer makes of x."""
-    if x.device.type in ("cuda", "cpu") and torch.is_autocast_enabled(x.device.type):
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:

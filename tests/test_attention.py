@@ -290,6 +290,34 @@ def test_the_plan_is_for_the_dtype_that_attention_sees(monkeypatch):
         dtypes.clear()
 
 
+def test_attention_under_autocast():
+    """Cast as PyTorch's own is, whatever mixture comes in; each gradient in its own dtype; fp64 left as it is."""
+    q, k, v = random_qkv(2, 12, 4, 2, 16)
+    leaves = [x.requires_grad_() for x in (q, k.bfloat16(), v)]
+    narrow = [x.detach().bfloat16().requires_grad_() for x in leaves]
+    upstream = torch.randn(2, 12, 4, 16).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*leaves, window=5, cu_seqlens=CU)
+        assert torch.equal(attention(q, k, v, backend="sdpa"), attention(*narrow, backend="sdpa"))
+        assert attention(*(x.double() for x in (q, k, v)), window=5).dtype == torch.float64
+    want = attention(*narrow, window=5, cu_seqlens=CU)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, want)
+    got = torch.autograd.grad(out, leaves, upstream)
+    assert [g.dtype for g in got] == [torch.float32, torch.bfloat16, torch.float32]
+    for a, b in zip(got, torch.autograd.grad(want, narrow, upstream), strict=True):
+        assert torch.equal(a.bfloat16(), b)
+
+
+@pytest.mark.parametrize("max_seqlen", [torch.tensor(18), 18.0, True, "18", 0])
+def test_the_model_refuses_a_max_seqlen_that_is_no_length(max_seqlen):
+    """A tensor among them: packages that take one make the host wait for its value."""
+    config = PRESETS["test"]
+    model, (tokens, _) = Mistral(config), tiny_batch(config)
+    for cu in (DOCUMENTS, None):
+        with pytest.raises(ValueError, match="max_seqlen must be None or a positive integer"):
+            model(tokens, cu_seqlens=cu, max_seqlen=max_seqlen)
+
+
 @pytest.mark.parametrize("restart", [True, False])
 def test_positions_restart_with_each_document_unless_told_not_to(restart, monkeypatch):
     config = PRESETS["test"]
@@ -385,6 +413,8 @@ def test_flex_attention_on_the_cpu(window, dtype):
             assert_close_to_truth(got, hf_eager(q, k, v, mask), truth, roundings=roundings)
     with pytest.raises(ValueError, match="no backward on the CPU"):
         attention(q.requires_grad_(), k, v, backend="flex")
+    with torch.no_grad():
+        assert torch.equal(attention(q, k, v, window=window, cu_seqlens=cu, backend="flex"), got)
 
 
 @pytest.mark.parametrize("window, packed", [(None, False), (3, False), (3, True)])
@@ -519,6 +549,11 @@ def test_what_can_run_breaks_no_rule():
         ("B200", {"window": 100}, ("flash-attn-4",), "flash4"),
         ("A100", {}, ("flash-attn-3", "flash-attn-4"), "sdpa"),
         ("A100", {"documents": True}, ("flash-attn",), "flash2"),
+        # the order of neighbours in the rows of FASTEST that nothing above tells apart
+        ("A100", {}, tuple(PACKAGES), "flash2"),
+        ("B200", {}, ("flash-attn",), "cudnn"),
+        ("B200", {"head_dim": 192}, tuple(PACKAGES), "flash2"),
+        ("H100", {"head_dim": 256}, ("flash-attn",), "flash2"),
         ((8, 9), {"window": 64}, (), "flex"),
         ("cpu", {}, tuple(PACKAGES), "reference"),
     ],
@@ -928,19 +963,46 @@ def test_flash_attention_4_as_operators(packed, install):
     assert calls == {"compiled": 2, "checkpointed": 3, "selectively": 2}  # forward, backward, and one forward again
 
 
+def test_flash_attention_4_refuses_second_derivatives(install):
+    """Also of a plain sum, whose upstream gradient is a constant: the gradient must not pass for one."""
+    install("flash4")
+    q, k, v = (x.requires_grad_() for x in random_qkv(2, 12, 4, 2, 16))
+    for function in (torch.sum, torch.norm):
+        loss = function(planned_attention(q, k, v, hopper_plan(backend="flash4")))
+        (d_q,) = torch.autograd.grad(loss, q, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            (loss + d_q.square().sum()).backward()
+
+
 @pytest.mark.parametrize("name", VERSIONS)
 def test_plan_and_call_compile_into_one_graph(name, install, monkeypatch):
-    """The choice, with the import that it may take, is made while tracing."""
+    """The choice, with the import that it may take, is made while tracing, from the second T on for all."""
     install(name)
     monkeypatch.setattr(StandIn, "check", lambda *_: None)  # the stand-in's own checks read values
-    q, k, v = random_qkv(2, 12, 4, 2, 16)
     assert hopper_plan(window=3).backend == name
     module._load.cache_clear()
     torch._dynamo.reset()
     function = torch.compile(
-        lambda *x: planned_attention(*x, hopper_plan(window=3)), fullgraph=True, backend="aot_eager"
+        lambda *x: planned_attention(*x, hopper_plan(x[0].shape[1], window=3)), fullgraph=True, backend="aot_eager"
     )
-    torch.testing.assert_close(function(q, k, v), attention_reference(q, k, v, window=3))
+    for T in (12, 13, 14):
+        q, k, v = random_qkv(2, T, 4, 2, 16)
+        torch.testing.assert_close(function(q, k, v), attention_reference(q, k, v, window=3))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_one_graph_serves_all_lengths(dynamic):
+    """Compiled for one T, or for any: others, one position, other documents and, if for any, another head_dim."""
+    torch._dynamo.reset()
+    function = torch.compile(
+        lambda q, k, v, cu: attention(q, k, v, window=3, cu_seqlens=cu), fullgraph=True, backend="aot_eager",
+        dynamic=dynamic,
+    )  # fmt: skip
+    for T, cuts, head_dim in ((9, None, 8), (12, None, 8), (1, None, 8), (12, (5,), 8), (20, (1, 7), 8), (9, None, 16)):
+        q, k, v = random_qkv(2, T, 4, 2, head_dim)
+        cu = None if cuts is None else torch.tensor([0, *cuts, T, 2 * T], dtype=torch.int32)
+        want = attention_reference(q, k, v, window=3, cu_seqlens=cu)
+        torch.testing.assert_close(function(q, k, v, cu), want)
 
 
 @pytest.mark.parametrize("name, kernel", [("cudnn", SDPBackend.CUDNN_ATTENTION), ("sdpa", SDPBackend.FLASH_ATTENTION)])
@@ -1199,7 +1261,11 @@ def test_corners_of_empty_batches_and_of_explain():
     with pytest.raises(ValueError, match="backend"):
         attention(empty, empty, empty, backend=["flex"])
     assert explain("H100", installed="flash-attn-4") == explain("H100", installed=("flash-attn-4",))
-    for wrong in (dict(window=0), dict(T=0), dict(head_dim=-8), dict(head_dim="128"), dict(dtype="bf16"),
-                  dict(dtype=torch.int64), dict(device=(9,))):  # fmt: skip
+    no_channels = torch.zeros(1, 4, 2, 0)
+    with pytest.raises(ValueError, match="q's head_dim must be positive, got 0"):
+        attention(no_channels, no_channels, no_channels)
+    for wrong in (dict(window=0), dict(window=True), dict(T=0), dict(head_dim=-8), dict(head_dim="128"),
+                  dict(dtype="bf16"), dict(dtype=torch.float8_e4m3fn), dict(device=(9,)), dict(documents=CU),
+                  dict(deterministic="no"), dict(installed=3)):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
             explain(**({"device": "H100"} | wrong))

@@ -13,13 +13,15 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import aot, gpu_pass, kernels, measure, peers, report, step
+from bench import aot, gpu_pass, kernels, measure, operations, peers, report, step
 from bench import attention as bench_attention
+from halny.kernels.adamw import new_moments, split
 from halny.kernels.attention import attention_mask
+from halny.kernels.swiglu import swiglu_reference
 from halny.model import profiler
 
 CPU = measure.Bench(torch.device("cpu"), True, 2**16)
-SHAPE = kernels.SMOKE_SETS["7b"]
+SHAPE = operations.SMOKE_SETS["7b"]
 
 # ------------------------------------------------------------------------------------------------------ bytes and FLOPs
 
@@ -31,11 +33,15 @@ def n_bytes(*tensors) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_minimum_bytes_are_those_of_the_tensors(dtype):
     """Each mode moves its operands once: counted here from the tensors that the reference takes and makes."""
-    for operation in kernels.OPERATIONS.values():
+    for operation in operations.OPERATIONS.values():
         inputs = operation.inputs(SHAPE, dtype, torch.device("cpu"))
         with torch.no_grad():
-            outputs = kernels.tuple_of(operation.reference(*inputs))
-        if operation.name == "rope":
+            outputs = operations.tuple_of(operation.reference(*inputs))
+        if isinstance(operation, operations.Update):
+            (weight, gradient), kept = inputs, new_moments(inputs[0], operation.moments)
+            halves = split(weight)
+            moved = {"update": n_bytes(*halves, *kept.values(), *halves, *kept.values(), gradient)}
+        elif operation.name == "rope":
             q, k, v = outputs
             moved = {"forward": n_bytes(q, k, q, k), "backward": n_bytes(q, k, v, inputs[0])}
         elif operation.name == "rms_norm":
@@ -61,11 +67,14 @@ def test_minimum_bytes_are_those_of_the_tensors(dtype):
 
 
 def test_minimum_flops_are_those_of_the_matrix_products():
-    for operation in kernels.OPERATIONS.values():
+    for operation in operations.OPERATIONS.values():
+        if isinstance(operation, operations.Update):
+            assert operation.counts("update", SHAPE, 4)[1] == 0
+            continue
         inputs = operation.inputs(SHAPE, torch.float32, torch.device("cpu"))
         leaves = [x.requires_grad_() if i in operation.gradients else x for i, x in enumerate(inputs)]
         with FlopCounterMode(display=False) as counter:
-            outputs = kernels.tuple_of(operation.reference(*leaves))
+            outputs = operations.tuple_of(operation.reference(*leaves))
             forward = counter.get_total_flops()
             sum(y.sum() for y in outputs).backward()
         assert operation.counts("both", SHAPE, 4)[1] == counter.get_total_flops()
@@ -128,7 +137,9 @@ def run_fakes(fakes: list[peers.Peer]) -> dict[str, dict]:
     """The "both" rows of SwiGLU with these providers, by name."""
     clocks = measure.Clocks(CPU, rounds=1, least=1)
     ceilings = {"copy_gb_s": 1.0}
-    rows = kernels.run_case(CPU, kernels.OPERATIONS["swiglu"], "7b", SHAPE, fakes, ceilings, {}, torch.float32, clocks)
+    rows = kernels.run_case(
+        CPU, operations.OPERATIONS["swiglu"], "7b", SHAPE, fakes, ceilings, {}, torch.float32, clocks
+    )
     return {row["provider"]: row for one in rows for row in one if row["mode"] == "both"}
 
 
@@ -143,17 +154,17 @@ def test_what_is_wrong_or_fails_or_is_absent_is_said_and_not_timed():
         raise RuntimeError("misaligned\naddress")
 
     def wrong_gradient(gate_up):
-        h = kernels.swiglu.swiglu_reference(gate_up)
+        h = swiglu_reference(gate_up)
         return h + 1e-3 * (gate_up.chunk(2, -1)[0] - gate_up.chunk(2, -1)[0].detach())
 
     functions = ({
-        "right": lambda: kernels.swiglu.swiglu_reference,
+        "right": lambda: swiglu_reference,
         "gone": gone,
         "breaks": breaks,
         "raises": lambda: raises,
         "wrong": lambda: wrong_gradient,
-        "not finite": lambda: lambda x: kernels.swiglu.swiglu_reference(x) * float("nan"),
-        "short": lambda: lambda x: kernels.swiglu.swiglu_reference(x)[:1],
+        "not finite": lambda: lambda x: swiglu_reference(x) * float("nan"),
+        "short": lambda: lambda x: swiglu_reference(x)[:1],
     })  # fmt: skip
     rows = run_fakes([peers.Peer(name, load, False, "", name) for name, load in functions.items()])
     states = {name: row["status"] for name, row in rows.items()}
@@ -172,7 +183,7 @@ def test_a_provider_that_overwrites_its_input_finds_it_whole_every_time():
     def in_place():
         def swiglu(gate_up):
             seen["in place"].append(gate_up.detach().abs().min().item())
-            h = kernels.swiglu.swiglu_reference(gate_up.clone())
+            h = swiglu_reference(gate_up.clone())
             gate_up.data.zero_()  # past autograd, as a Triton kernel does
             return h
 
@@ -181,7 +192,7 @@ def test_a_provider_that_overwrites_its_input_finds_it_whole_every_time():
     def other():
         def swiglu(gate_up):
             seen["other"].append(gate_up.detach().abs().min().item())
-            return kernels.swiglu.swiglu_reference(gate_up)
+            return swiglu_reference(gate_up)
 
         return swiglu
 
@@ -197,9 +208,12 @@ def test_every_peer_says_how_it_is_called():
     for operation, listed in peers.PEERS.items():
         names = [peer.name for peer in listed]
         assert len(set(names)) == len(names) and names[0] == "halny", operation
-        assert {"halny", "PyTorch eager", "torch.compile", "torch native", "Liger-Kernel", "quack"} <= {
-            peer.package for peer in listed
-        }
+        packages = {peer.package for peer in listed}
+        assert packages >= {"halny", "PyTorch eager", "torch.compile"}
+        if operation.startswith("adamw"):
+            assert all("adamw_" in peer.call or "fused=True" in peer.call for peer in listed)
+            continue
+        assert packages >= {"torch native", "Liger-Kernel", "quack"}
         for peer in listed:
             assert peer.call.startswith(("return ", "from ", "raise ", "options", "F.linear")), peer.call
 
@@ -229,9 +243,9 @@ def test_compiling_beforehand_runs_forward_and_backward():
 
     def loss(logits, labels):
         calls.append((logits.requires_grad, torch.is_grad_enabled(), logits.dtype))
-        return kernels.OPERATIONS["cross_entropy"].reference(logits, labels)
+        return operations.OPERATIONS["cross_entropy"].reference(logits, labels)
 
-    kernels.run_once(CPU, kernels.OPERATIONS["cross_entropy"], loss, SHAPE)
+    kernels.run_once(CPU, operations.OPERATIONS["cross_entropy"], loss, SHAPE)
     assert calls == [(True, True, torch.bfloat16), (False, False, torch.bfloat16)]
 
 
@@ -323,7 +337,7 @@ def times(median: float) -> dict:
 def kernel_result() -> dict:
     """A made-up file of every operation and set: halny 0.5 ms, peers slower or without a figure."""
     rows = []
-    for operation, name, shape in kernels.cases(kernels.SETS, ""):
+    for operation, name, shape in operations.cases(operations.SETS, ""):
         for mode in operation.modes:
             n, flops = operation.counts(mode, shape, 2)
             for place, peer in enumerate(peers.PEERS[operation.name]):
@@ -419,7 +433,7 @@ def test_report_renders_tables_and_plots_from_files_alone(tmp_path, capsys):
     assert (
         text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n") and "old" not in text
     )
-    n_bytes = kernels.minimum("swiglu", "forward", kernels.SETS["7b"], 2)[0]
+    n_bytes = operations.minimum("swiglu", "forward", operations.SETS["7b"], 2)[0]
     row = next(line for line in text.splitlines() if line.startswith("| swiglu, 7b, forward"))
     assert "**halny**" in row and f"{n_bytes / 0.5 / 1e6:,.0f} GB/s" in row and "0.500 (0.495 to 0.600)" in row
     assert "device copy 3,000 GB/s" in text and "Fixture GPU, 2026-01-02, commit abc" in text
@@ -512,7 +526,7 @@ def test_a_whole_visit_rehearsed(tmp_path, capsys):
     results = {name: measure.read_result(tmp_path / f"{name}.json") for name in names}
     assert all(results[name]["smoke"] and "no performance figure" in results[name]["note"] for name in names[:-1])
     ours = [row for row in results["kernels"]["rows"] if row["package"] == "halny"]
-    assert {row["operation"] for row in ours} == set(kernels.OPERATIONS)
+    assert {row["operation"] for row in ours} == set(operations.OPERATIONS)
     assert all(row["status"] == "ok" for row in ours)
     assert {row["status"] for row in results["kernels"]["rows"]} >= {"ok", "absent"}
     assert len(list(tmp_path.iterdir())) <= 8

@@ -26,6 +26,7 @@ from halny.kernels.linear_cross_entropy import linear_cross_entropy, linear_cros
 from halny.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from halny.kernels.rope import rope_qkv, rope_qkv_, rope_qkv_reference, rope_tables
 from halny.kernels.swiglu import swiglu, swiglu_reference
+from halny.model.mistral import PRESETS, Mistral
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 EPS = 1e-5
@@ -755,6 +756,10 @@ def lce(hidden=None, weight=None, labels=None, **keywords):
     return linear_cross_entropy(hidden, weight, i64(3) if labels is None else labels, **keywords)
 
 
+def model(cu_seqlens, max_seqlen):
+    return Mistral(PRESETS["test"])(i64(2, 6), cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+
+
 META = {"device": "meta"}
 REFUSED = [
     (TypeError, "x", lambda: rms_norm([1.0], f32(1), EPS)),
@@ -809,6 +814,9 @@ REFUSED = [
     (TypeError, "labels", lambda: cross_entropy(f32(3, 11), torch.zeros(3, dtype=torch.bool))),
     (TypeError, "labels", lambda: cross_entropy(f32(3, 11), [0, 1, 2])),
     (ValueError, "logits", lambda: cross_entropy(torch.tensor(1.0), i64())),
+    (ValueError, "logits", lambda: cross_entropy(f32(3, 0), i64(3) - 100)),
+    (ValueError, "ignore_index", lambda: cross_entropy(f32(3, 11), i64(3), ignore_index=2**63)),
+    (TypeError, "ignore_index", lambda: cross_entropy(f32(3, 11), i64(3), ignore_index=1.0)),
     (ValueError, "labels", lambda: cross_entropy(f32(3, 11), i64(4))),
     (ValueError, "labels", lambda: cross_entropy(f32(2, 3, 11), i64(6))),
     (ValueError, "labels", lambda: cross_entropy(f32(3, 11), i64(3) + 11)),
@@ -822,6 +830,9 @@ REFUSED = [
     (TypeError, "weight", lambda: lce(weight=f32(11, 8).bfloat16())),
     (ValueError, "weight", lambda: lce(weight=f32(11, 9))),
     (ValueError, "weight", lambda: lce(weight=f32(8))),
+    (ValueError, "weight", lambda: lce(weight=f32(0, 8))),
+    (ValueError, "weight", lambda: lce(hidden=f32(3, 0), weight=f32(11, 0))),
+    (ValueError, "ignore_index", lambda: lce(ignore_index=-(2**70))),
     (ValueError, "weight", lambda: lce(weight=torch.zeros(11, 8, **META))),
     (ValueError, "hidden", lambda: lce(hidden=torch.tensor(1.0))),
     (TypeError, "labels", lambda: lce(labels=f32(3))),
@@ -845,6 +856,9 @@ REFUSED = [
     (ValueError, "window", lambda: attend(window=True)),
     (ValueError, "backend", lambda: attend(backend="flash")),
     (ValueError, "max_seqlen", lambda: attend(max_seqlen=0)),
+    (ValueError, "max_seqlen", lambda: attend(max_seqlen=True)),
+    (ValueError, "max_seqlen", lambda: model(cu(0, 6, 12), 6.0)),
+    (ValueError, "max_seqlen", lambda: model(None, 0)),
     (ValueError, "max_seqlen", lambda: attend(cu_seqlens=cu(0, 6, 12), max_seqlen=torch.tensor(6))),
     (ValueError, "max_seqlen", lambda: attend(cu_seqlens=cu(0, 6, 12), max_seqlen=5)),
     (TypeError, "cu_seqlens", lambda: attend(cu_seqlens=[0, 6, 12])),

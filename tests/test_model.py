@@ -279,3 +279,8 @@ def test_forward_refuses_what_does_not_fit():
         model(tokens.float())
     with pytest.raises(ValueError, match="cu_seqlens lacks the row boundary 8"):
         model(tokens, cu_seqlens=torch.tensor([0, 4, 12, 16], dtype=torch.int32))
+    for prompt in (tokens[0], tokens[:1, :0], tokens[:2]):
+        with pytest.raises(ValueError, match=r"tokens must be \[1, T\] with at least one token"):
+            model.generate(prompt, 1)
+    with pytest.raises(ValueError, match="temperature must not be negative, got -1"):
+        model.generate(tokens[:1], 1, temperature=-1)
