@@ -431,9 +431,9 @@ def test_flex_attention_in_a_compiled_function(window, packed):
         torch.testing.assert_close(function(q, k, v), attention_reference(q, k, v, window=window, cu_seqlens=cu))
 
 
+@torch._dynamo.config.patch(recompile_limit=8)  # monkeypatch would leave PyTorch without that setting
 def test_flex_attention_compiles_for_every_kind_of_mask_that_a_process_meets(monkeypatch):
     """More than the eight variants of one function after which PyTorch's fullgraph raises."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
     compiled = module._compiled_flex_attention.__wrapped__(False)
