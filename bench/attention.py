@@ -176,7 +176,9 @@ def main(arguments: list[str]) -> int:
     by_title = {name: operation for name, operation in by_title.items() if given.only in name}
     if not by_title:
         return kernels.no_such(given.only, [title(operation.shape) for operation in cases(given.smoke)])
-    excluded = {} if given.smoke else kernels.warm_all("attention.py", warm_jobs(bench, given.only), given.workers)
+    excluded, warm_s = {}, given.budget_s * kernels.WARM_SHARE
+    if not given.smoke:
+        excluded = kernels.warm_all("attention.py", warm_jobs(bench, given.only), given.workers, warm_s)
     jobs = [
         (operation, name, operation.shape, operation.peers(dtype, bench.device), excluded.get(name, {}))
         for name, operation in by_title.items()

@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,7 +69,15 @@ class Part:
 
 def tests_command(visit: Visit, seconds: float) -> list[str]:
     xml = visit.scratch / "tests.xml"
-    options = ["-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={xml}"]
+    # a line for each test as it ends, since the junit file is written at the end, and a compiler may outlast SIGINT
+    options = [
+        "-vv",
+        "-p",
+        "no:cacheprovider",
+        "--continue-on-collection-errors",
+        "--durations=10",
+        f"--junitxml={xml}",
+    ]
     return [sys.executable, "-m", "pytest", "tests", "-m", "gpu", *options]
 
 
@@ -125,12 +134,17 @@ def finish(process: subprocess.Popen, seconds: float) -> int | None:
         process.wait()
 
 
-def test_counts(xml: Path) -> dict:
-    """Counts and the failing names of a junit file; zeros if pytest did not get to write one."""
+def test_counts(xml: Path, said: list[str]) -> dict:
+    """Counts and the failing names of a junit file; of the lines said if pytest did not get to write one."""
     counts = {"passed": 0, "failed": 0, "errors": 0, "skipped": 0, "failing": []}
     try:
         found = list(ElementTree.parse(xml).getroot().iter("testcase"))
     except (OSError, ElementTree.ParseError):
+        for line in said:
+            if ended := re.match(r"(tests/\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", line):
+                state = {"ERROR": "errors"}.get(ended[2], ended[2].lower())
+                counts[state] += 1
+                counts["failing"] += [ended[1]] if state in ("failed", "errors") else []
         return counts
     for test in found:
         outcome = {"failure": "failed", "error": "errors", "skipped": "skipped"}
@@ -149,6 +163,7 @@ def run_parts(visit: Visit, parts: list[Part], budget_s: float, result: dict, lo
         limit = left * part.share / sum(p.share for p in parts[i:])
         began = time.monotonic()
         entry = {"status": "not reached", "seconds": 0.0, "limit_s": limit, "exit_code": None, "said": ""}
+        said = []
         if left > 5:
             place = log.tell()
             code = finish(start(part.command(visit, limit), log), limit)
@@ -159,7 +174,7 @@ def run_parts(visit: Visit, parts: list[Part], budget_s: float, result: dict, lo
             status = "ended at its limit" if code is None else "ok" if code == 0 or skipped else "failed"
             entry |= {"status": status, "exit_code": code, "seconds": time.monotonic() - began, "said": said[-1][:300]}
         if part.name == "tests":
-            entry |= test_counts(visit.scratch / "tests.xml")
+            entry |= test_counts(visit.scratch / "tests.xml", said)
         result["parts"][part.name] = entry
         measure.write_json(visit.out / "pass.json", result)
         print(f"{part.name:10}{entry['status']:20}{entry['seconds']:6.0f} s   {entry['said'][:90]}", flush=True)

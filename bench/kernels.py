@@ -236,6 +236,7 @@ def release(bench: Bench) -> None:
 # ------------------------------------------------------------------------------------------------------------- warm-up
 
 WARM_S = 60  # for one provider in all cases of an operation
+WARM_SHARE = 0.5  # of the budget, for all of them
 COMPILED_AT_FIRST = ("torch.compile", "Liger-Kernel", "quack", "cut-cross-entropy")
 
 
@@ -265,26 +266,33 @@ def warm(bench: Bench, operation: Operation, provider: str) -> None:
 def warm_jobs(only: str) -> list[tuple[str, str]]:
     return [
         (name, peer.name)
-        for name in OPERATIONS
+        for name in reversed(OPERATIONS)  # the fused loss first: it compiles longest, and is least to be missed
         for peer in peers.PEERS[name]
         if only in name and peer.package in COMPILED_AT_FIRST and load(peer)[0] is not None
     ]
 
 
-def warm_all(script: str, jobs: list[tuple[str, str]], workers: int) -> dict[str, dict[str, str]]:
-    """``script --warm CASE PROVIDER`` of all jobs, in processes beside one another.
+def warm_all(
+    script: str, jobs: list[tuple[str, str]], workers: int, budget_s: float = float("inf")
+) -> dict[str, dict[str, str]]:
+    """``script --warm CASE PROVIDER`` of all jobs, in processes beside one another, within budget_s for all of them.
 
     Returns case -> provider -> why it must be left alone afterwards: because it did not come back in time, or brought
     its process down. One that merely raises will say so when it is measured.
     """
 
+    end = time.monotonic() + budget_s
+
     def one(job: tuple[str, str]) -> str | None:
+        seconds = min(WARM_S, end - time.monotonic())
+        if seconds <= 0:
+            return "no time was left to compile it"
         command = [sys.executable, str(ROOT / "bench" / script), "--warm", *job]
         environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # there are processes enough
         try:
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=WARM_S)
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired:
-            return f"was still compiling after {WARM_S} s"
+            return f"was still compiling after {seconds:.0f} s"
         return f"its process was ended by signal {-done.returncode}" if done.returncode < 0 else None
 
     excluded: dict[str, dict[str, str]] = {case: {} for case, _ in jobs}
@@ -379,7 +387,9 @@ def main(arguments: list[str]) -> int:
         return 0
     if not any(given.only in name for name in OPERATIONS):
         return no_such(given.only, list(OPERATIONS))
-    excluded = {} if given.smoke else warm_all("kernels.py", warm_jobs(given.only), given.workers)
+    excluded, warm_s = {}, given.budget_s * WARM_SHARE
+    if not given.smoke:
+        excluded = warm_all("kernels.py", warm_jobs(given.only), given.workers, warm_s)
     jobs = [
         (operation, name, shape, peers.PEERS[operation.name], excluded.get(operation.name, {}))
         for operation, name, shape in cases(SMOKE_SETS if given.smoke else SETS, given.only)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,7 @@ class Peer(NamedTuple):
         if self.text:
             return self.text
         _, _, body = inspect.getsource(self.load).partition("():\n")
-        lines = [line.strip() for line in body.splitlines()]
+        lines = [line.partition("  #")[0].strip() for line in body.splitlines()]
         return "; ".join(line for line in lines if line and line[0] != "#")
 
 
@@ -95,6 +96,15 @@ def _():
     return lambda x, weight: LigerRMSNormFunction.apply(x, weight, EPS, 0.0, "llama", True)
 
 
+@peer("rms_norm", "Liger-Kernel", note="CuTe DSL")
+def _():
+    from liger_kernel.functional import rms_norm
+
+    import_module("cutlass.cute")  # the compiler of these kernels; without it they would be tried, and fail
+
+    return lambda x, weight: rms_norm(x, weight, EPS, impl="nvidia-cutedsl")
+
+
 @peer("rms_norm", "quack")
 def _():
     from quack import rmsnorm
@@ -132,6 +142,15 @@ def _():
     from liger_kernel.ops import LigerFusedAddRMSNormFunction
 
     return lambda x, residual, weight: LigerFusedAddRMSNormFunction.apply(x, residual, weight, EPS, 0.0, "llama", True)
+
+
+@peer("add_rms_norm", "Liger-Kernel", note="CuTe DSL")
+def _():
+    from liger_kernel.functional import fused_add_rms_norm
+
+    import_module("cutlass.cute")  # the compiler of these kernels; without it they would be tried, and fail
+
+    return lambda x, residual, weight: fused_add_rms_norm(x, residual, weight, EPS, impl="nvidia-cutedsl")
 
 
 @peer("add_rms_norm", "quack")
@@ -200,6 +219,18 @@ def _():
     return lambda *arguments: quack_rope(apply_rotary_emb, *arguments)
 
 
+def quack_rope_in_place(apply, qkv, cos, sin, n_heads, n_kv_heads):
+    cos, sin = cos[: qkv.shape[1]], sin[: qkv.shape[1]]
+    return split(apply(qkv, cos, sin, num_heads_q=n_heads), n_heads, n_kv_heads)
+
+
+@peer("rope", "quack", ruins=True, note="in place")
+def _():
+    from quack.rotary import apply_rotary_emb_qkv_
+
+    return lambda *arguments: quack_rope_in_place(apply_rotary_emb_qkv_, *arguments)
+
+
 # -------------------------------------------------------------------------------------------------------------- SwiGLU
 
 
@@ -266,6 +297,15 @@ def _():
     return lambda logits, labels: LigerCrossEntropyFunction.apply(logits, labels, None, -100, 0.0, 0.0, "mean")[0]
 
 
+@peer("cross_entropy", "Liger-Kernel", ruins=True, note="CuTe DSL")
+def _():
+    from liger_kernel.functional import cross_entropy
+
+    import_module("cutlass.cute")  # the compiler of these kernels; without it they would be tried, and fail
+
+    return lambda logits, labels: cross_entropy(logits, labels, impl="nvidia-cutedsl")[0]
+
+
 @peer("cross_entropy", "quack", ruins=True, note="in place")
 def _():
     from quack import cross_entropy
@@ -315,6 +355,12 @@ def _():
     return lambda hidden, weight, labels: F.linear_cross_entropy(hidden, weight, labels, options=options)
 
 
+@peer("linear_cross_entropy", "torch native", note="4,096 rows")
+def _():
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4096, chunking_method=None)
+    return lambda hidden, weight, labels: F.linear_cross_entropy(hidden, weight, labels, options=options)
+
+
 @peer("linear_cross_entropy", "Liger-Kernel")
 def _():
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
@@ -337,11 +383,13 @@ def _():
     return lambda hidden, weight, labels: chunked_linear_cross_entropy(hidden, weight, labels)
 
 
-@peer("linear_cross_entropy", "quack", note="untuned")
+@peer("linear_cross_entropy", "quack", note="dlogits, untuned")
 def _():
     from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return lambda hidden, weight, labels: chunked_linear_cross_entropy(hidden, weight, labels, tuned=False)
+    # on capability 9.0 the default never makes the logits' gradient, and tunes nothing
+    options = dict(use_scaled_exp=False, tuned=False)
+    return lambda hidden, weight, labels: chunked_linear_cross_entropy(hidden, weight, labels, **options)
 
 
 @peer("linear_cross_entropy", "cut-cross-entropy")

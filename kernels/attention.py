@@ -310,12 +310,18 @@ def make_block_mask(
     )
 
 
+FLEX_VARIANTS = 128  # of one process: lengths, kinds of mask, dtypes, heads, with a backward or without
+
+
 @functools.cache
 def _compiled_flex_attention(flash: bool):
     """Compiled once; for a second T again, and then for all. The FLASH kernels want every number fixed.
 
-    fullgraph, because what fails to compile would otherwise run as plain PyTorch, with all T x T scores.
+    fullgraph, because what fails to compile would otherwise run as plain PyTorch, with all T x T scores. With it the
+    ninth variant of a process raises FailOnRecompileLimitHit, if PyTorch's limit for one function stays at 8; it is
+    read where something compiles, backward passes included, so it is raised for the process and not around a call.
     """
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, FLEX_VARIANTS)
     return torch.compile(flex_attention, fullgraph=True, dynamic=False if flash else None)
 
 

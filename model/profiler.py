@@ -114,6 +114,7 @@ def events_of(trace: Path) -> list[dict]:
         return json.load(file)["traceEvents"]
 
 
+ROUNDING_US = 0.01  # of a time in a trace: three decimals, as floating-point numbers that may be large
 STAND_IN = "c10d::stand-in"  # spans of this name hold copies that take the place of a collective (bench/step.py)
 
 
@@ -125,7 +126,8 @@ def kernels_of(events: list[dict]) -> list[tuple[str, float, float]]:
     spans: dict[tuple, list[tuple[float, float, str]]] = defaultdict(list)
     for e in events:
         if e.get("cat") == "gpu_user_annotation" and e["name"].startswith(STAND_IN):
-            spans[e["pid"], e["tid"]].append((e["ts"], e["ts"] + e["dur"], e["name"]))
+            span = e["ts"] - ROUNDING_US, e["ts"] + e["dur"] + ROUNDING_US, e["name"]
+            spans[e["pid"], e["tid"]].append(span)
     kernels = []
     for e in events:
         if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):

@@ -30,6 +30,9 @@ def assert_close_to_truth(
         # Triton's interpreter truncates fp32 to bf16 instead of rounding, at the end and wherever a kernel rounds on
         # the way. Delete when it rounds.
         roundings += 2
+    if ours.is_cuda and ours.dtype == torch.float32:
+        # kernels take the GPU's own exp2, reciprocal and division, good to 2^-22.5; PyTorch's are rounded almost right
+        roundings += 2
     error = (ours[finite].double() - truth).abs().max().item()
     torch_error = (torch_same_dtype[finite].double() - truth).abs().max().item()
     bound = 2 * torch_error + roundings * torch.finfo(ours.dtype).eps * truth.abs().max().item()

@@ -431,6 +431,25 @@ def test_flex_attention_in_a_compiled_function(window, packed):
         torch.testing.assert_close(function(q, k, v), attention_reference(q, k, v, window=window, cu_seqlens=cu))
 
 
+@torch._dynamo.config.patch(recompile_limit=8)  # monkeypatch would leave PyTorch without that setting
+def test_flex_attention_compiles_for_every_kind_of_mask_that_a_process_meets(monkeypatch):
+    """More than the eight variants of one function after which PyTorch's fullgraph raises."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    compiled = module._compiled_flex_attention.__wrapped__(False)
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for window, packed, kv_heads, head_dim in itertools.product((None, 3), (False, True), (1, 2), (16, 32)):
+        q, k, v = random_qkv(2, 12, 4, kv_heads, head_dim)
+        plan = plan_attention(
+            2, 12, head_dim, q.dtype, q.device, window=window, cu_seqlens=CU if packed else None, backend="flex"
+        )
+        with torch.no_grad():
+            out = compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=plan.block_mask, enable_gqa=True)
+        want = attention_reference(q, k, v, window=window, cu_seqlens=CU if packed else None)
+        torch.testing.assert_close(out.transpose(1, 2), want)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] - before > 8
+
+
 # --------------------------------------------------------------------------------------------------- the decision table
 
 DEVICES = [None, (7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (13, 0)]
@@ -1117,6 +1136,8 @@ def test_every_backend_against_the_fp32_reference(name, heads, packed, T, window
     """Forward and all gradients in bf16, within twice the error that plain PyTorch makes in bf16."""
     if name == "reference" and T > 4160:
         pytest.skip("reference: its score matrix does not fit; by_chunks is the same, and tested")
+    if name == "flex_flash" and (T, heads) != (4160, (32, 8)):
+        pytest.skip("flex_flash: compiles for each length, window and number of heads, and auto never takes it")
     B = 2 if T <= 8192 else 1
     ran = 0
     for window in windows:
@@ -1133,7 +1154,10 @@ def test_every_backend_against_the_fp32_reference(name, heads, packed, T, window
         same = by_chunks(q, k, v, d_out, window, cu)
         truth = by_chunks(*(x.float() for x in (q, k, v, d_out)), window, cu)
         for what, a, b, c in zip(("out", "dq", "dk", "dv"), got, same, truth, strict=True):
-            assert_close_to_truth(a, b, c, name=f"{name}, window {window}: {what}")
+            if window == 1 and what in ("dq", "dk"):  # 0, of two sums over head_dim that a kernel makes in two orders
+                assert not c.any() and a.abs().max() < 1e-3, f"{name}, window 1: {what}"
+            else:
+                assert_close_to_truth(a, b, c, name=f"{name}, window {window}: {what}")
     if not ran:
         pytest.skip(f"{name}: {BACKENDS[name].can(case)}")
 
@@ -1169,8 +1193,7 @@ def test_a_key_at_distance_w_on_every_backend(name, window, packed):
 @on_a_gpu
 @each_backend
 @pytest.mark.parametrize("window, packed", [(None, False), (1000, False), (1000, True)])
-def test_a_hundred_deterministic_repeats(name, window, packed, monkeypatch):
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # PyTorch asks for it before the reference's products
+def test_a_hundred_deterministic_repeats(name, window, packed):
     T = 4160
     cu = mixed_documents(2, T) if packed else None
     skip_unless_it_can(name, window, cu, T, deterministic=True)
@@ -1220,7 +1243,7 @@ def test_a_training_step_never_waits_for_the_gpu(packed):
 @on_a_gpu
 @each_backend
 def test_on_another_stream_and_device(name):
-    q, k, v = cuda_qkv(1, 256, 8, 2)
+    q, k, v = (x.contiguous() for x in cuda_qkv(1, 256, 8, 2))  # as the copies: nothing is to compile while it sleeps
     skip_unless_it_can(name, None, None, 256)
     want = attention(q, k, v, backend=name)
     stream = torch.cuda.Stream()

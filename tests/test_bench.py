@@ -232,6 +232,10 @@ def test_compiling_beforehand_names_only_who_hangs_or_crashes(tmp_path, monkeypa
     assert kernels.warm_all(str(script), jobs, workers=2) == {
         "case": {"hangs": "was still compiling after 2 s", "crashes": "its process was ended by signal 11"}
     }
+    jobs = [("case", "hangs"), ("case", "works")]
+    assert kernels.warm_all(str(script), jobs, workers=1, budget_s=1) == {
+        "case": {"hangs": "was still compiling after 1 s", "works": "no time was left to compile it"}
+    }
 
 
 def test_compiling_beforehand_runs_forward_and_backward():
@@ -563,10 +567,17 @@ def test_tests_are_counted_from_their_file(tmp_path):
         '<testcase classname="tests.test_b" name="three"><error/></testcase>'
         '<testcase classname="tests.test_b" name="four"><skipped/></testcase></testsuite></testsuites>'
     )
-    counts = gpu_pass.test_counts(tmp_path / "tests.xml")
+    counts = gpu_pass.test_counts(tmp_path / "tests.xml", [])
     assert counts == {"passed": 1, "failed": 1, "errors": 1, "skipped": 1,
                       "failing": ["tests/test_a.py::two[x]", "tests/test_b.py::three"]}  # fmt: skip
-    assert gpu_pass.test_counts(tmp_path / "none.xml")["passed"] == 0
+    lines = [
+        "$ python -m pytest tests -m gpu", "tests/test_a.py::test_b[x y-None] PASSED   [  1%]",
+        "tests/test_a.py::test_c FAILED [  2%]", "tests/test_a.py::test_d SKIPPED (marked gpu: ...)  [  3%]",
+        "tests/test_a.py::test_e ERROR [  4%]", "tests/test_a.py::test_f",
+    ]  # fmt: skip
+    counts = gpu_pass.test_counts(tmp_path / "none.xml", lines)  # ended before it could write one
+    assert [counts[k] for k in ("passed", "failed", "errors", "skipped")] == [1, 1, 1, 1]
+    assert counts["failing"] == ["tests/test_a.py::test_c", "tests/test_a.py::test_e"]
 
 
 def test_the_summary_stays_within_its_lines(tmp_path):

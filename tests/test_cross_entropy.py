@@ -30,9 +30,10 @@ from halny.kernels.linear_cross_entropy import linear_cross_entropy, linear_cros
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
-kernel = pytest.mark.skipif(
-    not (CUDA or dispatch.INTERPRETED), reason="needs TRITON_INTERPRET=1 or a GPU; one test here runs all of them so"
+interpreted = pytest.mark.skipif(
+    not dispatch.INTERPRETED, reason="needs TRITON_INTERPRET=1 or a GPU; one test here runs all of them so"
 )
+kernel = pytest.mark.gpu if CUDA else interpreted  # small, and the same on either
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 INF, NAN = float("inf"), float("nan")
 
@@ -50,7 +51,7 @@ def test_all_of_this_in_the_interpreter():
 
 
 def randn(*shape, dtype=torch.float32, scale=1.0):
-    return (scale * torch.randn(*shape)).to(DEVICE, dtype)
+    return (scale * torch.randn(*shape, device=DEVICE)).to(dtype)
 
 
 def ints(*values, dtype=torch.int64):

@@ -142,6 +142,12 @@ def test_a_copy_in_place_of_a_collective_is_communication():
     names = [name for name, _, _ in profiler.kernels_of(events(rows))]
     assert [profiler.category(name) for name in names] == ["communication", "copies"]
 
+    # a span ends with its last kernel; but not as sums of what a trace says, whose clock began months ago
+    span = ("gpu_user_annotation", f"{profiler.STAND_IN} for a reduce-scatter", 20, 4863231436304.922, 84.6)
+    copy = ("gpu_memcpy", "Memcpy DtoD", 20, 4863231436315.906, 73.616)
+    assert copy[3] + copy[4] > span[3] + span[4]
+    assert profiler.category(profiler.kernels_of(events([span, copy]))[0][0]) == "communication"
+
 
 def work_of(layout, lean: bool = True) -> plan.Work:
     return plan.Work(PRESETS["mistral-7b"], 4, 4096, 2, lean)
