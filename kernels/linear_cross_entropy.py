@@ -29,6 +29,7 @@ from halny.kernels.cross_entropy import (
     scaled_gradient,
 )
 from halny.kernels.dispatch import (
+    autocast_dtype,
     check_floating,
     check_same_device,
     on_gpu,
@@ -254,10 +255,7 @@ def linear_cross_entropy(
     """
     check_floating("hidden", hidden)
     check_floating("weight", weight)
-    device = hidden.device.type
-    if device in ("cuda", "cpu") and torch.is_autocast_enabled(device):
-        narrow = torch.get_autocast_dtype(device)
-        hidden, weight = (x if x.dtype == torch.float64 else x.to(narrow) for x in (hidden, weight))
+    hidden, weight = (x.to(autocast_dtype(x)) for x in (hidden, weight))
     if weight.ndim != 2 or hidden.ndim == 0 or hidden.shape[-1] != weight.shape[1] or weight.numel() == 0:
         raise ValueError(
             f"weight must be [V, D], neither 0, with D = hidden's last dimension, got weight {tuple(weight.shape)} "
