@@ -216,13 +216,10 @@ class Step:
             dtype="bf16" if case.mode == "one-gpu" else None,  # on a CPU too: its path is another than fp32's
         )  # fmt: skip
         resolved = train.resolve(recipe, world)
-        resolved = replace(resolved, model=model, work=replace(resolved.work, config=model))
-        self.recipe, self.layout, self.whole, self.work = (
-            resolved.recipe, resolved.layout, resolved.whole, resolved.work
-        )  # fmt: skip
-        self.model = train.build_model(resolved, world)
+        self.plan = replace(resolved, model=model, work=replace(resolved.work, config=model))
+        self.recipe, self.layout, self.whole = self.plan.recipe, self.plan.layout, self.plan.whole
+        self.model = train.build_model(self.plan, world)
         dtype = train.DTYPES[self.recipe.dtype]
-        self.compute_bytes = dtype.itemsize
         self.stand_in = StandIn(model, world.size, dtype, world.device).on(self.model) if world.size > 1 else None
         with torch.no_grad():  # much as train.fill_model, which draws on the CPU, at 7B for a while
             for name, parameter in self.model.named_parameters():
@@ -259,10 +256,9 @@ class Step:
         return self.micro_batch * self.seq_len
 
     def estimated_bytes(self) -> int:
-        """The plan's estimate for what this step keeps and gathers, and the stand-in's buffers."""
-        sharding = plan.Sharding.of(self.layout)
-        estimate = sum(plan.rank_memory(self.work, sharding, self.world.size, self.compute_bytes).values())
-        return estimate + (StandIn.bytes_for(self.config, self.world.size, self.compute_bytes) if self.stand_in else 0)
+        """The trainer's estimate for what this step keeps and gathers, and the stand-in's buffers."""
+        estimate = sum(self.plan.memory.values())
+        return estimate + (self.stand_in.source.nbytes + self.stand_in.target.nbytes if self.stand_in else 0)
 
     def floors(self, ceiling: dict, copy_gb_s: float, attention_flops: float) -> profiler.Floors:
         """At what this machine has been measured to do, attention's rate assumed."""
@@ -271,7 +267,7 @@ class Step:
             f"measured beside it: matmuls at {ceiling['tflop_s']:,.0f} TFLOP/s (cuBLAS, these shapes), all else at "
             f"{copy_gb_s:,.0f} GB/s (copy); assumed: attention at {attention_flops / 1e12:,.0f} TFLOP/s",
         )  # fmt: skip
-        return profiler.floors(self.work, speeds, None if self.whole else plan.Sharding.of(self.layout))
+        return profiler.floors(self.plan.work, speeds, None if self.whole else plan.Sharding.of(self.layout))
 
 
 def build(bench: measure.Bench, world: train.World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:
@@ -329,7 +325,7 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
         "n_layers": step.config.n_layers, "micro_batch": step.micro_batch, "seq_len": step.seq_len,
         "n_parameters": roofline.parameters(step.config), "tried": tried,
         "sharding": "none" if step.whole else plan.Sharding.of(step.layout).name,
-        "recomputed": plan.recomputed(step.work),
+        "recomputed": plan.recomputed(step.plan.work),
         "ceiling_before": before, "copy_gb_s": copy_gb_s,
     }  # fmt: skip
     if given.profile:

@@ -361,6 +361,7 @@ def test_training_on_packed_documents_equals_training_on_them_alone():
             loss.backward()
             optimizer.step()
     for a, b in zip(packed.parameters(), alone.parameters(), strict=True):
+        # AdamW divides by the gradient's own size, which magnifies rounding where that is almost 0
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
