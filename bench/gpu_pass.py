@@ -1,15 +1,20 @@
-"""A whole visit to a GPU machine in one command: tests, kernels, attention, the 7B step, opponents, machine code.
+"""A whole visit to a GPU machine in one command: the 7B step, tests, train.py itself, kernels, attention, opponents.
 
-    python bench/gpu_pass.py [--budget-s 540] [--only tests,kernels] [--out DIR]
-    python bench/gpu_pass.py --smoke                    here: the same parts at tiny sizes, under 3 minutes, no figures
+    python bench/gpu_pass.py --visit-s 560 [--only step,tests] [--out DIR]
+    python bench/gpu_pass.py --smoke          here: the same parts at tiny sizes, under 4 minutes, no figures
 
-The most valuable part comes first. Each is a process of its own, ended when its share of the budget is over (what one
-leaves goes to those after it), and writes its file after every row, so neither a crash nor a clock takes more than what
-was not done yet. The last lines are a summary; the exit code is 1 if any part failed. In DIR (or $OUT, or
-bench/results/DATE-DEVICE), at most eight files:
+bench/VISIT.md is the recipe for a visit. The most valuable part comes first. Each is a process of its own, ended when
+its share of the time is over (what one leaves goes to those after it), and writes its file after every row, so neither
+a crash nor a clock takes more than what was not done yet. The last lines are a summary; the exit code is 1 if any part
+failed.
 
-    pass.json  what ran and how it ended; the tests' counts     kernels.json  attention.json  step.json  profile.json
-    log.txt    everything that was printed                      aot.json      trace-rank-of-256.json.gz
+A visit may be several calls. A part that an earlier call did on this device is left out, as long as the files that it
+depends on are what they were then (``Part.reads``; the call's pass.json, found in bench/results/ or in DIR, holds their
+checksum); --again runs it all the same. What Triton and Inductor have compiled is packed into DIR/caches.tar.xz at the
+end of a call, and unpacked from --caches at the start of the next.
+
+In DIR (or $OUT, or bench/results/DATE-DEVICE): pass.json says what ran and how it ended, with the tests' counts;
+log.txt is all that was printed; step.json, profile.json, trainer.json, kernels.json and attention.json are the parts'.
 """
 # ruff: noqa: E402  imports follow the change of sys.path
 
@@ -17,12 +22,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.util
+import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
@@ -34,14 +42,12 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not bench/: see kernels.py
 
-import torch
-
 from bench import measure, opponents, step
-from halny.model import roofline
-from halny.model.mistral import PRESETS
 
 SUMMARY_LINES = 60
 GRACE_S = 10  # between asking a part to end and killing it; between its own budget and its limit
+CACHE_VARIABLES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+CACHE_BYTES = 15 * 2**20  # of the packed caches: more is not worth carrying
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Visit:
     out: Path
     scratch: Path
     commit: str
+    data: Path | None = None  # a folder prepared for train.py
 
     def script(self, name: str, seconds: float, *more: str) -> list[str]:
         smoke = ["--smoke"] if self.smoke else []
@@ -59,52 +66,48 @@ class Visit:
         options = ["--out", str(self.out), "--commit", self.commit, "--budget-s", budget]
         return [sys.executable, f"bench/{name}.py", *smoke, *options, *more]
 
+    def tests(self, which: str, workers: int) -> list[str]:
+        """pytest's command for the GPU's tests that ``which`` selects, beside one another where pytest-xdist is."""
+        options = ["-vv", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--durations=10"]
+        # a line for each test as it ends, since the junit file is written at the end, and a compiler may outlast SIGINT
+        options += [f"--junitxml={self.scratch / 'tests.xml'}", "-k", which]
+        beside = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") and not self.smoke else []
+        return [sys.executable, "-m", "pytest", "tests", "-m", "gpu", *options, *beside]
+
 
 @dataclass(frozen=True)
 class Part:
     name: str
     share: float  # of the time left, relative to the shares of the parts still to come
     command: Callable[[Visit, float], list[str]]  # given the seconds it may take
+    beside: Callable[[Visit, float], list[str]] | None = None  # a second process meanwhile, of no consequence
+    reads: tuple[str, ...] = ("kernels/*.py", "bench/measure.py")  # what its results depend on, as globs
+
+    def fingerprint(self) -> str:
+        """A checksum of the files that the part's results depend on."""
+        found = hashlib.sha256()
+        for path in sorted({path for pattern in self.reads for path in ROOT.glob(pattern)}):
+            found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+        return found.hexdigest()[:16]
 
 
-def tests_command(visit: Visit, seconds: float) -> list[str]:
-    xml = visit.scratch / "tests.xml"
-    # a line for each test as it ends, since the junit file is written at the end, and a compiler may outlast SIGINT
-    options = [
-        "-vv",
-        "-p",
-        "no:cacheprovider",
-        "--continue-on-collection-errors",
-        "--durations=10",
-        f"--junitxml={xml}",
-    ]
-    return [sys.executable, "-m", "pytest", "tests", "-m", "gpu", *options]
-
-
-def aot_command(visit: Visit, seconds: float) -> list[str]:
-    only = ["--only", "swiglu"] if visit.smoke else []
-    return [sys.executable, "bench/aot.py", "--arch", "sm_90", "--json", str(visit.out / "aot.json"), *only]
-
-
-def step_command(visit: Visit, seconds: float) -> list[str]:
-    """All modes, one-gpu with what AdamW keeps in bf16, or where that leaves no room for one sequence in 8 bits."""
-    moments = "bf16"
-    if not visit.smoke:
-        memory = torch.cuda.get_device_properties(0).total_memory
-        if not roofline.most_micro_batch(PRESETS["mistral-7b"], memory, step.SEQ_LEN, "bf16", divides=1):
-            moments = "8bit"
-    return visit.script("step", seconds, "--moments", moments)
-
-
+KERNELS = ("kernels/*.py", "bench/measure.py")
+TRAINER = (*KERNELS, "model/*.py", "train.py")
+LAST = "flex or two_to_the_31"  # tests that compile for long, or need much of the memory
 PARTS = (
-    Part("tests", 80, tests_command),
-    Part("kernels", 120, lambda v, s: v.script("kernels", s)),
-    Part("attention", 60, lambda v, s: v.script("attention", s)),
-    Part("step", 110, step_command),
-    Part("opponents", 110, lambda v, s: v.script("opponents", s, "--only", "bf16")),
-    Part("profile", 40, lambda v, s: v.script("step", s, "--profile", "--mode", "rank-of-256")),
-    Part("aot", 15, aot_command),
-)
+    Part("step", 210, lambda v, s: v.script("step", s, "--profile", "--moments", "best", "bf16"),
+         reads=(*TRAINER, "bench/step.py")),
+    Part("tests", 110, lambda v, s: v.tests(f"not ({LAST})", 8), reads=(*TRAINER, "tests/*.py"),
+         beside=lambda v, s: v.script("kernels", s, "--warm-only")),
+    Part("trainer", 60, lambda v, s: v.script("trainer", s, *(["--data", str(v.data)] if v.data else [])),
+         reads=(*TRAINER, "bench/trainer.py")),
+    Part("kernels", 110, lambda v, s: v.script("kernels", s),
+         reads=(*KERNELS, "bench/kernels.py", "bench/operations.py", "bench/peers.py")),
+    Part("attention", 70, lambda v, s: v.script("attention", s),
+         reads=("kernels/attention.py", "kernels/dispatch.py", "bench/measure.py", "bench/attention.py")),
+    Part("opponents", 120, lambda v, s: v.script("opponents", s), reads=("bench/opponents.py", "bench/measure.py")),
+    Part("last tests", 90, lambda v, s: v.tests(LAST, 4), reads=(*TRAINER, "tests/*.py")),
+)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -141,10 +144,14 @@ def test_counts(xml: Path, said: list[str]) -> dict:
         found = list(ElementTree.parse(xml).getroot().iter("testcase"))
     except (OSError, ElementTree.ParseError):
         for line in said:
-            if ended := re.match(r"(tests/\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", line):
-                state = {"ERROR": "errors"}.get(ended[2], ended[2].lower())
-                counts[state] += 1
-                counts["failing"] += [ended[1]] if state in ("failed", "errors") else []
+            ended = re.match(r"(tests/\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", line)
+            beside = re.match(r"\[gw\d+\] \[[ \d]+%\] (PASSED|FAILED|ERROR|SKIPPED) (tests/\S+\.py::.+)", line)  # xdist
+            if not ended and not beside:
+                continue
+            name, outcome = (ended[1], ended[2]) if ended else (beside[2], beside[1])
+            state = {"ERROR": "errors"}.get(outcome, outcome.lower())
+            counts[state] += 1
+            counts["failing"] += [name] if state in ("failed", "errors") else []
         return counts
     for test in found:
         outcome = {"failure": "failed", "error": "errors", "skipped": "skipped"}
@@ -155,9 +162,17 @@ def test_counts(xml: Path, said: list[str]) -> dict:
     return counts
 
 
-def run_parts(visit: Visit, parts: list[Part], budget_s: float, result: dict, log) -> None:
+def last_words(said: list[str]) -> str:
+    """Of a part's lines the one that says most: its last, unless a traceback's last line or an error came before it."""
+    for line in reversed(said):
+        if re.match(r"(\w+\.)*\w*(Error|Exception|Refused)\b", line):
+            return line[:300]
+    return next((line[:300] for line in reversed(said) if not line.startswith("KeyboardInterrupt")), "")
+
+
+def run_parts(visit: Visit, parts: list[Part], visit_s: float, result: dict, log) -> None:
     """All parts in order, each within its share of what is left; result["parts"] is on disk after each."""
-    end = time.monotonic() + budget_s
+    end = time.monotonic() + visit_s
     for i, part in enumerate(parts):
         left = end - time.monotonic()
         limit = left * part.share / sum(p.share for p in parts[i:])
@@ -165,19 +180,64 @@ def run_parts(visit: Visit, parts: list[Part], budget_s: float, result: dict, lo
         entry = {"status": "not reached", "seconds": 0.0, "limit_s": limit, "exit_code": None, "said": ""}
         said = []
         if left > 5:
+            (visit.scratch / "tests.xml").unlink(missing_ok=True)
             place = log.tell()
-            code = finish(start(part.command(visit, limit), log), limit)
+            process = start(part.command(visit, limit), log)
+            beside = start(part.beside(visit, limit), log) if part.beside else None
+            code = finish(process, limit)
+            if beside is not None:
+                finish(beside, limit - (time.monotonic() - began))
             log.seek(place)
             said = [line for line in log.read().splitlines() if line.strip()]
             log.seek(0, os.SEEK_END)
-            skipped = part.name == "tests" and code == 5  # pytest: nothing collected
+            skipped = "tests" in part.name and code == 5  # pytest: nothing collected
             status = "ended at its limit" if code is None else "ok" if code == 0 or skipped else "failed"
-            entry |= {"status": status, "exit_code": code, "seconds": time.monotonic() - began, "said": said[-1][:300]}
-        if part.name == "tests":
+            words = last_words(said) if status != "ok" else said[-1][:300] if said else ""
+            entry |= {"status": status, "exit_code": code, "seconds": time.monotonic() - began, "said": words}
+            entry["fingerprint"] = part.fingerprint()
+        if "tests" in part.name:
             entry |= test_counts(visit.scratch / "tests.xml", said)
         result["parts"][part.name] = entry
         measure.write_json(visit.out / "pass.json", result)
-        print(f"{part.name:10}{entry['status']:20}{entry['seconds']:6.0f} s   {entry['said'][:90]}", flush=True)
+        print(f"{part.name:11}{entry['status']:20}{entry['seconds']:6.0f} s   {entry['said'][:90]}", flush=True)
+
+
+def done_before(part: Part, device: str, smoke: bool, folders: list[Path]) -> dict | None:
+    """What an earlier call on such a device says of this part, and its "date"; None if it failed or files changed."""
+    for path in sorted(path for folder in folders for path in folder.glob("pass*.json")):
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            earlier = json.loads(path.read_text(encoding="utf-8"))
+            entry = earlier["parts"][part.name]
+            same = earlier["machine"]["device"] == device and earlier["smoke"] == smoke
+            if same and entry["status"] == "ok" and entry["fingerprint"] == part.fingerprint():
+                return {"date": earlier["machine"]["date"]} | entry
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- compilers' caches
+
+
+def use_caches(root: Path, packed: Path | None) -> None:
+    """Have Triton and Inductor, in all processes to come, keep what they compile under root; first unpack into it."""
+    for name in CACHE_VARIABLES:
+        os.environ[name] = str(root / name.split("_")[0].lower())
+    if packed:
+        with tarfile.open(packed) as archive:
+            archive.extractall(root, filter="data")
+
+
+def pack_caches(root: Path, packed: Path) -> str:
+    """What has been compiled, as one file; in words."""
+    partial = packed.with_name(f".partial-{packed.name}")
+    with tarfile.open(partial, "w:xz", preset=2) as archive:
+        for name in sorted(path.name for path in root.iterdir()):
+            archive.add(root / name, name)
+    size = partial.stat().st_size
+    if size > CACHE_BYTES:
+        partial.unlink()
+        return f"compiled kernels: {size / 2**20:.1f} MiB packed, too much to keep"
+    partial.replace(packed)
+    return f"compiled kernels: {packed.name}, {size / 2**20:.1f} MiB"
 
 
 # ------------------------------------------------------------------------------------------------------------- summary
@@ -261,13 +321,13 @@ def summary(visit: Visit, result: dict) -> list[str]:
     troubles = []
     for name, part in result["parts"].items():
         lines.append(f"{name:10}{part['status']:20}{part['seconds']:6.0f} s   {part['said'][:90]}")
-        if name == "tests":
+        if "tests" in name:
             counts = ", ".join(f"{part[k]} {k}" for k in ("passed", "failed", "errors", "skipped"))
             lines.append(f"  {counts}")
             lines += [f"  failed: {test}" for test in part["failing"][:10]]
-        if name == "opponents" or (name == "step" and "opponents" not in result["parts"]):
+        if name == "step" or (name == "opponents" and "step" not in result["parts"]):
             lines += step_lines(visit.out / "step.json", visit.smoke)
-        if name == "profile":
+        if name == "step":
             lines += profile_lines(visit.out / "profile.json", visit.smoke)
     for name in ("kernels", "attention"):
         if name in result["parts"]:
@@ -279,46 +339,71 @@ def summary(visit: Visit, result: dict) -> list[str]:
     return [*lines, f"files: {visit.out}"]
 
 
+def parser(parts: tuple[Part, ...]) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    made.add_argument("--smoke", action="store_true", help="rehearse on the CPU at tiny sizes, without figures")
+    made.add_argument("--visit-s", type=float, default=840, help="seconds for everything [840]")
+    made.add_argument("--only", help=f"parts to run, with commas: {','.join(p.name for p in parts)} [all]")
+    made.add_argument(
+        "--again", action="store_true", help="run also what an earlier call did, with nothing changed since"
+    )
+    made.add_argument("--data", type=Path, help="folder that train.py trains on [random tokens]; see bench/trainer.py")
+    made.add_argument("--caches", type=Path, help="caches.tar.xz of an earlier call, so that less is compiled [none]")
+    made.add_argument("--out", type=Path, help="folder for the files [$OUT, or as bench/kernels.py]")
+    made.add_argument("--commit", help="commit to record where there is no git checkout")
+    return made
+
+
 def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="rehearse on the CPU at tiny sizes, without figures")
-    parser.add_argument("--budget-s", type=float, default=540, help="seconds for everything [540]")
-    parser.add_argument("--only", help=f"parts to run, with commas: {','.join(p.name for p in parts)} [all]")
-    parser.add_argument("--out", type=Path, help="folder for the files [$OUT, or as bench/kernels.py]")
-    parser.add_argument("--commit", help="commit to record where there is no git checkout")
-    given = parser.parse_args(arguments)
+    given = parser(parts).parse_args(arguments)
     wanted = given.only.split(",") if given.only else [part.name for part in parts]
-    unknown = [name for name in wanted if name not in {part.name for part in parts}]
-    if unknown:
-        print(f"gpu_pass.py: --only {unknown[0]}: there are {', '.join(p.name for p in parts)}", file=sys.stderr)
-        return 2
-    if given.budget_s <= 0:
-        print(f"gpu_pass.py: --budget-s must be positive, got {given.budget_s:g}", file=sys.stderr)
-        return 2
+    problems = [
+        f"--only {name}: there are {', '.join(p.name for p in parts)}"
+        for name in wanted if name not in {part.name for part in parts}
+    ]  # fmt: skip
+    if given.visit_s <= 0:
+        problems.append(f"--visit-s must be positive, got {given.visit_s:g}")
+    for name in ("data", "caches"):
+        if getattr(given, name) and not getattr(given, name).exists():
+            problems.append(f"--{name} {getattr(given, name)} does not exist")
     try:
         bench = measure.bench_on(given.smoke)
     except RuntimeError as error:
-        print(f"gpu_pass.py: {error}", file=sys.stderr)
-        return 2
+        problems.append(str(error))
     if importlib.util.find_spec("halny") is None:
-        print("gpu_pass.py: halny is not installed here; pip install -e . first", file=sys.stderr)
+        problems.append("halny is not installed here; pip install -e . first")
+    if problems:
+        print(f"gpu_pass.py: {problems[0]}", file=sys.stderr)
         return 2
     began = time.monotonic()
     out = given.out or Path(os.environ.get("OUT") or measure.results_folder(bench, bool(given.only)))
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, (out / "log.txt").open("w+", encoding="utf-8") as log:
-        visit = Visit(given.smoke, out.resolve(), Path(scratch), given.commit or measure.commit())
+        data = given.data.resolve() if given.data else None
+        visit = Visit(given.smoke, out.resolve(), Path(scratch), given.commit or measure.commit(), data)
+        caches = visit.scratch / "caches"
+        use_caches(caches, given.caches)
         note = {"note": "smoke: no performance figure"} if given.smoke else {}
         result = {"format": 1, "kind": "pass", "smoke": given.smoke} | note
         result |= {"machine": measure.machine(bench, visit.commit), "parts": {}}
-        chosen = [part for part in parts if part.name in wanted]
+        chosen, folders = [], [out, *sorted((ROOT / "bench" / "results").glob("*/"))]
+        for part in (part for part in parts if part.name in wanted):
+            earlier = None if given.again else done_before(part, result["machine"]["device"], given.smoke, folders)
+            if earlier is None:
+                chosen.append(part)
+            else:
+                result["parts"][part.name] = earlier
+                print(f"{part.name:11}done on {earlier['date']}, and nothing that it depends on has changed since; "
+                      "--again repeats it")  # fmt: skip
         with contextlib.suppress(KeyboardInterrupt):  # what is done is kept, and said below
-            run_parts(visit, chosen, given.budget_s - (time.monotonic() - began), result, log)
+            run_parts(visit, chosen, given.visit_s - (time.monotonic() - began), result, log)
         result["machine"]["nvidia_smi_after"] = measure.nvidia_smi() if bench.on_gpu else None
         measure.write_json(out / "pass.json", result)
+        if bench.on_gpu and caches.exists():
+            print(pack_caches(caches, out / "caches.tar.xz"), flush=True)
     print("\n" + "\n".join(summary(visit, result)), flush=True)
     ended = [part["status"] for part in result["parts"].values()]
-    return 0 if ended == ["ok"] * len(chosen) else 1
+    return 0 if ended == ["ok"] * len(wanted) else 1
 
 
 if __name__ == "__main__":

@@ -66,10 +66,10 @@ class Opponent:
         return 4 * 4 + 2 if self.fp32 else 4 * 2
 
 
-OPPONENTS = (
+OPPONENTS = (  # the strongest first, and of its two precisions the one that keeps what ours keeps
+    Opponent("liger-fp32", True, True),
     Opponent("liger-bf16", True, False),
     Opponent("hf-bf16", False, False),
-    Opponent("liger-fp32", True, True),
     Opponent("hf-fp32", False, True),
 )
 

@@ -1,16 +1,16 @@
 """A training step of Mistral-7B at a context of 4096: tokens a second, share of the peak, memory, where the time goes.
 
-    python bench/step.py [--mode one-gpu rank-of-256 model-of-256] [--out DIR]      DIR/step.json
-    python bench/step.py --profile --mode rank-of-256 [--out DIR]                   DIR/profile.json, trace-CASE.json.gz
+    python bench/step.py [--mode rank-of-256 one-gpu model-of-256] [--out DIR]      DIR/step.json
+    python bench/step.py --profile [--out DIR]                     the same, and DIR/profile.json, trace-CASE.json.gz
     python bench/step.py --smoke                                                    here: tiny, on the CPU, no figures
 
 There is no second training loop: model, optimizer and step are train.py's ``build_model``, ``build_optimizer`` and
 ``train_step``, on random weights and tokens. Three modes; no figure of the last two stands anywhere without its label:
 
-**one-gpu** trains: one rank, the whole step, nothing left out, an update for every micro batch. A row for each
---moments, what AdamW keeps: fp32 at micro batch 2, bf16 and 8bit at 4, or what fits the card by roofline.py's estimate;
-where not even one sequence fits beside 32 layers, as many layers as do, and the label says so (nothing is extrapolated
-from it).
+**one-gpu** trains: one rank, the whole step, nothing left out, an update for every micro batch or every --accumulation
+of them. A row for each --moments, what AdamW keeps; "best" is what model/plan.py expects to be fastest on this card.
+Micro batches are 2 with fp32 moments and 4 with others, or what fits the card by roofline.py's estimate; where not even
+one sequence fits beside 32 layers, as many layers as do, and the label says so (nothing is extrapolated from it).
 
 **rank-of-256** is one rank of 256, emulated, no network. The process group is PyTorch's fake one, with 256 ranks, four
 a node; the layout is what the trainer chooses for them, so weights, moments and memory are one rank's. Each gather and
@@ -22,7 +22,8 @@ a chunk of this rank's own, the loss means nothing. What 256 GPUs lose to a netw
 calls good to those it calls leading. Needs no GPU.
 
 Each case runs in a process of its own; one that fails or runs out of memory is recorded so, and the next goes on.
-Before and after its steps the same process times the step's matrix products alone (measure.matmul_ceiling).
+Before and after its steps the same process times the step's matrix products alone (measure.matmul_ceiling). With
+--profile it also records one more step after those that were timed, and says where the time goes (model/profiler.py).
 """
 # ruff: noqa: E402  imports follow the change of sys.path
 
@@ -57,8 +58,9 @@ from halny.model.mistral import PRESETS, MistralConfig
 
 SEQ_LEN = 4096
 TRACE_BYTES = 15 * 2**20
-MODES = ("one-gpu", "rank-of-256", "model-of-256")
-MOMENTS = ("fp32", "bf16", "8bit")
+MODES = ("rank-of-256", "one-gpu", "model-of-256")  # the most telling first: a visit to a GPU is short
+MOMENTS = ("8bit", "bf16", "fp32")
+BEST = "best"
 RANKS, NODE = 256, 4
 START_S = 8  # that a process takes before it can do anything: imports, CUDA
 AROUND_S = 10  # for the steps before those that are timed, and the ceiling after them
@@ -73,20 +75,43 @@ class Case:
 
     mode: str
     moments: str = "fp32"
+    accumulation: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.mode}-{self.moments}" if self.mode == "one-gpu" else self.mode
+        if self.mode != "one-gpu":
+            return self.mode
+        return f"{self.mode}-{self.moments}" + (f"-x{self.accumulation}" if self.accumulation > 1 else "")
 
     @property
     def micro_batch(self) -> int:
         return 2 if self.mode == "one-gpu" and self.moments == "fp32" else 4
 
 
-def cases(modes: list[str], moments: list[str]) -> list[Case]:
-    """Those that need a process; model-of-256 is arithmetic."""
-    found = [Case("one-gpu", m) for m in moments] if "one-gpu" in modes else []
-    return found + ([Case("rank-of-256")] if "rank-of-256" in modes else [])
+def cases(modes: list[str], moments: list[str], accumulation: int = 1) -> list[Case]:
+    """Those that need a process, in the order of MODES; model-of-256 is arithmetic."""
+    found = [Case("rank-of-256")] if "rank-of-256" in modes else []
+    return found + ([Case("one-gpu", m, accumulation) for m in moments] if "one-gpu" in modes else [])
+
+
+def best_moments(device: str, memory_bytes: int, accumulation: int = 1) -> str:
+    """The moments with which model/plan.py expects one GPU to train fastest; "8bit" on a card that it does not know."""
+    cluster = plan.cluster_of_run(device, 1, 1)
+    if cluster is None:
+        return "8bit"
+    model, rates = PRESETS["mistral-7b"], {}
+    for case in (Case("one-gpu", moments, accumulation) for moments in MOMENTS):
+        for micro_batch in fitting(case, model, memory_bytes):
+            work = plan.Work(model, micro_batch, SEQ_LEN, accumulation, moments=case.moments)
+            chosen = plan.choose(work, cluster)
+            rates[plan.tokens_per_second(chosen.work, chosen.step)] = case.moments
+    return rates[max(rates)] if rates else "8bit"
+
+
+def fitting(case: Case, model: MistralConfig, memory_bytes: int) -> list[int]:
+    """Micro batches that fit a card of so much memory by the estimate, the largest first."""
+    room = memory_bytes * (1 - roofline.RESERVED)
+    return [n for n in (4, 2, 1) if n <= case.micro_batch and estimated_bytes(case, model, n) <= room]
 
 
 def label(case: Case, config: MistralConfig, micro_batch: int, seq_len: int, smoke: bool) -> str:
@@ -95,7 +120,8 @@ def label(case: Case, config: MistralConfig, micro_batch: int, seq_len: int, smo
         return f"smoke: no performance figure; {measure.MODE_LABELS[case.mode]}: the test model on a CPU"
     whole = PRESETS["mistral-7b"].n_layers
     model = "Mistral-7B" if config.n_layers == whole else f"{config.n_layers} of Mistral-7B's {whole} layers"
-    return f"{measure.MODE_LABELS[case.mode]}: {model}, {micro_batch} x {seq_len}, AdamW, {case.moments} moments"
+    batch = f"{case.accumulation} x " * (case.accumulation > 1) + f"{micro_batch} x {seq_len}"
+    return f"{measure.MODE_LABELS[case.mode]}: {model}, {batch}, AdamW, {case.moments} moments"
 
 
 def sizes(bench: measure.Bench, case: Case, layers: int | None, micro_batch: int | None) -> list[tuple]:
@@ -103,16 +129,12 @@ def sizes(bench: measure.Bench, case: Case, layers: int | None, micro_batch: int
     if bench.smoke:
         return [(PRESETS["test"], 2)]
     whole, most = PRESETS["mistral-7b"], case.micro_batch
-    memory = torch.cuda.get_device_properties(bench.device).total_memory * (1 - roofline.RESERVED)
+    memory = torch.cuda.get_device_properties(bench.device).total_memory
     if layers or micro_batch:
         return [(replace(whole, n_layers=layers or whole.n_layers), micro_batch or most)]
-
-    def fits(model: MistralConfig, micro: int) -> bool:
-        return estimated_bytes(case, model, micro) <= memory
-
-    wanted = [(whole, micro) for micro in (4, 2, 1) if micro <= most and fits(whole, micro)]
+    wanted = [(whole, micro) for micro in fitting(case, whole, memory)]
     if not wanted:
-        n = max(n for n in range(1, whole.n_layers) if fits(replace(whole, n_layers=n), most))
+        n = max(n for n in range(1, whole.n_layers) if most in fitting(case, replace(whole, n_layers=n), memory))
         wanted = [(replace(whole, n_layers=n), most), (replace(whole, n_layers=max(1, n - 2)), most)]
     return wanted
 
@@ -120,7 +142,7 @@ def sizes(bench: measure.Bench, case: Case, layers: int | None, micro_batch: int
 def estimated_bytes(case: Case, model: MistralConfig, micro_batch: int) -> int:
     """The least that a rank needs at the peak, everything gathered or made again, and the stand-in's buffers."""
     if case.mode == "one-gpu":
-        return roofline.one_rank_memory(model, micro_batch, SEQ_LEN, case.moments).total
+        return roofline.one_rank_memory(model, micro_batch, SEQ_LEN, case.moments, case.accumulation).total
     total = roofline.memory_estimate(model, RANKS, micro_batch, SEQ_LEN, compute_bytes=2, lean=True).total
     return total + StandIn.bytes_for(model, RANKS, 2)
 
@@ -208,11 +230,12 @@ class Step:
         self, bench: measure.Bench, world: train.World, case: Case, model: MistralConfig, micro_batch: int,
         reshard: str | None = None,
     ):  # fmt: skip
-        self.config, self.micro_batch, self.world = model, micro_batch, world
+        self.config, self.micro_batch, self.world, self.accumulation = model, micro_batch, world, case.accumulation
         self.seq_len = 64 if bench.smoke else SEQ_LEN
         recipe = train.Recipe(  # of a model of the built-in vocabulary, so that no data are asked for
             model="mistral-7b", run_dir=Path("none"), seq_len=self.seq_len, micro_batch=micro_batch, steps=1000,
-            batch_tokens=world.size * micro_batch * self.seq_len, reshard=reshard, moments=case.moments,
+            batch_tokens=world.size * case.accumulation * micro_batch * self.seq_len, reshard=reshard,
+            moments=case.moments,
             dtype="bf16" if case.mode == "one-gpu" else None,  # on a CPU too: its path is another than fp32's
         )  # fmt: skip
         resolved = train.resolve(recipe, world)
@@ -237,9 +260,10 @@ class Step:
         self.totals = torch.zeros(7)
 
     def run(self, i: int) -> None:
-        """train.train_step on one of the batches."""
+        """train.train_step on one of the batches, or as many as it accumulates."""
         self.n_steps += 1
-        batches = [self.batches[i % len(self.batches)]]
+        first = i * self.accumulation
+        batches = [self.batches[n % len(self.batches)] for n in range(first, first + self.accumulation)]
         self.totals = train.train_step(
             self.model, self.optimizer, self.guard, self.n_steps, batches, 1e-5, self.recipe.clip
         )
@@ -253,7 +277,7 @@ class Step:
 
     @property
     def n_tokens(self) -> int:
-        return self.micro_batch * self.seq_len
+        return self.accumulation * self.micro_batch * self.seq_len
 
     def estimated_bytes(self) -> int:
         """The trainer's estimate for what this step keeps and gathers, and the stand-in's buffers."""
@@ -301,7 +325,7 @@ def release(bench: measure.Bench) -> None:
 
 
 def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: Callable[[dict], None]) -> None:
-    """The row of a case, or with --profile its profile; saved whenever there is more of it."""
+    """The row of a case, with --profile its "profile" too; saved whenever there is more of it."""
     began = time.monotonic()
     if case.mode == "rank-of-256":
         if bench.on_gpu:
@@ -323,14 +347,11 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
     row |= {
         "label": label(case, step.config, step.micro_batch, step.seq_len, bench.smoke),
         "n_layers": step.config.n_layers, "micro_batch": step.micro_batch, "seq_len": step.seq_len,
-        "n_parameters": roofline.parameters(step.config), "tried": tried,
+        "accumulation": step.accumulation, "n_parameters": roofline.parameters(step.config), "tried": tried,
         "sharding": "none" if step.whole else plan.Sharding.of(step.layout).name,
         "recomputed": plan.recomputed(step.plan.work),
         "ceiling_before": before, "copy_gb_s": copy_gb_s,
     }  # fmt: skip
-    if given.profile:
-        save(row | profiled(bench, step, case.mode, Path(given.trace), before, copy_gb_s))
-        return
     seconds = given.budget_s - (time.monotonic() - began) - START_S - AROUND_S
     smi = measure.nvidia_smi() if bench.on_gpu else None
     with measure.Watch() as watch:
@@ -350,7 +371,14 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
     if step.stand_in is not None:
         step.loss()
         row |= stand_in_figures(step)
-    config, n_tokens = step.config, step.n_tokens
+    if given.profile:
+        about = {k: row[k] for k in ("case", "mode", "moments", "label", "reason")}
+        try:
+            row["profile"] = about | profiled(bench, step, case.mode, Path(given.trace), before, copy_gb_s)
+        except Exception as error:  # the row is worth more than its profile
+            row["profile"] = about | {"status": "failed", "reason": line_of(error)}
+        save(row)
+    config, n_tokens = step.config, step.micro_batch * step.seq_len
     del step
     release(bench)
     row["ceiling_after"] = measure.matmul_ceiling(bench, config, n_tokens)
@@ -447,10 +475,11 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     made.add_argument("--smoke", action="store_true", help="rehearse on the CPU with a tiny model, without figures")
     made.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="what to measure [all three]")
-    made.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS),
-        help="what AdamW keeps in one-gpu, a row each [all three]")  # fmt: skip
+    made.add_argument("--moments", nargs="+", choices=(*MOMENTS, BEST), default=list(MOMENTS),
+        help="what AdamW keeps in one-gpu, a row each; best: should be fastest on this card [all three]")  # fmt: skip
+    made.add_argument("--accumulation", type=int, default=1, help="micro batches of an update in one-gpu [1]")
     made.add_argument("--out", type=Path, help="folder for the files [bench/results/DATE-DEVICE; else runs/bench]")
-    made.add_argument("--profile", action="store_true", help="profile one step of each case instead of timing many")
+    made.add_argument("--profile", action="store_true", help="also profile one step of each case")
     made.add_argument("--steps", type=int, default=50, help="steps timed [50]")
     made.add_argument("--layers", type=int, help="layers of the model [32, or as many as fit]")
     made.add_argument("--micro-batch", type=int, help="sequences of 4096 [as the mode says, or as many as fit]")
@@ -471,8 +500,9 @@ def one_case(given: argparse.Namespace) -> int:
 
     measure.die_with_parent()
     mode, _, moments = given.case.partition(":")
+    accumulation = given.accumulation if mode == "one-gpu" else 1
     try:
-        measured(measure.bench_on(given.smoke), Case(mode, moments), given, save)
+        measured(measure.bench_on(given.smoke), Case(mode, moments, accumulation), given, save)
     except Exception as error:  # out of memory, say
         print(f"{given.case}: {line_of(error)}", flush=True)
         save({"status": "failed", "reason": line_of(error)})
@@ -482,35 +512,40 @@ def one_case(given: argparse.Namespace) -> int:
 
 def main(arguments: list[str]) -> int:
     given = parser().parse_args(arguments)
-    for name in ("steps", "layers", "micro_batch"):
+    for name in ("steps", "layers", "micro_batch", "accumulation"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             print(f"step.py: --{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}",
                   file=sys.stderr)  # fmt: skip
             return 2
     if given.case:
         return one_case(given)
-    wanted = cases(given.mode, given.moments)
-    if given.profile and not wanted:
+    needs_gpu = {"one-gpu", "rank-of-256"} & set(given.mode)
+    if given.profile and not needs_gpu:
         print("step.py: --profile needs a mode that runs; model-of-256 is arithmetic", file=sys.stderr)
         return 2
     try:
-        bench = measure.bench_on(given.smoke or not wanted)
+        bench = measure.bench_on(given.smoke or not needs_gpu)
     except RuntimeError as error:
         print(f"step.py: {error}", file=sys.stderr)
         return 2
     started = time.monotonic()
+    if BEST in given.moments:
+        best = "8bit"
+        if bench.on_gpu:
+            card = torch.cuda.get_device_properties(bench.device)
+            best = best_moments(card.name, card.total_memory, given.accumulation)
+        given.moments = list(dict.fromkeys(best if m == BEST else m for m in given.moments))
+    wanted = cases(given.mode, given.moments, given.accumulation)
     out = given.out or (measure.results_folder(bench) if wanted else ROOT / "runs" / "bench")
     out.mkdir(parents=True, exist_ok=True)
-    kind = "profile" if given.profile else "step"
-    path, rows = out / f"{kind}.json", "profiles" if given.profile else "rows"
     note = {"note": "smoke: no performance figure"} if given.smoke else {}
-    result = {"format": 1, "kind": kind, "smoke": given.smoke} | note
-    result |= {"machine": measure.machine(bench, given.commit), rows: []}
+    about = {"format": 1, "smoke": given.smoke} | note | {"machine": measure.machine(bench, given.commit)}
+    result, profiles = about | {"kind": "step", "rows": []}, about | {"kind": "profile", "profiles": []}
     for i, case in enumerate(wanted):
         seconds = (given.budget_s - (time.monotonic() - started)) / (len(wanted) - i)
         command = ["bench/step.py", "--case", f"{case.mode}:{case.moments}", "--budget-s", str(seconds)]
         command += ["--steps", str(given.steps), *(["--smoke"] if given.smoke else [])]
-        for name in ("layers", "micro_batch"):
+        for name in ("layers", "micro_batch", "accumulation"):
             if getattr(given, name):
                 command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
         if given.profile:
@@ -518,19 +553,24 @@ def main(arguments: list[str]) -> int:
         row = measure.in_its_own_process([*command, "--row"], seconds + GRACE_S)
         missing = {"case": case.name, "mode": case.mode, "moments": case.moments}
         missing["label"] = label(case, PRESETS["mistral-7b"], case.micro_batch, SEQ_LEN, given.smoke)
-        result[rows].append(missing | row)
-        measure.write_json(path, result)
-        print("\n".join(lines_of(result[rows][-1], given.smoke)), flush=True)
-    if "model-of-256" in given.mode and not given.profile:
+        row = missing | row
+        lines = lines_of(row, given.smoke)
+        if (found := row.pop("profile", None)) is not None:
+            profiles["profiles"].append(found)
+            measure.write_json(out / "profile.json", profiles)
+            lines += lines_of(found, given.smoke)
+        result["rows"].append(row)
+        measure.write_json(out / "step.json", result)
+        print("\n".join(lines), flush=True)
+    bad = [row["case"] for row in [*result["rows"], *profiles["profiles"]] if row["status"] != "ok"]
+    n_run = len(result["rows"])
+    if "model-of-256" in given.mode:
         result["rows"] += calculated(result["machine"]["device"])
         print("\n".join(line for row in result["rows"] if "range" in row for line in lines_of(row, given.smoke)))
     if bench.on_gpu:
         result["machine"]["nvidia_smi_after"] = measure.nvidia_smi()
-    measure.write_json(path, result)
-    bad = [row["case"] for row in result[rows] if row["status"] != "ok"]
-    print(
-        f"{kind}: {len(result[rows]) - len(bad)} of {len(result[rows])} cases" + "".join(f"; {c} failed" for c in bad)
-    )
+    measure.write_json(out / "step.json", result)
+    print(f"step: {n_run - len(set(bad))} of {n_run} cases" + "".join(f"; {c} failed" for c in dict.fromkeys(bad)))
     return 1 if bad else 0
 
 
