@@ -678,6 +678,7 @@ TIMED_STEP = {"tokens_per_second": NUMBER, "step_ms": TIMES, "mfu": MAYBE, "mfu_
               "micro_batch": int, "seq_len": int, "flops_per_token": NUMBER, "peak_memory_bytes": MAYBE}  # fmt: skip
 OF_CEILING = {"of_ceiling": NUMBER, "ceiling_before": {"tflop_s": NUMBER}, "ceiling_after": {"tflop_s": NUMBER}}
 RANGE = {"tokens_per_second": list, "step_ms": list, "mfu": list, "mfu_palm": list, "memory_bytes": int}
+TRAINER_ROW = {"name": str, "status": str}
 OPPONENT = {"name": str, "label": str, "status": str, "reason": str, "attempts": list}
 GAP = {"part": str, "ms": NUMBER, "kernels_ms": NUMBER, "floor_ms": NUMBER, "gap_ms": NUMBER}
 PROFILE = {"wall_ms": NUMBER, "idle_ms": NUMBER, "hidden_communication_ms": NUMBER, "categories_ms": dict,
@@ -700,6 +701,7 @@ KINDS: dict[str, dict] = {
     "aot": {"rows": [AOT_ROW]},
     "profile": {"profiles": [STEP_ROW]},
     "pass": {"parts": dict},
+    "trainer": {"rows": [TRAINER_ROW]},
     "convergence": {"setting": CONVERGENCE_SETTING, "summary": [CONVERGENCE_ROW]},
 }
 
