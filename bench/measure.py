@@ -678,7 +678,6 @@ TIMED_STEP = {"tokens_per_second": NUMBER, "step_ms": TIMES, "mfu": MAYBE, "mfu_
               "micro_batch": int, "seq_len": int, "flops_per_token": NUMBER, "peak_memory_bytes": MAYBE}  # fmt: skip
 OF_CEILING = {"of_ceiling": NUMBER, "ceiling_before": {"tflop_s": NUMBER}, "ceiling_after": {"tflop_s": NUMBER}}
 RANGE = {"tokens_per_second": list, "step_ms": list, "mfu": list, "mfu_palm": list, "memory_bytes": int}
-TRAINER_ROW = {"name": str, "status": str}
 OPPONENT = {"name": str, "label": str, "status": str, "reason": str, "attempts": list}
 GAP = {"part": str, "ms": NUMBER, "kernels_ms": NUMBER, "floor_ms": NUMBER, "gap_ms": NUMBER}
 PROFILE = {"wall_ms": NUMBER, "idle_ms": NUMBER, "hidden_communication_ms": NUMBER, "categories_ms": dict,
@@ -694,6 +693,8 @@ CONVERGENCE_SETTING = {
 CONVERGENCE_ROW = {
     "optimizer": str, "held_out_loss": NUMBER, "spread": NUMBER, "difference": NUMBER, "spread_of_difference": NUMBER,
 }  # fmt: skip
+TRAINER_ROW = {"name": str, "status": str, "reason": str, "seconds": NUMBER, "from_s": NUMBER, "to_s": NUMBER,
+               "command": str, "figures": dict, "said": list}  # fmt: skip
 
 KINDS: dict[str, dict] = {
     "kernels": {"ceilings": CEILINGS, "rows": [ROW]},

@@ -96,7 +96,7 @@ def result_folders(results: Path) -> list[Path]:
 def read_folders(folders: Iterable[Path]) -> list[tuple[Source, dict]]:
     """Every result file, the oldest first. Raises BadResult, by folder and name, for a damaged one or a rehearsal."""
     found = []
-    for folder in folders:
+    for folder in (folder.resolve() for folder in folders):
         for path in sorted(folder.glob("*.json")):
             try:
                 value = read_result(path)

@@ -233,7 +233,7 @@ def step_table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         if row["status"] != "ok":
-            figures = [f"{row['status']}: {row['reason'][:200]}", "", "", "", ""]
+            figures = [f"{row['status']}: {one_line(row['reason'], 200)}", "", "", "", ""]
         elif "range" in row:
             r = row["range"]
             figures = [span(r["tokens_per_second"], ",.0f"), span(r["step_ms"], ",.0f"),
@@ -276,7 +276,9 @@ def opponents_table(opponents: list[dict], steps: list[dict]) -> str:
     rows = []
     for row in opponents:
         if row["status"] != "ok":
-            rows.append([row["label"] + dagger(row), f"{row['status']}: {row['reason'][:200]}", "", "", "", "", ""])
+            rows.append(
+                [row["label"] + dagger(row), f"{row['status']}: {one_line(row['reason'], 200)}", "", "", "", "", ""]
+            )
             continue
         mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%}"
         memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:.1f}"
@@ -335,29 +337,25 @@ def profile_parts(profiles: list[dict], short: bool) -> list[str]:
 
 
 def trainer_table(rows: list[dict]) -> str:
-    """What was tried on train.py itself: how it ended, how long it took, and what it said of itself."""
-    known = {"name", "label", "status", "seconds", "reason", "source", "since", "figures"}
+    """What was tried on train.py itself: how it ended, how long it took, what it says, and its short figures."""
 
-    def figure(value) -> str:
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return one_line(str(value))
-        return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+    def words(value) -> str | None:
+        if isinstance(value, list) and 0 < len(value) <= 4:
+            values = [words(x) for x in value]
+            return None if None in values else " and ".join(values)
+        if isinstance(value, (bool, str)):
+            return one_line(str(value)) or None
+        if isinstance(value, int):
+            return f"{value:,}"
+        return f"{value:,.4g}" if isinstance(value, float) else None
 
     lines = []
     for row in rows:
-        figures = [
-            f"{name.replace('_', ' ')} {figure(value)}"
-            for name, value in (row | row.get("figures", {})).items()
-            if name not in known and isinstance(value, (str, int, float)) and value != ""
-        ]
-        seconds = row.get("seconds")
-        remark = "; ".join([*([one_line(row["reason"])] if row.get("reason") else []), *figures])
-        lines.append([
-            row.get("label", row["name"]) + dagger(row), row["status"],
-            "" if not isinstance(seconds, (int, float)) else f"{seconds:,.0f}", remark,
-        ])  # fmt: skip
-    head = ["what", "status", "seconds", "remark"]
-    return with_runs(head, lines, rows, runs_of(rows), left=4)
+        figures = {name.replace("_", " "): words(value) for name, value in row["figures"].items()}
+        said = [one_line(row["reason"]), *(f"{name} {value}" for name, value in figures.items() if value)]
+        remark = "; ".join(x for x in said if x)
+        lines.append([row["name"] + dagger(row), row["status"], f"{row['seconds']:,.0f}", remark])
+    return with_runs(["what", "status", "seconds", "remark"], lines, rows, runs_of(rows), left=4)
 
 
 def pass_parts(visits: list[dict], short: bool) -> list[str]:
@@ -479,7 +477,8 @@ def sections_of(device: Device, short: bool) -> list[tuple[str, list[str]]]:
         found.append(("Where the time goes", [*origin(rows), *profile_parts(rows, short)]))
     found.append(("Rates that the plan assumes", rates_parts(device)))
     if rows := have.get("trainer"):
-        found.append(("The trainer itself", [*origin(rows), trainer_table(rows),
+        said = "train.py as a user starts it. Runs went on beside each other, so their speeds are no benchmark."
+        found.append(("The trainer itself", [*origin(rows), said, trainer_table(rows),
                                              *since_list(rows, lambda row: row["name"])]))  # fmt: skip
     for row in sorted(have.get("convergence", []), key=lambda row: row["setting"]["beta2"], reverse=True):
         found.append(("Convergence", [convergence_line(row), convergence_table(row)]))
@@ -500,8 +499,13 @@ def markdown(devices: list[Device], short: bool = False) -> str:
 def full(devices: list[Device], pictures: list[Path], path: Path) -> str:
     """RESULTS.md."""
     begin = "Made by `python bench/report.py --write README.md` from the JSON files beside it; edit those, not this."
-    drawn = [f"![{p.stem}]({p.resolve().relative_to(path.resolve().parent).as_posix()})" for p in pictures]
+    drawn = [f"![{picture.stem}]({link(picture, path)})" for picture in pictures]
     return "\n\n".join(["# Results", begin, files_table(devices), markdown(devices), *drawn]) + "\n"
+
+
+def link(to: Path, of: Path) -> str:
+    """The way from one file to another, as Markdown has it."""
+    return Path(os.path.relpath(to.resolve(), of.resolve().parent)).as_posix()
 
 
 def files_table(devices: list[Device]) -> str:
@@ -556,8 +560,8 @@ def main(arguments: list[str]) -> int:
         pictures = [path for device in devices for path in plots(device)]
         if given.write:
             everything = folders[0].resolve().parent / FULL
-            link = Path(os.path.relpath(everything, given.write.resolve().parent)).as_posix()
-            said = f"All shapes, modes and packages, what failed and why, and plots: [{FULL}]({link})."
+            where = link(everything, given.write)
+            said = f"All shapes, modes and packages, what failed and why, and plots: [{FULL}]({where})."
             write_between(given.write, f"{said}\n\n{markdown(devices, short=True)}")
             write_whole(everything, full(devices, pictures, everything))
         for path in pictures:

@@ -481,7 +481,7 @@ def spoil(folder: Path, name: str, change) -> None:
         ("aot.json", lambda v: v["rows"][0].pop("occupancy"), "aot.json.rows[0].occupancy is missing"),
         ("profile.json", lambda v: v.update(kind="step"), "profile.json.rows is missing"),
         ("step.json", lambda v: v.update(format=2), "step.json has format 2"),
-        ("kernels.json", lambda v: v.update(smoke=True), "kernels.json is a rehearsal (smoke)"),
+        ("kernels.json", lambda v: v.update(smoke=True), "results/kernels.json is a rehearsal (smoke)"),
     ],
 )
 def test_a_file_that_lacks_something_is_refused_by_name(tmp_path, capsys, name, change, message):
@@ -724,8 +724,10 @@ def visits(results: Path) -> list[Path]:
     step_file["rows"].append(step_file["rows"][0] | {"label": "training on one GPU: accumulating"})
     step_file["rows"][0].update(status="failed", reason="OutOfMemoryError: this time")
     measure.write_json(second / "step.json", step_file)
-    resumed = {"name": "resumes", "status": "ok", "seconds": 31.5, "reason": "", "tokens_per_second": 4321.0}
-    tried = [resumed | {"losses": [1.0]}, {"name": "fits", "status": "failed"}]
+    resumed = {"name": "resumes", "status": "ok", "seconds": 31.5, "reason": "bit for bit", "from_s": 0.0, "to_s": 31.5,
+               "command": "torchrun train.py", "said": ["much"],
+               "figures": {"losses": [9.0] * 9, "tokens_per_second": [4321, 4330], "summary": {}}}  # fmt: skip
+    tried = [resumed, resumed | {"name": "fits", "status": "cannot run here", "reason": "", "figures": {}}]
     measure.write_json(second / "trainer.json", at(about | {"kind": "trainer", "rows": tried}, *late))
 
     measure.write_json(other / "attention.json", at(attention_result(), "2026-01-01T00:00:00Z", "abb", "Other GPU"))
@@ -779,7 +781,8 @@ def test_nothing_is_lost_of_several_visits(tmp_path, monkeypatch):
         assert "OutOfMemoryError: this time" in text
         assert "GPU tests: 41 passed, 1 failed, 0 errors, 2 skipped; 2026-01-02 03:04, commit abc" in text
         assert "- `tests/test_a.py::test_b[x]`" in text
-        assert "| resumes | ok | 32 | tokens per second 4,321 |" in text and "| fits | failed |  |  |" in text
+        assert "| resumes | ok | 32 | bit for bit; tokens per second 4,321 and 4,330 |" in text
+        assert "| fits | cannot run here | 32 |  |" in text
         assert "rope 7b: OutOfMemoryError: all of it (run of 2026-01-02 05:00)" in text or text is short
     assert re.search(r"^\| rms_norm, 7b, forward \| \*\*halny\*\* † \|.*\| 1 \|$", full, re.M)
     assert re.search(r"^\| swiglu, 7b, forward \| \*\*halny\*\* \| 0.250 .*\| 2 \|$", full, re.M)
