@@ -148,12 +148,12 @@ def kernel_table(rows: list[dict]) -> str:
     return with_runs(head, lines, of, runs_of(rows), left=2)
 
 
-def short_kernel_table(rows: list[dict], wanted) -> str:
+def short_kernel_table(rows: list[dict]) -> str:
     """A line a case: halny, and the best of the others. In the column of runs "1, 2" is halny's run and the other's."""
     lines, runs = [], runs_of(rows)
     for (operation, name, mode), group in grouped(rows).items():
         ours = next((row for row in best_of_each(group) if row["package"] == "halny"), None)
-        if ours is None or not wanted(ours):
+        if ours is None:
             continue
         timed = [row for row in best_of_each(group) if row["status"] == "ok"]
         best = next((row for row in timed if row["package"] != "halny"), None)
@@ -190,32 +190,28 @@ def missing_list(rows: list[dict], device: Device, section: str) -> list[str]:
 
 
 def kernel_parts(device: Device, section: str, short: bool) -> list[str]:
-    rows = device.sections[section]
+    rows = device.sections.get(section, [])
     if not short:
         missing = missing_list(rows, device, section)
         without = ["Without a figure:", "\n".join(missing)] if missing else []
-        return [*origin(rows), kernel_table(rows), *since_list(rows, kernel_name), *without]
-
-    def wanted(row: dict) -> bool:
-        return row["mode"] != "both" if section == "attention" else row["set"] == "7b"
-
-    shown = [row for row in rows if wanted(row)]
+        timed = [*origin(rows), kernel_table(rows), *since_list(rows, kernel_name)] if rows else []
+        return [*timed, *without]
     if section == "kernels":
+        shown = [row for row in rows if row["set"] == "7b"]
         shapes = "Mistral-7B's micro batch of 16,384 tokens, bf16, cold cache; others are those in bench/peers.py."
     else:
+        shown = [row for row in rows if row["mode"] != "both"]
         shapes = "32 query and 8 key heads of 128, bf16; halny is the backend that it chose, others are all backends."
-    parts = [*origin(shown), shapes, short_kernel_table(shown, wanted)] if shown else []
+    parts = [*origin(shown), shapes, short_kernel_table(shown)] if shown else []
     ours = [row for row in rows if row["package"] == "halny"]
     parts += since_list(ours, kernel_name)
     if missing := missing_list(ours, device, section):
         parts += ["Of halny's without a figure:", "\n".join(missing)]
     states = [row["status"] for row in rows if row["package"] != "halny" and row["status"] != "ok"]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-    return (
-        [*parts, f"Rows of other packages without a figure, at all shapes: {counts}; {FULL} says why."]
-        if states
-        else parts
-    )
+    if states:
+        counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+        parts.append(f"Rows of other packages without a figure, at all shapes: {counts}; {FULL} says why.")
+    return parts
 
 
 def labelled(row: dict, figure: str) -> str:
@@ -462,8 +458,7 @@ def sections_of(device: Device, short: bool) -> list[tuple[str, list[str]]]:
     if rows := have.get("pass"):
         found.append(("Visits" if not short else "GPU tests", pass_parts(rows, short)))
     for section, title in (("kernels", "Kernels"), ("attention", "Attention")):
-        if section in have:
-            found.append((title, kernel_parts(device, section, short)))
+        found.append((title, kernel_parts(device, section, short)))
     if rows := have.get("step"):
         beside = conditions(rows) if not short else []
         found.append(("Step", [*origin(rows), step_table(rows), *since_list(rows, lambda row: row["label"]),

@@ -821,6 +821,26 @@ def test_the_plans_rates_stand_beside_the_measured(tmp_path):
     assert report.rates_parts(devices[2]) == []
 
 
+def test_a_visit_that_timed_nothing_says_so(tmp_path, capsys):
+    """A newer "wrong" takes a figure away; and what broke before it had a row is said."""
+    broken = at(kernel_result(), "2026-01-02T03:04:05Z", "abc") | {"broken": ["rope 7b: RuntimeError: a word"]}
+    measure.write_json(tmp_path / "a" / "kernels.json", broken | {"rows": []})
+    assert report.main([str(tmp_path / "a")]) == 0
+    text = capsys.readouterr().out
+    assert f"### Kernels: {H100}" in text and "- rope 7b: RuntimeError: a word (run of 2026-01-02 03:04)" in text
+
+    wrong = at(kernel_result(), "2026-01-03T03:04:05Z", "def")
+    for row in wrong["rows"]:
+        row.update(status="wrong", reason="out: error 2 above the bound 1")
+    measure.write_json(tmp_path / "b" / "kernels.json", wrong)
+    measure.write_json(tmp_path / "c" / "kernels.json", at(kernel_result(), "2026-01-01T00:00:00Z", "old"))
+    for folders in (("b", "c"), ("c", "b")):
+        assert report.main([str(tmp_path / name) for name in folders]) == 0
+        text = capsys.readouterr().out
+        assert "| **halny** | wrong |" in text
+        assert "- swiglu, halny: wrong. out: error 2" in text and "2026-01-01" not in text
+
+
 def test_rehearsals_left_among_results_are_passed_over(tmp_path):
     for name in ("2026-01-01-cpu", "2026-01-02-smoke", "2026-01-03-empty"):
         (tmp_path / name).mkdir()
