@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import aot, gpu_pass, kernels, measure, operations, peers, report, step
+from bench import aot, gpu_pass, kernels, measure, merge, operations, peers, report, step
 from bench import attention as bench_attention
 from halny.kernels.adamw import new_moments, split
 from halny.kernels.attention import attention_mask
@@ -429,10 +429,20 @@ def test_report_renders_tables_and_plots_from_files_alone(tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     assert report.main([str(folder), "--write", str(readme)]) == 0
-    text = readme.read_text()
+    short, text = readme.read_text(), (tmp_path / report.FULL).read_text()
+    assert short.startswith(f"before\n{report.BEGIN}\n") and short.endswith(f"{report.END}\nafter\n")
+    assert "\nold\n" not in short and f"[{report.FULL}]({report.FULL})" in short
     assert (
-        text.startswith(f"before\n{report.BEGIN}\n") and text.endswith(f"{report.END}\nafter\n") and "old" not in text
+        "| swiglu, forward | 0.500 (0.495 to 0.600) |" in short and "| PyTorch eager, " in short and "1.20 |" in short
     )
+    assert "device copy 3,000 GB/s" in short and "Fixture GPU, 2026-01-02, commit abc" in short
+    cases = [
+        line for line in short.splitlines() if re.match(r"\| (swiglu|rms_norm|rope|adamw|.*cross_entropy), ", line)
+    ]
+    modes = {(o.name, m) for o, name, _ in operations.cases(operations.SETS, "") if name == "7b" for m in o.modes}
+    assert len({line.split("|")[1] for line in cases}) == len(cases) <= len(modes)  # a line each
+    assert "| 4 x 4096, forward | " in short and "4 x 4096, both" not in short
+    assert "sm_90" not in short and "quack" not in short.replace("quack-kernels 9", "")
     n_bytes = operations.minimum("swiglu", "forward", operations.SETS["7b"], 2)[0]
     row = next(line for line in text.splitlines() if line.startswith("| swiglu, 7b, forward"))
     assert "**halny**" in row and f"{n_bytes / 0.5 / 1e6:,.0f} GB/s" in row and "0.500 (0.495 to 0.600)" in row
@@ -471,7 +481,7 @@ def spoil(folder: Path, name: str, change) -> None:
         ("aot.json", lambda v: v["rows"][0].pop("occupancy"), "aot.json.rows[0].occupancy is missing"),
         ("profile.json", lambda v: v.update(kind="step"), "profile.json.rows is missing"),
         ("step.json", lambda v: v.update(format=2), "step.json has format 2"),
-        ("kernels.json", lambda v: v.update(smoke=True), "kernels.json is a rehearsal (smoke)"),
+        ("kernels.json", lambda v: v.update(smoke=True), "results/kernels.json is a rehearsal (smoke)"),
     ],
 )
 def test_a_file_that_lacks_something_is_refused_by_name(tmp_path, capsys, name, change, message):
@@ -661,20 +671,179 @@ def test_the_report_shows_convergence(tmp_path):
     """The file that is in the repository; and none that lacks a number."""
     source = report.RESULTS / "2026-11-25-cpu" / "convergence.json"
     result = json.loads(source.read_text())
-    text = report.markdown(report.load(source.parent))
+    text = report.markdown(merge.merge(merge.read_folders([source.parent])))
     row = next(row for row in result["summary"] if row["optimizer"] == "8bit")
     assert f"| 8bit | {row['held_out_loss']:.3f} | {row['spread']:.3f} | {row['difference']:+.3f} |" in text
     del row["difference"]
     (tmp_path / "convergence.json").write_text(json.dumps(result))
     with pytest.raises(measure.BadResult, match=r"convergence.json.summary\[3\].difference is missing"):
-        report.load(tmp_path)
+        merge.read_folders([tmp_path])
 
 
-def test_the_newest_results_are_a_gpus_if_there_are_any(tmp_path):
-    for name in ("2026-11-24-cpu", "2026-11-25-cpu"):
+# ------------------------------------------------------------------------------------------------------ several visits
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def at(value: dict, date: str, commit: str, device: str = H100) -> dict:
+    """A result file as it would be of another visit."""
+    found = dict(date=date, commit=commit, device=device)
+    return json.loads(json.dumps(value | {"machine": value["machine"] | found}))
+
+
+def visits(results: Path) -> list[Path]:
+    """Two visits to a GPU, the second partial, whose folder sorts first; one to another GPU; what a CPU left."""
+    first, second = results / "2026-01-02-GPU", results / "2026-01-02-AAA-partial"
+    other, cpu = results / "2026-01-01-other", results / "2026-01-03-cpu"
+    early, late = ("2026-01-02T03:04:05Z", "abc"), ("2026-01-02T05:00:00Z", "def")
+    for name, value in {"kernels": kernel_result(), "attention": attention_result(), "step": step_result()}.items():
+        measure.write_json(first / f"{name}.json", at(value, *early))
+    profile = profile_result()
+    profile["profiles"][0] |= {"n_layers": 32, "micro_batch": 4, "seq_len": 4096, "ceiling_before": {"tflop_s": 777.0}}
+    measure.write_json(first / "profile.json", at(profile, *early))
+    entry = {"status": "failed", "seconds": 80.0, "said": "1 failed | really", "passed": 41, "failed": 1, "errors": 0,
+             "skipped": 2, "failing": ["tests/test_a.py::test_b[x]"]}  # fmt: skip
+    ended = {"status": "ok", "seconds": 9.0, "said": "done"}
+    about = {"format": 1, "smoke": False, "machine": machine()}
+    visit = about | {"kind": "pass", "parts": {"tests": entry, "kernels": ended}}
+    measure.write_json(first / "pass.json", at(visit, *early))
+
+    again = at(kernel_result(), *late)
+    again["rows"] = [row for row in again["rows"] if row["operation"] in ("swiglu", "rms_norm") and row["set"] == "7b"]
+    for row in again["rows"]:
+        if (row["operation"], row["package"]) == ("rms_norm", "halny"):
+            row.update(status="failed", reason="RuntimeError: no luck")
+        elif (row["operation"], row["provider"]) == ("rms_norm", "PyTorch eager"):
+            row.update(status="wrong", reason="out: error 2 above the bound 1")
+        elif row["operation"] == "swiglu" and row["package"] == "halny":
+            row["kernel_ms"] = times(0.25)
+    again["ceilings"] |= {"copy_gb_s": 2950.0, "step_tflop_s": 701.0}
+    again |= {"not_reached": ["adamw, fp32 7b", "nobody 7b"], "broken": ["rope 7b: OutOfMemoryError: all of it"]}
+    measure.write_json(second / "kernels.json", again)
+    step_file = at(step_result(), *late)
+    step_file["rows"].append(step_file["rows"][0] | {"label": "training on one GPU: accumulating"})
+    step_file["rows"][0].update(status="failed", reason="OutOfMemoryError: this time")
+    measure.write_json(second / "step.json", step_file)
+    resumed = {"name": "resumes", "status": "ok", "seconds": 31.5, "reason": "bit for bit", "from_s": 0.0, "to_s": 31.5,
+               "command": "torchrun train.py", "said": ["much"],
+               "figures": {"losses": [9.0] * 9, "tokens_per_second": [4321, 4330], "summary": {}}}  # fmt: skip
+    tried = [resumed, resumed | {"name": "fits", "status": "cannot run here", "reason": "", "figures": {}}]
+    measure.write_json(second / "trainer.json", at(about | {"kind": "trainer", "rows": tried}, *late))
+
+    measure.write_json(other / "attention.json", at(attention_result(), "2026-01-01T00:00:00Z", "abb", "Other GPU"))
+    cpu.mkdir()
+    convergence = report.RESULTS / "2026-11-25-cpu" / "convergence.json"
+    (cpu / "convergence.json").write_text(convergence.read_text())
+    return [first, second, other, cpu]
+
+
+def test_nothing_is_lost_of_several_visits(tmp_path, monkeypatch):
+    """Each row is there with its machine; the newest by date has it; a figure survives an attempt that failed later."""
+    results, readme = tmp_path / "results", tmp_path / "README.md"
+    folders = visits(results)
+    devices = merge.merge(merge.read_folders(folders))
+    assert [device.name for device in devices] == [H100, "Other GPU", "CPU"]
+    gpu = devices[0]
+    first = {tuple(r[k] for k in ("operation", "set", "mode", "provider")): r for r in kernel_result()["rows"]}
+    merged = {tuple(r[k] for k in ("operation", "set", "mode", "provider")): r for r in gpu.sections["kernels"]}
+    assert merged.keys() == first.keys() and len(gpu.sections["kernels"]) == len(merged)
+    for key, row in merged.items():
+        repeated = key[0] in ("swiglu", "rms_norm") and key[1] == "7b"
+        kept = key[0] == "rms_norm" and row["package"] == "halny"
+        commit = "def" if repeated and not kept else "abc"
+        assert row["source"].machine["commit"] == commit, key
+        assert bool(row["since"]) == (repeated and kept)
+    assert merged["rms_norm", "7b", "forward", "halny"]["status"] == "ok"
+    assert merged["rms_norm", "7b", "forward", "PyTorch eager"]["status"] == "wrong"
+    assert merged["swiglu", "7b", "forward", "halny"]["kernel_ms"]["median"] == 0.25
+    assert [(row["label"][-12:], row["source"].machine["commit"]) for row in gpu.sections["step"]] == [
+        ("'s 32 layers", "abc"), ("accumulating", "def")
+    ]  # fmt: skip
+    assert {(one["case"], one["said"]) for one in gpu.unmeasured} == {
+        ("nobody 7b", "not reached"), ("rope 7b", "OutOfMemoryError: all of it")
+    }  # fmt: skip
+
+    monkeypatch.setattr(report, "RESULTS", results)
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert report.main(["--write", str(readme)]) == 0
+    short, full = readme.read_text(), (results / report.FULL).read_text()
+    assert "(results/RESULTS.md)" in short
+    for text in (short, full):
+        titles = [line for line in text.splitlines() if line.startswith("### ")]
+        assert titles.index(f"### Kernels: {H100}") < titles.index("### Attention: Other GPU") < len(titles) - 1
+        assert titles[-1] == "### Convergence: CPU" and f"### The trainer itself: {H100}" in titles
+        assert f"- run 1: {H100}, 2026-01-02 03:04, commit abc" in text and "device copy 3,000 GB/s" in text
+        assert f"- run 2: {H100}, 2026-01-02 05:00, commit def" in text and "device copy 2,950 GB/s" in text
+        assert "rms_norm, 7b, both, halny: failed on 2026-01-02 05:00, commit def" in text
+        assert "commit def; the figure is of 2026-01-02 03:04, commit abc. RuntimeError: no luck" in text
+        assert re.search(r"^\| training on one GPU: 13 of .* † \| 23,456 .* \| 1 \|$", text, re.M)
+        assert re.search(r"^\| training on one GPU: accumulating \| 23,456 .* \| 2 \|$", text, re.M)
+        assert "OutOfMemoryError: this time" in text
+        assert "GPU tests: 41 passed, 1 failed, 0 errors, 2 skipped; 2026-01-02 03:04, commit abc" in text
+        assert "- `tests/test_a.py::test_b[x]`" in text
+        assert "| resumes | ok | 32 | bit for bit; tokens per second 4,321 and 4,330 |" in text
+        assert "| fits | cannot run here | 32 |  |" in text
+        assert "rope 7b: OutOfMemoryError: all of it (run of 2026-01-02 05:00)" in text or text is short
+    assert re.search(r"^\| rms_norm, 7b, forward \| \*\*halny\*\* † \|.*\| 1 \|$", full, re.M)
+    assert re.search(r"^\| swiglu, 7b, forward \| \*\*halny\*\* \| 0.250 .*\| 2 \|$", full, re.M)
+    assert re.search(r"^\| swiglu, forward \| 0.250 .*\| 2 \|$", short, re.M)
+    assert "| 2026-01-02-GPU/step.json | NVIDIA H100 80GB HBM3 | 2026-01-02 03:04 | abc | 1 of 1 |" in full
+    assert "1 failed \\| really" in full
+    assert "](2026-01-02-AAA-partial/bandwidth.png)" in full and (folders[1] / "bandwidth.png").exists()
+    assert (folders[2] / "attention.png").exists() and not list(folders[0].glob("*.png"))
+
+    assert report.main(["--write", str(readme)]) == 0  # once more: the same
+    assert (readme.read_text(), (results / report.FULL).read_text()) == (short, full)
+    (results / "2026-01-04-bad").mkdir()
+    (results / "2026-01-04-bad" / "step.json").write_text("{")
+    assert report.main(["--write", str(readme)]) == 2 and readme.read_text() == short
+
+
+def test_the_plans_rates_stand_beside_the_measured(tmp_path):
+    devices = merge.merge(merge.read_folders(visits(tmp_path)))
+    text = "\n".join(report.rates_parts(devices[0]))
+    peak = 989.5  # TFLOP/s in bf16, dense
+
+    def line(what: str) -> list[str]:
+        found = next(one for one in text.splitlines() if one.startswith(f"| {what}"))
+        return [cell.strip() for cell in found.strip("|").split("|")]
+
+    assert line("matrix products alone, the step")[1:4] == ["690", "740", f"701 TFLOP/s ({701 / peak:.1%})"]
+    assert line("device copy")[1:4] == ["2,372", "2,583", f"2,950 GB/s ({2950 / 3350:.1%})"]
+    assert f"- run {line('device copy')[4]}: {H100}, 2026-01-02 05:00, commit def" in text
+    # the fixture's 600 TFLOP/s count the backward as 2.5 forwards, the plan as 2: 3 forwards in the time of 3.5
+    assert line("attention, 4 x 4096, forward and")[1:4] == ["391", "433", f"514 TFLOP/s ({600 * 3 / 3.5 / peak:.1%})"]
+    assert line("attention, 4 x 4096, backward")[1:4] == ["", "", "600 TFLOP/s"]
+    in_step = 6 * 7_110_393_856 * 4 * 4096 / 6e-3 / 1e12  # the profile's matrix products take 6 ms
+    assert f"{in_step:,.0f} TFLOP/s" in line("matrix products in the step")[3]
+    assert measure.MODE_LABELS["one-gpu"] == "training on one GPU" and "777 TFLOP/s" in text
+    assert "is not in model/roofline.py" in "\n".join(report.rates_parts(devices[1]))
+    assert report.rates_parts(devices[2]) == []
+
+
+def test_a_visit_that_timed_nothing_says_so(tmp_path, capsys):
+    """A newer "wrong" takes a figure away; and what broke before it had a row is said."""
+    broken = at(kernel_result(), "2026-01-02T03:04:05Z", "abc") | {"broken": ["rope 7b: RuntimeError: a word"]}
+    measure.write_json(tmp_path / "a" / "kernels.json", broken | {"rows": []})
+    assert report.main([str(tmp_path / "a")]) == 0
+    text = capsys.readouterr().out
+    assert f"### Kernels: {H100}" in text and "- rope 7b: RuntimeError: a word (run of 2026-01-02 03:04)" in text
+
+    wrong = at(kernel_result(), "2026-01-03T03:04:05Z", "def")
+    for row in wrong["rows"]:
+        row.update(status="wrong", reason="out: error 2 above the bound 1")
+    measure.write_json(tmp_path / "b" / "kernels.json", wrong)
+    measure.write_json(tmp_path / "c" / "kernels.json", at(kernel_result(), "2026-01-01T00:00:00Z", "old"))
+    for folders in (("b", "c"), ("c", "b")):
+        assert report.main([str(tmp_path / name) for name in folders]) == 0
+        text = capsys.readouterr().out
+        assert "| **halny** | wrong |" in text
+        assert "- swiglu, halny: wrong. out: error 2" in text and "2026-01-01" not in text
+
+
+def test_rehearsals_left_among_results_are_passed_over(tmp_path):
+    for name in ("2026-01-01-cpu", "2026-01-02-smoke", "2026-01-03-empty"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "convergence.json").write_text("{}")
-    assert report.newest(tmp_path).name == "2026-11-25-cpu"
-    (tmp_path / "2026-11-25-NVIDIA-H200").mkdir()
-    (tmp_path / "2026-11-25-NVIDIA-H200/step.json").write_text("{}")
-    assert report.newest(tmp_path).name == "2026-11-25-NVIDIA-H200"
+    for name in ("2026-01-01-cpu", "2026-01-02-smoke"):
+        (tmp_path / name / "step.json").write_text("{}")
+    assert [folder.name for folder in merge.result_folders(tmp_path)] == ["2026-01-01-cpu"]
