@@ -693,6 +693,8 @@ CONVERGENCE_SETTING = {
 CONVERGENCE_ROW = {
     "optimizer": str, "held_out_loss": NUMBER, "spread": NUMBER, "difference": NUMBER, "spread_of_difference": NUMBER,
 }  # fmt: skip
+TRAINER_ROW = {"name": str, "status": str, "reason": str, "seconds": NUMBER, "from_s": NUMBER, "to_s": NUMBER,
+               "command": str, "figures": dict, "said": list}  # fmt: skip
 
 KINDS: dict[str, dict] = {
     "kernels": {"ceilings": CEILINGS, "rows": [ROW]},
@@ -700,6 +702,7 @@ KINDS: dict[str, dict] = {
     "aot": {"rows": [AOT_ROW]},
     "profile": {"profiles": [STEP_ROW]},
     "pass": {"parts": dict},
+    "trainer": {"rows": [TRAINER_ROW]},
     "convergence": {"setting": CONVERGENCE_SETTING, "summary": [CONVERGENCE_ROW]},
 }
 

@@ -11,7 +11,7 @@ beside each other to save time, and each row says from when to when it ran. What
 **one rank** trains 8 of mistral-1b's 18 layers in bf16 with 8-bit moments, under torchrun: asked to stop by SIGTERM and
 resumed by the same command, it must come to the losses of a second run that nobody disturbs, bit for bit. Where the GPU
 does not repeat itself to the bit, the steps before the stop show that, and those after it may not differ by more than
-``FACTOR`` times as much. --profile, a checkpoint and an evaluation between, the export, curves and sample.txt are in it.
+``FACTOR`` times as much. --profile, a checkpoint on the way, an evaluation, the export, curves and sample.txt are in it.
 
 **FSDP** does the same over NCCL, on one rank: that takes fp32 (sharding.is_whole), so 2 layers and shorter samples.
 
@@ -34,7 +34,7 @@ import sys
 import tempfile
 import threading
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,7 +48,7 @@ from bench import measure
 from bench.kernels import line_of
 from halny.model.dataset import write_dataset
 from halny.model.durable import write_json
-from halny.model.exits import FAILED, FINISHED
+from halny.model.exits import FAILED, FINISHED, STOPPED
 from halny.model.mistral import PRESETS, MistralConfig
 
 FACTOR = 10  # of the difference between two runs before the stop, on a GPU that does not repeat itself
@@ -69,6 +69,7 @@ class Case:
     stop_at: int
     save_every: int
     profiled: str
+    torchrun: bool  # or alone; what is not disturbed is
 
 
 def cases(smoke: bool, with_data: bool) -> list[Case]:
@@ -77,13 +78,17 @@ def cases(smoke: bool, with_data: bool) -> list[Case]:
         model = PRESETS["tiny" if with_data else "test"]
         sizes = (*common, "--seq-len", "64", "--batch-tokens", "256", "--micro-batch", "2")
         whole, sharded = (*sizes, "--dtype", "bf16", "--moments", "8bit"), (*sizes, "--dtype", "fp32")
-        return [Case("one rank", model, whole, 40, 5, 20, "3-4"), Case("FSDP", model, sharded, 40, 5, 20, "3-4")]
+        steps, save_every = (12, 8) if with_data else (40, 20)  # a tiny model's are slow enough to be stopped
+        return [
+            Case("one rank", model, whole, steps, 5, save_every, "3-4", True),
+            Case("FSDP", model, sharded, steps, 5, save_every, "3-4", False),
+        ]
     wide, sizes = PRESETS["mistral-1b"], (*common, "--seq-len", "4096", "--batch-tokens", "16384", "--micro-batch", "2")
     short = (*common, "--seq-len", "1024", "--batch-tokens", "4096", "--micro-batch", "2", "--dtype", "fp32")
     whole = (*sizes, "--dtype", "bf16", "--moments", "8bit", "--eval-every", "16")
     return [
-        Case("one rank", replace(wide, n_layers=8), whole, 32, 8, 20, "4-5"),
-        Case("FSDP", replace(wide, n_layers=2), (*short, "--eval-every", "8"), 16, 6, 12, "4-5"),
+        Case("one rank", replace(wide, n_layers=8), whole, 32, 8, 20, "4-5", True),
+        Case("FSDP", replace(wide, n_layers=2), (*short, "--eval-every", "8"), 16, 6, 12, "4-5", False),
     ]
 
 
@@ -110,6 +115,7 @@ class Stage:
     end: float  # time.monotonic() by which all is to be done
     began: float = field(default_factory=time.monotonic)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    processes: list[Process] = field(default_factory=list)
 
     @property
     def left(self) -> float:
@@ -137,33 +143,38 @@ class Stage:
         try:
             yield more
         except Exception as error:
+            more = {key: value for key, value in more.items() if key not in ("status", "reason")}
             self.row(name, "failed", line_of(error), from_s, **more)
         else:
             self.row(name, more.pop("status", "ok"), more.pop("reason", ""), from_s, **more)
 
 
 class Process:
-    """A command in a group of its own, its output in a file; nothing of it is left behind."""
+    """A command, its output in a file. It stays in this script's group, so that whoever ends that ends all.
+
+    Ranks under torchrun die with it (train.py's ``begin``).
+    """
 
     def __init__(self, stage: Stage, name: str, command: list[str], **options):
         self.stage, self.log = stage, stage.scratch / f"{name}.log"
         self.words = " ".join([Path(command[0]).name, *map(measure.repeatable, command[1:])])
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1" if stage.smoke else "4"}
-        environment |= {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"}  # a save on a slow disk may take longer than torchrun's 30
+        environment |= {
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"
+        }  # a save on a slow disk may take longer than torchrun's 30
         environment.pop("TRITON_INTERPRET", None)
         if stage.smoke:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True, **options
-            )
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, **options)
+        stage.processes.append(self)
 
     def wait_until(self, happened) -> bool:
         """Whether it happened before the process or the time was over."""
         while self.process.poll() is None and self.stage.left > 0:
             if happened():
                 return True
-            time.sleep(0.02)
+            time.sleep(0.05)
         return happened()
 
     def wait(self) -> int | None:
@@ -176,8 +187,7 @@ class Process:
             self.kill()
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
 
     def said(self) -> list[str]:
@@ -197,12 +207,12 @@ class Process:
             raise RuntimeError(f"{how}: {' | '.join((blamed or lines)[-2:])}")
 
 
-def train_command(stage: Stage, case: Case, run_dir: Path, *more: str, torchrun: bool = True) -> list[str]:
+def train_command(stage: Stage, case: Case, run_dir: Path, *more: str, torchrun: bool = False) -> list[str]:
     """train.py under torchrun as a user starts it, or alone, which is a world of one as well."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"] if torchrun else []
     model = stage.scratch / f"model-{case.name.replace(' ', '-')}"
     settings = ["--model", str(model), "--data", str(stage.data), "--run-dir", str(run_dir), "--steps", str(case.steps)]
-    settings += ["--save-every", str(case.save_every), "--export-dtype", "fp32"]
+    settings += ["--save-every", str(case.save_every)]
     return [sys.executable, *launcher, "train.py", "mistral-1b", *settings, *case.arguments, *more]
 
 
@@ -259,7 +269,9 @@ def compared(ours: list[dict], theirs: list[dict], stopped: int) -> tuple[str, s
         if not figures["loss_after"] and not figures["grad_norm_after"]:
             return "ok", f"bit for bit, the {len(after)} steps after the stop like those before it", figures
         return "failed", f"equal to the bit before the stop, but by {figures['loss_after']:.3g} apart after it", figures
-    words = f"two runs differ in loss by {figures['loss_before']:.3g} before the stop, {figures['loss_after']:.3g} after"
+    words = (
+        f"two runs differ in loss by {figures['loss_before']:.3g} before the stop, {figures['loss_after']:.3g} after"
+    )
     fine = figures["loss_after"] <= max(FACTOR * figures["loss_before"], 0.01)
     return ("ok" if fine else "failed"), f"not to the bit, without the stop either: {words}", figures
 
@@ -271,8 +283,8 @@ def stop_and_resume(stage: Stage, case: Case) -> Path | None:
     """Rows of one case; its run folder if it came to its end."""
     run_dir, alone_dir = (stage.scratch / f"{case.name.replace(' ', '-')}{end}" for end in ("", "-undisturbed"))
     profile = ("--profile", case.profiled)
-    command, stopped = train_command(stage, case, run_dir, *profile), 0
-    alone = Process(stage, alone_dir.name, train_command(stage, case, alone_dir, torchrun=False))
+    command, stopped = train_command(stage, case, run_dir, *profile, torchrun=case.torchrun), 0
+    alone = Process(stage, alone_dir.name, train_command(stage, case, alone_dir))
     try:
         with stage.tried(f"{case.name}: stopped by SIGTERM") as row:
             first = Process(stage, f"{run_dir.name}-1", command)
@@ -283,11 +295,17 @@ def stop_and_resume(stage: Stage, case: Case) -> Path | None:
             row["said"] = first.said()
             row["figures"] = figures_of_run(run_dir, row["said"]) | {"exit_code": code}
             status = read(run_dir / "status.json") if (run_dir / "status.json").exists() else {}
-            if status.get("state") != "stopped":
-                first.expect(code, -1)
+            if status.get("state") != "stopped" or not (case.torchrun or code == STOPPED):
+                first.expect(code, -1)  # whatever it was
             stopped = max(int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step-*"))
             row["reason"] = f"saved after step {stopped} of {case.steps}"
         if not stopped:
+            with stage.tried(f"{case.name}: undisturbed") as row:
+                alone.wait_until(lambda: len(lines_of_steps(alone_dir)) >= case.steps)
+                row["command"], row["said"] = alone.words, alone.said()
+                row["figures"] = figures_of_run(alone_dir, row["said"])
+                if row["figures"]["steps"] < case.steps:
+                    alone.expect(alone.process.poll(), -1)
             return None
         with stage.tried(f"{case.name}: profile") as row:
             row["figures"] = profile_figures(run_dir, on_gpu=not stage.smoke)
@@ -302,7 +320,9 @@ def stop_and_resume(stage: Stage, case: Case) -> Path | None:
             if not any(text.startswith(f"resuming after step {stopped} ") for text in row["said"]):
                 raise RuntimeError(f"it did not resume after step {stopped}")
             row["figures"]["summary"] = read(run_dir / "summary.json")
-            left = [name for name in ("export", "curves.png", "sample.txt", "summary.json") if (run_dir / name).exists()]
+            left = [
+                name for name in ("export", "curves.png", "sample.txt", "summary.json") if (run_dir / name).exists()
+            ]
             row["reason"] = f"finished; left {', '.join(left)}"
             rates = row["figures"]["tokens_per_second"]
             row["reason"] += f"; {rates[-1]:,} tokens/s in the last step" if rates and not stage.smoke else ""
@@ -334,7 +354,8 @@ def profile_figures(run_dir: Path, on_gpu: bool) -> dict:
         if not any(name.endswith(end) and size for name, size in found.items()):
             raise RuntimeError(f"--profile left {', '.join(found) or 'nothing'}, and no steps-FIRST-LAST{end}")
     tables = next((run_dir / "traces").glob("steps-*-rank-0.txt")).read_text().splitlines()
-    if on_gpu and not any(re.match(r"  matmul +(?!0\.00 )", line) for line in tables):
+    products = [float(found[1]) for line in tables if (found := re.match(r"  matmul +([\d.]+)", line))]
+    if on_gpu and not any(products):
         raise RuntimeError("the trace shows no matrix product on the GPU")
     return {"bytes": found, "tables": [line.replace(f"{run_dir}/", "") for line in tables]}
 
@@ -456,7 +477,7 @@ def measured(stage: Stage, with_data: bool) -> None:
         with contextlib.suppress(Exception):  # said in a row
             runs[case.name] = stop_and_resume(stage, case)
 
-    threads = [threading.Thread(target=go, args=(case,), name=case.name) for case in wanted]
+    threads = [threading.Thread(target=go, args=(case,), name=case.name, daemon=True) for case in wanted]
     try:
         for thread in threads:
             thread.start()
@@ -465,14 +486,14 @@ def measured(stage: Stage, with_data: bool) -> None:
             waiting = Process(stage, "export", command, stdin=subprocess.PIPE)
         threads[0].join()
         done = runs.get(wanted[0].name)
-        other = threading.Thread(target=preflight, args=(stage, wanted[0]))
+        other = threading.Thread(target=preflight, args=(stage, wanted[0]), daemon=True)
         other.start()
         use_export(stage, waiting, done and done / "export")
         other.join()
         threads[1].join()
     finally:
-        if waiting is not None:
-            waiting.kill()
+        for process in stage.processes:
+            process.kill()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -515,14 +536,17 @@ def main(arguments: list[str]) -> int:
     note = {"note": "smoke: no performance figure"} if given.smoke else {}
     result = {"format": 1, "kind": "trainer", "smoke": given.smoke} | note
     result |= {"machine": measure.machine(bench, given.commit), "rows": []}
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    interrupted = False
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         vocab_size = cases(given.smoke, given.data is not None)[0].model.vocab_size
         data = given.data.resolve() if given.data else random_data(folder / "data", vocab_size)
         stage = Stage(given.smoke, folder, data, out / "trainer.json", result, began + given.budget_s, began)
-        measured(stage, given.data is not None)
+        try:
+            measured(stage, given.data is not None)
+        except KeyboardInterrupt:  # the rows so far are in the file
+            interrupted = True
     if bench.on_gpu:
         result["machine"]["nvidia_smi_after"] = measure.nvidia_smi()
     measure.write_json(out / "trainer.json", result)
@@ -530,7 +554,7 @@ def main(arguments: list[str]) -> int:
     bad = [row["name"] for row in result["rows"] if row["status"] == "failed"]
     words = f"trainer: {states.count('ok')} of {len(states)} ok, in {stage.now:.0f} s"
     print(words + "".join(f"; {name} failed" for name in bad))
-    return 1 if bad else 0
+    return 130 if interrupted else 1 if bad else 0
 
 
 if __name__ == "__main__":
