@@ -11,7 +11,7 @@ beside each other to save time, and each row says from when to when it ran. What
 **one rank** trains 8 of mistral-1b's 18 layers in bf16 with 8-bit moments, under torchrun: asked to stop by SIGTERM and
 resumed by the same command, it must come to the losses of a second run that nobody disturbs, bit for bit. Where the GPU
 does not repeat itself to the bit, the steps before the stop show that, and those after it may not differ by more than
-``FACTOR`` times as much. --profile, a checkpoint on the way, an evaluation, the export, curves and sample.txt are in it.
+``FACTOR`` times as much. In it are --profile, a checkpoint on the way, evaluations, export, curves and sample.txt.
 
 **FSDP** does the same over NCCL, on one rank: that takes fp32 (sharding.is_whole), so 2 layers and shorter samples.
 
@@ -193,7 +193,8 @@ class Process:
     def said(self) -> list[str]:
         """What it printed: the beginning and the end where that is long."""
         lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        lines = [line.replace(f"{self.stage.scratch}/", "")[:300] for line in lines]
+        lines = [line.replace(f"{self.stage.scratch}/", "").replace(f"{self.stage.data.parent}/", "") for line in lines]
+        lines = [line[:300] for line in lines]
         if len(lines) > SAID_LINES:
             lines = [*lines[: SAID_LINES // 2], f"({len(lines) - SAID_LINES} lines)", *lines[-SAID_LINES // 2 :]]
         return lines
@@ -354,7 +355,7 @@ def profile_figures(run_dir: Path, on_gpu: bool) -> dict:
         if not any(name.endswith(end) and size for name, size in found.items()):
             raise RuntimeError(f"--profile left {', '.join(found) or 'nothing'}, and no steps-FIRST-LAST{end}")
     tables = next((run_dir / "traces").glob("steps-*-rank-0.txt")).read_text().splitlines()
-    products = [float(found[1]) for line in tables if (found := re.match(r"  matmul +([\d.]+)", line))]
+    products = [float(at[1]) for line in tables if (at := re.match(r"  matmul +([\d.]+)", line))]
     if on_gpu and not any(products):
         raise RuntimeError("the trace shows no matrix product on the GPU")
     return {"bytes": found, "tables": [line.replace(f"{run_dir}/", "") for line in tables]}
