@@ -1,7 +1,7 @@
 """train.py itself on a GPU: a run that is stopped, resumed and profiled, FSDP, --preflight, and the export in use.
 
     python bench/trainer.py --prepare DIR                  before: the built-in corpus with Mistral-7B-v0.1's tokenizer,
-                                                           4.5 MB, on a machine that has mistral-common
+                                                           1.6 MB, on a machine that has mistral-common
     python bench/trainer.py [--data DIR] [--out DIR]       DIR/trainer.json; under a minute on one GPU
     python bench/trainer.py --smoke                        here: tiny, on the CPU, no figures
 
@@ -69,7 +69,7 @@ class Case:
     stop_at: int
     save_every: int
     profiled: str
-    torchrun: bool  # or alone; what is not disturbed is
+    torchrun: tuple[bool, bool]  # or a plain process: the run that is stopped, and the one that is not
 
 
 def cases(smoke: bool, with_data: bool) -> list[Case]:
@@ -80,15 +80,15 @@ def cases(smoke: bool, with_data: bool) -> list[Case]:
         whole, sharded = (*sizes, "--dtype", "bf16", "--moments", "8bit"), (*sizes, "--dtype", "fp32")
         steps, save_every = (12, 8) if with_data else (40, 20)  # a tiny model's are slow enough to be stopped
         return [
-            Case("one rank", model, whole, steps, 5, save_every, "3-4", True),
-            Case("FSDP", model, sharded, steps, 5, save_every, "3-4", False),
+            Case("one rank", model, whole, steps, 5, save_every, "3-4", (True, False)),
+            Case("FSDP", model, sharded, steps, 5, save_every, "3-4", (False, False)),
         ]
     wide, sizes = PRESETS["mistral-1b"], (*common, "--seq-len", "4096", "--batch-tokens", "16384", "--micro-batch", "2")
     short = (*common, "--seq-len", "1024", "--batch-tokens", "4096", "--micro-batch", "2", "--dtype", "fp32")
     whole = (*sizes, "--dtype", "bf16", "--moments", "8bit", "--eval-every", "16")
     return [
-        Case("one rank", replace(wide, n_layers=8), whole, 32, 8, 20, "4-5", True),
-        Case("FSDP", replace(wide, n_layers=2), (*short, "--eval-every", "8"), 16, 6, 12, "4-5", False),
+        Case("one rank", replace(wide, n_layers=8), whole, 32, 8, 20, "4-5", (True, False)),
+        Case("FSDP", replace(wide, n_layers=2), (*short, "--eval-every", "0"), 16, 6, 12, "4-5", (True, True)),
     ]
 
 
@@ -162,6 +162,7 @@ class Process:
         environment |= {
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"
         }  # a save on a slow disk may take longer than torchrun's 30
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # for two kernels, not 16 processes in each of four runs
         environment.pop("TRITON_INTERPRET", None)
         if stage.smoke:
             environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -284,8 +285,8 @@ def stop_and_resume(stage: Stage, case: Case) -> Path | None:
     """Rows of one case; its run folder if it came to its end."""
     run_dir, alone_dir = (stage.scratch / f"{case.name.replace(' ', '-')}{end}" for end in ("", "-undisturbed"))
     profile = ("--profile", case.profiled)
-    command, stopped = train_command(stage, case, run_dir, *profile, torchrun=case.torchrun), 0
-    alone = Process(stage, alone_dir.name, train_command(stage, case, alone_dir))
+    command, stopped = train_command(stage, case, run_dir, *profile, torchrun=case.torchrun[0]), 0
+    alone = Process(stage, alone_dir.name, train_command(stage, case, alone_dir, torchrun=case.torchrun[1]))
     try:
         with stage.tried(f"{case.name}: stopped by SIGTERM") as row:
             first = Process(stage, f"{run_dir.name}-1", command)
@@ -296,7 +297,7 @@ def stop_and_resume(stage: Stage, case: Case) -> Path | None:
             row["said"] = first.said()
             row["figures"] = figures_of_run(run_dir, row["said"]) | {"exit_code": code}
             status = read(run_dir / "status.json") if (run_dir / "status.json").exists() else {}
-            if status.get("state") != "stopped" or not (case.torchrun or code == STOPPED):
+            if status.get("state") != "stopped" or not (case.torchrun[0] or code == STOPPED):
                 first.expect(code, -1)  # whatever it was
             stopped = max(int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step-*"))
             row["reason"] = f"saved after step {stopped} of {case.steps}"
