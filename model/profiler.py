@@ -403,7 +403,7 @@ class StepProfiler:
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
             torch.cuda.synchronize(self.device)
-            self._record_memory(max_entries=self.HISTORY)
+            self._record_memory(max_entries=self.HISTORY, stacks="python")  # C++'s too: addr2line, for minutes
         self._spans = _Spans(model, optimizer)
         self._profile = profile(activities=activities)
         self._profile.start()
