@@ -37,16 +37,23 @@ if TYPE_CHECKING:
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
-# The first pattern that is found in a kernel's name decides. Names are those of cuBLAS, cuDNN, NCCL, PyTorch and ours,
-# and "aten::" ones for the CPU. What no pattern knows is "other", and listed by name.
+# The first pattern that is found in a kernel's name decides. Names are those of cuBLAS, cuDNN, FlashAttention, NCCL,
+# PyTorch and ours, and "aten::" ones for the CPU. What no pattern knows is "other", and listed by name. The order
+# matters: FlashAttention's kernels are also CUTLASS's, and a product's name may tell how it copies its tiles.
 CATEGORIES: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|c10d::|gloo:"),
-    ("attention", r"flash|fmha|sdpa|scaled_dot_product|flex_attention"),
+    # All of cuDNN's, whose backward has helpers (compute_dot_do_o, convert_dq_to_16bits, matmul_dq): nothing else here
+    # calls cuDNN. And all that Inductor generates: FlexAttention alone is compiled.
+    ("attention", r"[Ff]lash|fmha|sdpa|cudnn|scaled_dot_product|flex_attention|^triton_(tem|red|per|poi)_fused"),
     ("norm, RoPE, SwiGLU", r"^rms_norm_|^rope_kernel|^swiglu_"),
     ("loss", r"^one_block_kernel|^online_kernel|^scale_kernel|[Ll]og_?[Ss]oft[Mm]ax|nll_loss"),
+    ("matmul", r"gemm|gemv|nvjet|cublas|splitK|tensorop|aten::(add|b)?mm$"),
     ("copies", r"^Mem(cpy|set)|[Cc]opy|CatArray|chunk_cat|split_with_sizes|aten::cat$|fsdp::"),
-    ("optimizer", r"^adamw_|^add_(rounded|wide)_|multi_tensor_apply|[Ff]used_?[Aa]dam|_foreach_|linalg_vector_norm"),
-    ("matmul", r"gemm|nvjet|cublas|splitK|tensorop|aten::(add|b)?mm$"),
+    (
+        "optimizer",
+        r"^adamw_|^add_(rounded|wide)_|multi_tensor_apply|[Ff]used_?[Aa]dam|_foreach_|linalg_vector_norm"
+        r"|lpnorm_cleanup|NormTwoOps",
+    ),
 )
 
 
