@@ -196,12 +196,16 @@ class Floors:
     basis: str
 
 
-def floors(work: plan.Work, speeds: Speeds, sharding: plan.Sharding | None, exposed_s: float = 0.0) -> Floors:
+def floors(
+    work: plan.Work, speeds: Speeds, sharding: plan.Sharding | None, exposed_s: float = 0.0, stand_in: bool = False
+) -> Floors:
     """What a step must take at least: FLOPs and bytes of model/roofline.py over these speeds.
 
     sharding            None where nothing is gathered or reduced; else FSDP's copies of the layers' weights and
                         gradients have a floor too: bf16 out of the buffer of a gather, and into fp32 to be reduced
     exposed_s           communication that no computation can hide
+    stand_in            whether copies take the place of collectives (``STAND_IN``): their bytes, read once and written
+                        once, as if nothing hid them; where matrix products do, the gap is below zero
     Idle and what has no name can be nothing.
     """
     config, tokens, n_layers = work.config, work.accumulation * work.tokens, work.config.n_layers
@@ -212,6 +216,11 @@ def floors(work: plan.Work, speeds: Speeds, sharding: plan.Sharding | None, expo
     if sharding is not None:
         layer = roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
         copied = work.accumulation * n_layers * (4 + plan.copied_again(sharding.gathered_again) + 6) * layer
+    if sharding is not None and stand_in:
+        replaced = roofline.collectives(
+            config, sharding.shards, gathered_again=sharding.gathered_again, accumulation=work.accumulation
+        )
+        exposed_s += 2 * sum(c.count * c.bytes for c in replaced) / speeds.memory
     loss = work.accumulation * roofline.head_bytes(config, work.tokens)
     seconds = {
         "matmul": matmul_flops / speeds.matmul,

@@ -229,6 +229,21 @@ def test_kernels_by_their_names(expected, name):
     assert profiler.category(name) == expected
 
 
+@pytest.mark.parametrize("reshard", ["always", "node", "never"])
+def test_copies_in_place_of_collectives_have_a_floor(reshard):
+    """A gather and a gather again in bf16, a reduction in fp32, of all weights; each read and written."""
+    config, n, gpu = PRESETS["mistral-7b"], 7_241_732_096, roofline.GPUS["NVIDIA H200"]
+    layout = choose_layout(config, size=256, node_size=4, micro_batch=4, seq_len=4096, reshard=reshard)
+    sharding, speeds = plan.Sharding.of(layout), profiler.ideal_speeds(gpu)
+    work = plan.Work(config, 4, 4096)
+    without = profiler.floors(work, speeds, sharding).ms
+    least = profiler.floors(work, speeds, sharding, stand_in=True).ms
+    layers = n - 2 * 32_000 * 4096 - 4096
+    n_bytes = 2 * n + (0 if reshard == "never" else 2 * layers) + 4 * n
+    assert least["communication"] == pytest.approx(2 * n_bytes / speeds.memory * 1e3)
+    assert least | {"communication": 0.0} == without
+
+
 def work_of(layout, lean: bool = True) -> plan.Work:
     return plan.Work(PRESETS["mistral-7b"], 4, 4096, 2, lean)
 
