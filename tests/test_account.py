@@ -327,7 +327,10 @@ def test_fsdp_on_meta_tensors_is_fsdp(monkeypatch):
     assert len(ours) > 20 and Counter(map(str, ours)) == Counter(map(str, real))
 
 
-def test_host_time_is_that_of_forward_backward_and_optimizer():
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_host_time_is_that_of_forward_backward_and_optimizer(chunks, monkeypatch):
+    """With several chunks of logits, whose products are added up in fp32, as well."""
+    monkeypatch.setattr("halny.kernels.linear_cross_entropy.chunk_rows", lambda n_rows, *_: -(-n_rows // chunks))
     host = account.host_ms(Case(SMALL_MODEL, 1, 64, 1), n_steps=3)
     assert min(host.values()) > 0
     assert host["forward"] + host["backward"] + host["optimizer"] == pytest.approx(host["step"], rel=0.3)
