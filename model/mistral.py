@@ -287,7 +287,9 @@ class Mistral(nn.Module):
     def generate(self, tokens: Tensor, n_new: int, temperature: float = 0.0, seed: int = 0) -> Tensor:
         """Continue tokens int [1, T] by n_new tokens: [1, T + n_new], greedy at temperature 0.
 
-        For a look at a sample: one whole forward pass a token, no key/value cache. A collective under FSDP; every rank
+        For a look at a sample: one whole forward pass a token, no key/value cache, over the tokens and as many
+        positions behind them, which none of them sees, as make the length a multiple of 128: on a GPU cuDNN makes a
+        plan for each length that it meets, which takes longer than the pass. A collective under FSDP; every rank
         draws the same token, because each has the same logits and the same seed. Raises ValueError for other shapes
         and a negative temperature.
         """
@@ -297,7 +299,10 @@ class Mistral(nn.Module):
             raise ValueError(f"temperature must not be negative, got {temperature}")
         generator = torch.Generator().manual_seed(seed)
         for _ in range(n_new):
-            logits_v = self(tokens[:, -self.config.max_seq_len :])[0, -1].float().cpu()
+            seen = tokens[:, -self.config.max_seq_len :]
+            last = seen.shape[1] - 1
+            length = min(-(-seen.shape[1] // 128) * 128, self.config.max_seq_len)
+            logits_v = self(F.pad(seen, (0, length - seen.shape[1])))[0, last].float().cpu()
             if temperature == 0:
                 new = logits_v.argmax()
             else:

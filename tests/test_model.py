@@ -287,6 +287,18 @@ def test_forward_refuses_what_does_not_fit():
         model.generate(tokens[:1], 1, temperature=-1)
 
 
+def test_a_growing_prompt_has_few_lengths():
+    """Each length is a plan of cuDNN's; what is behind the last token changes nothing before it."""
+    model, lengths = Mistral(MistralConfig(**BASE | {"max_seq_len": 150, "window": 40})), []
+    model.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    grown = model.generate(torch.arange(120).view(1, 120) % BASE["vocab_size"], 40)
+    assert lengths == [128] * 9 + [150] * 31
+    with torch.no_grad():
+        for n in (120, 127, 128, 129, 149, 150, 151, 159):
+            logits_v = model(grown[:, max(0, n - 150) : n])[0, -1]
+            assert logits_v[grown[0, n]] >= logits_v.max() - 1e-4 * logits_v.abs().max()
+
+
 # ----------------------------------------------------------------------------------------------------- the embedding
 
 
