@@ -740,7 +740,7 @@ def train_step(
 
     pairs = sum(roofline.attention_keys(batch.lengths, model.config.window) for batch in batches)
     totals = torch.zeros(4, dtype=torch.float64, device=n_targets.device)
-    totals[3] = pairs
+    totals[3:].fill_(pairs)  # no totals[3] = pairs: that is a copy from the host, which waits for it
     for i, batch in enumerate(batches, start=1):
         sharding.reduce_gradients(model, last=i == len(batches))
         loss, n_tokens, n_correct = model(*batch.inputs)

@@ -51,6 +51,7 @@ import torch.distributed._tools.fake_collectives  # registers c10d's collectives
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import init_device_mesh
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -169,6 +170,8 @@ PART_OF = {
     **dict.fromkeys(("copy_", "_to_copy", "clone", "_foreach_copy_"), "copies"),
     **dict.fromkeys(("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat"), "copies"),
 }
+TRANSFERS = ("copy_", "_copy_from", "_to_copy", "_foreach_copy_", "index_put_", "_index_put_impl_")
+MADE_OF_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
 WRITES_ONLY = ("copy_", "fill_", "zero_", "_foreach_copy_")
 NO_KERNEL = ("empty", "new_empty", "empty_like", "empty_strided", "_unsafe_view", "_record_function_enter_new",
     "_record_function_exit", "wait_tensor")  # fmt: skip
@@ -202,6 +205,29 @@ class MetaMode(TorchDispatchMode):
         else:
             out = operator(*args, **kwargs)
         self.ran(operator, args, kwargs, out)
+        return out
+
+
+class NoTransfers(TorchFunctionMode):
+    """Raises RuntimeError for what would copy Python's values to the GPU, for which the host waits.
+
+    Meta tensors hide such copies: they are filled with a value, where on CUDA a tensor on the host is made of it and
+    copied. A number that is assigned to a slice is filled in; to a single element, or by an index that is no slice, it
+    is copied. Tensors on the host are seen by ``Count``.
+    """
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in (Tensor.__setitem__, Tensor.__getitem__) and args[0].is_meta:
+            parts = args[1] if isinstance(args[1], tuple) else (args[1],)
+            value = args[2] if function is Tensor.__setitem__ else None
+            one = len(parts) == args[0].ndim and all(isinstance(part, int) for part in parts)
+            indexed = any(isinstance(part, Tensor) and part.dtype != torch.bool for part in parts)
+            copied = (isinstance(value, int | float) and (one or indexed)) or any(isinstance(p, list) for p in parts)
+            if copied:
+                raise RuntimeError(f"{function.__name__} with {args[1:]} copies from the host to the device")
+        out = function(*args, **(kwargs or {}))
+        if function in MADE_OF_VALUES and out.is_meta:
+            raise RuntimeError(f"{function.__name__} copies {args[-1]!r} from the host to the device")
         return out
 
 
@@ -246,8 +272,9 @@ class Count(MetaMode):
         everything = [*read, *written]
         if views or name in NO_KERNEL or not any(x.is_meta for x in everything):
             return
-        if any(not x.is_meta and x.ndim for x in everything):  # a number among tensors is an argument of the kernel
-            raise RuntimeError(f"{operator} moves a tensor between host and device inside the step")
+        for x in everything:  # a number among tensors is an argument of the kernel, unless it is what is copied
+            if not x.is_meta and (x.ndim or name in TRANSFERS) and not is_asynchronous(x, operator, args, kwargs):
+                raise RuntimeError(f"{operator} moves a tensor between host and device inside the step")
 
         label = f"{operator.namespace}::{name}"
         if operator.namespace in ("c10d", "_c10d_functional"):
@@ -277,6 +304,14 @@ class Count(MetaMode):
             elif name in ("add", "add_") and out.numel() >= LARGE:
                 part = OTHER + "residual adds" if out.ndim == 3 else SUMS
             self._add(label, part, read, written)
+
+
+def is_asynchronous(on_host: Tensor, operator, args: tuple, kwargs: dict) -> bool:
+    """Whether an operator that copies was asked not to wait, and need not: from or to pinned memory."""
+    for i, argument in enumerate(operator._schema.arguments):
+        if argument.name == "non_blocking":
+            return (args[i] if i < len(args) else kwargs.get("non_blocking", False)) and on_host.is_pinned()
+    return False
 
 
 def attention_flops(name: str, args: tuple) -> int:
@@ -395,7 +430,7 @@ def count_step(case: Case) -> list[Call]:
     count = Count()
     with world_of(case.ranks) as world, on_hopper(count.launched, case.window_hides):
         step = Step(case, world)
-        with count:
+        with count, NoTransfers():
             step.run()
     return count.calls
 
@@ -588,7 +623,16 @@ def host_ms(case: Case, n_steps: int) -> dict[str, float]:
         before, now = now, time.thread_time()
         times[name].append((now - before) * 1e3)
 
-    with world_of(case.ranks) as world, on_hopper(lambda *_: None, case.window_hides):
+    def addmm(total: Tensor, a: Tensor, b: Tensor, **options) -> Tensor:
+        """torch.addmm; but its meta function in torch 2.11 takes out_dtype for beta (see MetaMode), mm's does not."""
+        return torch.mm(a, b, **options) if options.get("out_dtype") else whole_addmm(total, a, b, **options)
+
+    whole_addmm = torch.addmm
+    with (
+        world_of(case.ranks) as world,
+        on_hopper(lambda *_: None, case.window_hides),
+        patch("torch.addmm", addmm),
+    ):
         step = Step(case, world)
         for _ in range(2):
             step.run()

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -78,6 +79,28 @@ PRESETS: dict[str, MistralConfig] = {
     # Mistral-7B-v0.1: 7,241,732,096 parameters
     "mistral-7b": MistralConfig(),
 }  # fmt: skip
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding with a gradient that repeats itself to the bit, each row summed in fp32 and rounded once.
+
+    PyTorch sums the gradients of up to 4,096 tokens by a kernel (embedding_backward_feature_kernel) whose warps read
+    the tokens of one block of 1,024 while others load those of the next, so that rarely a sum is another one, and that
+    in bf16 rounds every 32 tokens. More tokens than that it sorts first, and neither happens. So a shorter batch is
+    filled up: with token 0, whose gradient there is 0. To be deleted once no supported torch (2.11 has it) races.
+    """
+
+    SORTED_FROM = 4097  # tokens
+
+    def forward(self, tokens):
+        n = tokens.numel()
+        if not self.races(tokens) or n >= self.SORTED_FROM:
+            return F.embedding(tokens, self.weight)
+        filled = F.pad(tokens.flatten(), (0, self.SORTED_FROM - n))
+        return F.embedding(filled, self.weight)[:n].view(*tokens.shape, self.embedding_dim)
+
+    def races(self, tokens: Tensor) -> bool:
+        return tokens.is_cuda and torch.is_grad_enabled() and self.weight.requires_grad
 
 
 class Attention(nn.Module):
@@ -164,7 +187,7 @@ class Mistral(nn.Module):
     def __init__(self, config: MistralConfig, lean: bool = True):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        self.embed = Embedding(config.vocab_size, config.dim)
         self.layers = nn.ModuleList(Block(config, lean) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
@@ -264,7 +287,9 @@ class Mistral(nn.Module):
     def generate(self, tokens: Tensor, n_new: int, temperature: float = 0.0, seed: int = 0) -> Tensor:
         """Continue tokens int [1, T] by n_new tokens: [1, T + n_new], greedy at temperature 0.
 
-        For a look at a sample: one whole forward pass a token, no key/value cache. A collective under FSDP; every rank
+        For a look at a sample: one whole forward pass a token, no key/value cache, over the tokens and as many
+        positions behind them, which none of them sees, as make the length a multiple of 128: on a GPU cuDNN makes a
+        plan for each length that it meets, which takes longer than the pass. A collective under FSDP; every rank
         draws the same token, because each has the same logits and the same seed. Raises ValueError for other shapes
         and a negative temperature.
         """
@@ -274,7 +299,10 @@ class Mistral(nn.Module):
             raise ValueError(f"temperature must not be negative, got {temperature}")
         generator = torch.Generator().manual_seed(seed)
         for _ in range(n_new):
-            logits_v = self(tokens[:, -self.config.max_seq_len :])[0, -1].float().cpu()
+            seen = tokens[:, -self.config.max_seq_len :]
+            last = seen.shape[1] - 1
+            length = min(-(-seen.shape[1] // 128) * 128, self.config.max_seq_len)
+            logits_v = self(F.pad(seen, (0, length - seen.shape[1])))[0, last].float().cpu()
             if temperature == 0:
                 new = logits_v.argmax()
             else:

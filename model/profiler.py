@@ -37,16 +37,23 @@ if TYPE_CHECKING:
 
 # --- tables -----------------------------------------------------------------------------------------------------------
 
-# The first pattern that is found in a kernel's name decides. Names are those of cuBLAS, cuDNN, NCCL, PyTorch and ours,
-# and "aten::" ones for the CPU. What no pattern knows is "other", and listed by name.
+# The first pattern that is found in a kernel's name decides. Names are those of cuBLAS, cuDNN, FlashAttention, NCCL,
+# PyTorch and ours, and "aten::" ones for the CPU. What no pattern knows is "other", and listed by name. The order
+# matters: FlashAttention's kernels are also CUTLASS's, and a product's name may tell how it copies its tiles.
 CATEGORIES: tuple[tuple[str, str], ...] = (
     ("communication", r"nccl|c10d::|gloo:"),
-    ("attention", r"flash|fmha|sdpa|scaled_dot_product|flex_attention"),
+    # All of cuDNN's, whose backward has helpers (compute_dot_do_o, convert_dq_to_16bits, matmul_dq): nothing else here
+    # calls cuDNN. And all that Inductor generates: FlexAttention alone is compiled.
+    ("attention", r"[Ff]lash|fmha|sdpa|cudnn|scaled_dot_product|flex_attention|^triton_(tem|red|per|poi)_fused"),
     ("norm, RoPE, SwiGLU", r"^rms_norm_|^rope_kernel|^swiglu_"),
     ("loss", r"^one_block_kernel|^online_kernel|^scale_kernel|[Ll]og_?[Ss]oft[Mm]ax|nll_loss"),
+    ("matmul", r"gemm|gemv|nvjet|cublas|splitK|tensorop|aten::(add|b)?mm$"),
     ("copies", r"^Mem(cpy|set)|[Cc]opy|CatArray|chunk_cat|split_with_sizes|aten::cat$|fsdp::"),
-    ("optimizer", r"^adamw_|^add_(rounded|wide)_|multi_tensor_apply|[Ff]used_?[Aa]dam|_foreach_|linalg_vector_norm"),
-    ("matmul", r"gemm|nvjet|cublas|splitK|tensorop|aten::(add|b)?mm$"),
+    (
+        "optimizer",
+        r"^adamw_|^add_(rounded|wide)_|multi_tensor_apply|[Ff]used_?[Aa]dam|_foreach_|linalg_vector_norm"
+        r"|lpnorm_cleanup|NormTwoOps",
+    ),
 )
 
 
@@ -189,12 +196,16 @@ class Floors:
     basis: str
 
 
-def floors(work: plan.Work, speeds: Speeds, sharding: plan.Sharding | None, exposed_s: float = 0.0) -> Floors:
+def floors(
+    work: plan.Work, speeds: Speeds, sharding: plan.Sharding | None, exposed_s: float = 0.0, stand_in: bool = False
+) -> Floors:
     """What a step must take at least: FLOPs and bytes of model/roofline.py over these speeds.
 
     sharding            None where nothing is gathered or reduced; else FSDP's copies of the layers' weights and
                         gradients have a floor too: bf16 out of the buffer of a gather, and into fp32 to be reduced
     exposed_s           communication that no computation can hide
+    stand_in            whether copies take the place of collectives (``STAND_IN``): their bytes, read once and written
+                        once, as if nothing hid them; where matrix products do, the gap is below zero
     Idle and what has no name can be nothing.
     """
     config, tokens, n_layers = work.config, work.accumulation * work.tokens, work.config.n_layers
@@ -205,6 +216,11 @@ def floors(work: plan.Work, speeds: Speeds, sharding: plan.Sharding | None, expo
     if sharding is not None:
         layer = roofline.padded_numel(roofline.layer_shapes(config), sharding.shards)
         copied = work.accumulation * n_layers * (4 + plan.copied_again(sharding.gathered_again) + 6) * layer
+    if sharding is not None and stand_in:
+        replaced = roofline.collectives(
+            config, sharding.shards, gathered_again=sharding.gathered_again, accumulation=work.accumulation
+        )
+        exposed_s += 2 * sum(c.count * c.bytes for c in replaced) / speeds.memory
     loss = work.accumulation * roofline.head_bytes(config, work.tokens)
     seconds = {
         "matmul": matmul_flops / speeds.matmul,

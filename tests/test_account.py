@@ -327,7 +327,10 @@ def test_fsdp_on_meta_tensors_is_fsdp(monkeypatch):
     assert len(ours) > 20 and Counter(map(str, ours)) == Counter(map(str, real))
 
 
-def test_host_time_is_that_of_forward_backward_and_optimizer():
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_host_time_is_that_of_forward_backward_and_optimizer(chunks, monkeypatch):
+    """With several chunks of logits, whose products are added up in fp32, as well."""
+    monkeypatch.setattr("halny.kernels.linear_cross_entropy.chunk_rows", lambda n_rows, *_: -(-n_rows // chunks))
     host = account.host_ms(Case(SMALL_MODEL, 1, 64, 1), n_steps=3)
     assert min(host.values()) > 0
     assert host["forward"] + host["backward"] + host["optimizer"] == pytest.approx(host["step"], rel=0.3)
@@ -353,6 +356,66 @@ def test_a_step_reads_no_value(ranks, monkeypatch):
             monkeypatch.setattr(Guard, "judge", planted)
             with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
                 step.run()
+
+
+PLANTED = {  # what the step did once, and its kind
+    "a number to an element": lambda guard, host: guard.losses.__setitem__(3, 5),
+    "a number by an index": lambda guard, host: guard.losses.__setitem__(guard.losses.argsort(), 5.0),
+    "a number of the host's to an element": lambda guard, host: guard.losses.__setitem__(3, host[0]),
+    "by a list": lambda guard, host: guard.losses[[1, 2]],
+    "a new tensor": lambda guard, host: torch.tensor([1.0], device=META),
+    "a new one of its kind": lambda guard, host: guard.losses.new_tensor(1.0),
+    "a number moved": lambda guard, host: host[0].to(META),
+    "moved": lambda guard, host: host.to(META, non_blocking=True),
+    "copied": lambda guard, host: guard.losses.copy_(host),
+}
+
+
+def test_the_old_line_is_found(monkeypatch):
+    """totals[3] = pairs, as train_step had it."""
+    fill = torch.Tensor.fill_
+
+    def planted(x, value):
+        if x.dtype == torch.float64 and x.shape == (1,):  # totals[3:]
+            x[0] = value
+            return x
+        return fill(x, value)
+
+    monkeypatch.setattr(torch.Tensor, "fill_", planted)
+    with pytest.raises(RuntimeError, match=r"__setitem__ with .* copies from the host"):
+        count_step(Case(SMALL_MODEL, 2, 64, 1))
+
+
+@pytest.mark.parametrize("copy", PLANTED.values(), ids=PLANTED)
+def test_a_copy_from_the_host_is_found(copy, monkeypatch):
+    """For each of these a host waits that has CUDA tensors before it."""
+    judge, host = Guard.judge, torch.zeros(Guard.LENGTH, dtype=torch.float64)
+
+    def planted(guard, n, loss, norm):
+        copy(guard, host)
+        return judge(guard, n, loss, norm)
+
+    monkeypatch.setattr(Guard, "judge", planted)
+    with pytest.raises(RuntimeError, match="host"):
+        count_step(Case(SMALL_MODEL, 2, 64, 1))
+
+
+def test_what_waits_for_no_copy_is_let_pass(monkeypatch):
+    """A number filled in, one that is a kernel's argument, and pinned memory."""
+    judge, host = Guard.judge, torch.zeros(Guard.LENGTH, dtype=torch.float64)
+
+    def planted(guard, n, loss, norm):
+        guard.losses[3:].fill_(5)
+        guard.losses[3:] = 5
+        guard.losses.mul_(host[0])
+        monkeypatch.setattr(torch.Tensor, "is_pinned", lambda x: True)
+        guard.losses.copy_(host, non_blocking=True)
+        host.to(META, non_blocking=True)
+        monkeypatch.undo()
+        return judge(guard, n, loss, norm)
+
+    monkeypatch.setattr(Guard, "judge", planted)
+    count_step(Case(SMALL_MODEL, 2, 64, 1))
 
 
 READERS = ("item", "tolist", "numpy", "cpu", "nonzero", "equal", "is_nonzero", "masked_select", "unique")

@@ -149,6 +149,101 @@ def test_a_copy_in_place_of_a_collective_is_communication():
     assert profiler.category(profiler.kernels_of(events([span, copy]))[0][0]) == "communication"
 
 
+NATIVE = "void at::native::"
+KERNELS = {  # as CUPTI names them on a Hopper GPU: cuDNN 9, cuBLAS 13, FlashAttention 2 to 4, PyTorch 2.11
+    "communication": (
+        "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+        "ncclDevKernel_ReduceScatter_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)",
+        "ncclSymkDevKernel_AllGather_LL(ncclSymkDevWorkArgs4K)",
+        f"{profiler.STAND_IN} for an all-gather: Memcpy DtoD (Device -> Device)",
+    ),
+    "attention": (
+        "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_6_128x128x128_4x1x1_cga1x1x1_kernel0_0",
+        "cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_3_64x128x128_4x1x1_cga1x1x1_kernel0_0",
+        "void cudnn::fusion::compute_dot_do_o_specialized<true, 128>(void const*, unsigned int, void*, void*)",
+        "void cudnn::fusion::compute_dot_do_o<true>(void const*, unsigned int, void*, void*)",
+        "void cudnn::fusion::convert_dq_to_16bits<true>(void const*, void*, unsigned int, unsigned int)",
+        "void cudnn::fusion::convert_dq_to_16bits_ragged<true>(void const*, void*, unsigned int, unsigned int)",
+        "void cudnn::fusion::matmul_dq<true>(void const*, void*)",
+        "void cudnn::fusion::fmha_reduce_head<true>(void const*, void*, unsigned int)",
+        "void pytorch_flash::flash_fwd_kernel<Flash_fwd_kernel_traits<128, 128, 64, 4, false, cutlass::bfloat16_t>>",
+        "void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<Flash_bwd_kernel_traits<128, 64, 128, 8>>",
+        "void pytorch_flash::flash_bwd_dot_do_o_kernel<true, Flash_bwd_kernel_traits<128, 64, 128, 8>>",
+        "void pytorch_flash::flash_bwd_convert_dq_kernel<Flash_bwd_kernel_traits<128, 64, 128, 8>>",
+        "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnFwdSm90<cute::TiledCopy>>>",
+        "void cutlass::device_kernel<flash::enable_sm90_or_later<flash::FlashAttnBwdSm90<cutlass::gemm::Mainloop>>>",
+        "void cutlass::device_kernel<flash::FlashAttnBwdPreprocess<cute::tuple<cute::C<64>>, cutlass::bfloat16_t>>",
+        "void cutlass::device_kernel<flash::FlashAttnBwdPostprocessConvertdQ<cute::tuple<cute::C<64>>, float>>",
+        "kernel_cutlass_kernel_flash_attncuteflash_fwdFlashAttentionForwardSm90_object_at__tensorptrbf16gmem_0",
+        "kernel_cutlass_kernel_flash_attncuteflash_bwd_preprocessFlashAttentionBackwardPreprocess_object_at__0",
+        "kernel_cutlass_kernel_flash_attncuteflash_bwd_postprocessFlashAttentionBackwardPostprocess_object_at__0",
+        "fmha_cutlassF_bf16_aligned_64x128_rf_sm80(PyTorchMemEffAttention::AttentionKernel<cutlass::bfloat16_t>)",
+        "triton_tem_fused_flex_attention_0",
+        "triton_tem_fused_flex_attention_backward_zeros_1",
+        "triton_red_fused_mul_sum_zeros_0",
+    ),
+    "norm, RoPE, SwiGLU": ("rms_norm_forward_kernel", "rms_norm_backward_kernel", "rope_kernel",
+        "swiglu_forward_kernel", "swiglu_backward_kernel"),
+    "loss": ("one_block_kernel", "online_kernel", "scale_kernel"),
+    "matmul": (
+        "nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_TNT",
+        "nvjet_hsh_256x128_64x4_2x1_v_bz_coopB_NNN",
+        "nvjet_sm90_tss_192x192_64x3_2x1_v_bz_splitK_coopB_NTN",
+        "void cublasLt::splitKreduce_kernel<32, 16, int, float, __nv_bfloat16, float, __nv_bfloat16, false>",
+        "sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64_warpgroupsize2x1x1_execute_segment_k_off_kernel",
+        "void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_256x128_32x3_nt_align8>",
+        "void cutlass::device_kernel<cutlass::gemm::kernel::GemmUniversal<cute::Copy_Atom<cute::SM90_TMA_LOAD>>>",
+        "void gemv2T_kernel_val<int, int, __nv_bfloat16, __nv_bfloat16, __nv_bfloat16, float, 128, 16, 4, 4, false>",
+        "void gemvNSP_kernel<float, float, float, float, 1, 32, 4, 1024>",
+    ),
+    "copies": (
+        "Memcpy DtoD (Device -> Device)", "Memcpy HtoD (Pinned -> Device)", "Memset (Device)",
+        NATIVE + "vectorized_elementwise_kernel<4, at::native::bfloat16_copy_kernel_cuda(at::TensorIteratorBase&)>",
+        NATIVE + "unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)>",
+        NATIVE + "(anonymous namespace)::CatArrayBatchedCopy_alignedK_contig<OpaqueType<4u>, unsigned int, 1, 64>",
+        NATIVE + "detail::chunk_cat_cuda_kernel<float, c10::BFloat16>",
+        NATIVE + "detail::split_with_sizes_copy_out_contiguous_no_cast_kernel(char**, char**)",
+    ),
+    "optimizer": (
+        "adamw_kernel", "add_rounded_kernel", "add_wide_kernel",
+        NATIVE + "(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::"
+        "FusedOptimizerTensorListMetadata<4>, FusedAdamMathFunctor<float, 4, (ADAM_MODE)1, false>>",
+        NATIVE + "(anonymous namespace)::multi_tensor_apply_kernel<TensorListMetadata<1>, at::native::LpNormFunctor>",
+        NATIVE + "lpnorm_cleanup<float, (at::native::NormType)1, float, float>",
+        NATIVE + "reduce_kernel<512, 1, at::native::ReduceOp<double, at::native::NormTwoOps<double, double, double>>>",
+    ),
+    "other": (
+        NATIVE + "vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<c10::BFloat16>>",
+        NATIVE + "vectorized_elementwise_kernel<4, at::native::FillFunctor<c10::BFloat16>>",
+        NATIVE + "(anonymous namespace)::indexSelectLargeIndex<c10::BFloat16, long, unsigned int, 2, 2, -2, true>",
+        NATIVE + "vectorized_gather_kernel<16, long>(char*, char*, long*, int, long, long, long, long, bool)",
+        NATIVE + "(anonymous namespace)::embedding_backward_feature_kernel<c10::BFloat16, float, long>",
+        NATIVE + "(anonymous namespace)::compute_grad_weight<c10::BFloat16, long>",
+        NATIVE + "(anonymous namespace)::distribution_elementwise_grid_stride_kernel<float, 4>",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("expected, name", [(c, name) for c, names in KERNELS.items() for name in names])
+def test_kernels_by_their_names(expected, name):
+    assert profiler.category(name) == expected
+
+
+@pytest.mark.parametrize("reshard", ["always", "node", "never"])
+def test_copies_in_place_of_collectives_have_a_floor(reshard):
+    """A gather and a gather again in bf16, a reduction in fp32, of all weights; each read and written."""
+    config, n, gpu = PRESETS["mistral-7b"], 7_241_732_096, roofline.GPUS["NVIDIA H200"]
+    layout = choose_layout(config, size=256, node_size=4, micro_batch=4, seq_len=4096, reshard=reshard)
+    sharding, speeds = plan.Sharding.of(layout), profiler.ideal_speeds(gpu)
+    work = plan.Work(config, 4, 4096)
+    without = profiler.floors(work, speeds, sharding).ms
+    least = profiler.floors(work, speeds, sharding, stand_in=True).ms
+    layers = n - 2 * 32_000 * 4096 - 4096
+    n_bytes = 2 * n + (0 if reshard == "never" else 2 * layers) + 4 * n
+    assert least["communication"] == pytest.approx(2 * n_bytes / speeds.memory * 1e3)
+    assert least | {"communication": 0.0} == without
+
+
 def work_of(layout, lean: bool = True) -> plan.Work:
     return plan.Work(PRESETS["mistral-7b"], 4, 4096, 2, lean)
 
