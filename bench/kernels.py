@@ -17,7 +17,7 @@ copy_same_bytes_gb_s and of_copy_same_bytes say what was left to gain at that si
 **Warm-up.** What is compiled lies in caches on disk, so a plain run first compiles for all providers in processes
 beside one another, within half its budget; who hangs or crashes there is not tried again. --warm-only does just that
 and names them in warm-kernels.json; a run that finds the file in DIR, or is told --no-warm, does without. No figure is
-taken meanwhile, so it may share the GPU with tests. torch.compile does search its tiles then, by timing, and keeps them:
+taken meanwhile, so it may share the GPU with tests. torch.compile does time tiles then, and keeps what it finds: but
 processes share a GPU in slices of time longer than these kernels, and it takes the least of up to a hundred samples.
 
 A provider that leaves the GPU in error (an illegal address) would fail all that come after it: the script then starts
@@ -303,7 +303,7 @@ def release(bench: Bench) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- warm-up
 
-WARM_S = 60  # for one provider in all cases of an operation
+WARM_S = 60  # for one provider in all cases of an operation; more if the budget is more
 WARM_SHARE = 0.5  # of the budget, for all of them
 WARM_BYTES = 48e9  # of GPU memory, for all the processes together
 COMPILED_AT_FIRST = ("torch.compile", "quack", "halny", "Liger-Kernel", "cut-cross-entropy")
@@ -375,7 +375,7 @@ def warm_all(
     its process down. One that merely raises will say so when it is measured. Ours is only left alone if it crashes.
     """
     start, free, room = time.monotonic(), WARM_BYTES, threading.Condition()
-    end, limit = start + budget_s, max(WARM_S, 0.6 * budget_s) if budget_s < float("inf") else WARM_S
+    end, limit = start + budget_s, max(WARM_S, 0.6 * budget_s) if budget_s < 3600 else WARM_S
     excluded: dict[str, dict[str, str]] = {case: {} for case, _ in jobs}
     for case, provider in jobs:
         if provider != "halny":
@@ -398,7 +398,7 @@ def warm_all(
         case, provider = job
         size = min((sizes or {}).get(case, 0), WARM_BYTES)
         with room:
-            room.wait_for(lambda: free >= size, max(0, end - time.monotonic()))
+            room.wait_for(lambda: free >= size, max(0, min(86400, end - time.monotonic())))
             free -= size
         reason = run(job)
         with room:
