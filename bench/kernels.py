@@ -157,11 +157,18 @@ class DeviceLost(Exception):
         self.provider, self.reason = provider, reason
 
 
-def check_device(bench: Bench, provider: str, error: BaseException) -> None:
-    """DeviceLost if the device does not work any more after a provider's error."""
+def works(bench: Bench) -> bool:
+    """Whether this process can still use the GPU."""
     try:
         bench.synchronize()
     except Exception:
+        return False
+    return True
+
+
+def check_device(bench: Bench, provider: str, error: BaseException) -> None:
+    """DeviceLost if the device does not work any more after a provider's error."""
+    if not works(bench):
         raise DeviceLost(provider, line_of(error)) from None
 
 
@@ -333,12 +340,15 @@ def warm(bench: Bench, operation: Operation, provider: str, sets: dict[str, dict
 
 
 def warm_jobs(only: str, sets: dict[str, dict]) -> list[tuple[str, str]]:
-    """(operation, provider) of all that compiles, the longest first: torch.compile tries dozens of tiles a kernel."""
+    """(operation, provider) of all that compiles and keeps it, the longest first: torch.compile tries dozens of tiles.
+
+    Liger-Kernel's CuTe DSL keeps nothing: its kernels, some seconds each, compile in the process that times them.
+    """
     jobs = [
         (name, peer.name)
         for name in dict.fromkeys(operation.name for operation, _, _ in cases(sets, only))
         for peer in peers.PEERS[name]
-        if peer.package in COMPILED_AT_FIRST and load(peer)[0] is not None
+        if peer.package in COMPILED_AT_FIRST and peer.name != "Liger-Kernel, CuTe DSL" and load(peer)[0] is not None
     ]
     return sorted(jobs, key=lambda job: COMPILED_AT_FIRST.index(job[1].partition(",")[0]))
 
@@ -498,14 +508,14 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
                 measure.write_json(path, result)
                 for row in rows:
                     print(line(row, bench.smoke), flush=True)
-        except DeviceLost as lost:
-            result["rows"] = [r for r in result["rows"] if (r["operation"], r["set"]) != (operation.name, set_name)]
-            result["lost"].setdefault(name, {})[lost.provider] = f"left the GPU in error: {lost.reason}"
-            measure.write_json(path, result)
-            print(f"{name}: {lost}; starting anew without it", flush=True)
-            start_anew(path, deadline)
         except Exception as error:  # out of memory, say: the other cases are still worth having
-            reason = line_of(error)
+            reason, culprit = line_of(error), getattr(error, "provider", None)
+            if culprit in {peer.name for peer in providers} - set(excluded):
+                result["rows"] = [r for r in result["rows"] if (r["operation"], r["set"]) != (operation.name, set_name)]
+                result["lost"].setdefault(name, {})[culprit] = f"left the GPU in error: {error.reason}"
+                measure.write_json(path, result)
+                print(f"{name}: {error}; starting anew without it", flush=True)
+                start_anew(path, deadline)
             result["broken"].append(f"{name}: {reason}")
             for mode in operation.modes:
                 if mode not in reached:
@@ -516,6 +526,8 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
         result["not_reached"].remove(name)
         result["seconds"][name] = time.monotonic() - began
         measure.write_json(path, result)
+        if not works(bench):
+            start_anew(path, deadline)
         release(bench)
     if not bench.smoke and time.monotonic() < deadline:
         result["ceilings_after"] = {"copy_gb_s": measure.copy_rate(bench)["gb_s"]}
@@ -533,6 +545,12 @@ def start_anew(path: Path, deadline: float) -> None:
     """This process again, in its own place, for the cases that the file at path lacks. Does not return."""
     left = str(max(1.0, deadline - time.monotonic()))
     os.execv(sys.executable, [sys.executable, *sys.argv, "--resume", str(path), "--budget-s", left])
+
+
+def left_out(providers: list[Peer], without: list[str]) -> dict[str, str]:
+    """provider -> why it is not tried, of those that --without names."""
+    named = [(peer.name, text) for peer in providers for text in without if text in peer.name]
+    return {name: f"left out of this run: --without {text!r}" for name, text in named}
 
 
 def run_jobs(
@@ -553,7 +571,10 @@ def run_jobs(
         excluded = result["excluded"]
     else:
         result = open_result(bench, "kernels", given.commit) | {"excluded": excluded}
-    jobs = [(*job, excluded.get(key, {})) for *job, key in jobs]
+    jobs = [
+        (operation, name, shape, providers, excluded.get(key, {}) | left_out(providers, given.without))
+        for operation, name, shape, providers, key in jobs
+    ]
     return run_all(bench, path, jobs, result, start + given.budget_s, dtype)
 
 
@@ -574,6 +595,9 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--warm", nargs=2, metavar=("CASE", "PROVIDER"), help="compile for one provider, and no more")
     parser.add_argument("--warm-only", action="store_true", help="compile for all, time nothing; DIR/warm-NAME.json")
     parser.add_argument("--no-warm", action="store_true", help="no warm-up, whether there was one or not")
+    parser.add_argument(
+        "--without", action="append", default=[], help="providers whose name contains this are not tried"
+    )
     parser.add_argument("--resume", type=Path, help="the file to go on with, after a provider left the GPU in error")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
     return parser

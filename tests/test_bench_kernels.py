@@ -223,7 +223,7 @@ def test_who_leaves_the_gpu_in_error_is_left_out_of_a_new_start(tmp_path, ceilin
     assert json.loads(path.read_text())["not_reached"] == ["swiglu 128k"]
 
     lost.clear()
-    given = argparse.Namespace(resume=path, budget_s=60.0, commit=None)
+    given = argparse.Namespace(resume=path, budget_s=60.0, commit=None, without=["good"])
     listed = [(*job[:4], "swiglu") for job in jobs]
     assert kernels.run_jobs(bench, given, "kernels", tmp_path, listed, {}, time.monotonic(), torch.float32) == 0
     found = measure.read_result(path)
@@ -231,6 +231,39 @@ def test_who_leaves_the_gpu_in_error_is_left_out_of_a_new_start(tmp_path, ceilin
     assert states == {("7b", "halny"): "ok", ("7b", "bad"): "ok", ("128k", "halny"): "ok", ("128k", "bad"): "failed"}
     reason = next(row["reason"] for row in found["rows"] if row["status"] == "failed")
     assert reason.startswith("left the GPU in error: RuntimeError: CUDA error") and len(found["rows"]) == 12
+
+
+def test_a_gpu_that_is_lost_to_nobody_known_costs_the_case_and_no_endless_starts(tmp_path, ceilings, monkeypatch):
+    class Dead(measure.Bench):
+        def synchronize(self):
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    class Anew(BaseException):
+        pass
+
+    def anew(path, deadline):
+        raise Anew
+
+    def broken(*_):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(kernels, "start_anew", anew)
+    monkeypatch.setattr(kernels, "Case", broken)
+    monkeypatch.setattr(kernels, "Clocks", lambda *_, **__: None)
+    path, operation = tmp_path / "kernels.json", operations.OPERATIONS["swiglu"]
+    jobs = [(operation, "7b", SHAPE, [RIGHT], {})]
+    with pytest.raises(Anew):
+        result = kernels.open_result(CPU, "kernels", "abc") | {"excluded": {}}
+        kernels.run_all(Dead(CPU.device, True, 1), path, jobs, result, time.monotonic() + 60, torch.float32)
+    found = measure.read_result(path)
+    assert found["not_reached"] == [] and {row["status"] for row in found["rows"]} == {"failed"}
+
+
+def test_who_is_left_out_says_so():
+    fakes = [RIGHT, RIGHT._replace(package="Liger-Kernel", note="CuTe DSL")]
+    assert kernels.left_out(fakes, ["CuTe", "quack"]) == {
+        "Liger-Kernel, CuTe DSL": "left out of this run: --without 'CuTe'"
+    }  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- warm-up
