@@ -429,12 +429,11 @@ def warmed(given: argparse.Namespace, bench: Bench, script: str, folder: Path, j
     """case -> provider -> why it is not tried, from a warm-up that has been or takes place now. jobs makes the list."""
     path = folder / f"warm-{script}.json"
     if not given.warm_only:
-        if bench.smoke or given.no_warm:
-            return {}
-        found = read_warm(path)
+        found = None if bench.smoke else read_warm(path)
         if found is not None:
             print(f"warmed before: {path.name}", flush=True)
-            return found
+        if bench.smoke or given.no_warm or found is not None:
+            return found or {}
     start = time.monotonic()
 
     def save(excluded: dict) -> None:
@@ -594,10 +593,8 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--commit", help="commit to record where there is no git checkout")
     parser.add_argument("--warm", nargs=2, metavar=("CASE", "PROVIDER"), help="compile for one provider, and no more")
     parser.add_argument("--warm-only", action="store_true", help="compile for all, time nothing; DIR/warm-NAME.json")
-    parser.add_argument("--no-warm", action="store_true", help="no warm-up, whether there was one or not")
-    parser.add_argument(
-        "--without", action="append", default=[], help="providers whose name contains this are not tried"
-    )
+    parser.add_argument("--no-warm", action="store_true", help="no warm-up now, whether there was one or not")
+    parser.add_argument("--without", action="append", default=[], help="do not try providers named so, or in part")
     parser.add_argument("--resume", type=Path, help="the file to go on with, after a provider left the GPU in error")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
     return parser

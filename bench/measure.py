@@ -203,11 +203,12 @@ class Clocks:
         wall, host = self._wall_round(call, min(call.n_sets, 2))  # fills the allocator
         n_wall = min(call.n_sets, max(2, int(WALL_BURST_MS / wall)))
         wall, host = self._wall_round(call, n_wall)
-        kernel = min(self._kernel_round(call, 2, 0, host))
+        kernel = min(self._kernel_round(call, 1 if wall > WALL_BURST_MS else 2, 0, host))
         burst = burst_of(kernel, call.n_sets)
         turn_ms = burst * (kernel + 2 * host) + 0.1 + 2 * self._flush_ms
         n = int(self.seconds_a_call * 1e3 / self.rounds / turn_ms)
-        n = self.least if self.bench.smoke else max(self.least, min(20, n))
+        least = self.least if self.bench.smoke or kernel < WALL_BURST_MS else 1
+        n = least if self.bench.smoke else max(least, min(20, n))
         n_walls = 1 if wall * n_wall > WALL_BURST_MS else max(1, min(n, 3))
         return {"n": n, "burst": burst, "host_ms": host, "n_wall": n_wall, "n_walls": n_walls}
 

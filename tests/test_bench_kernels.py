@@ -291,7 +291,9 @@ def test_a_warm_up_of_its_own_leaves_its_exclusions_for_the_run(tmp_path, monkey
     assert seen[1:] == [("kernels.py", listed, 10.0)]
     again = kernels.warmed(options(), bench, "kernels", tmp_path, lambda: listed)
     assert again == found and len(seen) == 2
-    assert kernels.warmed(options(no_warm=True), bench, "kernels", tmp_path, lambda: listed) == {} and len(seen) == 2
+    assert kernels.warmed(options(no_warm=True), bench, "kernels", tmp_path, lambda: listed) == found
+    assert kernels.warmed(options(no_warm=True), bench, "kernels", tmp_path / "other", lambda: listed) == {}
+    assert len(seen) == 2
     path = tmp_path / "warm-kernels.json"
     path.write_text(path.read_text().replace(json.dumps(platform.node()), '"another machine"'))
     kernels.warmed(options(), bench, "kernels", tmp_path, lambda: listed)
