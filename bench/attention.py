@@ -1,6 +1,7 @@
 """Attention: every backend that can do a case, at every window, with and without documents.
 
     python bench/attention.py [--only "window 4096"] [--out DIR]     on a GPU: DIR/attention.json
+    python bench/attention.py --warm-only --out DIR                 compile first, as bench/kernels.py does
     python bench/attention.py --smoke                                here: the same code at tiny sizes, no figures
 
 Mistral-7B's heads, 32 queries for 8 keys, head_dim 128, bf16; a step's 16,384 tokens, or 32,768. TFLOP/s count what the
@@ -11,6 +12,10 @@ are made once and outside the clock, as a step makes them once for all its layer
 
 Right is decided as in kernels.py, against the reference on the first sequence and the heads of the last group, one
 query head at a time: its score matrix of 32,768 positions takes 4 GB a head. The reference itself is not timed.
+
+FlexAttention takes 30 s or more a case to compile, so it runs only with --flex, or where "auto" has nothing else.
+flash-attn-4 compiles a kernel a kind of mask, whatever the lengths: one case of each kind is compiled beforehand, and
+its cache on disk serves the others (kernels.py switches that on, it is off by default).
 """
 
 from __future__ import annotations
@@ -29,7 +34,7 @@ from torch import Tensor
 from bench import kernels, measure
 from bench.operations import ROW_MODES, Operation, random
 from bench.peers import Peer
-from halny.kernels.attention import BACKENDS, attention_reference, plan_attention, planned_attention
+from halny.kernels.attention import BACKENDS, AttentionPlan, attention_reference, plan_attention, planned_attention
 from halny.model import roofline
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -93,27 +98,35 @@ class Attention(Operation):
         boundaries = torch.tensor([0, *self.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         return boundaries[boundaries <= end].to(device)
 
-    def peers(self, dtype: torch.dtype, device: torch.device) -> list[Peer]:
-        return [self.peer(name, dtype, device) for name in ("auto", *BACKENDS) if name != "reference"]
-
-    def peer(self, backend: str, dtype: torch.dtype, device: torch.device) -> Peer:
+    def plan(self, backend: str, dtype: torch.dtype, device: torch.device) -> AttentionPlan:
         shape, cu_seqlens = self.shape, self.cu_seqlens(device)
         options = dict(window=shape["window"], cu_seqlens=cu_seqlens, backend=backend)
         if cu_seqlens is not None:
             options["max_seqlen"] = max(self.lengths)
+        size = shape["sequences"], shape["seq_len"], shape["head_dim"]
+        return plan_attention(*size, dtype, device, **options)
 
-        def plan():
-            size = shape["sequences"], shape["seq_len"], shape["head_dim"]
-            return plan_attention(*size, dtype, device, **options)
+    @property
+    def kind(self) -> tuple[bool, bool]:
+        """What a backend compiles for: whether the window hides anything, whether there are documents."""
+        window = self.shape["window"]
+        return window is not None and window < max(self.lengths), bool(self.shape["documents"])
+
+    def peers(self, dtype: torch.dtype, device: torch.device, flex: bool) -> list[Peer]:
+        left_out = ("reference",) if flex else ("reference", "flex", "flex_flash")
+        return [self.peer(name, dtype, device) for name in ("auto", *BACKENDS) if name not in left_out]
+
+    def peer(self, backend: str, dtype: torch.dtype, device: torch.device) -> Peer:
+        shape = self.shape
 
         def load():
-            made = plan()
+            made = self.plan(backend, dtype, device)
             return lambda q, k, v: planned_attention(q, k, v, made)
 
         text = f"attention(q, k, v, window={shape['window']}{', cu_seqlens, max_seqlen' if shape['documents'] else ''}"
         if backend != "auto":
             return Peer(backend, load, False, "", f'{text}, backend="{backend}")')
-        return Peer("halny", load, False, "", f'{text}, backend="auto") -> {plan().backend}')
+        return Peer("halny", load, False, "", f'{text}, backend="auto") -> {self.plan(backend, dtype, device).backend}')
 
 
 def case(sequences: int, seq_len: int, window: int | None, mean_document: int | None, heads: tuple) -> Attention:
@@ -150,42 +163,82 @@ def cases(smoke: bool) -> list[Attention]:
 COMPILED_AT_FIRST = ("flash4", "flex", "flex_flash")
 
 
-def warm_jobs(bench: measure.Bench, only: str) -> list[tuple[str, str]]:
-    return [
-        (title(operation.shape), peer.name)
-        for operation in cases(bench.smoke)
-        for peer in operation.peers(torch.bfloat16, bench.device)
-        if only in title(operation.shape) and peer.name in COMPILED_AT_FIRST and kernels.load(peer)[0] is not None
-    ]
+def warm_jobs(operations: dict[str, Attention], dtype: torch.dtype, device: torch.device, flex: bool) -> list:
+    """(title, backend) of all that runs, "auto" included: of flash4 one case a kind of mask, of FlexAttention each."""
+    jobs, kinds = [], set()
+    for name, operation in operations.items():
+        chosen = operation.plan("auto", dtype, device).backend
+        for peer in operation.peers(dtype, device, flex):
+            backend = chosen if peer.name == "halny" else peer.name
+            known = (backend, operation.kind) in kinds
+            if backend not in COMPILED_AT_FIRST or (backend == "flash4" and known) or kernels.load(peer)[0] is None:
+                continue
+            if (name, backend) in jobs:
+                continue
+            kinds.add((backend, operation.kind))
+            jobs.append((name, backend))
+    return jobs
+
+
+def spread(excluded: dict, operations: dict[str, Attention], dtype: torch.dtype, device: torch.device) -> dict:
+    """What could not be compiled for one case counts for all of its kind, and for ours where "auto" would take it."""
+    by_kind = {}
+    for name, reasons in excluded.items():
+        for backend, reason in reasons.items():
+            key = (backend, operations[name].kind) if backend == "flash4" else (backend, name)
+            by_kind[key] = reason
+    found = {}
+    for name, operation in operations.items():
+        found[name] = {
+            backend: by_kind[key]
+            for backend in COMPILED_AT_FIRST
+            for key in ((backend, operation.kind), (backend, name))
+            if key in by_kind
+        }
+        chosen = operation.plan("auto", dtype, device).backend
+        if chosen in found[name]:
+            found[name]["halny"] = f"{chosen}, which it chose: {found[name][chosen]}"
+    return found
+
+
+def warm_bytes(operation: Attention) -> float:
+    return 2e9 + 2 * operation.counts("both", operation.shape, 2)[0]
 
 
 def main(arguments: list[str]) -> int:
     start = time.monotonic()
-    given = kernels.parser_of(__doc__).parse_args(arguments)
+    parser = kernels.parser_of(__doc__)
+    parser.add_argument("--flex", action="store_true", help="FlexAttention too, which compiles for 30 s or more a case")
+    given = parser.parse_args(arguments)
     try:
         bench = measure.bench_on(given.smoke)
     except RuntimeError as error:
         print(f"attention.py: {error}", file=sys.stderr)
         return 2
-    dtype = torch.float32 if given.smoke else torch.bfloat16
-    by_title = {title(operation.shape): operation for operation in cases(given.smoke)}
+    dtype, device = torch.float32 if given.smoke else torch.bfloat16, bench.device
+    every = {title(operation.shape): operation for operation in cases(given.smoke)}
     if given.warm:
-        operation = by_title[given.warm[0]]
-        kernels.run_once(bench, operation, operation.peer(given.warm[1], dtype, bench.device).load(), operation.shape)
+        measure.die_with_parent()
+        operation = every[given.warm[0]]
+        kernels.run_once(bench, operation, operation.peer(given.warm[1], dtype, device).load(), operation.shape)
         return 0
-    by_title = {name: operation for name, operation in by_title.items() if given.only in name}
+    by_title = {name: operation for name, operation in every.items() if given.only in name}
     if not by_title:
-        return kernels.no_such(given.only, [title(operation.shape) for operation in cases(given.smoke)])
-    excluded, warm_s = {}, given.budget_s * kernels.WARM_SHARE
-    if not given.smoke:
-        excluded = kernels.warm_all("attention.py", warm_jobs(bench, given.only), given.workers, warm_s)
+        return kernels.no_such(given.only, list(every))
+    folder = given.out or measure.results_folder(bench, partial=bool(given.only))
+    excluded = {}
+    if not given.resume:
+        jobs_of = lambda: warm_jobs(by_title, dtype, device, given.flex)  # noqa: E731
+        sizes = {name: warm_bytes(operation) for name, operation in by_title.items()}
+        excluded = kernels.warmed(given, bench, "attention", folder, jobs_of, sizes=sizes)
+        excluded = spread({n: r for n, r in excluded.items() if n in by_title}, by_title, dtype, device)
+    if given.warm_only:
+        return 0
     jobs = [
-        (operation, name, operation.shape, operation.peers(dtype, bench.device), excluded.get(name, {}))
+        (operation, name, operation.shape, operation.peers(dtype, device, given.flex), name)
         for name, operation in by_title.items()
     ]
-    result = kernels.open_result(bench, "kernels", given.commit)
-    path = (given.out or measure.results_folder(bench, partial=bool(given.only))) / "attention.json"
-    return kernels.run_all(bench, path, jobs, result, start + given.budget_s, dtype)
+    return kernels.run_jobs(bench, given, "attention", folder, jobs, excluded, start, dtype)
 
 
 if __name__ == "__main__":

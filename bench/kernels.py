@@ -1,13 +1,27 @@
 """Every kernel beside its peers, as a share of what this machine can do.
 
-    python bench/kernels.py [--only swiglu] [--out DIR]     on a GPU: the whole table, DIR/kernels.json
+    python bench/kernels.py [--set 7b] [--only swiglu] [--out DIR]     on a GPU: DIR/kernels.json
+    python bench/kernels.py --warm-only --out DIR           compile everything, DIR/warm-kernels.json; then run as above
     python bench/kernels.py --smoke                         here: the same code at tiny sizes, no figures
     pytest bench --benchmark-only                           the everyday interface (test_benchmarks.py)
 
 A row is an operation, a set of shapes, a mode and a provider (peers.py). Before a provider is timed, its outputs and
 gradients at the very shape are held against the operation's reference in fp64: |out - truth| may be at most
 2 |PyTorch in the same dtype - truth| plus one rounding. One that is not is reported wrong; one that is not installed,
-absent; one that raises, failed: never left out. How time is taken: measure.py.
+absent; one that raises, failed: never left out. How time is taken, short kernels in bursts: measure.py.
+
+**Ceilings.** of_ceiling is the share of a large copy's rate (2 GiB) or of cuBLAS's, and the figure that goals are
+stated in. Beside the providers of a mode a copy of as many bytes takes its turns, timed as they are:
+copy_same_bytes_gb_s and of_copy_same_bytes say what was left to gain at that size.
+
+**Warm-up.** What is compiled lies in caches on disk, so a plain run first compiles for all providers in processes
+beside one another, within half its budget; who hangs or crashes there is not tried again. --warm-only does just that
+and names them in warm-kernels.json; a run that finds the file in DIR, or is told --no-warm, does without. No figure is
+taken meanwhile, so it may share the GPU with tests. torch.compile does time tiles then, and keeps what it finds: but
+processes share a GPU in slices of time longer than these kernels, and it takes the least of up to a hundred samples.
+
+A provider that leaves the GPU in error (an illegal address) would fail all that come after it: the script then starts
+itself anew without it, from the case at which it was.
 
 **Modes.** "forward" (with gradients wanted, so what the backward needs is saved), "backward" (a kept graph, run again,
 which hides what the host spends: only its kernel time says something), "both" (a fresh graph each time). Losses may
@@ -20,9 +34,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import os
+import platform
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +51,12 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not bench/, where this very file would be taken for Hugging Face's package ``kernels``
     if "--smoke" in sys.argv:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: our kernels run, if slowly
+# flash-attn-4 and quack read these when they are imported. Without the first, what flash-attn-4 compiles (10 to 30 s)
+# is lost with its process; quack keeps it by default, under the user's name, which a container may lack.
+CACHES = Path(tempfile.gettempdir()) / f"halny-bench-{os.getuid()}"
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(CACHES / "flash-attn-4"))
+os.environ.setdefault("QUACK_CACHE_DIR", str(CACHES / "quack"))
 
 import torch
 import torch._functorch.config
@@ -40,7 +64,7 @@ from torch import Tensor
 
 from bench import measure, peers
 from bench.measure import Bench, Call, Clocks
-from bench.operations import OPERATIONS, SETS, SMOKE_SETS, Operation, cases, random, tuple_of
+from bench.operations import LOSSES, OPERATIONS, SETS, SMOKE_SETS, Operation, cases, chosen_sets, random, tuple_of
 from bench.peers import Peer
 
 # ----------------------------------------------------------------------------------------------------------- one case
@@ -55,14 +79,15 @@ class Case:
         torch.manual_seed(0)
         first = operation.inputs(shape, dtype, bench.device)
         size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
-        n_sets = 2 if bench.smoke else min(32, max(4, -(-2 * bench.cache_bytes // size)))
+        n_sets = measure.sets_for(bench, size)
         self.inputs = [first, *(operation.inputs(shape, dtype, bench.device) for _ in range(n_sets - 1))]
         self.upstream: list[list[Tensor]] = [[] for _ in range(n_sets)]
         if "backward" in operation.modes:
             shapes = operation.output_shapes(first)
             self.upstream = [[random(*s, dtype=dtype, device=bench.device) for s in shapes] for _ in range(n_sets)]
-        self.same_dtype = operation.expected(first, self.upstream[0], dtype)
+        same_dtype = operation.expected(first, self.upstream[0], dtype)
         self.truth = operation.expected(first, self.upstream[0], torch.float64)
+        self.limits = [measure.limits(same, true) for same, true in zip(same_dtype, self.truth, strict=True)]
 
     def errors(self, function: Callable) -> dict[str, dict[str, float]]:
         """The error of every output and gradient of a provider, beside its bound. On copies: some work in place."""
@@ -71,13 +96,13 @@ class Case:
         names, found = self.operation.result_names, {}
         if len(got) != len(names):
             raise ValueError(f"{len(got)} outputs and gradients where {len(names)} were expected")
-        for name, x, same, true in zip(names, self.operation.compared(got), self.same_dtype, self.truth, strict=True):
-            found[name] = measure.excess(x, same, true)
+        for name, x, true, limits in zip(names, self.operation.compared(got), self.truth, self.limits, strict=True):
+            found[name] = measure.excess(x, true, *limits)
         if "loss only" in self.operation.modes:
             copies = [x.clone() if isinstance(x, Tensor) else x for x in self.inputs[0]]
             with torch.no_grad():
                 loss = function(*copies)
-            found["loss without gradient"] = measure.excess(loss, self.same_dtype[0], self.truth[0])
+            found["loss without gradient"] = measure.excess(loss, self.truth[0], *self.limits[0])
         return found
 
     def call(self, peer: Peer, function: Callable, mode: str) -> Call:
@@ -124,6 +149,29 @@ class Case:
         return Call(run, n_sets, prepare if peer.ruins else None)
 
 
+class DeviceLost(Exception):
+    """A provider left the GPU in an error that every later call of this process will raise too."""
+
+    def __init__(self, provider: str, reason: str):
+        super().__init__(f"{provider}: {reason}")
+        self.provider, self.reason = provider, reason
+
+
+def works(bench: Bench) -> bool:
+    """Whether this process can still use the GPU."""
+    try:
+        bench.synchronize()
+    except Exception:
+        return False
+    return True
+
+
+def check_device(bench: Bench, provider: str, error: BaseException) -> None:
+    """DeviceLost if the device does not work any more after a provider's error."""
+    if not works(bench):
+        raise DeviceLost(provider, line_of(error)) from None
+
+
 def line_of(error: BaseException) -> str:
     """An exception in one line."""
     text = " ".join(str(error).split())
@@ -154,6 +202,7 @@ def judge(case: Case, providers: list[Peer], excluded: dict[str, str]) -> tuple[
         try:
             errors[peer.name] = case.errors(function)
         except Exception as error:
+            check_device(case.bench, peer.name, error)
             status[peer.name] = "failed", line_of(error)
             continue
         wrong = [
@@ -166,6 +215,22 @@ def judge(case: Case, providers: list[Peer], excluded: dict[str, str]) -> tuple[
         else:
             functions[peer.name] = function
     return functions, status, errors
+
+
+COPY = "a copy of as many bytes"  # takes its turns among the providers
+
+
+def row_of(operation: Operation, set_name: str, shape: dict, mode: str, dtype: torch.dtype, peer: Peer) -> dict:
+    """A row before anything has run: what would be, and the bytes and FLOPs of it."""
+    n_bytes, flops = operation.counts(mode, shape, dtype.itemsize)
+    least = n_bytes - operation.unmoved(mode, shape, dtype.itemsize)
+    return {
+        "operation": operation.name, "set": set_name, "shape": shape, "mode": mode,
+        "dtype": str(dtype).removeprefix("torch."), "provider": peer.name, "package": peer.package,
+        "call": peer.call, "status": "failed", "reason": "",
+        "bytes": least if peer.leaves_v else n_bytes, "least_bytes": least, "flops": flops,
+        "ceiling": operation.ceiling,
+    }  # fmt: skip
 
 
 def run_case(
@@ -184,9 +249,10 @@ def run_case(
     torch._dynamo.reset()
     case = Case(bench, operation, shape, dtype)
     functions, status, errors = judge(case, providers, excluded)
-    case.truth = case.same_dtype = None  # the largest tensors of all
+    case.truth = None  # the largest tensors of all
     release(bench)
 
+    copies = {}  # mode -> milliseconds of a copy of as many bytes
     for mode in operation.modes:
         calls, results = {}, {}
         for peer in providers:
@@ -194,28 +260,37 @@ def run_case(
                 try:
                     calls[peer.name] = case.call(peer, functions[peer.name], mode)
                 except Exception as error:
+                    check_device(bench, peer.name, error)
                     results[peer.name] = error.with_traceback(None)  # whose frames hold tensors
+        n_bytes = operation.counts(mode, shape, dtype.itemsize)[0]
+        summed = mode == "both" and "forward" in operation.modes
+        if operation.ceiling == "copy_gb_s" and not summed and calls:
+            calls[COPY] = measure.copy_call(bench, n_bytes)
         results |= clocks.time(calls)
-        n_bytes, flops = operation.counts(mode, shape, dtype.itemsize)
+        for name, result in results.items():
+            if isinstance(result, Exception):
+                check_device(bench, name, result)
+        if isinstance(results.get(COPY), dict):
+            copies[mode] = results[COPY]["kernel_ms"]["median"]
+        elif summed and {"forward", "backward"} <= set(copies):
+            copies[mode] = copies["forward"] + copies["backward"]
         rows = []
         for peer in providers:
             (state, reason), result = status[peer.name], results.get(peer.name)
             if isinstance(result, Exception):
                 state, reason = "failed", line_of(result)
-            row = {
-                "operation": operation.name, "set": set_name, "shape": shape, "mode": mode,
-                "dtype": str(dtype).removeprefix("torch."), "provider": peer.name, "package": peer.package,
-                "call": peer.call, "status": state, "reason": reason,
-                "bytes": n_bytes, "flops": flops, "ceiling": operation.ceiling,
-            }  # fmt: skip
+            row = row_of(operation, set_name, shape, mode, dtype, peer) | {"status": state, "reason": reason}
             if state == "ok":
                 seconds = result["kernel_ms"]["median"] / 1e3
-                rates = {"gb_s": n_bytes / seconds / 1e9, "tflop_s": flops / seconds / 1e12}
+                rates = {"gb_s": row["bytes"] / seconds / 1e9, "tflop_s": row["flops"] / seconds / 1e12}
                 rate = rates["gb_s" if operation.ceiling == "copy_gb_s" else "tflop_s"]
                 row |= result | rates | {
                     "of_ceiling": rate / ceilings[operation.ceiling], "errors": errors[peer.name],
                     "peak_bytes": measure.peak_bytes(bench, calls[peer.name]),
                 }  # fmt: skip
+                if mode in copies:
+                    copy_gb_s = n_bytes / copies[mode] / 1e6
+                    row |= {"copy_same_bytes_gb_s": copy_gb_s, "of_copy_same_bytes": rate / copy_gb_s}
             rows.append(row)
         del calls, results
         release(bench)
@@ -235,9 +310,10 @@ def release(bench: Bench) -> None:
 
 # ------------------------------------------------------------------------------------------------------------- warm-up
 
-WARM_S = 60  # for one provider in all cases of an operation
+WARM_S = 60  # for one provider in all cases of an operation; more if the budget is more
 WARM_SHARE = 0.5  # of the budget, for all of them
-COMPILED_AT_FIRST = ("torch.compile", "Liger-Kernel", "quack", "cut-cross-entropy")
+WARM_BYTES = 48e9  # of GPU memory, for all the processes together
+COMPILED_AT_FIRST = ("torch.compile", "quack", "halny", "Liger-Kernel", "cut-cross-entropy")
 
 
 def run_once(bench: Bench, operation: Operation, function: Callable, shape: dict) -> None:
@@ -255,39 +331,71 @@ def run_once(bench: Bench, operation: Operation, function: Callable, shape: dict
     bench.synchronize()
 
 
-def warm(bench: Bench, operation: Operation, provider: str) -> None:
+def warm(bench: Bench, operation: Operation, provider: str, sets: dict[str, dict]) -> None:
     function = next(p for p in peers.PEERS[operation.name] if p.name == provider).load()
-    for one, _, shape in cases(SETS, operation.name):
+    for one, _, shape in cases(sets, operation.name):
         if one is operation:
             run_once(bench, operation, function, shape)
             release(bench)
 
 
-def warm_jobs(only: str) -> list[tuple[str, str]]:
-    return [
+def warm_jobs(only: str, sets: dict[str, dict]) -> list[tuple[str, str]]:
+    """(operation, provider) of all that compiles and keeps it, the longest first: torch.compile tries dozens of tiles.
+
+    Liger-Kernel's CuTe DSL keeps nothing: its kernels, some seconds each, compile in the process that times them.
+    """
+    jobs = [
         (name, peer.name)
-        for name in reversed(OPERATIONS)  # the fused loss first: it compiles longest, and is least to be missed
+        for name in dict.fromkeys(operation.name for operation, _, _ in cases(sets, only))
         for peer in peers.PEERS[name]
-        if only in name and peer.package in COMPILED_AT_FIRST and load(peer)[0] is not None
+        if peer.package in COMPILED_AT_FIRST and peer.name != "Liger-Kernel, CuTe DSL" and load(peer)[0] is not None
     ]
+    return sorted(jobs, key=lambda job: COMPILED_AT_FIRST.index(job[1].partition(",")[0]))
+
+
+def warm_bytes(operation: Operation, sets: dict[str, dict]) -> float:
+    """What a process that warms an operation may hold at most, roughly: never less than eager PyTorch needs.
+
+    At full size, because the row count decides what is compiled: of torch.compile the whole code, of the others tiles.
+    """
+    most = 0
+    for one, _, shape in cases(sets, operation.name):
+        if one is operation:
+            tensors = operation.counts("both" if "both" in operation.modes else "update", shape, 2)[0]
+            logits = shape["tokens"] * shape["vocabulary"] if operation.name in LOSSES else 0
+            most = max(most, 2 * tensors + 12 * logits)
+    return 1e9 + most
 
 
 def warm_all(
-    script: str, jobs: list[tuple[str, str]], workers: int, budget_s: float = float("inf")
+    script: str,
+    jobs: list[tuple[str, str]],
+    workers: int,
+    budget_s: float = float("inf"),
+    sizes: dict[str, float] | None = None,
+    more: tuple[str, ...] = (),
+    save: Callable[[dict], None] = lambda excluded: None,
 ) -> dict[str, dict[str, str]]:
     """``script --warm CASE PROVIDER`` of all jobs, in processes beside one another, within budget_s for all of them.
 
+    sizes: case -> bytes of GPU memory that its process takes; no more run at once than WARM_BYTES hold. more: further
+    arguments. save is called with what is excluded so far after every job, one not done yet being so, too.
+
     Returns case -> provider -> why it must be left alone afterwards: because it did not come back in time, or brought
-    its process down. One that merely raises will say so when it is measured.
+    its process down. One that merely raises will say so when it is measured. Ours is only left alone if it crashes.
     """
+    start, free, room = time.monotonic(), WARM_BYTES, threading.Condition()
+    end, limit = start + budget_s, max(WARM_S, 0.6 * budget_s) if budget_s < 3600 else WARM_S
+    excluded: dict[str, dict[str, str]] = {case: {} for case, _ in jobs}
+    for case, provider in jobs:
+        if provider != "halny":
+            excluded[case][provider] = "no time was left to compile it"
 
-    end = time.monotonic() + budget_s
-
-    def one(job: tuple[str, str]) -> str | None:
-        seconds = min(WARM_S, end - time.monotonic())
+    def run(job: tuple[str, str]) -> str | None:
+        seconds = min(limit, end - time.monotonic())
         if seconds <= 0:
             return "no time was left to compile it"
-        command = [sys.executable, str(ROOT / "bench" / script), "--warm", *job]
+        command = [sys.executable, str(ROOT / "bench" / script), "--warm", *job, *more]
         environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # there are processes enough
         try:
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
@@ -295,12 +403,64 @@ def warm_all(
             return f"was still compiling after {seconds:.0f} s"
         return f"its process was ended by signal {-done.returncode}" if done.returncode < 0 else None
 
-    excluded: dict[str, dict[str, str]] = {case: {} for case, _ in jobs}
-    with ThreadPoolExecutor(workers) as pool:
-        for (case, provider), reason in zip(jobs, pool.map(one, jobs), strict=True):
-            if reason:
+    def one(job: tuple[str, str]) -> None:
+        nonlocal free
+        case, provider = job
+        size = min((sizes or {}).get(case, 0), WARM_BYTES)
+        with room:
+            room.wait_for(lambda: free >= size, max(0, min(86400, end - time.monotonic())))
+            free -= size
+        reason = run(job)
+        with room:
+            free += size
+            room.notify_all()
+            excluded[case].pop(provider, None)
+            if reason and (provider != "halny" or "signal" in reason):
                 excluded[case][provider] = reason
+            save(excluded)
+
+    save(excluded)
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(one, jobs))
     return excluded
+
+
+def warmed(given: argparse.Namespace, bench: Bench, script: str, folder: Path, jobs: Callable, **options) -> dict:
+    """case -> provider -> why it is not tried, from a warm-up that has been or takes place now. jobs makes the list."""
+    path = folder / f"warm-{script}.json"
+    if not given.warm_only:
+        found = None if bench.smoke else read_warm(path)
+        if found is not None:
+            print(f"warmed before: {path.name}", flush=True)
+        if bench.smoke or given.no_warm or found is not None:
+            return found or {}
+    start = time.monotonic()
+
+    def save(excluded: dict) -> None:
+        seconds = time.monotonic() - start
+        about = {"format": 1, "kind": "warm", "host": platform.node(), "seconds": seconds, "excluded": excluded}
+        measure.write_json(path, about)
+
+    if given.warm_only:
+        options["save"] = save
+    budget_s = given.budget_s if given.warm_only else given.budget_s * WARM_SHARE
+    listed = [] if bench.smoke else jobs()
+    excluded = warm_all(f"{script}.py", listed, given.workers, budget_s, **options)
+    kept = sum(1 for _ in CACHES.rglob("*.o"))  # none, where a package is installed, says that its cache is off
+    print(f"{len(listed)} jobs in {time.monotonic() - start:.0f} s; {kept} kernels of CuTe DSL on disk", flush=True)
+    for case, reasons in excluded.items():
+        for provider, reason in reasons.items():
+            print(f"{case:30}{provider:40}{reason}", flush=True)
+    return excluded
+
+
+def read_warm(path: Path) -> dict[str, dict[str, str]] | None:
+    """What a warm-up on this machine left; None if there was none, so that nothing is taken for compiled."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found["excluded"] if found.get("kind") == "warm" and found.get("host") == platform.node() else None
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -324,24 +484,49 @@ def open_result(bench: Bench, kind: str, given_commit: str | None) -> dict:
 
 
 def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float, dtype: torch.dtype) -> int:
-    """Every job (operation, set, shape, providers, excluded) until the deadline; the file is whole after each mode."""
-    result |= {"ceilings": measure.ceilings(bench), "rows": [], "not_reached": [], "broken": []}
-    measure.write_json(path, result)
+    """Every job (operation, set, shape, providers, excluded) until the deadline; the file is whole after each mode.
+
+    A result with "resumed" is one that an earlier process left: its ceilings and rows are kept, its cases not repeated.
+    """
+    names = [f"{operation.name} {set_name}" for operation, set_name, *_ in jobs]
+    if "resumed" not in result:
+        result |= {"not_reached": list(names), "broken": [], "seconds": {}, "lost": {}, "rows": []}
+        result["ceilings"] = measure.ceilings(bench)
+        measure.write_json(path, result)
     clocks = Clocks(bench, rounds=1, least=1) if bench.smoke else Clocks(bench)
-    for operation, set_name, shape, providers, excluded in jobs:
-        if time.monotonic() > deadline:
-            result["not_reached"].append(f"{operation.name} {set_name}")
+    for name, (operation, set_name, shape, providers, excluded) in zip(names, jobs, strict=True):
+        if name not in result["not_reached"] or time.monotonic() > deadline:
             continue
+        began, reached = time.monotonic(), []
+        excluded = excluded | result["lost"].get(name, {})
         try:
             ceilings = result["ceilings"]
             for rows in run_case(bench, operation, set_name, shape, providers, ceilings, excluded, dtype, clocks):
                 result["rows"] += rows
+                reached += [rows[0]["mode"]]
                 measure.write_json(path, result)
                 for row in rows:
                     print(line(row, bench.smoke), flush=True)
         except Exception as error:  # out of memory, say: the other cases are still worth having
-            result["broken"].append(f"{operation.name} {set_name}: {line_of(error)}")
+            reason, culprit = line_of(error), getattr(error, "provider", None)
+            if culprit in {peer.name for peer in providers} - set(excluded):
+                result["rows"] = [r for r in result["rows"] if (r["operation"], r["set"]) != (operation.name, set_name)]
+                result["lost"].setdefault(name, {})[culprit] = f"left the GPU in error: {error.reason}"
+                measure.write_json(path, result)
+                print(f"{name}: {error}; starting anew without it", flush=True)
+                start_anew(path, deadline)
+            result["broken"].append(f"{name}: {reason}")
+            for mode in operation.modes:
+                if mode not in reached:
+                    for peer in providers:
+                        row = row_of(operation, set_name, shape, mode, dtype, peer)
+                        result["rows"].append(row | {"reason": f"the whole case: {reason}"})
             print(result["broken"][-1], flush=True)
+        result["not_reached"].remove(name)
+        result["seconds"][name] = time.monotonic() - began
+        measure.write_json(path, result)
+        if not works(bench):
+            start_anew(path, deadline)
         release(bench)
     if not bench.smoke and time.monotonic() < deadline:
         result["ceilings_after"] = {"copy_gb_s": measure.copy_rate(bench)["gb_s"]}
@@ -353,6 +538,43 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
     if result["not_reached"]:
         print(f"not reached: {'; '.join(result['not_reached'])}")
     return 1 if bad or not timed or result["broken"] else 0
+
+
+def start_anew(path: Path, deadline: float) -> None:
+    """This process again, in its own place, for the cases that the file at path lacks. Does not return."""
+    left = str(max(1.0, deadline - time.monotonic()))
+    os.execv(sys.executable, [sys.executable, *sys.argv, "--resume", str(path), "--budget-s", left])
+
+
+def left_out(providers: list[Peer], without: list[str]) -> dict[str, str]:
+    """provider -> why it is not tried, of those that --without names."""
+    named = [(peer.name, text) for peer in providers for text in without if text in peer.name]
+    return {name: f"left out of this run: --without {text!r}" for name, text in named}
+
+
+def run_jobs(
+    bench: Bench,
+    given: argparse.Namespace,
+    script: str,
+    folder: Path,
+    jobs: list[tuple],
+    excluded: dict[str, dict[str, str]],
+    start: float,
+    dtype: torch.dtype,
+) -> int:
+    """``run_all`` of jobs (operation, set, shape, providers, key into excluded), from the beginning or where it was."""
+    path = folder / f"{script}.json"
+    if given.resume:
+        path = given.resume
+        result = json.loads(path.read_text(encoding="utf-8")) | {"resumed": True}
+        excluded = result["excluded"]
+    else:
+        result = open_result(bench, "kernels", given.commit) | {"excluded": excluded}
+    jobs = [
+        (operation, name, shape, providers, excluded.get(key, {}) | left_out(providers, given.without))
+        for operation, name, shape, providers, key in jobs
+    ]
+    return run_all(bench, path, jobs, result, start + given.budget_s, dtype)
 
 
 def no_such(only: str, names: list[str]) -> int:
@@ -370,34 +592,46 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--budget-s", type=float, default=1e9, help="start no case after so many seconds")
     parser.add_argument("--commit", help="commit to record where there is no git checkout")
     parser.add_argument("--warm", nargs=2, metavar=("CASE", "PROVIDER"), help="compile for one provider, and no more")
+    parser.add_argument("--warm-only", action="store_true", help="compile for all, time nothing; DIR/warm-NAME.json")
+    parser.add_argument("--no-warm", action="store_true", help="no warm-up now, whether there was one or not")
+    parser.add_argument("--without", action="append", default=[], help="do not try providers named so, or in part")
+    parser.add_argument("--resume", type=Path, help="the file to go on with, after a provider left the GPU in error")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
     return parser
 
 
 def main(arguments: list[str]) -> int:
     start = time.monotonic()
-    given = parser_of(__doc__).parse_args(arguments)
+    parser = parser_of(__doc__)
+    parser.add_argument("--set", action="append", choices=list(SETS), help="sets of shapes; may be repeated [all]")
+    given = parser.parse_args(arguments)
     try:
         bench = measure.bench_on(given.smoke)
     except RuntimeError as error:
         print(f"kernels.py: {error}", file=sys.stderr)
         return 2
+    sets = chosen_sets(SMOKE_SETS if given.smoke else SETS, given.set)
     if given.warm:
-        warm(bench, OPERATIONS[given.warm[0]], given.warm[1])
+        measure.die_with_parent()
+        warm(bench, OPERATIONS[given.warm[0]], given.warm[1], sets)
         return 0
     if not any(given.only in name for name in OPERATIONS):
         return no_such(given.only, list(OPERATIONS))
-    excluded, warm_s = {}, given.budget_s * WARM_SHARE
-    if not given.smoke:
-        excluded = warm_all("kernels.py", warm_jobs(given.only), given.workers, warm_s)
+    folder = given.out or measure.results_folder(bench, partial=bool(given.only or given.set))
+    sizes = {operation.name: warm_bytes(operation, sets) for operation, _, _ in cases(sets, given.only)}
+    more = tuple(argument for name in given.set or () for argument in ("--set", name))
+    jobs_of = lambda: warm_jobs(given.only, sets)  # noqa: E731
+    excluded = {}
+    if not given.resume:
+        excluded = warmed(given, bench, "kernels", folder, jobs_of, sizes=sizes, more=more)
+    if given.warm_only:
+        return 0
     jobs = [
-        (operation, name, shape, peers.PEERS[operation.name], excluded.get(operation.name, {}))
-        for operation, name, shape in cases(SMOKE_SETS if given.smoke else SETS, given.only)
+        (operation, name, shape, peers.PEERS[operation.name], operation.name)
+        for operation, name, shape in cases(sets, given.only)
     ]
     dtype = torch.float32 if given.smoke else torch.bfloat16  # the interpreter rounds bf16 wrongly
-    result = open_result(bench, "kernels", given.commit)
-    path = (given.out or measure.results_folder(bench, partial=bool(given.only))) / "kernels.json"
-    return run_all(bench, path, jobs, result, start + given.budget_s, dtype)
+    return run_jobs(bench, given, "kernels", folder, jobs, excluded, start, dtype)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,16 @@
 """How this folder measures: two clocks, the ceilings of the machine, the error bound, and files that are whole.
 
-**Kernel time** is what the GPU spends between two CUDA events around a call. Before each call a buffer of four times
-the L2 cache is read, as often as it takes: so the cache holds nothing of the call's inputs (and nothing dirty, whose
-write-back would be charged to the call), and the host is far enough ahead that its own time cannot show. Inputs rotate
-through several sets besides, together larger than the cache. **Wall time** is the eager call as a training loop makes
-it: back to back, nothing in between, so a call whose launch takes longer than its kernels shows. **Host time** is the
-part of that before the call returns.
+**Kernel time** is what the GPU spends between two CUDA events. The events themselves cost 2 to 3 us, 4% of a kernel of
+62 us, so a kernel shorter than BURST_BELOW_MS is called several times between one pair of them, each time on another of
+its input sets, and the time is divided; the gap of about a microsecond between kernels is thereby counted, as a
+training step pays it. In front of each pair the queue holds first a kernel that only waits, for longer than the host
+needs to enqueue all the calls, so that host time cannot show; then a read of four times the L2 cache, so that it holds
+nothing of the inputs, and nothing dirty whose write-back would be charged to the call. Inside a burst no set comes
+twice, the sets together are several times the cache, and what the calls return is kept until the burst is over:
+otherwise the allocator would give every call the same output to write, which would never leave the cache.
+
+**Wall time** is the eager call as a training loop makes it: back to back, nothing in between, so a call whose launch
+takes longer than its kernels shows. **Host time** is the part of that before the call returns.
 
 Providers are interleaved, a few calls of each in turn, because clocks drift with temperature and power. Data are
 random: a matrix product of zeros is faster than one of data.
@@ -108,6 +113,26 @@ def summary(rounds: list[list[float]]) -> dict:
     return quantiles(every) | {"n": len(every), "rounds": [quantiles(one)["median"] for one in rounds]}
 
 
+BURST_BELOW_MS = 0.3  # a kernel at least as long is timed alone: the events are below 1% of it
+BURST_MS, BURST_CALLS = 0.6, 16  # how long a burst should take, and the most calls it may have
+WALL_BURST_MS = 20.0  # of wall time; two calls at least
+SET_BYTES, MOST_SETS = 3 * 2**29, 64
+
+
+def sets_for(bench: Bench, n_bytes: int) -> int:
+    """How many input sets of n_bytes each: several times the cache together, and as many as a burst has calls."""
+    if bench.smoke:
+        return 2
+    return min(MOST_SETS, max(4, -(-max(4 * bench.cache_bytes, SET_BYTES) // n_bytes)))
+
+
+def burst_of(kernel_ms: float, n_sets: int) -> int:
+    """Calls between a pair of events for a kernel of about that time."""
+    if kernel_ms >= BURST_BELOW_MS:
+        return 1
+    return max(1, min(n_sets, BURST_CALLS, math.ceil(BURST_MS / max(kernel_ms, 1e-6))))
+
+
 class Clocks:
     """Kernel, wall and host time of calls, interleaved."""
 
@@ -117,9 +142,18 @@ class Clocks:
         # 4-byte elements, summed: a read of four times the cache
         self._flushed = torch.zeros(bench.cache_bytes, dtype=torch.float32, device=bench.device)
         self._flush_ms = self._once(self._flush)
+        self._cycles_a_ms = 0.0
+        if bench.on_gpu:
+            cycles = 10**7
+            self._cycles_a_ms = cycles / self._once(lambda: torch.cuda._sleep(cycles))
 
     def _flush(self) -> None:
         self._flushed.sum()
+
+    def _wait(self, ms: float) -> None:
+        """Put a kernel into the queue that does nothing for so long."""
+        if self.bench.on_gpu:
+            torch.cuda._sleep(int(ms * self._cycles_a_ms))
 
     def _once(self, work: Callable[[], object]) -> float:
         """Milliseconds of work, waiting before and after; the least of five."""
@@ -132,66 +166,72 @@ class Clocks:
             least = min(least, (time.perf_counter() - start) * 1e3)
         return least
 
-    def _kernel_round(self, call: Call, n: int, first: int, host_ms: float) -> list[float]:
-        flushes = 1 + int(1.5 * host_ms / self._flush_ms)
+    def _kernel_round(self, call: Call, n: int, first: int, host_ms: float, burst: int = 1) -> list[float]:
+        """Milliseconds a call of n bursts, from the input set ``first`` on."""
         marks = []
-        for i in range(first, first + n):
-            i %= call.n_sets
+        for start in range(first, first + n * burst, burst):
+            sets = [i % call.n_sets for i in range(start, start + burst)]
             if call.prepare:
-                call.prepare(i)
-            for _ in range(flushes):
-                self._flush()
-            if self.bench.on_gpu:
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                call.run(i)
-                end.record()
-                marks.append((start, end))
-            else:
-                start = time.perf_counter()
-                call.run(i)
-                marks.append((start, time.perf_counter()))
+                for i in sets:
+                    call.prepare(i)
+            self._wait(0.1 + 2 * burst * host_ms)
+            self._flush()
+            before = mark(self.bench)
+            kept = [call.run(i) for i in sets]
+            marks.append((before, mark(self.bench)))
+            del kept
         self.bench.synchronize()
-        if self.bench.on_gpu:
-            return [start.elapsed_time(end) for start, end in marks]
-        return [(end - start) * 1e3 for start, end in marks]
+        return [milliseconds_between(*pair) / burst for pair in marks]
 
-    def _wall_round(self, call: Call) -> tuple[float, float]:
-        """(wall, host) milliseconds a call, over one burst through all input sets."""
+    def _wall_round(self, call: Call, n: int) -> tuple[float, float]:
+        """(wall, host) milliseconds a call, over one burst through the first n input sets."""
         if call.prepare:
-            for i in range(call.n_sets):
+            for i in range(n):
                 call.prepare(i)
         self.bench.synchronize()
         start = time.perf_counter()
-        for i in range(call.n_sets):
+        for i in range(n):
             call.run(i)
         returned = time.perf_counter()
         self.bench.synchronize()
-        wall = (time.perf_counter() - start) * 1e3 / call.n_sets
-        return wall, (returned - start) * 1e3 / call.n_sets
+        wall = (time.perf_counter() - start) * 1e3 / n
+        return wall, (returned - start) * 1e3 / n
+
+    def _plan(self, call: Call) -> dict:
+        """What a round of the call consists of: bursts, calls a burst, host time, wall rounds and their calls."""
+        self._wall_round(call, 1)  # compiles
+        wall, host = self._wall_round(call, min(call.n_sets, 2))  # fills the allocator
+        n_wall = min(call.n_sets, max(2, int(WALL_BURST_MS / wall)))
+        wall, host = self._wall_round(call, n_wall)
+        kernel = min(self._kernel_round(call, 1 if wall > WALL_BURST_MS else 2, 0, host))
+        burst = burst_of(kernel, call.n_sets)
+        turn_ms = burst * (kernel + 2 * host) + 0.1 + 2 * self._flush_ms
+        n = int(self.seconds_a_call * 1e3 / self.rounds / turn_ms)
+        least = self.least if self.bench.smoke or kernel < WALL_BURST_MS else 1
+        n = least if self.bench.smoke else max(least, min(20, n))
+        n_walls = 1 if wall * n_wall > WALL_BURST_MS else max(1, min(n, 3))
+        return {"n": n, "burst": burst, "host_ms": host, "n_wall": n_wall, "n_walls": n_walls}
 
     def time(self, calls: dict[str, Call]) -> dict[str, dict | Exception]:
-        """name -> {"kernel_ms", "wall_ms", "host_ms"} of summaries, or the exception that a call raised."""
+        """name -> {"kernel_ms", "wall_ms", "host_ms"} of summaries and "burst", or the exception that a call raised."""
         results: dict[str, dict | Exception] = {}
-        plan: dict[str, tuple[int, float]] = {}
+        plans: dict[str, dict] = {}
         for name, call in calls.items():
             try:
-                for _ in range(2):  # the first burst compiles and fills the allocator
-                    wall, host = self._wall_round(call)
-                n = int(self.seconds_a_call * 1e3 / self.rounds / (wall + 2 * self._flush_ms + 1.5 * host))
-                plan[name] = self.least if self.bench.smoke else max(self.least, min(20, n)), host
+                plans[name] = self._plan(call)
             except Exception as error:
                 results[name] = error.with_traceback(None)  # whose frames hold tensors
-        times = {name: ([], [], []) for name in plan}
+        times = {name: ([], [], []) for name in plans}
         for i_round in range(self.rounds):
-            for name, (n, host) in plan.items():
+            for name, plan in plans.items():
                 if name in results:
                     continue
                 try:
                     kernel, walls, hosts = times[name]
-                    kernel.append(self._kernel_round(calls[name], n, i_round * n, host))
-                    for _ in range(max(1, min(n, 3))):
-                        wall, one_host = self._wall_round(calls[name])
+                    n, burst = plan["n"], plan["burst"]
+                    kernel.append(self._kernel_round(calls[name], n, i_round * n * burst, plan["host_ms"], burst))
+                    for _ in range(plan["n_walls"]):
+                        wall, one_host = self._wall_round(calls[name], plan["n_wall"])
                         walls.append(wall)
                         hosts.append(one_host)
                 except Exception as error:
@@ -202,6 +242,7 @@ class Clocks:
                     "kernel_ms": summary(kernel),
                     "wall_ms": summary([[w] for w in walls]),
                     "host_ms": summary([[h] for h in hosts]),
+                    "burst": plans[name]["burst"],
                 }
         return results
 
@@ -239,8 +280,16 @@ HEAD_PRODUCTS = {
 }
 
 
+def copy_call(bench: Bench, n_bytes: int) -> Call:
+    """A device-to-device copy that moves n_bytes, read plus written, under the clock as an operation is."""
+    n_sets, half = sets_for(bench, n_bytes), max(1, n_bytes // 2)
+    sources = [torch.randint(0, 255, (half,), dtype=torch.uint8, device=bench.device) for _ in range(n_sets)]
+    targets = [torch.empty_like(source) for source in sources]
+    return Call(lambda i: targets[i].copy_(sources[i]), n_sets)
+
+
 def copy_rate(bench: Bench) -> dict:
-    """GB/s of a device-to-device copy, bytes read plus bytes written: what no memory-bound kernel can beat."""
+    """GB/s of a copy of 2 GiB, bytes read plus bytes written: what no memory-bound kernel can beat."""
     n_bytes = 2**22 if bench.smoke else 2**31
     source = torch.randint(0, 255, (n_bytes,), dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
@@ -558,18 +607,19 @@ def largest(x: Tensor, truth: Tensor | None = None) -> float:
     return found
 
 
-def excess(out: Tensor, same_dtype: Tensor, truth: Tensor) -> dict[str, float]:
-    """The error of out and its bound, 2 |same_dtype - truth| + eps |truth|, each | | the largest over the tensor.
+def limits(same_dtype: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(max |same_dtype - truth|, max |truth|): all that the bound needs, once a case and not once a provider."""
+    return largest(same_dtype, truth), largest(truth)
 
-    same_dtype is what plain PyTorch makes in the dtype of the inputs, truth what it makes in a wider one; eps is of
+
+def excess(out: Tensor, truth: Tensor, torch_error: float, largest_truth: float) -> dict[str, float]:
+    """The error of out and its bound, 2 torch_error + eps |truth|, each the largest over the tensor; see ``limits``.
+
+    torch_error is of what plain PyTorch makes in the dtype of the inputs, truth what it makes in a wider one; eps is of
     out's dtype. Right is error <= bound.
     """
-    eps = torch.finfo(out.dtype).eps
-    return {
-        "error": largest(out, truth),
-        "torch_error": largest(same_dtype, truth),
-        "bound": 2 * largest(same_dtype, truth) + eps * largest(truth),
-    }
+    bound = 2 * torch_error + torch.finfo(out.dtype).eps * largest_truth
+    return {"error": largest(out, truth), "torch_error": torch_error, "bound": bound}
 
 
 # --------------------------------------------------------------------------------------------------------------- files

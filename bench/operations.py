@@ -4,6 +4,9 @@ An operation has inputs, a reference in plain PyTorch, and modes; who does it, a
 
 ``minimum`` and ``Update.counts`` say how many bytes a mode must move if every tensor crosses the memory bus once, and
 how many FLOPs of matrix products it must do. GB/s in tables are these bytes over the time, whatever a provider moves.
+One operation can be had for less: RoPE's forward need not move v, which a view of the input can be (``unmoved``). Ours
+copies it into one packed output, so its rate counts it; the rate of a provider that leaves v where it is
+(``Peer.leaves_v``) does not. A row has both figures, "bytes" for its rate and "least_bytes".
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ MISTRAL = dict(dim=4096, hidden=14336, heads=32, kv_heads=8, head_dim=128, vocab
 SETS: dict[str, dict] = {
     # the published run's micro batch, 4 x 4096
     "7b": dict(tokens=16384, sequences=4, **MISTRAL),
-    # the head of Llama 3 and of most newer models, where the loss dominates; what quack and Liger publish
+    # the same head with 2,048 rows, where quack's and Liger's published figures are; it comes with 7b
+    "2k": dict(tokens=2048, sequences=1, **MISTRAL),
+    # the head of Llama 3 and of most newer models, where the loss dominates
     "128k": dict(tokens=2048, sequences=1, **(MISTRAL | dict(vocabulary=128256))),
     # one short sequence: 4 MB a tensor, some microseconds a kernel, so what the host costs decides
     "short": dict(tokens=512, sequences=1, **MISTRAL),
@@ -49,7 +54,7 @@ def minimum(operation: str, mode: str, shape: dict, b: int) -> tuple[int, int]:
         ("rms_norm", "backward"): 3 * M * N + 2 * N,  # x, dy, weight; dx, dweight
         ("add_rms_norm", "forward"): 4 * M * N + N,  # x, residual, weight; y, s
         ("add_rms_norm", "backward"): 4 * M * N + 2 * N,  # s, dy, ds, weight; one gradient for x and residual, dweight
-        ("rope", "forward"): 2 * M * (H + K) * c,  # q, k; q, k. v can stay where it is
+        ("rope", "forward"): 2 * M * (H + 2 * K) * c,  # q, k, v; q, k, v
         ("rope", "backward"): 2 * M * (H + 2 * K) * c,  # dq, dk, dv; all packed
         ("swiglu", "forward"): 3 * M * F,  # gate, up; h
         ("swiglu", "backward"): 5 * M * F,  # gate, up, dh; dgate, dup
@@ -64,6 +69,13 @@ def minimum(operation: str, mode: str, shape: dict, b: int) -> tuple[int, int]:
         return b * elements[operation, mode] + 8 * M, flops
     modes = ("forward", "backward") if mode == "both" else (mode,)
     return b * sum(elements[operation, m] for m in modes), 0
+
+
+def unmoved(operation: str, mode: str, shape: dict, b: int) -> int:
+    """Bytes of ``minimum`` that a provider can leave out: RoPE's v, read and written, if it stays where it is."""
+    if operation != "rope" or mode == "backward":  # whose three gradients become one packed tensor
+        return 0
+    return b * 2 * shape["tokens"] * shape["kv_heads"] * shape["head_dim"]
 
 
 # ---------------------------------------------------------------------------------------------------------- operations
@@ -81,6 +93,9 @@ class Operation:
 
     def counts(self, mode: str, shape: dict, b: int) -> tuple[int, int]:
         return minimum(self.name, mode, shape, b)
+
+    def unmoved(self, mode: str, shape: dict, b: int) -> int:
+        return unmoved(self.name, mode, shape, b)
 
     def results(self, function: Callable, inputs: list, upstream: list[Tensor]) -> list[Tensor]:
         """Outputs, then the gradients of inputs."""
@@ -205,13 +220,32 @@ OPERATIONS = {
 }  # fmt: skip
 
 
+# The order of value, which is the order of running
+ORDER = ("rms_norm", "add_rms_norm", "swiglu", "rope", "cross_entropy", "linear_cross_entropy")
+
+
+def chosen_sets(sets: dict[str, dict], names: list[str] | None) -> dict[str, dict]:
+    """Those of the names (all for None) in their order; "2k" comes with "7b", whose head it is."""
+    wanted = set(names or sets) | ({"2k"} if "7b" in (names or ()) else set())
+    return {name: shape for name, shape in sets.items() if name in wanted}
+
+
 def cases(sets: dict[str, dict], only: str) -> Iterator[tuple[Operation, str, dict]]:
     """The most valuable first: everything at the 7B micro batch, then the large vocabulary, then short sequences."""
+    names = [*ORDER, *(name for name in OPERATIONS if name not in ORDER)]
     for set_name, shape in sets.items():
-        for operation in OPERATIONS.values():
-            if set_name == "128k" and operation.name not in LOSSES:
+        if set_name == "2k" and "7b" in sets:
+            continue  # it had its turn
+        for name in names:
+            operation = OPERATIONS[name]
+            if only not in name:
+                continue
+            if set_name == "7b" and name == "linear_cross_entropy" and "2k" in sets:
+                yield operation, "2k", sets["2k"]
+            if set_name == "2k" and name != "linear_cross_entropy":
+                continue
+            if set_name == "128k" and name not in LOSSES:
                 continue
             if set_name != "7b" and isinstance(operation, Update):
                 continue  # a weight's size does not depend on the tokens
-            if only in operation.name:
-                yield operation, set_name, shape
+            yield operation, set_name, shape

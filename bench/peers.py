@@ -32,6 +32,7 @@ class Peer(NamedTuple):
     ruins: bool  # whether it overwrites its inputs or the incoming gradient, which the clock then restores
     note: str  # what sets this way apart, if one package is called in several
     text: str = ""  # the call, where the loader's source would not show it
+    leaves_v: bool = False  # whether RoPE's v is a view of the input, and so never moved
 
     @property
     def name(self) -> str:
@@ -50,9 +51,9 @@ class Peer(NamedTuple):
 PEERS: dict[str, list[Peer]] = {}
 
 
-def peer(operation: str, package: str, ruins: bool = False, note: str = ""):
+def peer(operation: str, package: str, ruins: bool = False, note: str = "", leaves_v: bool = False):
     def add(load):
-        PEERS.setdefault(operation, []).append(Peer(package, load, ruins, note))
+        PEERS.setdefault(operation, []).append(Peer(package, load, ruins, note, leaves_v=leaves_v))
         return load
 
     return add
@@ -199,7 +200,7 @@ def liger_rope(apply, qkv, cos, sin, n_heads, n_kv_heads):
     return q.transpose(1, 2), k.transpose(1, 2), v
 
 
-@peer("rope", "Liger-Kernel", ruins=True)
+@peer("rope", "Liger-Kernel", ruins=True, leaves_v=True)
 def _():
     from liger_kernel.ops import LigerRopeFunction
 
@@ -212,7 +213,7 @@ def quack_rope(apply, qkv, cos, sin, n_heads, n_kv_heads):
     return rotated[:, :, :n_heads], rotated[:, :, n_heads:], qkv[:, :, n_rotated:]
 
 
-@peer("rope", "quack")
+@peer("rope", "quack", leaves_v=True)
 def _():
     from quack.rotary import apply_rotary_emb
 
@@ -224,7 +225,7 @@ def quack_rope_in_place(apply, qkv, cos, sin, n_heads, n_kv_heads):
     return split(apply(qkv, cos, sin, num_heads_q=n_heads), n_heads, n_kv_heads)
 
 
-@peer("rope", "quack", ruins=True, note="in place")
+@peer("rope", "quack", ruins=True, note="in place", leaves_v=True)
 def _():
     from quack.rotary import apply_rotary_emb_qkv_
 

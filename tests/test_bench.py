@@ -43,7 +43,9 @@ def test_minimum_bytes_are_those_of_the_tensors(dtype):
             moved = {"update": n_bytes(*halves, *kept.values(), *halves, *kept.values(), gradient)}
         elif operation.name == "rope":
             q, k, v = outputs
-            moved = {"forward": n_bytes(q, k, q, k), "backward": n_bytes(q, k, v, inputs[0])}
+            moved = {"forward": n_bytes(inputs[0], q, k, v), "backward": n_bytes(q, k, v, inputs[0])}
+            assert operation.unmoved("forward", SHAPE, dtype.itemsize) == n_bytes(v, v)
+            assert operation.unmoved("backward", SHAPE, dtype.itemsize) == 0
         elif operation.name == "rms_norm":
             (x, weight), (y,) = inputs, outputs
             moved = {"forward": n_bytes(x, weight, y), "backward": n_bytes(x, weight, y, x, weight)}

@@ -1,0 +1,415 @@
+"""How bench/kernels.py and bench/attention.py take time, warm up, order their cases, and go on after a failure."""
+
+import argparse
+import json
+import platform
+import sys
+import time
+
+import pytest
+import torch
+
+from bench import attention as bench_attention
+from bench import kernels, measure, operations, peers
+from halny.kernels.swiglu import swiglu_reference
+
+CPU = measure.Bench(torch.device("cpu"), True, 2**16)
+H200 = measure.Bench(torch.device("cuda"), False, 60 * 2**20)  # asked for sizes only
+SHAPE = operations.SMOKE_SETS["7b"]
+
+# ----------------------------------------------------------------------------------------------------------- the clock
+
+
+@pytest.mark.parametrize(
+    "n_bytes, expected",
+    [
+        (2**22, 64),  # 256 MiB, more than four times the cache
+        (2**27, 12),  # a tensor of the 7B micro batch
+        (2**30, 4),
+    ],
+)
+def test_input_sets_exceed_the_cache_and_fill_a_burst(n_bytes, expected):
+    assert measure.sets_for(H200, n_bytes) == expected
+    assert expected * n_bytes > 4 * H200.cache_bytes
+
+
+@pytest.mark.parametrize(
+    "kernel_ms, n_sets, expected",
+    [(0.062, 12, 10), (0.25, 4, 3), (0.3, 12, 1), (0.005, 64, 16), (0.062, 4, 4), (0.05, 1, 1)],
+)
+def test_a_burst_lasts_long_beside_its_events_and_repeats_no_set(kernel_ms, n_sets, expected):
+    assert measure.burst_of(kernel_ms, n_sets) == expected
+
+
+def test_a_burst_is_one_interval_divided(monkeypatch):
+    """With a clock that counts calls: two marks a burst, whose difference is divided by its calls."""
+    calls, waits = [], []
+    clocks = measure.Clocks(CPU, rounds=1, least=1)
+    monkeypatch.setattr(clocks, "_flush", lambda: calls.append("flush"))
+    monkeypatch.setattr(clocks, "_wait", waits.append)
+    monkeypatch.setattr(measure, "mark", lambda bench: float(sum(c != "flush" for c in calls)))
+    call = measure.Call(calls.append, 6)
+    found = clocks._kernel_round(call, n=2, first=4, host_ms=0.5, burst=3)
+    assert found == [1000.0, 1000.0]  # three calls, three "seconds", a second each
+    assert calls == ["flush", 4, 5, 0, "flush", 1, 2, 3]
+    assert waits == [pytest.approx(0.1 + 2 * 3 * 0.5)] * 2  # longer than the host needs for the three
+
+
+def test_outputs_of_a_burst_live_until_it_is_over():
+    """Else the allocator hands every call the same memory to write, and it stays in the cache."""
+    alive = []
+
+    class Output:
+        def __del__(self):
+            alive.remove(id(self))
+
+    counts = []
+
+    def run(i):
+        out = Output()
+        alive.append(id(out))
+        counts.append(len(alive))
+        return out
+
+    measure.Clocks(CPU, rounds=1)._kernel_round(measure.Call(run, 4), n=2, first=0, host_ms=0.0, burst=4)
+    assert counts == [1, 2, 3, 4, 1, 2, 3, 4] and not alive
+
+
+def test_slow_calls_do_not_take_all_their_sets_for_wall_time():
+    seen = []
+
+    def slow(i):
+        seen.append(i)
+        time.sleep(0.015)
+
+    found = measure.Clocks(CPU, rounds=2, least=1).time({"slow": measure.Call(slow, 30)})["slow"]
+    assert len(seen) < 30 and found["burst"] == 1 and found["wall_ms"]["median"] == pytest.approx(15, rel=0.5)
+
+
+# ------------------------------------------------------------------------------------------------------ cases and rows
+
+
+def test_the_7b_set_comes_first_in_order_of_value():
+    listed = [(operation.name, name) for operation, name, _ in operations.cases(operations.SETS, "")]
+    assert listed[:6] == [
+        ("rms_norm", "7b"), ("add_rms_norm", "7b"), ("swiglu", "7b"), ("rope", "7b"), ("cross_entropy", "7b"),
+        ("linear_cross_entropy", "2k"),
+    ]  # fmt: skip
+    assert listed[6] == ("linear_cross_entropy", "7b") and listed[7][0].startswith("adamw")
+    assert len(set(listed)) == len(listed) and {name for _, name in listed} == set(operations.SETS)
+    chosen = operations.chosen_sets(operations.SETS, ["7b"])
+    assert list(chosen) == ["7b", "2k"]
+    assert [name for name in listed if name[1] in chosen] == [(o.name, n) for o, n, _ in operations.cases(chosen, "")]
+    assert [n for _, n, _ in operations.cases(operations.chosen_sets(operations.SETS, ["2k"]), "")] == ["2k"]
+
+
+def test_rope_says_what_is_moved_and_what_must_be():
+    """403 MB where v is copied, 336 MB where it stays."""
+    rope, shape = operations.OPERATIONS["rope"], operations.SETS["7b"]
+    by_name = {
+        peer.name: kernels.row_of(rope, "7b", shape, "forward", torch.bfloat16, peer) for peer in peers.PEERS["rope"]
+    }
+    assert by_name["halny"]["bytes"] == by_name["torch.compile"]["bytes"] == 402_653_184
+    assert by_name["quack"]["bytes"] == by_name["Liger-Kernel"]["bytes"] == 335_544_320
+    assert {row["least_bytes"] for row in by_name.values()} == {335_544_320}
+    for mode in ("backward", "both"):
+        row = kernels.row_of(rope, "7b", shape, mode, torch.bfloat16, peers.PEERS["rope"][0])
+        assert row["bytes"] - row["least_bytes"] == (67_108_864 if mode == "both" else 0)
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_who_leaves_v_returns_a_view_of_it(place):
+    """leaves_v of every RoPE peer that runs here, from where its v lies."""
+    peer = peers.PEERS["rope"][place]
+    function, state, reason = kernels.load(peer)
+    if function is None or peer.package not in ("halny", "PyTorch eager"):
+        pytest.skip(f"{peer.name} {state} {reason}")
+    inputs = operations.OPERATIONS["rope"].inputs(SHAPE, torch.float32, CPU.device)
+    q, k, v = function(*inputs)
+    qkv = inputs[0]
+    shared = v.untyped_storage().data_ptr() == qkv.untyped_storage().data_ptr()
+    assert shared == peer.leaves_v
+
+
+def run(fakes: list[peers.Peer], tmp_path, excluded=None, names=("swiglu",), result=None, shape=SHAPE) -> dict:
+    """run_all on the CPU with these providers; the file's content afterwards."""
+    path = tmp_path / "kernels.json"
+    result = result or kernels.open_result(CPU, "kernels", "abc")
+    jobs = [(operations.OPERATIONS[name], "7b", shape, fakes, excluded or {}) for name in names]
+    kernels.run_all(CPU, path, jobs, result, time.monotonic() + 60, torch.float32)
+    return measure.read_result(path)
+
+
+@pytest.fixture
+def ceilings(monkeypatch):
+    found = {"copy_gb_s": 1.0, "step_tflop_s": 1.0, "head_tflop_s": 1.0, "square_tflop_s": 1.0}
+    monkeypatch.setattr(measure, "ceilings", lambda bench: dict(found))
+
+
+RIGHT = peers.Peer("halny", lambda: swiglu_reference, False, "", "right")
+
+
+def test_a_row_has_both_ceilings(tmp_path, ceilings):
+    rows = run([RIGHT], tmp_path)["rows"]
+    assert [row["mode"] for row in rows] == ["forward", "backward", "both"]
+    for row in rows:
+        assert row["of_ceiling"] == pytest.approx(row["gb_s"])  # of the large copy's 1 GB/s
+        assert row["of_copy_same_bytes"] == pytest.approx(row["gb_s"] / row["copy_same_bytes_gb_s"])
+        assert row["burst"] >= 1 and row["least_bytes"] == row["bytes"]
+    forward, backward, both = (row["bytes"] / row["copy_same_bytes_gb_s"] for row in rows)
+    assert both == pytest.approx(forward + backward)
+
+
+def test_a_case_that_breaks_leaves_a_row_a_provider_with_the_reason(tmp_path, ceilings, monkeypatch):
+    def none_left(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 4 GiB")
+
+    monkeypatch.setattr(kernels, "Case", none_left)
+    found = run([RIGHT, RIGHT._replace(package="other")], tmp_path)
+    assert [(row["mode"], row["provider"]) for row in found["rows"]] == [
+        (mode, name) for mode in ("forward", "backward", "both") for name in ("halny", "other")
+    ]
+    reasons = {row["reason"] for row in found["rows"]}
+    assert reasons == {"the whole case: OutOfMemoryError: CUDA out of memory. Tried to allocate 4 GiB"}
+    assert found["not_reached"] == [] and list(found["seconds"]) == ["swiglu 7b"]
+
+
+def test_what_is_not_reached_is_in_the_file_from_the_beginning(tmp_path, ceilings):
+    path = tmp_path / "kernels.json"
+    seen = []
+
+    def spying():
+        seen.append(json.loads(path.read_text())["not_reached"])
+        return swiglu_reference
+
+    run([peers.Peer("halny", spying, False, "", "spying")], tmp_path)
+    assert seen == [["swiglu 7b"]] and json.loads(path.read_text())["not_reached"] == []
+
+
+def test_who_leaves_the_gpu_in_error_is_left_out_of_a_new_start(tmp_path, ceilings, monkeypatch):
+    """The process that starts anew has the rows of the cases before, and repeats the case without the culprit."""
+    lost = []
+
+    class Lost(measure.Bench):
+        def synchronize(self):
+            if lost:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    bench = Lost(CPU.device, True, CPU.cache_bytes)
+
+    def poisons(gate_up):
+        if gate_up.shape[0] == 9:  # only the second case
+            lost.append(True)
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return swiglu_reference(gate_up)
+
+    fakes = [RIGHT, peers.Peer("bad", lambda: poisons, False, "", "bad")]
+    operation = operations.OPERATIONS["swiglu"]
+    jobs = [(operation, name, SHAPE | {"tokens": n}, fakes, {}) for name, n in (("7b", 8), ("128k", 9))]
+    path, started = tmp_path / "kernels.json", []
+
+    class Anew(BaseException):
+        pass
+
+    def execv(program, arguments):
+        started.append(arguments)
+        raise Anew
+
+    monkeypatch.setattr(kernels.os, "execv", execv)
+    with pytest.raises(Anew):
+        result = kernels.open_result(CPU, "kernels", "abc") | {"excluded": {}}
+        kernels.run_all(bench, path, jobs, result, time.monotonic() + 60, torch.float32)
+    assert started[0][-4:-1] == ["--resume", str(path), "--budget-s"] and 1 < float(started[0][-1]) <= 60
+    assert json.loads(path.read_text())["not_reached"] == ["swiglu 128k"]
+
+    lost.clear()
+    given = argparse.Namespace(resume=path, budget_s=60.0, commit=None, without=["good"])
+    listed = [(*job[:4], "swiglu") for job in jobs]
+    assert kernels.run_jobs(bench, given, "kernels", tmp_path, listed, {}, time.monotonic(), torch.float32) == 0
+    found = measure.read_result(path)
+    states = {(row["set"], row["provider"]): row["status"] for row in found["rows"]}
+    assert states == {("7b", "halny"): "ok", ("7b", "bad"): "ok", ("128k", "halny"): "ok", ("128k", "bad"): "failed"}
+    reason = next(row["reason"] for row in found["rows"] if row["status"] == "failed")
+    assert reason.startswith("left the GPU in error: RuntimeError: CUDA error") and len(found["rows"]) == 12
+
+
+def test_a_gpu_that_is_lost_to_nobody_known_costs_the_case_and_no_endless_starts(tmp_path, ceilings, monkeypatch):
+    class Dead(measure.Bench):
+        def synchronize(self):
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    class Anew(BaseException):
+        pass
+
+    def anew(path, deadline):
+        raise Anew
+
+    def broken(*_):
+        raise RuntimeError("CUDA error: unspecified launch failure")
+
+    monkeypatch.setattr(kernels, "start_anew", anew)
+    monkeypatch.setattr(kernels, "Case", broken)
+    monkeypatch.setattr(kernels, "Clocks", lambda *_, **__: None)
+    path, operation = tmp_path / "kernels.json", operations.OPERATIONS["swiglu"]
+    jobs = [(operation, "7b", SHAPE, [RIGHT], {})]
+    with pytest.raises(Anew):
+        result = kernels.open_result(CPU, "kernels", "abc") | {"excluded": {}}
+        kernels.run_all(Dead(CPU.device, True, 1), path, jobs, result, time.monotonic() + 60, torch.float32)
+    found = measure.read_result(path)
+    assert found["not_reached"] == [] and {row["status"] for row in found["rows"]} == {"failed"}
+
+
+def test_who_is_left_out_says_so():
+    fakes = [RIGHT, RIGHT._replace(package="Liger-Kernel", note="CuTe DSL")]
+    assert kernels.left_out(fakes, ["CuTe", "quack"]) == {
+        "Liger-Kernel, CuTe DSL": "left out of this run: --without 'CuTe'"
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- warm-up
+
+
+def options(**given) -> argparse.Namespace:
+    return argparse.Namespace(**(dict(warm_only=False, no_warm=False, budget_s=10.0, workers=2) | given))
+
+
+def test_a_warm_up_of_its_own_leaves_its_exclusions_for_the_run(tmp_path, monkeypatch):
+    bench, listed = measure.Bench(CPU.device, False, 2**16), [("swiglu", "quack"), ("swiglu", "halny")]
+    seen = []
+
+    def warm_all(script, jobs, workers, budget_s, save=None, **more):
+        seen.append((script, jobs, budget_s))
+        excluded = {"swiglu": {"quack": "was still compiling after 9 s"}}
+        if save:
+            save(excluded)
+        return excluded
+
+    monkeypatch.setattr(kernels, "warm_all", warm_all)
+    found = kernels.warmed(options(), bench, "kernels", tmp_path, lambda: listed)
+    assert found["swiglu"] and seen == [("kernels.py", listed, 5.0)] and not list(tmp_path.iterdir())  # as ever
+    kernels.warmed(options(warm_only=True), bench, "kernels", tmp_path, lambda: listed)
+    assert seen[1:] == [("kernels.py", listed, 10.0)]
+    again = kernels.warmed(options(), bench, "kernels", tmp_path, lambda: listed)
+    assert again == found and len(seen) == 2
+    assert kernels.warmed(options(no_warm=True), bench, "kernels", tmp_path, lambda: listed) == found
+    assert kernels.warmed(options(no_warm=True), bench, "kernels", tmp_path / "other", lambda: listed) == {}
+    assert len(seen) == 2
+    path = tmp_path / "warm-kernels.json"
+    path.write_text(path.read_text().replace(json.dumps(platform.node()), '"another machine"'))
+    kernels.warmed(options(), bench, "kernels", tmp_path, lambda: listed)
+    assert len(seen) == 3, "what another machine compiled is not on this one"
+
+
+def test_a_warm_up_that_is_ended_has_excluded_what_it_did_not_do(tmp_path):
+    """The file is written before the first job and after each, so it is right whenever it is cut off."""
+    script = tmp_path / "warm.py"
+    script.write_text("import sys\n")
+    saved = []
+    jobs = [("a", "quack"), ("a", "halny"), ("b", "quack")]
+    save = lambda excluded: saved.append(json.loads(json.dumps(excluded)))  # noqa: E731
+    assert kernels.warm_all(str(script), jobs, 1, save=save) == {"a": {}, "b": {}}
+    no_time = {"quack": "no time was left to compile it"}
+    assert saved == [{"a": no_time, "b": no_time}, {"a": {}, "b": no_time}, {"a": {}, "b": no_time}, {"a": {}, "b": {}}]
+
+
+def test_large_jobs_do_not_run_beside_one_another(tmp_path, monkeypatch):
+    script, log = tmp_path / "warm.py", tmp_path / "log"
+    script.write_text(
+        "import sys, time\n"
+        f"for what in ('begins', 'ends'):\n    open({str(log)!r}, 'a').write(f'{{sys.argv[2]}} {{what}}\\n')\n"
+        "    time.sleep(0.3)\n"
+    )
+    monkeypatch.setattr(kernels, "WARM_BYTES", 10)
+    jobs = [(name, "quack") for name in "abc"]
+    kernels.warm_all(str(script), jobs, 3, sizes={"a": 8, "b": 8, "c": 99})
+    lines = log.read_text().split("\n")[:-1]
+    assert len(lines) == 6
+    assert all(lines[i].split()[0] == lines[i + 1].split()[0] for i in range(0, 6, 2)), lines
+
+
+def test_every_warm_job_is_given_enough_memory_and_fits():
+    sizes = {o.name: kernels.warm_bytes(o, operations.SETS) for o in operations.OPERATIONS.values()}
+    logits = 16384 * 32000
+    assert sizes["linear_cross_entropy"] > (2 + 4 + 4) * logits  # in bf16, in fp32, and the fp32 gradient
+    assert all(2e9 < size < kernels.WARM_BYTES / 3 for size in sizes.values()), sizes
+
+
+def test_warm_jobs_begin_with_the_longest():
+    jobs = kernels.warm_jobs("", operations.SETS)
+    assert jobs[0] == ("rms_norm", "torch.compile") and ("adamw, 8bit", "halny") in jobs
+    packages = [provider.partition(",")[0] for _, provider in jobs]
+    assert packages == sorted(packages, key=kernels.COMPILED_AT_FIRST.index)
+
+
+def test_the_disk_cache_of_flash_attn_4_is_on_before_it_is_imported():
+    assert kernels.os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] == "1"
+    assert kernels.os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"]
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+@pytest.fixture
+def on_h200(monkeypatch):
+    """Plans as on a Hopper GPU with the packages that a test names, without one."""
+    monkeypatch.setattr(bench_attention.kernels, "load", lambda peer: (object(), "ok", ""))
+
+    def with_packages(*packages: str) -> None:
+        from halny.kernels import attention
+
+        def plan(B, T, head_dim, dtype, device, *, window, cu_seqlens, backend, max_seqlen=None):
+            hides = window is not None and window < (max_seqlen or T)
+            case = attention.Case((9, 0), dtype, head_dim, hides, cu_seqlens is not None, T == 1, False, packages)
+            return argparse.Namespace(backend=attention.choose(backend, case))
+
+        monkeypatch.setattr(bench_attention, "plan_attention", plan)
+
+    return with_packages
+
+
+def by_title() -> dict:
+    return {bench_attention.title(case.shape): case for case in bench_attention.cases(False)}
+
+
+def test_attention_cases_come_in_order_of_value():
+    assert list(by_title())[:4] == ["4 x 4096", "4 x 4096, documents", "1 x 32768, window 4096", "1 x 32768"]
+
+
+def test_flex_attention_compiles_only_where_asked_or_where_nothing_else_can(on_h200):
+    arguments = by_title(), torch.bfloat16, torch.device("cpu")
+    on_h200("flash-attn-4")
+    jobs = bench_attention.warm_jobs(*arguments, flex=False)
+    assert {backend for _, backend in jobs} == {"flash4"}
+    kinds = [by_title()[name].kind for name, _ in jobs]
+    assert sorted(kinds) == sorted({case.kind for case in by_title().values()})  # each once
+    assert {b for _, b in bench_attention.warm_jobs(*arguments, flex=True)} == {"flash4", "flex", "flex_flash"}
+    for case in by_title().values():
+        names = {peer.name for peer in case.peers(torch.bfloat16, torch.device("cpu"), flex=False)}
+        assert names == {"halny", "flash4", "flash3", "flash2", "cudnn", "sdpa"}
+    on_h200()
+    jobs = bench_attention.warm_jobs(*arguments, flex=False)
+    masked = {name for name, case in by_title().items() if case.kind != (False, False)}
+    assert {name for name, backend in jobs if backend == "flex"} == masked
+
+
+def test_what_could_not_be_compiled_counts_for_its_kind_and_for_ours(on_h200):
+    on_h200("flash-attn-4")
+    arguments = by_title(), torch.bfloat16, torch.device("cpu")
+    found = bench_attention.spread({"4 x 4096": {"flash4": "was still compiling"}}, *arguments)
+    hit = {name for name, reasons in found.items() if reasons}
+    assert hit == {"4 x 4096", "1 x 32768", "2 x 8192"}
+    assert found["1 x 32768"] == {
+        "flash4": "was still compiling", "halny": "flash4, which it chose: was still compiling"
+    }  # fmt: skip
+
+
+def test_rehearsals_take_the_new_options(tmp_path, capsys):
+    assert kernels.main(["--smoke", "--warm-only", "--set", "7b", "--out", str(tmp_path)]) == 0
+    assert json.loads((tmp_path / "warm-kernels.json").read_text()) if (tmp_path / "warm-kernels.json").exists() else 1
+    arguments = ["--smoke", "--set", "128k", "--only", "linear", "--no-warm", "--out", str(tmp_path)]
+    assert kernels.main(arguments) == 0
+    assert {row["set"] for row in measure.read_result(tmp_path / "kernels.json")["rows"]} == {"128k"}
+    with pytest.raises(SystemExit):
+        kernels.main(["--smoke", "--set", "13b"])
+    assert "invalid choice" in capsys.readouterr().err
+    assert sys.argv  # untouched
