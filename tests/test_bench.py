@@ -520,7 +520,7 @@ def test_a_whole_visit_rehearsed(tmp_path, capsys):
     """Every part at tiny sizes, and one more that breaks: the others still run, files are whole, the code says 1."""
     broken = part("broken", "import sys; print('about to fail'); sys.exit('no luck')")
     parts = (gpu_pass.PARTS[0], broken, *gpu_pass.PARTS[1:])
-    assert gpu_pass.main(["--smoke", "--out", str(tmp_path), "--budget-s", "500"], parts) == 1
+    assert gpu_pass.main(["--smoke", "--out", str(tmp_path), "--visit-s", "700"], parts) == 1
     printed = capsys.readouterr().out
     ran = measure.read_result(tmp_path / "pass.json")
     states = {name: entry["status"] for name, entry in ran["parts"].items()}
@@ -534,9 +534,9 @@ def test_a_whole_visit_rehearsed(tmp_path, capsys):
     assert others["hf-bf16"]["status"] == "ok" and others["liger-bf16"]["status"] == "absent"
     gaps = measure.read_result(tmp_path / "profile.json")["profiles"][0]["gaps"]
     assert {row["part"] for row in gaps} == {*profiler.PRECEDENCE, "idle"}
-    names = ("kernels", "attention", "step", "profile", "aot")
+    names = ("kernels", "attention", "step", "profile", "trainer")
     results = {name: measure.read_result(tmp_path / f"{name}.json") for name in names}
-    assert all(results[name]["smoke"] and "no performance figure" in results[name]["note"] for name in names[:-1])
+    assert all(results[name]["smoke"] and "no performance figure" in results[name]["note"] for name in names)
     ours = [row for row in results["kernels"]["rows"] if row["package"] == "halny"]
     assert {row["operation"] for row in ours} == set(operations.OPERATIONS)
     assert all(row["status"] == "ok" for row in ours)
@@ -622,9 +622,9 @@ def test_a_name_that_does_not_exist_is_refused(capsys, tmp_path):
     assert step.main(["--smoke", "--layers", "0", "--out", str(tmp_path / "out")]) == 2
     assert "--layers must be at least 1, got 0" in capsys.readouterr().err
     assert gpu_pass.main(["--smoke", "--only", "tests,kernel", "--out", str(tmp_path / "out")]) == 2
-    assert gpu_pass.main(["--smoke", "--budget-s", "-1", "--out", str(tmp_path / "out")]) == 2
+    assert gpu_pass.main(["--smoke", "--visit-s", "-1", "--out", str(tmp_path / "out")]) == 2
     heard = capsys.readouterr().err
-    assert "--only kernel: there are tests, kernels" in heard and "--budget-s must be positive, got -1" in heard
+    assert "--only kernel: there are step, tests" in heard and "--visit-s must be positive, got -1" in heard
     assert not (tmp_path / "out").exists()
 
 

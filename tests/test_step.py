@@ -222,7 +222,7 @@ def test_a_case_that_fails_is_a_row_and_the_next_goes_on(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(measure, "in_its_own_process", process)
     assert step.main(["--smoke", "--mode", "one-gpu", "rank-of-256", "--moments", "fp32", "--out", str(tmp_path)]) == 1
-    assert asked == ["one-gpu:fp32", "rank-of-256:fp32"]
+    assert asked == ["rank-of-256:fp32", "one-gpu:fp32"]
     rows = measure.read_result(tmp_path / "step.json")["rows"]
     assert [row["status"] for row in rows] == ["failed", "ok"]
     assert "OutOfMemoryError: a lot" in capsys.readouterr().out
@@ -283,10 +283,11 @@ def results(folder: Path) -> Path:
     rows.insert(1, row(step.Case("one-gpu", "8bit"), status="failed", reason="OutOfMemoryError: a lot"))
     fewer = timed(31000.0, 528.5, 0.5555) | {"n_layers": 13, "of_ceiling": 0.5}  # no match for an opponent of 32
     rows.insert(2, row(step.Case("one-gpu", "fp32"), **fewer))
-    hf = {"name": "hf-bf16", "label": opponents.OPPONENTS[1].label, "compiled": opponents.MODEL, "checkpointing": False}
+    by_name = {o.name: o for o in opponents.OPPONENTS}
+    hf = {"name": "hf-bf16", "label": by_name["hf-bf16"].label, "compiled": opponents.MODEL, "checkpointing": False}
     hf |= timed(8500.0, 963.8, 0.3939) | {"micro_batch": 2, "status": "ok", "reason": ""}
     tried = [hf | {"micro_batch": 4, "status": "does not fit", "reason": "needs more"}, dict(hf)]
-    absent = {"name": "liger-bf16", "label": opponents.OPPONENTS[0].label, "status": "absent", "attempts": [],
+    absent = {"name": "liger-bf16", "label": by_name["liger-bf16"].label, "status": "absent", "attempts": [],
               "reason": "ModuleNotFoundError: No module named 'liger_kernel'"}  # fmt: skip
     step_file = about | {"kind": "step", "rows": rows, "opponents": [absent, hf | {"attempts": tried}]}
     measure.write_json(folder / "step.json", step_file)
@@ -445,5 +446,5 @@ def test_opponents_stand_beside_our_rows(tmp_path, monkeypatch, capsys):
     assert opponents.main(["--smoke", "--commit", "def", "--only", "liger", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "step.json").read_text())["rows"] == []
     assert opponents.main(["--smoke", "--only", "nobody", "--out", str(tmp_path / "new")]) == 2
-    assert "--only 'nobody' is part of no name; there are liger-bf16" in capsys.readouterr().err
+    assert "--only 'nobody' is part of no name; there are liger-fp32" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
