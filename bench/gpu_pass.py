@@ -208,7 +208,7 @@ def run_parts(visit: Visit, parts: list[Part], visit_s: float, result: dict, log
             entry |= test_counts(visit.scratch / "tests.xml", said)
         result["parts"][part.name] = entry
         measure.write_json(visit.out / "pass.json", result)
-        print(f"{part.name:11}{entry['status']:20}{entry['seconds']:6.0f} s   {entry['said'][:90]}", flush=True)
+        print(f"{part.name:12}{entry['status']:20}{entry['seconds']:6.0f} s   {entry['said'][:90]}", flush=True)
 
 
 def done_before(part: Part, device: str, smoke: bool, folders: list[Path]) -> dict | None:
@@ -329,7 +329,7 @@ def summary(visit: Visit, result: dict) -> list[str]:
     ]
     troubles = []
     for name, part in result["parts"].items():
-        lines.append(f"{name:10}{part['status']:20}{part['seconds']:6.0f} s   {part['said'][:90]}")
+        lines.append(f"{name:12}{part['status']:20}{part['seconds']:6.0f} s   {part['said'][:90]}")
         if "tests" in name:
             counts = ", ".join(f"{part[k]} {k}" for k in ("passed", "failed", "errors", "skipped"))
             lines.append(f"  {counts}")
@@ -402,7 +402,7 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
                 chosen.append(part)
             else:
                 result["parts"][part.name] = earlier
-                print(f"{part.name:11}done on {earlier['date']}, and nothing that it depends on has changed since; "
+                print(f"{part.name:12}done on {earlier['date']}, and nothing that it depends on has changed since; "
                       "--again repeats it")  # fmt: skip
         with contextlib.suppress(KeyboardInterrupt):  # what is done is kept, and said below
             run_parts(visit, chosen, given.visit_s - (time.monotonic() - began), result, log)

@@ -64,6 +64,8 @@ BEST = "best"
 RANKS, NODE = 256, 4
 START_S = 8  # that a process takes before it can do anything: imports, CUDA
 AROUND_S = 10  # for the steps before those that are timed, and the ceiling after them
+PROFILE_S = 10  # for recording a step and reading its trace
+FIRST_SHARE = 1.5  # of the budget, for the first case: it also compiles
 GRACE_S = 5  # beyond its share of the budget, before a process is ended; gpu_pass.py allows twice as much
 
 # ----------------------------------------------------------------------------------------------------------- the cases
@@ -291,7 +293,8 @@ class Step:
             f"measured beside it: matmuls at {ceiling['tflop_s']:,.0f} TFLOP/s (cuBLAS, these shapes), all else at "
             f"{copy_gb_s:,.0f} GB/s (copy); assumed: attention at {attention_flops / 1e12:,.0f} TFLOP/s",
         )  # fmt: skip
-        return profiler.floors(self.plan.work, speeds, None if self.whole else plan.Sharding.of(self.layout))
+        sharding = None if self.whole else plan.Sharding.of(self.layout)
+        return profiler.floors(self.plan.work, speeds, sharding, stand_in=self.stand_in is not None)
 
 
 def build(bench: measure.Bench, world: train.World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:
@@ -352,7 +355,7 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
         "recomputed": plan.recomputed(step.plan.work),
         "ceiling_before": before, "copy_gb_s": copy_gb_s,
     }  # fmt: skip
-    seconds = given.budget_s - (time.monotonic() - began) - START_S - AROUND_S
+    seconds = given.budget_s - (time.monotonic() - began) - START_S - AROUND_S - PROFILE_S * given.profile
     smi = measure.nvidia_smi() if bench.on_gpu else None
     with measure.Watch() as watch:
         ms = measure.steady_steps(bench, step.run, 3 if bench.smoke else given.steps, max(1.0, seconds))
@@ -542,7 +545,8 @@ def main(arguments: list[str]) -> int:
     about = {"format": 1, "smoke": given.smoke} | note | {"machine": measure.machine(bench, given.commit)}
     result, profiles = about | {"kind": "step", "rows": []}, about | {"kind": "profile", "profiles": []}
     for i, case in enumerate(wanted):
-        seconds = (given.budget_s - (time.monotonic() - started)) / (len(wanted) - i)
+        left, share = given.budget_s - (time.monotonic() - started), 1 if i else FIRST_SHARE
+        seconds = left * share / (share + len(wanted) - i - 1)
         command = ["bench/step.py", "--case", f"{case.mode}:{case.moments}", "--budget-s", str(seconds)]
         command += ["--steps", str(given.steps), *(["--smoke"] if given.smoke else [])]
         for name in ("layers", "micro_batch", "accumulation"):

@@ -427,7 +427,9 @@ def be_export(smoke: bool) -> int:
         ours = load_hf(export, torch.bfloat16).to(device).eval()
         dispatch.launches.clear()
         out = ours(tokens)
-        found = measure.excess(out, logits[torch.bfloat16], logits[torch.float32])
+        found = measure.excess(
+            out, logits[torch.float32], *measure.limits(logits[torch.bfloat16], logits[torch.float32])
+        )
         found |= {"launches": dict(dispatch.launches), "reference_only": smoke, "n_tokens": tokens.numel()}
         found["loss_fp32"] = random_loss(logits[torch.float32], tokens)
         found["loss_ours"] = random_loss(out, tokens)
