@@ -66,21 +66,27 @@ class Visit:
         options = ["--out", str(self.out), "--commit", self.commit, "--budget-s", budget]
         return [sys.executable, f"bench/{name}.py", *smoke, *options, *more]
 
-    def tests(self, which: str, workers: int) -> list[str]:
+    def tests(self, part: str, which: str, workers: int) -> list[str]:
         """pytest's command for the GPU's tests that ``which`` selects, beside one another where pytest-xdist is."""
         options = ["-vv", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--durations=10"]
         # a line for each test as it ends, since the junit file is written at the end, and a compiler may outlast SIGINT
-        options += [f"--junitxml={self.scratch / 'tests.xml'}", "-k", which]
+        options += [f"--junitxml={self.xml(part)}", "-k", which]
         beside = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") and not self.smoke else []
         return [sys.executable, "-m", "pytest", "tests", "-m", "gpu", *options, *beside]
+
+    def xml(self, part: str) -> Path:
+        return self.scratch / f"{part.replace(' ', '-')}.xml"
 
 
 @dataclass(frozen=True)
 class Part:
+    """One process. Neighbours that are not timed run side by side, so that compiling costs little of a visit."""
+
     name: str
     share: float  # of the time left, relative to the shares of the parts still to come
     command: Callable[[Visit, float], list[str]]  # given the seconds it may take
-    beside: Callable[[Visit, float], list[list[str]]] = lambda visit, seconds: []  # what goes on meanwhile, if it can
+    timed: bool = True
+    ahead_of: str | None = None  # the part that it prepares; it runs where that one does
     reads: tuple[str, ...] = ("kernels/*.py", "bench/measure.py")  # what its results depend on, as globs
 
     def fingerprint(self) -> str:
@@ -95,28 +101,28 @@ KERNELS = ("kernels/*.py", "bench/measure.py")
 TRAINER = (*KERNELS, "model/*.py", "train.py")
 
 
-def compile_meanwhile(visit: Visit, seconds: float) -> list[list[str]]:
-    """What is timed later compiles while train.py is tried, which is not timed either."""
-    if visit.smoke:
-        return []
-    return [visit.script(name, seconds, "--warm-only", "--workers", "5") for name in ("kernels", "attention")]
-
-
 LAST = "flex or two_to_the_31"  # tests that compile for long, or need much of the memory
 PARTS = (
     Part("step", 210, lambda v, s: v.script("step", s, "--profile", "--moments", "best", "bf16"),
          reads=(*TRAINER, "bench/step.py")),
-    Part("tests", 110, lambda v, s: v.tests(f"not ({LAST})", 8), reads=(*TRAINER, "tests/*.py")),
-    Part("trainer", 75, lambda v, s: v.script("trainer", s, *(["--data", str(v.data)] if v.data else [])),
-         reads=(*TRAINER, "bench/trainer.py"), beside=compile_meanwhile),
-    # Liger-Kernel's variants in the CuTe DSL keep nothing that they compile, 20 s: for a visit with time to spare
-    Part("kernels", 110, lambda v, s: v.script("kernels", s, "--without", "CuTe DSL"),
-         reads=(*KERNELS, "bench/kernels.py", "bench/operations.py", "bench/peers.py")),
-    Part("attention", 70, lambda v, s: v.script("attention", s),
+    Part("tests", 90, lambda v, s: v.tests("tests", f"not ({LAST})", 4), timed=False, reads=(*TRAINER, "tests/*.py")),
+    Part("trainer", 75, lambda v, s: v.script("trainer", s, *(["--data", str(v.data)] if v.data else [])), timed=False,
+         reads=(*TRAINER, "bench/trainer.py")),
+    Part("warm kernels", 90, lambda v, s: v.script("kernels", s, *warm_up(v)), timed=False, ahead_of="kernels"),
+    Part("warm attention", 90, lambda v, s: v.script("attention", s, *warm_up(v)), timed=False,
+         ahead_of="attention"),
+    Part("attention", 60, lambda v, s: v.script("attention", s),
          reads=("kernels/attention.py", "kernels/dispatch.py", "bench/measure.py", "bench/attention.py")),
-    Part("opponents", 120, lambda v, s: v.script("opponents", s), reads=("bench/opponents.py", "bench/measure.py")),
-    Part("last tests", 90, lambda v, s: v.tests(LAST, 4), reads=(*TRAINER, "tests/*.py")),
+    # Liger-Kernel's variants in the CuTe DSL keep nothing that they compile, 20 s: for a visit with time to spare
+    Part("kernels", 100, lambda v, s: v.script("kernels", s, "--without", "CuTe DSL"),
+         reads=(*KERNELS, "bench/kernels.py", "bench/operations.py", "bench/peers.py")),
+    Part("opponents", 110, lambda v, s: v.script("opponents", s), reads=("bench/opponents.py", "bench/measure.py")),
+    Part("last tests", 90, lambda v, s: v.tests("last tests", LAST, 2), timed=False, reads=(*TRAINER, "tests/*.py")),
 )  # fmt: skip
+
+
+def warm_up(visit: Visit) -> list[str]:
+    return ["--warm-only", "--workers", "1" if visit.smoke else "5"]
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -131,19 +137,33 @@ def start(command: list[str], log) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
 
-def finish(process: subprocess.Popen, seconds: float) -> int | None:
-    """Wait for a part; its exit code, or None if it had to be ended. Nothing of it is left behind, however it ends."""
+def finish(processes: list[subprocess.Popen], seconds: float) -> list[tuple[int | None, float]]:
+    """Wait for processes; each one's exit code, or None if it had to be ended, and how long it took.
+
+    Nothing of them is left behind, however they end.
+    """
+    began, took = time.monotonic(), {}
     try:
-        return process.wait(max(0.1, seconds))
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(subprocess.TimeoutExpired, ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)  # interrupted, pytest still reports
-            process.wait(GRACE_S)
-        return None
+        while len(took) < len(processes) and time.monotonic() - began < seconds:
+            took |= {
+                i: time.monotonic() - began for i, p in enumerate(processes) if i not in took and p.poll() is not None
+            }
+            time.sleep(0.05)
+        late = [process for process in processes if process.poll() is None]
+        for process in late:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT)  # interrupted, pytest still reports
+        end = time.monotonic() + GRACE_S
+        for process in late:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, end - time.monotonic()))
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        for process in processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    whole = time.monotonic() - began
+    return [(None if p in late else p.returncode, took.get(i, whole)) for i, p in enumerate(processes)]
 
 
 def test_counts(xml: Path, said: list[str]) -> dict:
@@ -179,36 +199,53 @@ def last_words(said: list[str]) -> str:
     return next((line[:300] for line in reversed(said) if not line.startswith("KeyboardInterrupt")), "")
 
 
+def groups_of(parts: list[Part]) -> list[list[Part]]:
+    """The parts in order, neighbours that are not timed together."""
+    groups: list[list[Part]] = []
+    for part in parts:
+        if groups and not part.timed and not groups[-1][-1].timed:
+            groups[-1].append(part)
+        else:
+            groups.append([part])
+    return groups
+
+
 def run_parts(visit: Visit, parts: list[Part], visit_s: float, result: dict, log) -> None:
     """All parts in order, each within its share of what is left; result["parts"] is on disk after each."""
-    end = time.monotonic() + visit_s
-    for i, part in enumerate(parts):
+    end, groups = time.monotonic() + visit_s, groups_of(parts)
+    for i, group in enumerate(groups):
         left = end - time.monotonic()
-        limit = left * part.share / sum(p.share for p in parts[i:])
-        began = time.monotonic()
-        entry = {"status": "not reached", "seconds": 0.0, "limit_s": limit, "exit_code": None, "said": ""}
-        said = []
-        if left > 5:
-            (visit.scratch / "tests.xml").unlink(missing_ok=True)
-            place = log.tell()
-            process = start(part.command(visit, limit), log)
-            others = [start(command, log) for command in part.beside(visit, limit)]
-            code = finish(process, limit)
-            for other in others:
-                finish(other, limit - (time.monotonic() - began))
-            log.seek(place)
-            said = [line for line in log.read().splitlines() if line.strip()]
-            log.seek(0, os.SEEK_END)
-            skipped = "tests" in part.name and code == 5  # pytest: nothing collected
-            status = "ended at its limit" if code is None else "ok" if code == 0 or skipped else "failed"
-            words = last_words(said) if status != "ok" else said[-1][:300] if said else ""
-            entry |= {"status": status, "exit_code": code, "seconds": time.monotonic() - began, "said": words}
-            entry["fingerprint"] = part.fingerprint()
-        if "tests" in part.name:
-            entry |= test_counts(visit.scratch / "tests.xml", said)
-        result["parts"][part.name] = entry
-        measure.write_json(visit.out / "pass.json", result)
-        print(f"{part.name:12}{entry['status']:20}{entry['seconds']:6.0f} s   {entry['said'][:90]}", flush=True)
+        shares = [max(part.share for part in one) for one in groups[i:]]
+        limit = left * shares[0] / sum(shares)
+        ended = run_group(visit, group, limit, log) if left > 5 else [(None, 0.0, [])] * len(group)
+        for part, (code, seconds, said) in zip(group, ended, strict=True):
+            is_test = "tests" in part.name
+            good = code == 0 or (is_test and code == 5)  # pytest: nothing collected
+            status = (
+                "not reached" if left <= 5 else "ended at its limit" if code is None else "ok" if good else "failed"
+            )
+            words = last_words(said) if not good else said[-1][:300] if said else ""
+            entry = {"status": status, "seconds": seconds, "limit_s": limit, "exit_code": code, "said": words}
+            entry |= {"fingerprint": part.fingerprint()} | (test_counts(visit.xml(part.name), said) if is_test else {})
+            result["parts"][part.name] = entry
+            measure.write_json(visit.out / "pass.json", result)
+            print(f"{part.name:15}{status:20}{seconds:6.0f} s   {words[:90]}", flush=True)
+
+
+def run_group(visit: Visit, group: list[Part], limit: float, log) -> list[tuple[int | None, float, list[str]]]:
+    """Parts side by side: each one's exit code, seconds and lines, which also go to the log, one part after another."""
+    paths = [visit.scratch / f"{part.name.replace(' ', '-')}.log" for part in group]
+    try:
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in paths]
+            processes = [start(part.command(visit, limit), file) for part, file in zip(group, files, strict=True)]
+            ended = finish(processes, limit)
+    finally:
+        texts = [path.read_text(encoding="utf-8", errors="replace") for path in paths]
+        log.writelines(texts)
+        log.flush()
+    said = [[line for line in text.splitlines() if line.strip()] for text in texts]
+    return [(code, seconds, lines) for (code, seconds), lines in zip(ended, said, strict=True)]
 
 
 def done_before(part: Part, device: str, smoke: bool, folders: list[Path]) -> dict | None:
@@ -329,7 +366,7 @@ def summary(visit: Visit, result: dict) -> list[str]:
     ]
     troubles = []
     for name, part in result["parts"].items():
-        lines.append(f"{name:12}{part['status']:20}{part['seconds']:6.0f} s   {part['said'][:90]}")
+        lines.append(f"{name:15}{part['status']:20}{part['seconds']:6.0f} s   {part['said'][:90]}")
         if "tests" in name:
             counts = ", ".join(f"{part[k]} {k}" for k in ("passed", "failed", "errors", "skipped"))
             lines.append(f"  {counts}")
@@ -348,11 +385,16 @@ def summary(visit: Visit, result: dict) -> list[str]:
     return [*lines, f"files: {visit.out}"]
 
 
+def names_of(parts: tuple[Part, ...]) -> list[str]:
+    """Those that --only takes: what is only a preparation comes with what it is for."""
+    return [part.name for part in parts if part.ahead_of is None]
+
+
 def parser(parts: tuple[Part, ...]) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     made.add_argument("--smoke", action="store_true", help="rehearse on the CPU at tiny sizes, without figures")
     made.add_argument("--visit-s", type=float, default=840, help="seconds for everything [840]")
-    made.add_argument("--only", help=f"parts to run, with commas: {','.join(p.name for p in parts)} [all]")
+    made.add_argument("--only", help=f"parts to run, with commas: {','.join(names_of(parts))} [all]")
     made.add_argument(
         "--again", action="store_true", help="run also what an earlier call did, with nothing changed since"
     )
@@ -365,11 +407,9 @@ def parser(parts: tuple[Part, ...]) -> argparse.ArgumentParser:
 
 def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
     given = parser(parts).parse_args(arguments)
-    wanted = given.only.split(",") if given.only else [part.name for part in parts]
-    problems = [
-        f"--only {name}: there are {', '.join(p.name for p in parts)}"
-        for name in wanted if name not in {part.name for part in parts}
-    ]  # fmt: skip
+    names = names_of(parts)
+    wanted = given.only.split(",") if given.only else names
+    problems = [f"--only {name}: there are {', '.join(names)}" for name in wanted if name not in names]
     if given.visit_s <= 0:
         problems.append(f"--visit-s must be positive, got {given.visit_s:g}")
     for name in ("data", "caches"):
@@ -395,15 +435,15 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
         note = {"note": "smoke: no performance figure"} if given.smoke else {}
         result = {"format": 1, "kind": "pass", "smoke": given.smoke} | note
         result |= {"machine": measure.machine(bench, visit.commit), "parts": {}}
-        chosen, folders = [], [out, *sorted((ROOT / "bench" / "results").glob("*/"))]
-        for part in (part for part in parts if part.name in wanted):
-            earlier = None if given.again else done_before(part, result["machine"]["device"], given.smoke, folders)
-            if earlier is None:
-                chosen.append(part)
-            else:
+        folders = [out, *sorted((ROOT / "bench" / "results").glob("*/"))]
+        for part in (part for part in parts if part.name in wanted and not given.again):
+            earlier = done_before(part, result["machine"]["device"], given.smoke, folders)
+            if earlier is not None:
                 result["parts"][part.name] = earlier
-                print(f"{part.name:12}done on {earlier['date']}, and nothing that it depends on has changed since; "
+                print(f"{part.name:15}done on {earlier['date']}, and nothing that it depends on has changed since; "
                       "--again repeats it")  # fmt: skip
+        left = [name for name in wanted if name not in result["parts"]]
+        chosen = [part for part in parts if (part.ahead_of or part.name) in left]
         with contextlib.suppress(KeyboardInterrupt):  # what is done is kept, and said below
             run_parts(visit, chosen, given.visit_s - (time.monotonic() - began), result, log)
         result["machine"]["nvidia_smi_after"] = measure.nvidia_smi() if bench.on_gpu else None
@@ -413,8 +453,7 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
         if bench.on_gpu and caches.exists():
             print(pack_caches(caches, out / "caches.tar.xz"), flush=True)
     print("\n" + "\n".join(summary(visit, result)), flush=True)
-    ended = [part["status"] for part in result["parts"].values()]
-    return 0 if ended == ["ok"] * len(wanted) else 1
+    return 0 if all(result["parts"].get(name, {}).get("status") == "ok" for name in wanted) else 1
 
 
 if __name__ == "__main__":
