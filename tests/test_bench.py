@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -570,6 +571,76 @@ time.sleep(600)
     child = int((tmp_path / "child").read_text())
     state = subprocess.run(["ps", "-o", "stat=", "-p", str(child)], capture_output=True, text=True).stdout.strip()
     assert not state or state.startswith("Z"), "the part's child outlived it"
+
+
+def test_what_is_done_is_left_out_until_its_files_change(tmp_path, monkeypatch, capsys):
+    """Twice the same visit: nothing runs again. A file touched: only what depends on it does. --again: everything."""
+    root, out = tmp_path / "repository", tmp_path / "out"
+    for name in ("a", "b"):
+        (root / name).mkdir(parents=True)
+        (root / name / "code.py").write_text("1\n")
+    monkeypatch.setattr(gpu_pass, "ROOT", root)
+    parts = tuple(replace(part(name, f"print('this is {name}')"), reads=(f"{name}/*.py",)) for name in ("a", "b"))
+
+    def visit(*more: str) -> list[str]:
+        """The parts that ran."""
+        assert gpu_pass.main(["--smoke", "--out", str(out), *more], parts) == 0
+        said = capsys.readouterr().out.partition("smoke:")[0]
+        return re.findall(r"^(\w+) +ok .*this is \1", said, re.M)
+
+    assert visit() == ["a", "b"] and visit() == []
+    (root / "b" / "code.py").write_text("2\n")
+    assert visit() == ["b"] and visit() == [] and visit("--again") == ["a", "b"]
+    states = measure.read_result(out / "pass.json")["parts"]
+    assert {name: entry["status"] for name, entry in states.items()} == {"a": "ok", "b": "ok"}
+    monkeypatch.setattr(gpu_pass.measure, "machine", lambda *_: machine() | {"device": "another"})
+    assert visit() == ["a", "b"]  # what another device did says nothing
+
+
+def test_what_is_not_timed_runs_side_by_side(tmp_path):
+    """Each of two parts waits for the other; the third begins when both have ended. Log and states are whole."""
+    code = f"""
+import pathlib, sys, time
+here = pathlib.Path({str(tmp_path)!r})
+(here / sys.argv[1]).touch()
+while not (here / sys.argv[2]).exists():
+    time.sleep(0.01)
+print("met", sys.argv[2])
+"""
+
+    def waits(name: str, other: str) -> gpu_pass.Part:
+        return gpu_pass.Part(name, 1, lambda visit, seconds: [sys.executable, "-c", code, name, other], timed=False)
+
+    last = part("last", f"import os; print(sorted(os.listdir({str(tmp_path)!r})))")
+    result = {"parts": {}}
+    with (tmp_path / "log.txt").open("w+") as log:
+        visit = gpu_pass.Visit(True, tmp_path, tmp_path, "abc")
+        gpu_pass.run_parts(visit, [waits("one", "two"), waits("two", "one"), last], 60, result, log)
+    said = {name: (entry["status"], entry["said"]) for name, entry in result["parts"].items()}
+    assert said["one"] == ("ok", "met two") and said["two"] == ("ok", "met one")
+    assert "'one'" in said["last"][1] and "'two'" in said["last"][1]
+    assert [p.name for p in gpu_pass.groups_of(list(gpu_pass.PARTS))[0]] == ["step"]
+
+
+def test_a_part_that_fails_says_why():
+    traceback = ["Traceback (most recent call last):", '  File "x.py", line 1', "ValueError: no such thing", "bye"]
+    assert gpu_pass.last_words(traceback) == "ValueError: no such thing"
+    assert gpu_pass.last_words(["3 failed, 2 passed", "KeyboardInterrupt"]) == "3 failed, 2 passed"
+    assert gpu_pass.last_words([]) == ""
+
+
+def test_compiled_kernels_travel(tmp_path, monkeypatch):
+    for name in gpu_pass.CACHE_VARIABLES:
+        monkeypatch.setenv(name, "")
+    gpu_pass.use_caches(tmp_path / "here", None)
+    for name in gpu_pass.CACHE_VARIABLES:
+        Path(os.environ[name]).mkdir(parents=True)
+        (Path(os.environ[name]) / "kernel").write_bytes(b"cubin")
+    assert "caches.tar.xz, 0.0 MiB" in gpu_pass.pack_caches(tmp_path / "here", tmp_path / "caches.tar.xz")
+    gpu_pass.use_caches(tmp_path / "there", tmp_path / "caches.tar.xz")
+    for name in gpu_pass.CACHE_VARIABLES:
+        assert os.environ[name].startswith(str(tmp_path / "there"))
+        assert (Path(os.environ[name]) / "kernel").read_bytes() == b"cubin"
 
 
 def test_tests_are_counted_from_their_file(tmp_path):
