@@ -474,18 +474,6 @@ def products_of(config: MistralConfig, n_tokens: int) -> dict[str, tuple[str, in
     return found
 
 
-def product_operands(bench: Bench, products: dict[str, tuple[str, int, int, int, int]]) -> list[tuple[Tensor, Tensor]]:
-    """The two factors of each product, bf16 and random: views of three buffers, of x, dy and w."""
-    shapes = [((rows, n_in), (rows, n_out), (n_out, n_in)) for _, rows, n_out, n_in, _ in products.values()]
-    largest = [max(a * b for a, b in one) for one in zip(*shapes, strict=True)]
-    flat = [torch.randn(n, device=bench.device, dtype=torch.bfloat16) for n in largest]
-    pairs = []
-    for (kind, *_), sizes in zip(products.values(), shapes, strict=True):
-        x, dy, w = (buffer[: a * b].view(a, b) for buffer, (a, b) in zip(flat, sizes, strict=True))
-        pairs.append({"forward": (x, w.T), "input gradient": (dy, w), "weight gradient": (dy.T, x)}[kind])
-    return pairs
-
-
 def matmul_ceiling(bench: Bench, config: MistralConfig, n_tokens: int, seconds: float = 2.0) -> dict:
     """The step's own matrix products and nothing else, by torch (cuBLAS) in bf16 on random data, back to back.
 
@@ -495,7 +483,14 @@ def matmul_ceiling(bench: Bench, config: MistralConfig, n_tokens: int, seconds: 
     products = products_of(config, n_tokens)
     if bench.smoke:
         products = {name: (kind, 8, 16, 16, times) for name, (kind, *_, times) in products.items()}
-    pairs = product_operands(bench, products)
+    # x, dy and w of all products are views of three buffers
+    shapes = [((rows, n_in), (rows, n_out), (n_out, n_in)) for _, rows, n_out, n_in, _ in products.values()]
+    largest = [max(a * b for a, b in one) for one in zip(*shapes, strict=True)]
+    flat = [torch.randn(n, device=bench.device, dtype=torch.bfloat16) for n in largest]
+    pairs = []
+    for (kind, *_), sizes in zip(products.values(), shapes, strict=True):
+        x, dy, w = (buffer[: a * b].view(a, b) for buffer, (a, b) in zip(flat, sizes, strict=True))
+        pairs.append({"forward": (x, w.T), "input gradient": (dy, w), "weight gradient": (dy.T, x)}[kind])
 
     def turn() -> list:
         marks = []
@@ -750,13 +745,6 @@ CONVERGENCE_ROW = {
 }  # fmt: skip
 TRAINER_ROW = {"name": str, "status": str, "reason": str, "seconds": NUMBER, "from_s": NUMBER, "to_s": NUMBER,
                "command": str, "figures": dict, "said": list}  # fmt: skip
-PRODUCT_ROW = {"name": str, "kind": str, "shape": {"rows": int, "out": int, "in": int}, "times": int, "status": str,
-               "reason": str}  # fmt: skip
-CANDIDATE = {"name": str, "config": dict, "kernels": list, "reason": str, "screened_ms": MAYBE, "ms": MAYBE}
-TIMED_PRODUCT = {"default_ms": NUMBER, "default_tflop_s": NUMBER, "best": str, "best_ms": NUMBER, "gain": NUMBER,
-                 "candidates": [CANDIDATE]}  # fmt: skip
-DECISION = {"seconds": NUMBER, "default_ms": NUMBER, "best_ms": NUMBER, "gain": NUMBER,
-            "stretches": [{"set": str, "ms": NUMBER, "turns": int}]}  # fmt: skip
 
 KINDS: dict[str, dict] = {
     "kernels": {"ceilings": CEILINGS, "rows": [ROW]},
@@ -766,7 +754,6 @@ KINDS: dict[str, dict] = {
     "pass": {"parts": dict},
     "trainer": {"rows": [TRAINER_ROW]},
     "convergence": {"setting": CONVERGENCE_SETTING, "summary": [CONVERGENCE_ROW]},
-    "products": {"preset": str, "tokens": int, "cublaslt": str, "rows": [PRODUCT_ROW]},
 }
 
 
@@ -810,10 +797,6 @@ def read_result(path: Path) -> dict:
         check_rows(value.get("opponents", []), f"{where}.opponents", lambda row: TIMED_STEP)
     if value["kind"] == "profile":
         check_rows(value["profiles"], f"{where}.profiles", lambda row: PROFILE)
-    if value["kind"] == "products":
-        check_rows(value["rows"], f"{where}.rows", lambda row: TIMED_PRODUCT)
-        if value.get("decision") is not None:
-            check(value["decision"], DECISION, f"{where}.decision")
     for rows in ("rows", "profiles"):
         if value["kind"] in ("step", "profile"):
             check_labels(value.get(rows, []), f"{where}.{rows}")
