@@ -161,6 +161,7 @@ TRAFFIC = {
     ),
     "add_rounded_kernel": lambda a, c: (a[:2], [a[0]]),
     "add_wide_kernel": lambda a, c: (a[:2], [a[2]]),
+    "chunk_cat_kernel": lambda a, c: ([a[0]], [a[1]]),
 }
 PART_OF = {
     **dict.fromkeys(("one_block_kernel", "online_kernel", "scale_kernel"), "loss"),
@@ -169,6 +170,7 @@ PART_OF = {
     **{"linalg_vector_norm": "optimizer", "add_rounded_kernel": SUMS, "add_wide_kernel": SUMS},
     **dict.fromkeys(("copy_", "_to_copy", "clone", "_foreach_copy_"), "copies"),
     **dict.fromkeys(("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat"), "copies"),
+    "chunk_cat_kernel": "copies",
 }
 TRANSFERS = ("copy_", "_copy_from", "_to_copy", "_foreach_copy_", "index_put_", "_index_put_impl_")
 MADE_OF_VALUES = (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor)
@@ -300,7 +302,8 @@ class Count(MetaMode):
         else:
             part = PART_OF.get(name, OTHER + "metrics")
             if self._inside is not None:
-                label, part = f"{label} in {self._inside}", "loss" if "entropy" in self._inside else ROWS
+                label = f"{label} in {self._inside}"
+                part = PART_OF.get(self._inside, "loss" if "entropy" in self._inside else ROWS)
             elif name in ("add", "add_") and out.numel() >= LARGE:
                 part = OTHER + "residual adds" if out.ndim == 3 else SUMS
             self._add(label, part, read, written)

@@ -166,6 +166,10 @@ def shard_model(model: Mistral, layout: Layout, world: World, compute_dtype: tor
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    from halny.kernels import chunk_cat, dispatch
+
+    if world.device.type != "cpu" or dispatch.INTERPRETED:
+        chunk_cat.use_in_fsdp()
     mesh = world.mesh
     if layout.replicate > 1:
         shape = (layout.replicate, layout.shard)

@@ -188,6 +188,7 @@ def check_step(case: Case, calls: list[Call]) -> None:
     assert names["rms_norm_forward_kernel"] == names["rms_norm_backward_kernel"] == 2 * n + 1
     assert names["swiglu_forward_kernel"] == names["swiglu_backward_kernel"] == n and names["rope_kernel"] == 2 * n
     assert names["aten::clone"] == 0
+    assert names["chunk_cat_kernel"] == (6 * n + 3 if case.ranks > 1 else 0)  # a gradient each
     apart = [part for part in account.parts_of(calls, case, H200) if part.differs]
     assert not apart
 
@@ -210,6 +211,8 @@ def test_gathered_weights_cost_copies(reshard, again):
     case = Case(replace(SMALL_MODEL, dim=500, hidden_dim=1003, vocab_size=250), 1, 64, 16, reshard=reshard)
     calls = count_step(case)
     assert not any(part.differs for part in account.parts_of(calls, case, H200))
+    copies = Counter(c.name for c in calls if "chunk_cat" in c.name)  # padded by PyTorch, not by the kernel
+    assert copies == {"aten::_chunk_cat in chunk_cat": case.config.n_layers + 1}
     wanted = roofline.collectives(case.config, 16, gathered_again=again)
     assert sum(c.name.endswith("_base_") for c in calls) == sum(c.count for c in wanted)
     assert sum(c.part == "communication" and not c.name.endswith("_base_") for c in calls) <= 4  # of a few numbers

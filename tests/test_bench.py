@@ -314,7 +314,7 @@ def test_kernels_are_assigned_by_name(kernel, expected):
 def test_our_kernels_have_a_category():
     """Each kernel of kernels/ has one, so a new one is not lost in "other"."""
     for case in aot.cases():
-        assert profiler.category(case.kernel.__name__) in ("norm, RoPE, SwiGLU", "loss", "optimizer"), case.name
+        assert profiler.category(case.kernel.__name__) != "other", case.name
 
 
 def test_breakdown_counts_idle_once_and_names_the_rest():

@@ -23,8 +23,9 @@ def run(*command: str, interpreted: bool) -> str:
     return done.stdout
 
 
-def test_the_row_kernels_in_the_interpreter():
-    done = run("-m", "pytest", "tests/test_row_kernels.py", "-p", "no:cacheprovider", interpreted=True)
+@pytest.mark.parametrize("kernels", ["row_kernels", "chunk_cat"])
+def test_kernels_in_the_interpreter(kernels):
+    done = run("-m", "pytest", f"tests/test_{kernels}.py", "-p", "no:cacheprovider", interpreted=True)
     counts = done.splitlines()[-1]
     assert " passed" in counts and "failed" not in counts, done
 
@@ -38,6 +39,7 @@ def test_ahead_of_time_limits_sm_90():
         "rope backward",
         "swiglu backward and h",
         "cross_entropy",
+        "chunk_cat",
     ):
         assert f"\n{kernel} " in table, table
 

@@ -201,7 +201,7 @@ KERNELS = {  # as CUPTI names them on a Hopper GPU: cuDNN 9, cuBLAS 13, FlashAtt
         NATIVE + "vectorized_elementwise_kernel<4, at::native::bfloat16_copy_kernel_cuda(at::TensorIteratorBase&)>",
         NATIVE + "unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(at::TensorIteratorBase&)>",
         NATIVE + "(anonymous namespace)::CatArrayBatchedCopy_alignedK_contig<OpaqueType<4u>, unsigned int, 1, 64>",
-        NATIVE + "detail::chunk_cat_cuda_kernel<float, c10::BFloat16>",
+        NATIVE + "detail::chunk_cat_cuda_kernel<float, c10::BFloat16>", "chunk_cat_kernel",
         NATIVE + "detail::split_with_sizes_copy_out_contiguous_no_cast_kernel(char**, char**)",
     ),
     "optimizer": (
