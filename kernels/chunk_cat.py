@@ -96,11 +96,9 @@ def fits(tensors: Sequence[Tensor], dim: int, num_chunks: int, out: Tensor) -> b
             and x.device == out.device
             and x.is_contiguous()
             and x.numel() > 0
-            and x.ndim > 0
-            and x.shape[0] % num_chunks == 0
             for x in tensors
         )
-        and out.shape == (num_chunks, sum(x.numel() for x in tensors) // num_chunks)
+        and out.shape == (num_chunks, sum(x.numel() for x in tensors) // num_chunks)  # wider if a tensor is padded
     )
 
 

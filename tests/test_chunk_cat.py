@@ -70,6 +70,7 @@ def test_bits_are_pytorchs(chunks, shapes, dtype, launches):
     [
         ([torch.rand(8, 2), torch.rand(7, 3)], 4, torch.float32),  # padded
         ([torch.rand(3, 5)], 4, torch.float32),  # fewer rows than chunks
+        ([torch.rand(6, 2), torch.rand(2, 2)], 4, torch.float32),  # padded, though elements divide
         ([torch.rand(8, 6).T.contiguous().T], 2, torch.float32),
         ([torch.rand(8, 6)[:, :3]], 2, torch.float32),
         ([torch.rand(8, 2).bfloat16()], 2, torch.bfloat16),  # nothing here is fp32
@@ -88,10 +89,15 @@ def test_other_dimensions_wrong_sizes_and_the_switch_are_pytorchs(launches):
     assert torch.equal(out, torch._chunk_cat([x], 1, 2))
     with dispatch.reference_only():
         both([x], 2)
+    columns = torch.full((12, 2), float("nan")).T  # of an output
+    chunk_cat.chunk_cat([x], 0, 2, out=columns)
+    assert torch.equal(columns, x.view(2, 12))
     with warnings.catch_warnings(record=True):  # PyTorch resizes, and says so
         chunk_cat.chunk_cat([x], 0, 2, out=torch.empty(2, 13))
     with pytest.raises(RuntimeError):
         chunk_cat.chunk_cat([x], 0, 0, out=torch.empty(2, 12))
+    with pytest.raises(RuntimeError, match="non-empty"):
+        chunk_cat.chunk_cat([x, x[:0]], 0, 2, out=torch.empty(2, 12))
     assert not launches
 
 
