@@ -1,6 +1,7 @@
 """A whole visit to a GPU machine in one command: the 7B step, tests, train.py itself, kernels, attention, opponents.
 
-    python bench/gpu_pass.py --visit-s 560 [--only step,tests] [--out DIR]
+    python bench/gpu_pass.py --visit-s 840 [--only step,tests] [--out DIR]
+    python bench/gpu_pass.py --calls 400,390  which parts go into which call, where one command may not run so long
     python bench/gpu_pass.py --smoke          here: the same parts at tiny sizes, under 4 minutes, no figures
 
 bench/VISIT.md is the recipe for a visit. The most valuable part comes first. Each is a process of its own, ended when
@@ -10,8 +11,8 @@ failed.
 
 A visit may be several calls. A part that an earlier call did on this device is left out, as long as the files that it
 depends on are what they were then (``Part.reads``; the call's pass.json, found in bench/results/ or in DIR, holds their
-checksum); --again runs it all the same. What Triton and Inductor have compiled is packed into DIR/caches.tar.xz at the
-end of a call, and unpacked from --caches at the start of the next.
+checksum); --again runs it all the same. With --pack-caches what Triton and Inductor have compiled is packed into
+DIR/caches.tar.xz at the end of a call, and unpacked from --caches at the start of the next.
 
 In DIR (or $OUT, or bench/results/DATE-DEVICE): pass.json says what ran and how it ended, with the tests' counts;
 log.txt is all that was printed; step.json, profile.json, trainer.json, kernels.json and attention.json are the parts'.
@@ -111,18 +112,18 @@ PARTS = (
     Part("warm kernels", 90, lambda v, s: v.script("kernels", s, *warm_up(v)), timed=False, ahead_of="kernels"),
     Part("warm attention", 90, lambda v, s: v.script("attention", s, *warm_up(v)), timed=False,
          ahead_of="attention"),
-    Part("attention", 60, lambda v, s: v.script("attention", s),
-         reads=("kernels/attention.py", "kernels/dispatch.py", "bench/measure.py", "bench/attention.py")),
     # Liger-Kernel's variants in the CuTe DSL keep nothing that they compile, 20 s: for a visit with time to spare
     Part("kernels", 100, lambda v, s: v.script("kernels", s, "--without", "CuTe DSL"),
          reads=(*KERNELS, "bench/kernels.py", "bench/operations.py", "bench/peers.py")),
+    Part("attention", 60, lambda v, s: v.script("attention", s),
+         reads=("kernels/attention.py", "kernels/dispatch.py", "bench/measure.py", "bench/attention.py")),
     Part("opponents", 110, lambda v, s: v.script("opponents", s), reads=("bench/opponents.py", "bench/measure.py")),
-    Part("last tests", 90, lambda v, s: v.tests("last tests", LAST, 2), timed=False, reads=(*TRAINER, "tests/*.py")),
+    Part("last tests", 90, lambda v, s: v.tests("last tests", LAST, 1), timed=False, reads=(*TRAINER, "tests/*.py")),
 )  # fmt: skip
 
 
 def warm_up(visit: Visit) -> list[str]:
-    return ["--warm-only", "--workers", "1" if visit.smoke else "5"]
+    return ["--warm-only", "--workers", "1" if visit.smoke else "6"]
 
 
 # ------------------------------------------------------------------------------------------------------------- running
@@ -192,11 +193,15 @@ def test_counts(xml: Path, said: list[str]) -> dict:
 
 
 def last_words(said: list[str]) -> str:
-    """Of a part's lines the one that says most: its last, unless a traceback's last line or an error came before it."""
-    for line in reversed(said):
-        if re.match(r"(\w+\.)*\w*(Error|Exception|Refused)\b", line):
-            return line[:300]
-    return next((line[:300] for line in reversed(said) if not line.startswith("KeyboardInterrupt")), "")
+    """Of a part's lines the one that says most: its last, unless a traceback's last line or an error came before it.
+
+    The traceback of a process that was interrupted, because its time was over, says nothing.
+    """
+    if "KeyboardInterrupt" in said:
+        starts = [i for i, line in enumerate(said) if line.startswith("Traceback ")]
+        said = said[: starts[0]] if starts else [line for line in said if line != "KeyboardInterrupt"]
+    errors = (line for line in reversed(said) if re.match(r"(\w+\.)*\w*(Error|Exception|Refused)\b", line))
+    return next(errors, said[-1] if said else "")[:300]
 
 
 def groups_of(parts: list[Part]) -> list[list[Part]]:
@@ -296,7 +301,7 @@ def kernel_lines(path: Path, smoke: bool) -> list[str]:
     except measure.BadResult as error:
         return [str(error)]
     states = [row["status"] for row in result["rows"]]
-    lines = [f"{path.name}: " + ", ".join(f"{states.count(s)} {s}" for s in ("ok", "wrong", "failed", "absent"))]
+    lines = [f"{path.name}: " + ", ".join(f"{states.count(s)} {s}" for s in sorted(set(states), key=states.index))]
     cases: dict[str, dict[str, list[dict]]] = {}
     for row in [] if smoke else result["rows"]:
         modes = cases.setdefault(f"{row['operation']} {row['set']}", {})
@@ -385,6 +390,25 @@ def summary(visit: Visit, result: dict) -> list[str]:
     return [*lines, f"files: {visit.out}"]
 
 
+LONGEST_CALL_S = 600
+
+
+def calls_of(parts: tuple[Part, ...], seconds: list[float]) -> list[list[str]]:
+    """The parts of each call, in order, by their shares taken for seconds; what no call has room for comes last.
+
+    The first part of a call always belongs to it, however short the call is.
+    """
+    calls: list[list[str]] = [[] for _ in seconds]
+    left, i = list(seconds), 0
+    for group in groups_of(list(parts)):
+        share = max(part.share for part in group)
+        while calls[i] and share > left[i] and i + 1 < len(calls):
+            i += 1
+        calls[i] += names_of(tuple(group))
+        left[i] -= share
+    return calls
+
+
 def names_of(parts: tuple[Part, ...]) -> list[str]:
     """Those that --only takes: what is only a preparation comes with what it is for."""
     return [part.name for part in parts if part.ahead_of is None]
@@ -399,6 +423,8 @@ def parser(parts: tuple[Part, ...]) -> argparse.ArgumentParser:
         "--again", action="store_true", help="run also what an earlier call did, with nothing changed since"
     )
     made.add_argument("--data", type=Path, help="folder that train.py trains on [random tokens]; see bench/trainer.py")
+    made.add_argument("--calls", help="print the commands of calls of so many seconds each, at most 600, and end")
+    made.add_argument("--pack-caches", action="store_true", help="leave caches.tar.xz for the next call")
     made.add_argument("--caches", type=Path, help="caches.tar.xz of an earlier call, so that less is compiled [none]")
     made.add_argument("--out", type=Path, help="folder for the files [$OUT, or as bench/kernels.py]")
     made.add_argument("--commit", help="commit to record where there is no git checkout")
@@ -410,11 +436,18 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
     names = names_of(parts)
     wanted = given.only.split(",") if given.only else names
     problems = [f"--only {name}: there are {', '.join(names)}" for name in wanted if name not in names]
+    calls = [float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0 for text in (given.calls or "1").split(",")]
+    if not all(0 < s <= LONGEST_CALL_S for s in calls):
+        problems.append(f"--calls must be seconds with commas, each at most {LONGEST_CALL_S}, got {given.calls!r}")
     if given.visit_s <= 0:
         problems.append(f"--visit-s must be positive, got {given.visit_s:g}")
     for name in ("data", "caches"):
         if getattr(given, name) and not getattr(given, name).exists():
             problems.append(f"--{name} {getattr(given, name)} does not exist")
+    if given.calls and not problems:
+        for seconds, chosen in zip(calls, calls_of(parts, calls), strict=True):
+            print(f"python bench/gpu_pass.py --visit-s {seconds:g} --only '{','.join(chosen)}'")
+        return 0
     try:
         bench = measure.bench_on(given.smoke)
     except RuntimeError as error:
@@ -450,7 +483,7 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
         measure.write_json(out / "pass.json", result)
         for path in out.glob("warm-*.json"):  # of this machine only
             path.unlink()
-        if bench.on_gpu and caches.exists():
+        if given.pack_caches and caches.exists():
             print(pack_caches(caches, out / "caches.tar.xz"), flush=True)
     print("\n" + "\n".join(summary(visit, result)), flush=True)
     return 0 if all(result["parts"].get(name, {}).get("status") == "ok" for name in wanted) else 1

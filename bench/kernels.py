@@ -8,7 +8,8 @@
 A row is an operation, a set of shapes, a mode and a provider (peers.py). Before a provider is timed, its outputs and
 gradients at the very shape are held against the operation's reference in fp64: |out - truth| may be at most
 2 |PyTorch in the same dtype - truth| plus one rounding. One that is not is reported wrong; one that is not installed,
-absent; one that raises, failed: never left out. How time is taken, short kernels in bursts: measure.py.
+absent; one that is but cannot do the case, as without a GPU, cannot run here; one that was not compiled in time, not
+tried; one that raises, failed: never left out. How time is taken, short kernels in bursts: measure.py.
 
 **Ceilings.** of_ceiling is the share of a large copy's rate (2 GiB) or of cuBLAS's, and the figure that goals are
 stated in. Beside the providers of a mode a copy of as many bytes takes its turns, timed as they are:
@@ -179,13 +180,18 @@ def line_of(error: BaseException) -> str:
 
 
 def load(peer: Peer) -> tuple[Callable | None, str, str]:
-    """(the function to call, "ok", "") or (None, "absent" or "failed", why)."""
+    """(the function to call, "ok", "") or (None, "absent", "cannot run here" or "failed", why)."""
     try:
         return peer.load(), "ok", ""
-    except (ImportError, AttributeError, ValueError) as error:  # a ValueError: it is here, but cannot do the case
+    except (ImportError, AttributeError) as error:
         return None, "absent", line_of(error)
+    except ValueError as error:  # it is here, but cannot do the case
+        return None, "cannot run here", line_of(error)
     except Exception as error:  # it is here, but does not get on with another package
         return None, "failed", line_of(error)
+
+
+BY_SIGNAL, IN_ERROR = "was ended by signal", "left the GPU in error"
 
 
 def judge(case: Case, providers: list[Peer], excluded: dict[str, str]) -> tuple[dict, dict, dict]:
@@ -193,7 +199,8 @@ def judge(case: Case, providers: list[Peer], excluded: dict[str, str]) -> tuple[
     functions, status, errors = {}, {}, {}
     for peer in providers:
         if peer.name in excluded:
-            status[peer.name] = "failed", excluded[peer.name]
+            crashed = any(word in excluded[peer.name] for word in (BY_SIGNAL, IN_ERROR))
+            status[peer.name] = "failed" if crashed else "not tried", excluded[peer.name]
             continue
         function, *state = load(peer)
         status[peer.name] = tuple(state)
@@ -313,7 +320,8 @@ def release(bench: Bench) -> None:
 WARM_S = 60  # for one provider in all cases of an operation; more if the budget is more
 WARM_SHARE = 0.5  # of the budget, for all of them
 WARM_BYTES = 48e9  # of GPU memory, for all the processes together
-COMPILED_AT_FIRST = ("torch.compile", "quack", "halny", "Liger-Kernel", "cut-cross-entropy")
+# In this order: those that take seconds first, since torch.compile, which tries dozens of tiles, took all the time once
+COMPILED_AT_FIRST = ("Liger-Kernel", "halny", "cut-cross-entropy", "quack", "torch.compile")
 
 
 def run_once(bench: Bench, operation: Operation, function: Callable, shape: dict) -> None:
@@ -340,7 +348,7 @@ def warm(bench: Bench, operation: Operation, provider: str, sets: dict[str, dict
 
 
 def warm_jobs(only: str, sets: dict[str, dict]) -> list[tuple[str, str]]:
-    """(operation, provider) of all that compiles and keeps it, the longest first: torch.compile tries dozens of tiles.
+    """(operation, provider) of all that compiles and keeps it, the quickest first.
 
     Liger-Kernel's CuTe DSL keeps nothing: its kernels, some seconds each, compile in the process that times them.
     """
@@ -401,7 +409,7 @@ def warm_all(
             done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
         except subprocess.TimeoutExpired:
             return f"was still compiling after {seconds:.0f} s"
-        return f"its process was ended by signal {-done.returncode}" if done.returncode < 0 else None
+        return f"its process {BY_SIGNAL} {-done.returncode}" if done.returncode < 0 else None
 
     def one(job: tuple[str, str]) -> None:
         nonlocal free
@@ -415,7 +423,7 @@ def warm_all(
             free += size
             room.notify_all()
             excluded[case].pop(provider, None)
-            if reason and (provider != "halny" or "signal" in reason):
+            if reason and (provider != "halny" or BY_SIGNAL in reason):
                 excluded[case][provider] = reason
             save(excluded)
 
@@ -511,7 +519,7 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
             reason, culprit = line_of(error), getattr(error, "provider", None)
             if culprit in {peer.name for peer in providers} - set(excluded):
                 result["rows"] = [r for r in result["rows"] if (r["operation"], r["set"]) != (operation.name, set_name)]
-                result["lost"].setdefault(name, {})[culprit] = f"left the GPU in error: {error.reason}"
+                result["lost"].setdefault(name, {})[culprit] = f"{IN_ERROR}: {error.reason}"
                 measure.write_json(path, result)
                 print(f"{name}: {error}; starting anew without it", flush=True)
                 start_anew(path, deadline)
@@ -534,7 +542,7 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
     measure.write_json(path, result)
     bad = [row for row in result["rows"] if row["package"] == "halny" and row["status"] != "ok"]
     timed = sum(row["status"] == "ok" for row in result["rows"])
-    print(f"{timed} rows timed, {len(result['rows']) - timed} absent, failed or wrong, of which {len(bad)} of halny's")
+    print(f"{timed} rows timed, {len(result['rows']) - timed} without a figure, of which {len(bad)} of halny's")
     if result["not_reached"]:
         print(f"not reached: {'; '.join(result['not_reached'])}")
     return 1 if bad or not timed or result["broken"] else 0

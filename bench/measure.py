@@ -343,8 +343,8 @@ def ceilings(bench: Bench) -> dict:
 
 # What every figure of a mode of bench/step.py says of itself, in the same cell or sentence.
 MODE_LABELS = {
-    "one-gpu": "training on one GPU",
     "rank-of-256": "one rank of 256, emulated, no network",
+    "one-gpu": "training on one GPU",
     "model-of-256": "calculated",
 }
 

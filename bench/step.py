@@ -23,7 +23,8 @@ calls good to those it calls leading. Needs no GPU.
 
 Each case runs in a process of its own; one that fails or runs out of memory is recorded so, and the next goes on.
 Before and after its steps the same process times the step's matrix products alone (measure.matmul_ceiling). With
---profile it also records one more step after those that were timed, and says where the time goes (model/profiler.py).
+--profile it also records one more step after those that were timed, and says where the time goes (model/profiler.py);
+the trace of the first case is kept.
 """
 # ruff: noqa: E402  imports follow the change of sys.path
 
@@ -552,12 +553,15 @@ def main(arguments: list[str]) -> int:
         for name in ("layers", "micro_batch", "accumulation"):
             if getattr(given, name):
                 command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
+        trace = out / f"trace-{case.name}.json.gz"
         if given.profile:
-            command += ["--profile", "--trace", str(out / f"trace-{case.name}.json.gz")]
+            command += ["--profile", "--trace", str(trace)]
         row = measure.in_its_own_process([*command, "--row"], seconds + GRACE_S)
         missing = {"case": case.name, "mode": case.mode, "moments": case.moments}
         missing["label"] = label(case, PRESETS["mistral-7b"], case.micro_batch, SEQ_LEN, given.smoke)
         row = missing | row
+        if i:
+            trace.unlink(missing_ok=True)
         lines = lines_of(row, given.smoke)
         if (found := row.pop("profile", None)) is not None:
             profiles["profiles"].append(found)

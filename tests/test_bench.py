@@ -580,6 +580,8 @@ def test_what_is_done_is_left_out_until_its_files_change(tmp_path, monkeypatch, 
         (root / name).mkdir(parents=True)
         (root / name / "code.py").write_text("1\n")
     monkeypatch.setattr(gpu_pass, "ROOT", root)
+    for name in gpu_pass.CACHE_VARIABLES:
+        monkeypatch.setenv(name, "")  # which a visit sets
     parts = tuple(replace(part(name, f"print('this is {name}')"), reads=(f"{name}/*.py",)) for name in ("a", "b"))
 
     def visit(*more: str) -> list[str]:
@@ -622,10 +624,24 @@ print("met", sys.argv[2])
     assert [p.name for p in gpu_pass.groups_of(list(gpu_pass.PARTS))[0]] == ["step"]
 
 
+def test_a_visit_in_several_calls(capsys, tmp_path):
+    """Every part is in one call, in order; preparations come with what they prepare; no call may be too long."""
+    assert gpu_pass.main(["--calls", "240,300,290"]) == 0
+    commands = capsys.readouterr().out.splitlines()
+    chosen = [command.partition("--only ")[2].strip("'").split(",") for command in commands]
+    assert [name for one in chosen for name in one] == gpu_pass.names_of(gpu_pass.PARTS) and chosen[0] == ["step"]
+    assert [re.search(r"--visit-s (\d+)", command)[1] for command in commands] == ["240", "300", "290"]
+    for calls in ("400,700", "0", "400,", "a"):
+        assert gpu_pass.main(["--calls", calls, "--out", str(tmp_path / "out")]) == 2
+        assert f"--calls must be seconds with commas, each at most 600, got {calls!r}" in capsys.readouterr().err
+
+
 def test_a_part_that_fails_says_why():
     traceback = ["Traceback (most recent call last):", '  File "x.py", line 1', "ValueError: no such thing", "bye"]
     assert gpu_pass.last_words(traceback) == "ValueError: no such thing"
     assert gpu_pass.last_words(["3 failed, 2 passed", "KeyboardInterrupt"]) == "3 failed, 2 passed"
+    interrupted = ["step 5 of 9", "Traceback (most recent call last):", "  os.unlink(entry)", "KeyboardInterrupt"]
+    assert gpu_pass.last_words(interrupted) == "step 5 of 9"
     assert gpu_pass.last_words([]) == ""
 
 
