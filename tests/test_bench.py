@@ -114,7 +114,8 @@ def test_quantiles_are_numpys():
 
 
 def test_calls_are_interleaved_and_restored():
-    """Providers take turns; a restored one is restored before every run; one that raises stops no other."""
+    """Providers take turns, in another order in some rounds; a restored one is restored before every run; one that
+    raises stops no other."""
     order = []
 
     def broken(_):
@@ -125,12 +126,15 @@ def test_calls_are_interleaved_and_restored():
         "b": measure.Call(lambda i: order.append(f"b{i}"), 2),
         "c": measure.Call(broken, 2),
     }
-    results = measure.Clocks(CPU, rounds=3, least=2).time(calls)
+    clocks, turns = measure.Clocks(CPU, rounds=6, least=2), []
+    kernel_round = clocks._kernel_round
+    clocks._kernel_round = lambda call, *more: (turns.append("ab"[call is calls["b"]]), kernel_round(call, *more))[1]
+    results = clocks.time(calls)
     assert isinstance(results["c"], RuntimeError)
-    assert {name: r["kernel_ms"]["n"] for name, r in results.items() if name != "c"} == {"a": 6, "b": 6}
-    assert len(results["a"]["kernel_ms"]["rounds"]) == 3
-    turns = "".join(entry[0] for entry in order if entry[0] in "ab")
-    assert turns.replace("aa", "a").count("ab") >= 3, turns  # a, then b, in every round
+    assert {name: r["kernel_ms"]["n"] for name, r in results.items() if name != "c"} == {"a": 12, "b": 12}
+    assert len(results["a"]["kernel_ms"]["rounds"]) == 6
+    rounds = ["".join(turns[i : i + 2]) for i in range(2, len(turns), 2)]  # the first two are a look at each
+    assert len(rounds) == 6 and set(rounds) == {"ab", "ba"}, turns
     for place, entry in enumerate(order):
         if entry[0] == "a":
             assert f"restore{entry[1]}" in order[:place][-4:]
@@ -150,6 +154,9 @@ def test_what_is_wrong_or_fails_or_is_absent_is_said_and_not_timed():
     def gone():
         raise ImportError("No module named 'gone'")
 
+    def cannot():
+        raise ValueError("needs a GPU")
+
     def breaks():
         raise TypeError("another version of something")
 
@@ -163,6 +170,7 @@ def test_what_is_wrong_or_fails_or_is_absent_is_said_and_not_timed():
     functions = ({
         "right": lambda: swiglu_reference,
         "gone": gone,
+        "cannot": cannot,
         "breaks": breaks,
         "raises": lambda: raises,
         "wrong": lambda: wrong_gradient,
@@ -172,7 +180,12 @@ def test_what_is_wrong_or_fails_or_is_absent_is_said_and_not_timed():
     rows = run_fakes([peers.Peer(name, load, False, "", name) for name, load in functions.items()])
     states = {name: row["status"] for name, row in rows.items()}
     assert states == {"right": "ok", "gone": "absent", "raises": "failed", "wrong": "wrong", "not finite": "wrong",
-                      "short": "failed", "breaks": "failed"}  # fmt: skip
+                      "short": "failed", "breaks": "failed", "cannot": "cannot run here"}  # fmt: skip
+    case = kernels.Case(CPU, operations.OPERATIONS["swiglu"], SHAPE, torch.float32)
+    excluded = {"slow": "was still compiling after 60 s", "crashed": f"its process {kernels.BY_SIGNAL} 11"}
+    fakes = [peers.Peer(name, lambda: swiglu_reference, False, "", name) for name in excluded]
+    found = kernels.judge(case, fakes, excluded)[1]
+    assert {name: state for name, (state, _) in found.items()} == {"slow": "not tried", "crashed": "failed"}
     assert rows["gone"]["reason"] == "ImportError: No module named 'gone'"
     assert rows["raises"]["reason"] == "RuntimeError: misaligned address"
     assert "gradient of input 0: error" in rows["wrong"]["reason"] and " h:" not in rows["wrong"]["reason"]

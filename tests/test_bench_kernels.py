@@ -339,8 +339,6 @@ def test_warm_jobs_begin_with_the_quickest():
     assert jobs[0] == ("rms_norm", "halny") and ("adamw, 8bit", "halny") in jobs
     packages = [provider.partition(",")[0] for _, provider in jobs]
     assert packages[-1] == "torch.compile" and packages == sorted(packages, key=kernels.COMPILED_AT_FIRST.index)
-    packages = [provider.partition(",")[0] for _, provider in jobs]
-    assert packages == sorted(packages, key=kernels.COMPILED_AT_FIRST.index)
 
 
 def test_the_disk_cache_of_flash_attn_4_is_on_before_it_is_imported():
