@@ -13,6 +13,14 @@ from bench.merge import Device
 from halny.model import roofline
 from halny.model.mistral import PRESETS
 
+SIZES = (
+    "n_layers",
+    "micro_batch",
+    "seq_len",
+    "accumulation",
+    "ceiling_before",
+)  # a step's, by which its profile is read
+
 
 def rate_rows(device: Device) -> list[tuple]:
     """(what, unit, field of plan.Rates, the data sheet's peak, measured, the row it is from) of all that was measured.
@@ -45,13 +53,14 @@ def rate_rows(device: Device) -> list[tuple]:
         what = "attention, 4 x 4096, forward and backward, as 3 times the forward's FLOPs"
         found.append((what, "TFLOP/s", "attention", peak, 3 * forward["flops"] / ms / 1e9, forward))
     for profile in sections.get("profile", []):
-        found += profiled_rates(profile, peak)
+        step = next((row for row in sections.get("step", []) if row["label"] == profile["label"]), {})
+        found += profiled_rates({k: step[k] for k in SIZES if k in step} | profile, peak)
     return found
 
 
 def profiled_rates(profile: dict, peak: float | None) -> list[tuple]:
     """The matrix products' and attention's rates inside a profiled step: its FLOPs over their kernels' time."""
-    if profile["status"] != "ok" or not all(k in profile for k in ("n_layers", "micro_batch", "seq_len")):
+    if profile["status"] != "ok" or not all(k in profile for k in SIZES[:3]):
         return []
     config = replace(PRESETS["mistral-7b"], n_layers=profile["n_layers"])
     sequences = profile["micro_batch"] * profile.get("accumulation", 1)

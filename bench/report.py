@@ -171,6 +171,27 @@ def short_kernel_table(rows: list[dict]) -> str:
     return table([*head, "run"] if runs else head, lines) if lines else ""
 
 
+def backends_table(rows: list[dict]) -> str:
+    """Attention: a line a case and mode, a column a backend, TFLOP/s of what the mask admits; bold: what "auto" takes.
+
+    "auto" is no column, being one of the others.
+    """
+    timed = [row for row in rows if row["status"] == "ok" and row["mode"] != "both"]
+    backends = list(dict.fromkeys(row["provider"] for row in timed if row["package"] != "halny"))
+    runs, lines = runs_of(rows), []
+    for (_, name, mode), group in grouped(timed).items():
+        by_name = {row["provider"]: row for row in group}
+        chosen = by_name["halny"]["call"].partition(" -> ")[2] if "halny" in by_name else ""
+        cells = []
+        for backend in backends:
+            row = by_name.get(backend)
+            said = "" if row is None else f"{row['tflop_s']:,.0f} in {row['kernel_ms']['median']:.3g} ms{dagger(row)}"
+            cells.append(f"**{said}**" if said and backend == chosen else said)
+        which = dict.fromkeys(runs[row["source"]] for row in group) if runs else {}
+        lines.append([f"{name}, {mode}", *cells, *([", ".join(which)] if runs else [])])
+    return table(["case", *backends, *(["run"] if runs else [])], lines) if lines else ""
+
+
 def kernel_name(row: dict) -> str:
     return f"{row['operation']}, {row['set']}, {row['mode']}, {row['provider']}"
 
@@ -194,23 +215,25 @@ def kernel_parts(device: Device, section: str, short: bool) -> list[str]:
     if not short:
         missing = missing_list(rows, device, section)
         without = ["Without a figure:", "\n".join(missing)] if missing else []
-        timed = [*origin(rows), kernel_table(rows), *since_list(rows, kernel_name)] if rows else []
+        backends = [backends_table(rows)] if section == "attention" else []
+        timed = [*origin(rows), *backends, kernel_table(rows), *since_list(rows, kernel_name)] if rows else []
         return [*timed, *without]
-    if section == "kernels":
-        shown = [row for row in rows if row["set"] == "7b"]
-        shapes = "Mistral-7B's micro batch of 16,384 tokens, bf16, cold cache; others are those in bench/peers.py."
-    else:
-        shown = [row for row in rows if row["mode"] != "both"]
-        shapes = "32 query and 8 key heads of 128, bf16; halny is the backend that it chose, others are all backends."
-    parts = [*origin(shown), shapes, short_kernel_table(shown)] if shown else []
+    shown, made = [row for row in rows if row["set"] == "7b"], short_kernel_table
+    shapes = "Mistral-7B's micro batch of 16,384 tokens, bf16, cold cache; others are those in bench/peers.py."
+    if section == "attention":
+        shown, made = rows, backends_table
+        shapes = (
+            "TFLOP/s of what the mask admits; causal, 32 query and 8 key heads of 128, bf16; documents have 700 tokens "
+            'on average. Bold is what backend="auto" takes.'
+        )
+    parts = [*origin(shown), shapes, made(shown)] if shown else []
     ours = [row for row in rows if row["package"] == "halny"]
     parts += since_list(ours, kernel_name)
     if missing := missing_list(ours, device, section):
         parts += ["Of halny's without a figure:", "\n".join(missing)]
-    states = [row["status"] for row in rows if row["package"] != "halny" and row["status"] != "ok"]
-    if states:
-        counts = ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
-        parts.append(f"Rows of other packages without a figure, at all shapes: {counts}; {FULL} says why.")
+    without = sum(row["package"] != "halny" and row["status"] != "ok" for row in rows)
+    if without:
+        parts.append(f"{without} rows of other packages have no figure, at all shapes; {FULL} says why.")
     return parts
 
 
@@ -308,6 +331,13 @@ def attempts_list(opponents: list[dict]) -> list[str]:
     return lines
 
 
+def gap_line(profile: dict) -> str:
+    """A profiled step in one sentence: each part's own time, its floor in brackets, the longest first."""
+    parts = sorted((row for row in profile["gaps"] if row["ms"] >= 1), key=lambda row: -row["ms"])
+    said = ", ".join(f"{row['part']} {row['ms']:,.1f} ({row['floor_ms']:,.1f})" for row in parts)
+    return f"{profile['label']}{dagger(profile)}, one profiled step of {profile['wall_ms']:,.1f} ms: {said}."
+
+
 def gap_table(profile: dict) -> str:
     """Where a profiled step's time goes beside its floor, the largest gap first; labelled as ``step_table``."""
     sums = {k: sum(row[k] for row in profile["gaps"]) for k in ("ms", "kernels_ms", "floor_ms", "gap_ms")}
@@ -326,18 +356,28 @@ def profile_parts(profiles: list[dict], short: bool) -> list[str]:
         if profile["status"] != "ok":
             parts.append(f"{profile['label']}{run}: {profile['status']}, {profile['reason'][:200]}.")
             continue
+        if short:
+            parts.append(f"- {gap_line(profile)}{run}")
+            continue
         hidden = f"{profile['hidden_communication_ms']:,.1f} ms of communication are hidden behind computation"
         basis = profile["floors"]["basis"]
         parts += [f"One profiled step{run}, {profile['label']}{dagger(profile)}: {hidden}; floors {basis}.",
                   gap_table(profile)]  # fmt: skip
-        if profile["other"] and not short:
+        if profile["other"]:
             other = ", ".join(f"`{k['kernel'][:60]}` {k['ms']:.2f} ms" for k in profile["other"][:5])
             parts.append(f"Other, {MODE_LABELS[profile['mode']]}: {other}.")
+    if short:
+        lines = [part for part in parts if part.startswith("- ")]
+        said = (
+            "Milliseconds of the step that are each part's own, and in brackets its floor: FLOPs and bytes over rates "
+        )
+        said += "measured in the same process; attention's rate is assumed."
+        parts = [said, "\n".join(lines), *(part for part in parts if part not in lines)]
     return [*parts, *since_list(profiles, lambda row: row["label"])]
 
 
-def trainer_table(rows: list[dict]) -> str:
-    """What was tried on train.py itself: how it ended, how long it took, what it says, and its short figures."""
+def trainer_table(rows: list[dict], short: bool) -> str:
+    """What was tried on train.py itself: how it ended, how long it took, what it says; in full its figures too."""
 
     def words(value) -> str | None:
         if isinstance(value, list) and 0 < len(value) <= 4:
@@ -351,7 +391,7 @@ def trainer_table(rows: list[dict]) -> str:
 
     lines = []
     for row in rows:
-        figures = {name.replace("_", " "): words(value) for name, value in row["figures"].items()}
+        figures = {} if short else {name.replace("_", " "): words(value) for name, value in row["figures"].items()}
         said = [one_line(row["reason"]), *(f"{name} {value}" for name, value in figures.items() if value)]
         remark = "; ".join(x for x in said if x)
         lines.append([row["name"] + dagger(row), row["status"], f"{row['seconds']:,.0f}", remark])
@@ -359,14 +399,15 @@ def trainer_table(rows: list[dict]) -> str:
 
 
 def pass_parts(visits: list[dict], short: bool) -> list[str]:
-    """The tests' counts of every visit, the newest first; in full also how each part of the visit ended."""
-    parts = []
+    """The tests' counts of the newest visit that ran them; in full of every visit, and how each of its parts ended."""
+    parts, seen = [], set()
     for visit in reversed(visits):
         source = visit["source"]
         about = f"{when(source)}, `{source.machine['command']}`"
         for name, entry in visit["parts"].items():
-            if "passed" not in entry:
+            if "passed" not in entry or (short and name in seen):
                 continue
+            seen.add(name)
             counts = ", ".join(f"{entry.get(k, 0)} {k}" for k in ("passed", "failed", "errors", "skipped"))
             ended = "" if entry.get("status") in ("ok", "failed") else f", {entry.get('status')}"
             parts.append(f"GPU tests{'' if name == 'tests' else f' ({name})'}: {counts}{ended}; {about}.")
@@ -456,29 +497,31 @@ def rates_parts(device: Device) -> list[str]:
 
 
 def sections_of(device: Device, short: bool) -> list[tuple[str, list[str]]]:
-    """(title, paragraphs) of everything known of a device."""
+    """(title, paragraphs) of everything known of a device, the whole step first."""
     found = []
     have = device.sections
-    if rows := have.get("pass"):
-        found.append(("Visits" if not short else "GPU tests", pass_parts(rows, short)))
-    for section, title in (("kernels", "Kernels"), ("attention", "Attention")):
-        found.append((title, kernel_parts(device, section, short)))
     if rows := have.get("step"):
+        shown = [row for row in rows if not (short and "range" in row)] or rows
         beside = conditions(rows) if not short else []
-        found.append(("Step", [*origin(rows), step_table(rows), *since_list(rows, lambda row: row["label"]),
+        found.append(("Step", [*origin(shown), step_table(shown), *since_list(shown, lambda row: row["label"]),
                                *(["\n".join(beside)] if beside else [])]))  # fmt: skip
+    if rows := have.get("profile"):
+        found.append(("Where the time goes", [*origin(rows), *profile_parts(rows, short)]))
     if rows := have.get("opponents"):
         tried = attempts_list(rows) if not short else []
         found.append(("Beside others", [*origin(rows), opponents_table(rows, have.get("step", [])),
                                         *since_list(rows, lambda row: row["label"]),
                                         *(["All that was tried:", "\n".join(tried)] if tried else [])]))  # fmt: skip
-    if rows := have.get("profile"):
-        found.append(("Where the time goes", [*origin(rows), *profile_parts(rows, short)]))
-    found.append(("Rates that the plan assumes", rates_parts(device)))
+    for section, title in (("attention", "Attention"), ("kernels", "Kernels")):
+        found.append((title, kernel_parts(device, section, short)))
+    if not short:
+        found.append(("Rates that the plan assumes", rates_parts(device)))
     if rows := have.get("trainer"):
         said = "train.py as a user starts it. Runs went on beside each other, so their speeds are no benchmark."
-        found.append(("The trainer itself", [*origin(rows), said, trainer_table(rows),
+        found.append(("The trainer itself", [*origin(rows), said, trainer_table(rows, short),
                                              *since_list(rows, lambda row: row["name"])]))  # fmt: skip
+    if rows := have.get("pass"):
+        found.append(("Visits" if not short else "Tests", pass_parts(rows, short)))
     for row in sorted(have.get("convergence", []), key=lambda row: row["setting"]["beta2"], reverse=True):
         found.append(("Convergence", [convergence_line(row), convergence_table(row)]))
     if (rows := have.get("aot")) and not short:
@@ -560,7 +603,8 @@ def main(arguments: list[str]) -> int:
         if given.write:
             everything = folders[0].resolve().parent / FULL
             where = link(everything, given.write)
-            said = f"All shapes, modes and packages, what failed and why, and plots: [{FULL}]({where})."
+            said = "All shapes, modes and packages, what failed and why, the plan's rates beside these, plots"
+            said += f": [{FULL}]({where})."
             write_between(given.write, f"{said}\n\n{markdown(devices, short=True)}")
             write_whole(everything, full(devices, pictures, everything))
         for path in pictures:

@@ -51,7 +51,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import train
-from bench import measure
+from bench import measure, rates
 from bench.kernels import line_of
 from halny.model import plan, profiler, roofline
 from halny.model.batches import Batch
@@ -376,7 +376,7 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
         step.loss()
         row |= stand_in_figures(step)
     if given.profile:
-        about = {k: row[k] for k in ("case", "mode", "moments", "label", "reason")}
+        about = {k: row[k] for k in ("case", "mode", "moments", "label", "reason", *rates.SIZES)}
         try:
             row["profile"] = about | profiled(bench, step, case.mode, Path(given.trace), before, copy_gb_s)
         except Exception as error:  # the row is worth more than its profile
