@@ -159,6 +159,7 @@ TRAFFIC = {
         [*a[:5], *a[5:7] * c["EIGHT_BITS"], a[7]],
         [a[0], a[1], a[3], a[4], *a[5:7] * c["EIGHT_BITS"]],
     ),
+    "block_norms_kernel": lambda a, c: ([a[0]], [a[1][a[3] : a[3] + -(-a[2] // c["BLOCK"])]]),
     "add_rounded_kernel": lambda a, c: (a[:2], [a[0]]),
     "add_wide_kernel": lambda a, c: (a[:2], [a[2]]),
 }
@@ -166,7 +167,8 @@ PART_OF = {
     **dict.fromkeys(("one_block_kernel", "online_kernel", "scale_kernel"), "loss"),
     **dict.fromkeys(("embedding", "embedding_dense_backward"), OTHER + "embedding"),
     **dict.fromkeys(("adamw_kernel", "_fused_adamw_", "_foreach_mul_", "_foreach_norm"), "optimizer"),
-    **{"linalg_vector_norm": "optimizer", "add_rounded_kernel": SUMS, "add_wide_kernel": SUMS},
+    **dict.fromkeys(("block_norms_kernel", "linalg_vector_norm"), "optimizer"),
+    **{"add_rounded_kernel": SUMS, "add_wide_kernel": SUMS},
     **dict.fromkeys(("copy_", "_to_copy", "clone", "_foreach_copy_"), "copies"),
     **dict.fromkeys(("all_gather_copy_in", "split_with_sizes_copy", "chunk_cat"), "copies"),
 }

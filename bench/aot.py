@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-MODULES = ("rms_norm", "rope", "swiglu", "cross_entropy", "adamw")
+MODULES = ("rms_norm", "rope", "swiglu", "cross_entropy", "adamw", "gradient_norm")
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
 # Recorded on sm_90 with triton 3.9, held by 3.6: name -> (most registers, most bytes of shared memory, global memory
@@ -81,6 +81,8 @@ LIMITS: dict[str, tuple[int, int, int]] = {
     "add_rounded bf16": (32, 0, 0),
     "add_rounded fp32": (32, 0, 0),
     "add_wide bf16": (32, 4096, 0),
+    "gradient_norm bf16": (32, 32, 1),  # stores a program's sum
+    "gradient_norm fp32": (32, 32, 1),
 }
 
 

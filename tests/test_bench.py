@@ -291,6 +291,7 @@ def test_occupancy_by_hand(registers, shared, warps, expected):
         ("scale_kernel", "loss"),
         ("adamw_kernel", "optimizer"),
         ("add_rounded_kernel", "optimizer"),
+        ("block_norms_kernel", "optimizer"),
         ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::"
          "FusedOptimizerTensorListMetadata<4>, at::native::(anonymous namespace)::FusedAdamMathFunctor<float, 4, "
