@@ -76,8 +76,8 @@ LIMITS: dict[str, tuple[int, int, int]] = {
     "scale_gradient fp32": (32, 0, 1),
     # five scalars; of four elements a thread, bf16 is 8 bytes, and of eight a code is; a group's exponents
     "adamw, fp32 moments bf16": (32, 0, 10),
-    "adamw, bf16 moments bf16": (56, 0, 5),
-    "adamw, 8bit moments bf16": (64, 4, 13),
+    "adamw, bf16 moments bf16": (48, 0, 5),
+    "adamw, 8bit moments bf16": (56, 64, 13),
     "add_rounded bf16": (32, 0, 0),
     "add_rounded fp32": (32, 0, 0),
     "add_wide bf16": (32, 4096, 0),
