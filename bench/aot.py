@@ -32,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-MODULES = ("rms_norm", "rope", "swiglu", "cross_entropy", "adamw", "chunk_cat")
+MODULES = ("rms_norm", "rope", "swiglu", "cross_entropy", "adamw", "gradient_norm", "chunk_cat")
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
 # Recorded on sm_90 with triton 3.9, held by 3.6: name -> (most registers, most bytes of shared memory, global memory
@@ -76,13 +76,15 @@ LIMITS: dict[str, tuple[int, int, int]] = {
     "scale_gradient fp32": (32, 0, 1),
     # five scalars; of four elements a thread, bf16 is 8 bytes, and of eight a code is; a group's exponents
     "adamw, fp32 moments bf16": (32, 0, 10),
-    "adamw, bf16 moments bf16": (56, 0, 5),
-    "adamw, 8bit moments bf16": (64, 4, 13),
+    "adamw, bf16 moments bf16": (48, 0, 5),
+    "adamw, 8bit moments bf16": (56, 64, 13),
     "add_rounded bf16": (32, 0, 0),
     "add_rounded fp32": (32, 0, 0),
     "add_wide bf16": (32, 4096, 0),
     "chunk_cat bf16": (32, 4096, 0),
     "chunk_cat fp32": (32, 0, 0),
+    "gradient_norm bf16": (32, 32, 1),  # stores a program's sum
+    "gradient_norm fp32": (32, 32, 1),
 }
 
 

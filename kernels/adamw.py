@@ -15,7 +15,12 @@ https://arxiv.org/abs/2005.04680.)
 bf16 lie 0.004 to 0.008 apart: rounded to nearest, v would hardly ever fall. So 16 random bits are added below the last
 bit that is kept, and the sum is truncated: up with the probability of the remainder, right on average. The bits are a
 hash of the element's index with two keys made of the seed. There is no state, and equal inputs give equal bits. One
-hash serves an element: its lower bits round m, its upper ones v.
+hash serves four elements: eight products of it are the words whose upper bits round their m and v.
+
+**Instructions.** With 8-bit moments a weight is 14 bytes, for which an H200 has time for 90 instructions or so: the
+kernel was as slow as its instructions, not its bytes. Hence what looks roundabout: codes are moved to their bits'
+places in fp32 by a shift and a product; a group's power goes with the betas; v is made of the square of m's new part;
+a division is two products with 1 / sqrt, one instruction where div is eight; NaN is a minimum of integers.
 
 **8 bits.** A group of 256 consecutive elements of the flattened tensor shares an exponent, that of its largest element,
 and an element is a small float beneath it: for m a sign, 4 bits of exponent and 3 of mantissa; for sqrt(v) 4 and 4. The
@@ -45,6 +50,8 @@ GROUP = 256  # elements that share one exponent in 8bit
 # largest is 2^127 or more, inf or NaN: all of such a group reads as NaN, so that it is noticed
 LOWEST_EXPONENT, NAN_EXPONENT = 32, 255
 LARGEST_BF16 = torch.finfo(torch.bfloat16).max
+SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+FACTORS = tuple(0x846CA68B * 747796405**k % 2**32 for k in range(8))
 
 
 # ----------------------------------------------------------------------------------------------------------- two halves
@@ -121,17 +128,28 @@ def _signed(x: int) -> int:
     return (x & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
 
 
-def random_bits_reference(index: Tensor, seed: int) -> Tensor:
-    """32 random bits for each of the elements that index, int64, numbers: int32 of its shape.
+def random_words_reference(index: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Two random words for each of the elements that index, int64, numbers: int32 of its shape, to be read from above.
 
     The hash lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/), with a key before its first product and
-    another after its second.
+    another after its second, of index // 4. The second product makes eight words of it, by powers of a multiplier (that
+    of PCG, O'Neill 2014). Any two of them are a lattice in the plane, whose shortest vector is 0.31 to 0.94 of the
+    longest that there can be: their upper bits are as good as independent. The lower ones are not, and the last step of
+    the hash, which would make them so, is left out.
     """
     first, second = keys_of(seed)
-    x = index.int() ^ (index >> 32).int() * _signed(0x9E3779B9) ^ first
+    x = index >> 2
+    x = x.int() ^ (x >> 32).int() * _signed(0x9E3779B9) ^ first
     x = (x ^ x >> 16 & 0xFFFF) * 0x7FEB352D
-    x = (x ^ x >> 15 & 0x1FFFF) * _signed(0x846CA68B) + second
-    return x ^ x >> 16 & 0xFFFF
+    x = x ^ x >> 15 & 0x1FFFF
+    factors = torch.tensor([_signed(factor) for factor in FACTORS], dtype=torch.int32, device=index.device)
+    which = index & 3
+    return x * factors[which] + second, x * factors[which + 4] + second
+
+
+def _upper(word: Tensor, bits: int) -> Tensor:
+    """That many bits of a word, from its highest: 0 .. 2^bits - 1."""
+    return word >> 32 - bits & (1 << bits) - 1
 
 
 def _to_bf16(x: Tensor, random: Tensor) -> Tensor:
@@ -143,51 +161,52 @@ def _to_bf16(x: Tensor, random: Tensor) -> Tensor:
     return (bits >> 16).to(torch.int16).view(torch.bfloat16)
 
 
-def _decode(codes: Tensor, exponents: Tensor, shift: int) -> Tensor:
-    """int16 codes [groups, GROUP], shifted to their place in fp16, and exponents [groups] -> fp32 [groups, GROUP]."""
-    exponents = exponents.int().clamp(min=LOWEST_EXPONENT)
-    power = torch.where(exponents == NAN_EXPONENT, float("nan"), (exponents << 23).view(torch.float32))
-    return (codes << shift).view(torch.float16).float() * power[:, None]
-
-
-def _encode(x: Tensor, random: Tensor, mantissa_bits: int) -> tuple[Tensor, Tensor]:
-    """x >= 0, fp32 [groups, GROUP] -> (codes without a sign, exponents [groups]), int32, rounded stochastically."""
+def _encode(x: Tensor, largest: Tensor, random: Tensor, mantissa_bits: int) -> tuple[Tensor, Tensor]:
+    """fp32 x [groups, GROUP], largest [groups] -> int32 codes, their sign in bit 11, and exponents [groups]."""
     dropped = 23 - mantissa_bits
     # one more where the largest would round up to the next power of two
-    exponents = x.view(torch.int32).amax(1) + (1 << dropped) - 1 >> 23
+    exponents = largest.view(torch.int32) + (1 << dropped) - 1 >> 23
     exponents = torch.where(exponents >= NAN_EXPONENT - 1, NAN_EXPONENT, exponents.clamp(min=LOWEST_EXPONENT))
     power = (254 - exponents << 23).view(torch.float32)[:, None]
     # The second product brings the exponent to 15 .. 0 in fp32, where 0 is that of denormals, evenly spaced
     bits = (x * power * 2.0**-112).view(torch.int32)
-    return bits + random >> dropped, exponents
+    return _upper(bits + random, 32 - dropped), exponents
+
+
+def _parts(moments: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
+    """A moment, or sqrt(v) for 8bit's exp_avg_sq, as two fp32 factors [numel]: less than 2, and its group's power."""
+    stored = moments[name].flatten()
+    if stored.dtype != torch.uint8:
+        return stored.float(), torch.ones((), device=stored.device)
+    codes = stored.int()
+    bits = codes << 19 if name == "exp_avg_sq" else (codes & 0x7F) << 20 | (codes & 0x80) << 24
+    exponents = moments[f"{name}_exponents"].int().clamp(min=LOWEST_EXPONENT)
+    power = torch.where(exponents == NAN_EXPONENT, float("nan"), (exponents << 23).view(torch.float32))
+    return bits.view(torch.float32) * 2.0**112, power.repeat_interleave(GROUP)[: stored.numel()]
 
 
 def _read(moments: dict[str, Tensor], name: str) -> Tensor:
     """A moment as fp32 [numel], or sqrt(v) for 8bit's exp_avg_sq."""
-    stored = moments[name].flatten()
-    if stored.dtype != torch.uint8:
-        return stored.float()
-    n = stored.numel()
-    codes = torch.nn.functional.pad(stored, (0, -n % GROUP)).view(-1, GROUP)
-    exponents = moments[f"{name}_exponents"]
-    codes = codes.to(torch.int16)
-    if name == "exp_avg_sq":
-        return _decode(codes, exponents, 6).flatten()[:n]
-    return _decode(codes & 0x7F | codes << 1 & 0x100, exponents, 7).flatten()[:n]
+    x, power = _parts(moments, name)
+    return x * power
 
 
-def _stored(x: Tensor, random: Tensor, dtype: torch.dtype, name: str) -> dict[str, Tensor]:
-    """A moment, fp32 [numel], rounded to what ``moments`` holds; 8bit's exp_avg_sq is given as its root."""
-    if dtype == torch.float32:
-        return {name: x}
-    if dtype == torch.bfloat16:
-        return {name: _to_bf16(x, random)}
-    n, signed = x.numel(), name == "exp_avg"
-    x, random = (torch.nn.functional.pad(y, (0, -n % GROUP)).view(-1, GROUP) for y in (x, random))
-    codes, exponents = _encode(x.abs(), random, 3 if signed else 4)
+def _in_8_bits(m: Tensor, root: Tensor, random_m: Tensor, random_v: Tensor) -> dict[str, Tensor]:
+    """m and sqrt(v), fp32 [numel], as 8bit moments hold them."""
+    n = m.numel()
+    m, root, random_m, random_v = (
+        torch.nn.functional.pad(x, (0, -n % GROUP)).view(-1, GROUP) for x in (m, root, random_m, random_v)
+    )
+    largest_m = m.abs().nan_to_num(0.0, torch.inf).amax(1)  # where m is NaN, so is the root
+    m_codes, m_exponents = _encode(m, largest_m, _upper(random_m, 20), 3)
+    m_codes = m_codes | m_codes >> 4 & 0x80
+    v_codes, v_exponents = _encode(root, root.abs().amax(1), _upper(random_v, 19), 4)
     # Never 0 for what is more: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
-    codes = codes | x.view(torch.int32) >> 24 & 0x80 if signed else torch.maximum(codes, (x > 0).int())
-    return {name: codes.to(torch.uint8).flatten()[:n], f"{name}_exponents": exponents.to(torch.uint8)}
+    v_codes = torch.maximum(v_codes, root.view(torch.int32).clamp(max=1))
+    m_exponents = torch.where(root.isnan().any(1), NAN_EXPONENT, m_exponents)
+    stored = {"exp_avg": m_codes.flatten()[:n], "exp_avg_sq": v_codes.flatten()[:n]}
+    stored |= {"exp_avg_exponents": m_exponents, "exp_avg_sq_exponents": v_exponents}
+    return {name: x.to(torch.uint8) for name, x in stored.items()}
 
 
 @torch.no_grad()
@@ -203,29 +222,37 @@ def adamw_reference_(
     """
     lr, c1, c2, gradient_scale, found_inf = scalars.unbind()
     dtype = moments["exp_avg"].dtype
-    random = random_bits_reference(torch.arange(high.numel(), device=high.device), seed)
-    w, g = join(high, low).flatten(), gradient.float().flatten() * gradient_scale
-    m, v = _read(moments, "exp_avg"), _read(moments, "exp_avg_sq")
-    if dtype == torch.uint8:
-        v = v * v
+    random_m, random_v = random_words_reference(torch.arange(high.numel(), device=high.device), seed)
+    w, g = join(high, low).flatten(), gradient.float().flatten()
+    (m, m_power), (v, v_power) = _parts(moments, "exp_avg"), _parts(moments, "exp_avg_sq")
 
     w = w - lr * weight_decay * w
-    m = m + (1 - beta1) * (g - m)
-    v = beta2 * v + (1 - beta2) * g * g
+    if dtype == torch.uint8:
+        g = g * (gradient_scale * (1 - beta1))
+        m = m * (beta1 * m_power) + g
+        v = v * v * (beta2 * (v_power * v_power)) + g * g * ((1 - beta2) / (1 - beta1) ** 2)
+    else:  # finer than beta1 in fp32, which is a few parts of 1 - beta1 in ten millions off
+        g = g * gradient_scale
+        m = m + (1 - beta1) * (g - m)
+        v = beta2 * v + (1 - beta2) * g * g
     root = v.double().sqrt().float()  # rounded to nearest, which PyTorch's fp32 root is not always on a CPU
     divisor = root
     if dtype == torch.uint8:
         divisor = torch.maximum(root, m.abs() * smallest_root(beta1, beta2))
-    w = w - lr * c2 / c1 * (m / (divisor + c2 * eps))
+    # A quotient by the square of 1 / sqrt, which is an instruction of GPUs; never by 0, though eps be next to nothing
+    inverse_step = c1 / (lr * c2)  # inf if lr is 0: not times a divisor that may be 0 too
+    least = (c2 * eps).clamp(min=SMALLEST_NORMAL) * inverse_step
+    y = 1 / (divisor * inverse_step.clamp(max=LARGEST_BF16) + least).double().sqrt().float()
+    w = w - m * y * y
 
     new_high, new_low = split(w)
     new = {"high": new_high, "low": new_low}
     if dtype == torch.uint8:
-        new |= _stored(m, random & 0xFFFFF, dtype, "exp_avg") | _stored(
-            root, random >> 13 & 0x7FFFF, dtype, "exp_avg_sq"
-        )
+        new |= _in_8_bits(m, root, random_m, random_v)
+    elif dtype == torch.bfloat16:
+        new |= {"exp_avg": _to_bf16(m, _upper(random_m, 16)), "exp_avg_sq": _to_bf16(v, _upper(random_v, 16))}
     else:
-        new |= _stored(m, random & 0xFFFF, dtype, "exp_avg") | _stored(v, random >> 16 & 0xFFFF, dtype, "exp_avg_sq")
+        new |= {"exp_avg": m, "exp_avg_sq": v}
     skip = found_inf != 0
     for name, old in ({"high": high, "low": low} | moments).items():
         old.copy_(torch.where(skip, old, new[name].view(old.shape)))
@@ -242,27 +269,34 @@ def smallest_root(beta1: float, beta2: float) -> float:
 @torch.no_grad()
 def add_rounded_reference_(total: Tensor, x: Tensor, *, seed: int) -> None:
     """The definition of ``add_rounded_``, in plain PyTorch."""
-    random = random_bits_reference(torch.arange(total.numel(), device=total.device), seed).view(total.shape)
-    total.copy_(_to_bf16(total.float() + x.float(), random & 0xFFFF))
+    random, _ = random_words_reference(torch.arange(total.numel(), device=total.device), seed)
+    total.copy_(_to_bf16(total.float() + x.float(), _upper(random, 16).view(total.shape)))
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
-# A program takes BLOCK consecutive elements, as [BLOCK / 256, 256]. Each of 128 threads has 8 in a row, 16 bytes of
-# bf16, and a group is one warp's, which finds its largest by shuffles. With fp32 moments each of 256 threads has 4, 16
-# bytes of those: with 8, values would pass through shared memory from the layout of one width to that of the other.
+# A program takes BLOCK consecutive elements, as [256 / VECTOR, BLOCK / 256, VECTOR]. Each of 128 threads has VECTOR = 8
+# in a row, 16 bytes of bf16, and a group is one warp's: its largest is found among a thread's own, then the warp's.
+# With fp32 moments each of 256 threads has 4, 16 bytes of those: with 8, values would pass through shared memory from
+# the layout of one width to that of the other.
 
 BLOCK, NUM_WARPS, NUM_WARPS_FP32 = 1024, 4, 8
 _LOWEST_EXPONENT, _NAN_EXPONENT = tl.constexpr(LOWEST_EXPONENT), tl.constexpr(NAN_EXPONENT)
-_LARGEST_BF16 = tl.constexpr(LARGEST_BF16)
+_LARGEST_BF16, _SMALLEST_NORMAL = tl.constexpr(LARGEST_BF16), tl.constexpr(SMALLEST_NORMAL)
+_F0, _F1, _F2, _F3, _F4, _F5, _F6, _F7 = (tl.constexpr(factor) for factor in FACTORS)
 
 
 @triton.jit
-def _random_bits(start, offsets, first, second):
-    x = offsets.to(tl.uint32) + start.to(tl.uint32)
-    x = x ^ ((start >> 32).to(tl.uint32) * 0x9E3779B9) ^ first.to(tl.uint32, bitcast=True)
+def _random_words(start, offsets, first, second):
+    """The four elements of a hash are one thread's, which makes it once and knows their factors when compiled."""
+    x = (offsets >> 2).to(tl.uint32) + (start >> 2).to(tl.uint32)
+    x = x ^ ((start >> 34).to(tl.uint32) * 0x9E3779B9) ^ first.to(tl.uint32, bitcast=True)
     x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B + second.to(tl.uint32, bitcast=True)
-    return (x ^ (x >> 16)).to(tl.int32, bitcast=True)
+    x = x ^ (x >> 15)
+    is_odd, is_late = (offsets & 1) == 1, (offsets & 2) == 2
+    one = tl.where(is_late, tl.where(is_odd, _F3, _F2), tl.where(is_odd, _F1, _F0)).to(tl.uint32)
+    other = tl.where(is_late, tl.where(is_odd, _F7, _F6), tl.where(is_odd, _F5, _F4)).to(tl.uint32)
+    second = second.to(tl.uint32, bitcast=True)
+    return x * one + second, x * other + second
 
 
 @triton.jit
@@ -272,88 +306,107 @@ def _round_to_bf16(x, random):
 
 
 @triton.jit
-def _decoded(codes, exponents, SHIFT: tl.constexpr):
+def _power_of(exponents):
     exponents = tl.maximum(exponents.to(tl.int32), _LOWEST_EXPONENT)
     power = (exponents << 23) | tl.where(exponents == _NAN_EXPONENT, 1, 0)
-    return (codes << SHIFT).to(tl.float16, bitcast=True).to(tl.float32) * power.to(tl.float32, bitcast=True)[:, None]
+    return power.to(tl.float32, bitcast=True)[None, :, None]
 
 
 @triton.jit
-def _encoded(x, random, MANTISSA_BITS: tl.constexpr):
+def _encoded(x, largest, random, MANTISSA_BITS: tl.constexpr):
     DROPPED: tl.constexpr = 23 - MANTISSA_BITS
-    exponents = (tl.max(x.to(tl.int32, bitcast=True), 1) + ((1 << DROPPED) - 1)) >> 23
+    exponents = ((largest + ((1 << DROPPED) - 1)) >> 23).to(tl.int32)
     exponents = tl.where(exponents >= _NAN_EXPONENT - 1, _NAN_EXPONENT, tl.maximum(exponents, _LOWEST_EXPONENT))
-    power = ((254 - exponents) << 23).to(tl.float32, bitcast=True)[:, None]
-    bits = (x * power * 1.925929944387236e-34).to(tl.int32, bitcast=True)  # 2^-112
-    return (bits + random) >> DROPPED, exponents
+    power = ((254 - exponents) << 23).to(tl.float32, bitcast=True)[None, :, None]
+    bits = (x * power * 1.925929944387236e-34).to(tl.uint32, bitcast=True)  # 2^-112
+    return bits + (random >> (32 - DROPPED)), exponents
 
 
 @triton.jit(do_not_specialize=["first_key", "second_key"])
 def adamw_kernel(
     p_high, p_low, p_gradient, p_m, p_v, p_m_exponents, p_v_exponents, p_scalars,
     n, first_key, second_key,
-    one_minus_beta1, beta2, one_minus_beta2, eps, weight_decay, smallest_root,
-    EIGHT_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, square_factor, eps, weight_decay, smallest_root,
+    EIGHT_BITS: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    if tl.load(p_scalars + 4) == 0.0:
-        lr = tl.load(p_scalars)
-        c1 = tl.load(p_scalars + 1)
-        c2 = tl.load(p_scalars + 2)
-        gradient_scale = tl.load(p_scalars + 3)
+    lr = tl.load(p_scalars)
+    c1 = tl.load(p_scalars + 1)
+    c2 = tl.load(p_scalars + 2)
+    gradient_scale = tl.load(p_scalars + 3)
+    found_inf = tl.load(p_scalars + 4)
 
-        ROWS: tl.constexpr = BLOCK // 256
-        start = tl.program_id(0).to(tl.int64) * BLOCK
-        offsets = tl.arange(0, ROWS)[:, None] * 256 + tl.arange(0, 256)[None, :]
-        mask = start + offsets < n
-        b_random = _random_bits(start, offsets, first_key, second_key)
-        b_high = tl.load(p_high + start + offsets, mask=mask, other=0.0).to(tl.int16, bitcast=True)
-        b_low = tl.load(p_low + start + offsets, mask=mask, other=0)
-        b_g = tl.load(p_gradient + start + offsets, mask=mask, other=0.0).to(tl.float32) * gradient_scale
-        b_w = ((b_high.to(tl.int32) << 16) + b_low.to(tl.int32)).to(tl.float32, bitcast=True)
-        if EIGHT_BITS:
-            groups = start // 256 + tl.arange(0, ROWS)
-            group_mask = groups * 256 < n
-            b_codes = tl.load(p_m + start + offsets, mask=mask, other=0).to(tl.int16)
-            b_exponents = tl.load(p_m_exponents + groups, mask=group_mask, other=0)
-            b_m = _decoded((b_codes & 0x7F) | ((b_codes << 1) & 0x100), b_exponents, 7)
-            b_codes = tl.load(p_v + start + offsets, mask=mask, other=0).to(tl.int16)
-            b_exponents = tl.load(p_v_exponents + groups, mask=group_mask, other=0)
-            b_v = _decoded(b_codes, b_exponents, 6)
-            b_v = b_v * b_v
+    ROWS: tl.constexpr = BLOCK // 256
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = tl.arange(0, 256 // VECTOR)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    offsets = tl.arange(0, ROWS)[None, :, None] * 256 + offsets
+    mask = start + offsets < n
+    b_high = tl.load(p_high + start + offsets, mask=mask, other=0.0)
+    b_low = tl.load(p_low + start + offsets, mask=mask, other=0)
+    b_gradient = tl.load(p_gradient + start + offsets, mask=mask, other=0.0)
+    b_old_m = tl.load(p_m + start + offsets, mask=mask, other=0)
+    b_old_v = tl.load(p_v + start + offsets, mask=mask, other=0)
+    if EIGHT_BITS:
+        groups = start // 256 + tl.arange(0, ROWS)
+        group_mask = groups * 256 < n
+        old_m_exponents = tl.load(p_m_exponents + groups, mask=group_mask, other=0)
+        old_v_exponents = tl.load(p_v_exponents + groups, mask=group_mask, other=0)
+
+    if found_inf == 0.0:  # looked at only here, so that all loads are under way at once
+        b_w = ((b_high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + b_low.to(tl.int32)).to(tl.float32, bitcast=True)
+        if p_gradient.dtype.element_ty == tl.bfloat16:  # of two in a register this is one instruction each
+            b_g = (b_gradient.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
         else:
-            b_m = tl.load(p_m + start + offsets, mask=mask, other=0.0).to(tl.float32)
-            b_v = tl.load(p_v + start + offsets, mask=mask, other=0.0).to(tl.float32)
-
-        b_w = b_w - lr * weight_decay * b_w
-        b_m = b_m + one_minus_beta1 * (b_g - b_m)
-        b_v = beta2 * b_v + one_minus_beta2 * b_g * b_g
+            b_g = b_gradient
+        if EIGHT_BITS:
+            # the codes' bits in their places of fp32, times 2^112; the groups' powers go with the betas
+            b_m = (b_old_m.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78000001
+            b_m = b_m.to(tl.float32, bitcast=True) * 5192296858534827628530496329220096.0
+            b_root = (b_old_v.to(tl.int32) << 19).to(tl.float32, bitcast=True) * 5192296858534827628530496329220096.0
+            power = _power_of(old_v_exponents)  # its square is inf from 2^64 on, as v itself
+            b_g = b_g * (gradient_scale * one_minus_beta1)
+            b_m = b_m * (beta1 * _power_of(old_m_exponents)) + b_g
+            b_v = b_root * b_root * (beta2 * (power * power)) + b_g * b_g * square_factor
+        else:
+            b_m, b_v, b_g = b_old_m.to(tl.float32), b_old_v.to(tl.float32), b_g * gradient_scale
+            b_m = b_m + one_minus_beta1 * (b_g - b_m)
+            b_v = beta2 * b_v + one_minus_beta2 * b_g * b_g
         b_root = tl.sqrt(b_v)
         b_divisor = b_root
         if EIGHT_BITS:
             b_divisor = tl.maximum(b_root, tl.abs(b_m) * smallest_root, propagate_nan=tl.PropagateNan.ALL)
-        b_w = b_w - lr * c2 / c1 * (b_m / (b_divisor + c2 * eps))
+        inverse_step = c1 / (lr * c2)  # inf if lr is 0: not times a divisor that may be 0 too
+        least = tl.maximum(c2 * eps, _SMALLEST_NORMAL) * inverse_step
+        b_y = tl.rsqrt(b_divisor * tl.minimum(inverse_step, _LARGEST_BF16) + least)
+        b_w = b_w - lr * weight_decay * b_w
+        b_w = b_w - b_m * b_y * b_y
 
-        bits = b_w.to(tl.int32, bitcast=True)
-        bits = tl.where(b_w == b_w, bits, 0x7FC00000)
+        # A GPU's NaN is 0x7FFFFFFF, which rounds to -0
+        bits = tl.minimum(b_w.to(tl.int32, bitcast=True), 0x7FC00000)
         high = (bits + 0x8000) >> 16
         tl.store(p_high + start + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
         tl.store(p_low + start + offsets, bits.to(tl.int16), mask=mask)
+        b_random_m, b_random_v = _random_words(start, offsets, first_key, second_key)
         if EIGHT_BITS:
-            b_codes, b_exponents = _encoded(tl.abs(b_m), b_random & 0xFFFFF, 3)
-            b_codes = b_codes | ((b_m.to(tl.int32, bitcast=True) >> 24) & 0x80)
-            tl.store(p_m + start + offsets, b_codes.to(tl.uint8), mask=mask)
-            tl.store(p_m_exponents + groups, b_exponents.to(tl.uint8), mask=group_mask)
-            b_codes, b_exponents = _encoded(tl.abs(b_root), (b_random >> 13) & 0x7FFFF, 4)
+            # As integers, the largest root is NaN if there is one. The largest m is found among floats, whose sign is
+            # dropped at no cost; that may pass over a NaN, but there the root is NaN too
+            largest_root = tl.max(tl.max(b_root.to(tl.uint32, bitcast=True), 2), 0)
+            largest_root = tl.minimum(largest_root, 0x7FFFFFFF)  # a CPU's NaN may have a sign
+            bits, v_exponents = _encoded(b_root, largest_root, b_random_v, 4)
             # Never 0 for what is more: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
-            b_codes = tl.maximum(b_codes, tl.minimum(b_root.to(tl.int32, bitcast=True), 1))
+            b_codes = tl.maximum((bits >> 19).to(tl.int32), tl.minimum(b_root.to(tl.int32, bitcast=True), 1))
             tl.store(p_v + start + offsets, b_codes.to(tl.uint8), mask=mask)
-            tl.store(p_v_exponents + groups, b_exponents.to(tl.uint8), mask=group_mask)
+            largest = tl.max(tl.max(tl.abs(b_m), 2).to(tl.uint32, bitcast=True), 0)
+            bits, m_exponents = _encoded(b_m, largest, b_random_m, 3)
+            tl.store(p_m + start + offsets, ((bits >> 20) | ((bits >> 24) & 0x80)).to(tl.uint8), mask=mask)
+            m_exponents = tl.where(largest_root > 0x7F800000, _NAN_EXPONENT, m_exponents)
+            tl.store(p_v_exponents + groups, v_exponents.to(tl.uint8), mask=group_mask)
+            tl.store(p_m_exponents + groups, m_exponents.to(tl.uint8), mask=group_mask)
         elif p_m.dtype.element_ty == tl.float32:
             tl.store(p_m + start + offsets, b_m, mask=mask)
             tl.store(p_v + start + offsets, b_v, mask=mask)
         else:
-            tl.store(p_m + start + offsets, _round_to_bf16(b_m, b_random & 0xFFFF), mask=mask)
-            tl.store(p_v + start + offsets, _round_to_bf16(b_v, (b_random >> 16) & 0xFFFF), mask=mask)
+            tl.store(p_m + start + offsets, _round_to_bf16(b_m, (b_random_m >> 16).to(tl.int32)), mask=mask)
+            tl.store(p_v + start + offsets, _round_to_bf16(b_v, (b_random_v >> 16).to(tl.int32)), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_key", "second_key"])
@@ -361,10 +414,10 @@ def add_rounded_kernel(p_total, p_x, n, first_key, second_key, BLOCK: tl.constex
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     mask = start + offsets < n
-    b_random = _random_bits(start, offsets, first_key, second_key)
+    b_random, _ = _random_words(start, offsets, first_key, second_key)
     b_sum = tl.load(p_total + start + offsets, mask=mask, other=0.0).to(tl.float32)
     b_sum += tl.load(p_x + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(p_total + start + offsets, _round_to_bf16(b_sum, b_random & 0xFFFF), mask=mask)
+    tl.store(p_total + start + offsets, _round_to_bf16(b_sum, (b_random >> 16).to(tl.int32)), mask=mask)
 
 
 @triton.jit
@@ -385,9 +438,10 @@ def aot_cases() -> list[AotCase]:
         signature |= dict.fromkeys(("p_m", "p_v", "p_m_exponents", "p_v_exponents"), f"*{dtype}:16")
         signature |= {"n": "i32:16", "first_key": "i32", "second_key": "i32"}
         signature |= dict.fromkeys(
-            ("one_minus_beta1", "beta2", "one_minus_beta2", "eps", "weight_decay", "smallest_root"), "fp32"
+            ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "square_factor", "eps", "weight_decay"), "fp32"
         )
-        constants = {"EIGHT_BITS": moments == "8bit", "BLOCK": BLOCK}
+        signature |= {"smallest_root": "fp32"}
+        constants = {"EIGHT_BITS": moments == "8bit", "VECTOR": 4 if moments == "fp32" else 8, "BLOCK": BLOCK}
         num_warps = NUM_WARPS_FP32 if moments == "fp32" else NUM_WARPS
         cases.append(AotCase(f"adamw, {moments} moments bf16", adamw_kernel, signature, constants, num_warps))
     for dtype in ("bf16", "fp32"):
@@ -430,8 +484,9 @@ def adamw_(
         adamw_kernel, (cdiv(high.numel(), BLOCK),),
         high, low, gradient, m, v, moments.get("exp_avg_exponents", m), moments.get("exp_avg_sq_exponents", v), scalars,
         high.numel(), *keys_of(seed),
-        1 - beta1, beta2, 1 - beta2, eps, weight_decay, smallest_root(beta1, beta2),
-        EIGHT_BITS=m.dtype == torch.uint8, BLOCK=BLOCK,
+        beta1, 1 - beta1, beta2, 1 - beta2, (1 - beta2) / (1 - beta1) ** 2,
+        eps, weight_decay, smallest_root(beta1, beta2),
+        EIGHT_BITS=m.dtype == torch.uint8, VECTOR=4 if m.dtype == torch.float32 else 8, BLOCK=BLOCK,
         num_warps=NUM_WARPS_FP32 if m.dtype == torch.float32 else NUM_WARPS,
     )  # fmt: skip
 

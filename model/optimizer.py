@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from halny.kernels.adamw import adamw_, add_rounded_, add_wide, join, new_moments, split
+from halny.kernels.gradient_norm import gradient_norm
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -106,8 +107,7 @@ class SplitAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def clip_gradients(self, clip: float) -> Tensor:
         """The gradients' global norm, fp64; ``step`` scales them on its way, so that it is at most ``clip``."""
-        norms = torch._foreach_norm(list(self._sums.values()), 2, dtype=torch.float32)  # clip_grad_norm_'s own
-        norm = torch.linalg.vector_norm(torch.stack(norms).double())
+        norm = gradient_norm(list(self._sums.values()))
         self._scale = (clip / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
         return norm
 

@@ -51,7 +51,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     ("copies", r"^Mem(cpy|set)|[Cc]opy|CatArray|chunk_cat|split_with_sizes|aten::cat$|fsdp::"),
     (
         "optimizer",
-        r"^adamw_|^add_(rounded|wide)_|multi_tensor_apply|[Ff]used_?[Aa]dam|_foreach_|linalg_vector_norm"
+        r"^adamw_|^add_(rounded|wide)_|^block_norms_|multi_tensor_apply|[Ff]used_?[Aa]dam|_foreach_|linalg_vector_norm"
         r"|lpnorm_cleanup|NormTwoOps",
     ),
 )

@@ -305,6 +305,7 @@ def test_occupancy_by_hand(registers, shared, warps, expected):
         ("scale_kernel", "loss"),
         ("adamw_kernel", "optimizer"),
         ("add_rounded_kernel", "optimizer"),
+        ("block_norms_kernel", "optimizer"),
         ("ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
         ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::"
          "FusedOptimizerTensorListMetadata<4>, at::native::(anonymous namespace)::FusedAdamMathFunctor<float, 4, "
@@ -909,13 +910,19 @@ def test_attention_is_a_column_a_backend(tmp_path):
         ms = {"median": 1.2345, "p5": 1.2, "p95": 1.3}
         package = provider if provider == "halny" else ""
         call = 'attention(q, k, v, backend="auto") -> flash4' if provider == "halny" else ""
-        return {"operation": "attention", "set": name, "mode": mode, "provider": provider, "package": package,
-                "call": call, "status": status, "tflop_s": tflop_s, "kernel_ms": ms, "source": SOURCE, "since": None}  # fmt: skip
+        named = {"operation": "attention", "set": name, "mode": mode, "provider": provider, "package": package}
+        timed = {"status": status, "call": call, "tflop_s": tflop_s, "kernel_ms": ms}
+        return named | timed | {"source": source, "since": None}
 
-    SOURCE = merge.Source(tmp_path, "attention.json", machine(), None, 5)
-    rows = [row("a", "forward", "halny", 700.0), row("a", "forward", "flash4", 600.0), row("a", "both", "flash4", 1.0),
-            row("a", "forward", "cudnn", 500.0), row("b", "forward", "halny", 300.0), row("b", "forward", "flash4", 301.0),
-            row("b", "forward", "cudnn", 0.0, "cannot run here")]  # fmt: skip
+    source = merge.Source(tmp_path, "attention.json", machine(), None, 5)
+    rows = [
+        *(row("a", "forward", *one) for one in (("halny", 700.0), ("flash4", 600.0), ("cudnn", 500.0))),
+        row("a", "both", "flash4", 1.0),
+        *(
+            row("b", "forward", *one)
+            for one in (("halny", 300.0), ("flash4", 301.0), ("cudnn", 0.0, "cannot run here"))
+        ),
+    ]
     assert report.backends_table(rows).splitlines() == [
         "| case | flash4 | cudnn |",
         "| --- | --: | --: |",

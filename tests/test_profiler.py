@@ -205,7 +205,7 @@ KERNELS = {  # as CUPTI names them on a Hopper GPU: cuDNN 9, cuBLAS 13, FlashAtt
         NATIVE + "detail::split_with_sizes_copy_out_contiguous_no_cast_kernel(char**, char**)",
     ),
     "optimizer": (
-        "adamw_kernel", "add_rounded_kernel", "add_wide_kernel",
+        "adamw_kernel", "add_rounded_kernel", "add_wide_kernel", "block_norms_kernel",
         NATIVE + "(anonymous namespace)::multi_tensor_apply_kernel<at::native::(anonymous namespace)::"
         "FusedOptimizerTensorListMetadata<4>, FusedAdamMathFunctor<float, 4, (ADAM_MODE)1, false>>",
         NATIVE + "(anonymous namespace)::multi_tensor_apply_kernel<TensorListMetadata<1>, at::native::LpNormFunctor>",
