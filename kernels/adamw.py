@@ -350,63 +350,66 @@ def adamw_kernel(
         group_mask = groups * 256 < n
         old_m_exponents = tl.load(p_m_exponents + groups, mask=group_mask, other=0)
         old_v_exponents = tl.load(p_v_exponents + groups, mask=group_mask, other=0)
+        group_store = group_mask & (tl.zeros_like(groups) + found_inf == 0.0)
 
-    if found_inf == 0.0:  # looked at only here, so that all loads are under way at once
-        b_w = ((b_high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + b_low.to(tl.int32)).to(tl.float32, bitcast=True)
-        if p_gradient.dtype.element_ty == tl.bfloat16:  # of two in a register this is one instruction each
-            b_g = (b_gradient.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-        else:
-            b_g = b_gradient
-        if EIGHT_BITS:
-            # the codes' bits in their places of fp32, times 2^112; the groups' powers go with the betas
-            b_m = (b_old_m.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78000001
-            b_m = b_m.to(tl.float32, bitcast=True) * 5192296858534827628530496329220096.0
-            b_root = (b_old_v.to(tl.int32) << 19).to(tl.float32, bitcast=True) * 5192296858534827628530496329220096.0
-            power = _power_of(old_v_exponents)  # its square is inf from 2^64 on, as v itself
-            b_g = b_g * (gradient_scale * one_minus_beta1)
-            b_m = b_m * (beta1 * _power_of(old_m_exponents)) + b_g
-            b_v = b_root * b_root * (beta2 * (power * power)) + b_g * b_g * square_factor
-        else:
-            b_m, b_v, b_g = b_old_m.to(tl.float32), b_old_v.to(tl.float32), b_g * gradient_scale
-            b_m = b_m + one_minus_beta1 * (b_g - b_m)
-            b_v = beta2 * b_v + one_minus_beta2 * b_g * b_g
-        b_root = tl.sqrt(b_v)
-        b_divisor = b_root
-        if EIGHT_BITS:
-            b_divisor = tl.maximum(b_root, tl.abs(b_m) * smallest_root, propagate_nan=tl.PropagateNan.ALL)
-        inverse_step = c1 / (lr * c2)  # inf if lr is 0: not times a divisor that may be 0 too
-        least = tl.maximum(c2 * eps, _SMALLEST_NORMAL) * inverse_step
-        b_y = tl.rsqrt(b_divisor * tl.minimum(inverse_step, _LARGEST_BF16) + least)
-        b_w = b_w - lr * weight_decay * b_w
-        b_w = b_w - b_m * b_y * b_y
+    # A mask and no branch, so that all loads are under way at once. Added to zeros, because a scalar condition is no
+    # mask in the interpreter (triton 3.9: "ufunc 'bitwise_and' not supported")
+    store = mask & (tl.zeros_like(offsets) + found_inf == 0.0)
+    b_w = ((b_high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + b_low.to(tl.int32)).to(tl.float32, bitcast=True)
+    if p_gradient.dtype.element_ty == tl.bfloat16:  # of two in a register this is one instruction each
+        b_g = (b_gradient.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        b_g = b_gradient
+    if EIGHT_BITS:
+        # the codes' bits in their places of fp32, times 2^112; the groups' powers go with the betas
+        b_m = (b_old_m.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78000001
+        b_m = b_m.to(tl.float32, bitcast=True) * 5192296858534827628530496329220096.0
+        b_root = (b_old_v.to(tl.int32) << 19).to(tl.float32, bitcast=True) * 5192296858534827628530496329220096.0
+        power = _power_of(old_v_exponents)  # its square is inf from 2^64 on, as v itself
+        b_g = b_g * (gradient_scale * one_minus_beta1)
+        b_m = b_m * (beta1 * _power_of(old_m_exponents)) + b_g
+        b_v = b_root * b_root * (beta2 * (power * power)) + b_g * b_g * square_factor
+    else:
+        b_m, b_v, b_g = b_old_m.to(tl.float32), b_old_v.to(tl.float32), b_g * gradient_scale
+        b_m = b_m + one_minus_beta1 * (b_g - b_m)
+        b_v = beta2 * b_v + one_minus_beta2 * b_g * b_g
+    b_root = tl.sqrt(b_v)
+    b_divisor = b_root
+    if EIGHT_BITS:
+        b_divisor = tl.maximum(b_root, tl.abs(b_m) * smallest_root, propagate_nan=tl.PropagateNan.ALL)
+    inverse_step = c1 / (lr * c2)  # inf if lr is 0: not times a divisor that may be 0 too
+    least = tl.maximum(c2 * eps, _SMALLEST_NORMAL) * inverse_step
+    b_y = tl.rsqrt(b_divisor * tl.minimum(inverse_step, _LARGEST_BF16) + least)
+    b_w = b_w - lr * weight_decay * b_w
+    b_w = b_w - b_m * b_y * b_y
 
-        # A GPU's NaN is 0x7FFFFFFF, which rounds to -0
-        bits = tl.minimum(b_w.to(tl.int32, bitcast=True), 0x7FC00000)
-        high = (bits + 0x8000) >> 16
-        tl.store(p_high + start + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=mask)
-        tl.store(p_low + start + offsets, bits.to(tl.int16), mask=mask)
-        b_random_m, b_random_v = _random_words(start, offsets, first_key, second_key)
-        if EIGHT_BITS:
-            # As integers, the largest root is NaN if there is one. The largest m is found among floats, whose sign is
-            # dropped at no cost; that may pass over a NaN, but there the root is NaN too
-            largest_root = tl.max(tl.max(b_root.to(tl.uint32, bitcast=True), 2), 0)
-            largest_root = tl.minimum(largest_root, 0x7FFFFFFF)  # a CPU's NaN may have a sign
-            bits, v_exponents = _encoded(b_root, largest_root, b_random_v, 4)
-            # Never 0 for what is more: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
-            b_codes = tl.maximum((bits >> 19).to(tl.int32), tl.minimum(b_root.to(tl.int32, bitcast=True), 1))
-            tl.store(p_v + start + offsets, b_codes.to(tl.uint8), mask=mask)
-            largest = tl.max(tl.max(tl.abs(b_m), 2).to(tl.uint32, bitcast=True), 0)
-            bits, m_exponents = _encoded(b_m, largest, b_random_m, 3)
-            tl.store(p_m + start + offsets, ((bits >> 20) | ((bits >> 24) & 0x80)).to(tl.uint8), mask=mask)
-            m_exponents = tl.where(largest_root > 0x7F800000, _NAN_EXPONENT, m_exponents)
-            tl.store(p_v_exponents + groups, v_exponents.to(tl.uint8), mask=group_mask)
-            tl.store(p_m_exponents + groups, m_exponents.to(tl.uint8), mask=group_mask)
-        elif p_m.dtype.element_ty == tl.float32:
-            tl.store(p_m + start + offsets, b_m, mask=mask)
-            tl.store(p_v + start + offsets, b_v, mask=mask)
-        else:
-            tl.store(p_m + start + offsets, _round_to_bf16(b_m, (b_random_m >> 16).to(tl.int32)), mask=mask)
-            tl.store(p_v + start + offsets, _round_to_bf16(b_v, (b_random_v >> 16).to(tl.int32)), mask=mask)
+    # A GPU's NaN is 0x7FFFFFFF, which rounds to -0
+    bits = tl.minimum(b_w.to(tl.int32, bitcast=True), 0x7FC00000)
+    high = (bits + 0x8000) >> 16
+    tl.store(p_high + start + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=store)
+    tl.store(p_low + start + offsets, bits.to(tl.int16), mask=store)
+    b_random_m, b_random_v = _random_words(start, offsets, first_key, second_key)
+    if EIGHT_BITS:
+        # As integers, the largest root is NaN if there is one. The largest m is found among floats, whose sign is
+        # dropped at no cost; that may pass over a NaN, but there the root is NaN too
+        largest_root = tl.max(tl.max(b_root.to(tl.uint32, bitcast=True), 2), 0)
+        largest_root = tl.minimum(largest_root, 0x7FFFFFFF)  # a CPU's NaN may have a sign
+        bits, v_exponents = _encoded(b_root, largest_root, b_random_v, 4)
+        # Never 0 for what is more: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
+        b_codes = tl.maximum((bits >> 19).to(tl.int32), tl.minimum(b_root.to(tl.int32, bitcast=True), 1))
+        tl.store(p_v + start + offsets, b_codes.to(tl.uint8), mask=store)
+        largest = tl.max(tl.max(tl.abs(b_m), 2).to(tl.uint32, bitcast=True), 0)
+        bits, m_exponents = _encoded(b_m, largest, b_random_m, 3)
+        tl.store(p_m + start + offsets, ((bits >> 20) | ((bits >> 24) & 0x80)).to(tl.uint8), mask=store)
+        m_exponents = tl.where(largest_root > 0x7F800000, _NAN_EXPONENT, m_exponents)
+        tl.store(p_v_exponents + groups, v_exponents.to(tl.uint8), mask=group_store)
+        tl.store(p_m_exponents + groups, m_exponents.to(tl.uint8), mask=group_store)
+    elif p_m.dtype.element_ty == tl.float32:
+        tl.store(p_m + start + offsets, b_m, mask=store)
+        tl.store(p_v + start + offsets, b_v, mask=store)
+    else:
+        tl.store(p_m + start + offsets, _round_to_bf16(b_m, (b_random_m >> 16).to(tl.int32)), mask=store)
+        tl.store(p_v + start + offsets, _round_to_bf16(b_v, (b_random_v >> 16).to(tl.int32)), mask=store)
 
 
 @triton.jit(do_not_specialize=["first_key", "second_key"])
