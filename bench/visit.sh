@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 visit=runs/visit
 site=${PEERS:-/tmp/peers}
-if [ -e "$visit/peers.tar.xz" ] && [ ! -e "$site" ]; then
+if [ -e "$visit/peers.tar.xz" ] && [ -z "${PEERS:-}" ] && [ ! -e "$site" ]; then
     mkdir -p "$site"
     tar xf "$visit/peers.tar.xz" -C "$site"
 fi
