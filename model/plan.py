@@ -47,7 +47,10 @@ class Rates:
 # The first three are for kernels as fast as the best public ones on Hopper: 790, 740 and 690 of 989.5 TFLOP/s in matrix
 # products; attention's 52.8 TFLOP of four sequences of 4,096 in 109, 122 and 135 ms (FlashAttention 3); 4.3, 3.7 and
 # 3.4 of an H200's 4.8 TB/s (its copy bandwidth; quack; Liger-Kernel). Straggling is assumed. "published" is fitted to
-# the runs in bench/published.py (a test fits it again), its attention FlashAttention 2's rate (350 TFLOP/s).
+# the runs in bench/published.py (a test fits it again), its attention FlashAttention 2's rate (350 TFLOP/s). Measured
+# since (bench/results/RESULTS.md): an H200 at its limit of 700 W does 690 to 704 TFLOP/s of a step's products, as
+# "good" has it; 353 to 360 in attention by cuDNN, below "good"; copies at 4.25 TB/s, and norms, RoPE and SwiGLU at 95%
+# of that, above "leading".
 RATES = {
     "ideal": Rates(0.798, 0.489, 0.896, 0.0, 0.0),
     "leading": Rates(0.748, 0.438, 0.771, 0.02e-3, 0.005),
