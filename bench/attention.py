@@ -7,7 +7,7 @@
 Mistral-7B's heads, 32 queries for 8 keys, head_dim 128, bf16; a step's 16,384 tokens, or 32,768. TFLOP/s count what the
 mask admits and nothing else, so a window or documents that save no time show as a low rate: forward 4 H c FLOPs a
 visible pair of query and key (two products), backward 2.5 times that (five products, one of which remakes the scores),
-as flash-attention's own benchmarks count. "halny" is ``backend="auto"``; what it chose is in the recorded call. Masks
+as flash-attention's own benchmarks count. "halny, BACKEND" is ``backend="auto"`` and what that chose, in one row. Masks
 are made once and outside the clock, as a step makes them once for all its layers.
 
 Right is decided as in kernels.py, against the reference on the first sequence and the heads of the last group, one
@@ -113,7 +113,8 @@ class Attention(Operation):
         return window is not None and window < max(self.lengths), bool(self.shape["documents"])
 
     def peers(self, dtype: torch.dtype, device: torch.device, flex: bool) -> list[Peer]:
-        left_out = ("reference",) if flex else ("reference", "flex", "flex_flash")
+        left_out = {"reference"} if flex else {"reference", "flex", "flex_flash"}
+        left_out.add(self.plan("auto", dtype, device).backend)  # it is measured as ours
         return [self.peer(name, dtype, device) for name in ("auto", *BACKENDS) if name not in left_out]
 
     def peer(self, backend: str, dtype: torch.dtype, device: torch.device) -> Peer:
@@ -126,7 +127,8 @@ class Attention(Operation):
         text = f"attention(q, k, v, window={shape['window']}{', cu_seqlens, max_seqlen' if shape['documents'] else ''}"
         if backend != "auto":
             return Peer(backend, load, False, "", f'{text}, backend="{backend}")')
-        return Peer("halny", load, False, "", f'{text}, backend="auto") -> {self.plan(backend, dtype, device).backend}')
+        chosen = self.plan(backend, dtype, device).backend
+        return Peer("halny", load, False, chosen, f'{text}, backend="auto") -> {chosen}')
 
 
 def case(sequences: int, seq_len: int, window: int | None, mean_document: int | None, heads: tuple) -> Attention:
@@ -164,16 +166,14 @@ COMPILED_AT_FIRST = ("flash4", "flex", "flex_flash")
 
 
 def warm_jobs(operations: dict[str, Attention], dtype: torch.dtype, device: torch.device, flex: bool) -> list:
-    """(title, backend) of all that runs, "auto" included: of flash4 one case a kind of mask, of FlexAttention each."""
+    """(title, backend) of all that runs and compiles: of flash4 one case a kind of mask, of FlexAttention each."""
     jobs, kinds = [], set()
     for name, operation in operations.items():
         chosen = operation.plan("auto", dtype, device).backend
         for peer in operation.peers(dtype, device, flex):
-            backend = chosen if peer.name == "halny" else peer.name
+            backend = chosen if peer.package == "halny" else peer.name
             known = (backend, operation.kind) in kinds
             if backend not in COMPILED_AT_FIRST or (backend == "flash4" and known) or kernels.load(peer)[0] is None:
-                continue
-            if (name, backend) in jobs:
                 continue
             kinds.add((backend, operation.kind))
             jobs.append((name, backend))
@@ -197,7 +197,7 @@ def spread(excluded: dict, operations: dict[str, Attention], dtype: torch.dtype,
         }
         chosen = operation.plan("auto", dtype, device).backend
         if chosen in found[name]:
-            found[name]["halny"] = f"{chosen}, which it chose: {found[name][chosen]}"
+            found[name][f"halny, {chosen}"] = found[name].pop(chosen)
     return found
 
 

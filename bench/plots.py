@@ -44,7 +44,7 @@ def bars(columns: list[dict[str, list[dict]]], value, label, xlabel: str, title:
         ax.tick_params(colors=INK, labelsize=8.5)
         ax.set_yticks(list(names), list(names.values()))
         for tick, name in zip(ax.get_yticklabels(), names.values(), strict=True):
-            if name == "halny":
+            if name.partition(",")[0] == "halny":
                 tick.set_fontweight("bold")
                 tick.set_color(OURS)
         ax.set_ylim(longest - 0.6, -0.7)

@@ -172,23 +172,21 @@ def short_kernel_table(rows: list[dict]) -> str:
 
 
 def backends_table(rows: list[dict]) -> str:
-    """Attention: a line a case and mode, a column a backend, TFLOP/s of what the mask admits; bold: what "auto" takes.
+    """Attention: a line a case and mode, a column a backend, TFLOP/s by the mask; bold is what "auto" takes."""
 
-    "auto" is no column, being one of the others.
-    """
+    def backend_of(row: dict) -> str:
+        return row["provider"].removeprefix("halny, ")
+
     timed = [row for row in rows if row["status"] == "ok" and row["mode"] != "both"]
-    backends = list(dict.fromkeys(row["provider"] for row in timed if row["package"] != "halny"))
+    backends = list(dict.fromkeys(map(backend_of, timed)))
     runs, lines = runs_of(rows), []
     for (_, name, mode), group in grouped(timed).items():
-        by_name = {row["provider"]: row for row in group}
-        chosen = by_name["halny"]["call"].partition(" -> ")[2] if "halny" in by_name else ""
-        cells = []
-        for backend in backends:
-            row = by_name.get(backend)
-            said = "" if row is None else f"{row['tflop_s']:,.0f} in {row['kernel_ms']['median']:.3g} ms{dagger(row)}"
-            cells.append(f"**{said}**" if said and backend == chosen else said)
+        cells = dict.fromkeys(backends, "")
+        for row in group:
+            said = f"{row['tflop_s']:,.0f} in {row['kernel_ms']['median']:.3g} ms{dagger(row)}"
+            cells[backend_of(row)] = f"**{said}**" if row["package"] == "halny" else said
         which = dict.fromkeys(runs[row["source"]] for row in group) if runs else {}
-        lines.append([f"{name}, {mode}", *cells, *([", ".join(which)] if runs else [])])
+        lines.append([f"{name}, {mode}", *cells.values(), *([", ".join(which)] if runs else [])])
     return table(["case", *backends, *(["run"] if runs else [])], lines) if lines else ""
 
 

@@ -923,6 +923,9 @@ def test_attention_is_a_column_a_backend(tmp_path):
             for one in (("halny", 300.0), ("flash4", 301.0), ("cudnn", 0.0, "cannot run here"))
         ),
     ]
+    rows = merge.once(rows)
+    assert [row["provider"] for row in rows if row["set"] == "b"] == ["halny, flash4", "cudnn"]
+    assert merge.once(rows) == rows
     assert report.backends_table(rows).splitlines() == [
         "| case | flash4 | cudnn |",
         "| --- | --: | --: |",
