@@ -43,10 +43,13 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not bench/: see kernels.py
 
+import torch
+
 from bench import measure, opponents, step
 
 SUMMARY_LINES = 60
 GRACE_S = 10  # between asking a part to end and killing it; between its own budget and its limit
+TEST_BYTES = 35e9  # of GPU memory for each process that tests
 CACHE_VARIABLES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
 CACHE_BYTES = 15 * 2**20  # of the packed caches: more is not worth carrying
 
@@ -67,13 +70,15 @@ class Visit:
         options = ["--out", str(self.out), "--commit", self.commit, "--budget-s", budget]
         return [sys.executable, f"bench/{name}.py", *smoke, *options, *more]
 
-    def tests(self, part: str, which: str, workers: int) -> list[str]:
-        """pytest's command for the GPU's tests that ``which`` selects, beside one another where pytest-xdist is."""
+    def tests(self, part: str, which: str, beside: bool) -> list[str]:
+        """pytest's command for the GPU's tests that ``which`` selects; side by side if pytest-xdist is there."""
         options = ["-vv", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--durations=10"]
         # a line for each test as it ends, since the junit file is written at the end, and a compiler may outlast SIGINT
         options += [f"--junitxml={self.xml(part)}", "-k", which]
-        beside = ["-n", str(workers)] if workers > 1 and importlib.util.find_spec("xdist") and not self.smoke else []
-        return [sys.executable, "-m", "pytest", "tests", "-m", "gpu", *options, *beside]
+        if beside and not self.smoke and importlib.util.find_spec("xdist"):
+            memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            options += ["-n", str(max(1, int(memory / TEST_BYTES)))]
+        return [sys.executable, "-m", "pytest", "tests", "-m", "gpu", *options]
 
     def xml(self, part: str) -> Path:
         return self.scratch / f"{part.replace(' ', '-')}.xml"
@@ -100,13 +105,12 @@ class Part:
 
 KERNELS = ("kernels/*.py", "bench/measure.py")
 TRAINER = (*KERNELS, "model/*.py", "train.py")
-
-
+TESTS = (*TRAINER, "tests/*.py")
 LAST = "flex or two_to_the_31"  # tests that compile for long, or need much of the memory
 PARTS = (
     Part("step", 210, lambda v, s: v.script("step", s, "--profile", "--moments", "best", "bf16"),
          reads=(*TRAINER, "bench/step.py")),
-    Part("tests", 90, lambda v, s: v.tests("tests", f"not ({LAST})", 4), timed=False, reads=(*TRAINER, "tests/*.py")),
+    Part("tests", 90, lambda v, s: v.tests("tests", f"not ({LAST})", True), timed=False, reads=TESTS),
     Part("trainer", 75, lambda v, s: v.script("trainer", s, *(["--data", str(v.data)] if v.data else [])), timed=False,
          reads=(*TRAINER, "bench/trainer.py")),
     Part("warm kernels", 90, lambda v, s: v.script("kernels", s, *warm_up(v)), timed=False, ahead_of="kernels"),
@@ -118,7 +122,7 @@ PARTS = (
     Part("attention", 60, lambda v, s: v.script("attention", s),
          reads=("kernels/attention.py", "kernels/dispatch.py", "bench/measure.py", "bench/attention.py")),
     Part("opponents", 110, lambda v, s: v.script("opponents", s), reads=("bench/opponents.py", "bench/measure.py")),
-    Part("last tests", 90, lambda v, s: v.tests("last tests", LAST, 1), timed=False, reads=(*TRAINER, "tests/*.py")),
+    Part("last tests", 90, lambda v, s: v.tests("last tests", LAST, False), timed=False, reads=TESTS),
 )  # fmt: skip
 
 

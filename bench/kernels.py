@@ -319,7 +319,7 @@ def release(bench: Bench) -> None:
 
 WARM_S = 60  # for one provider in all cases of an operation; more if the budget is more
 WARM_SHARE = 0.5  # of the budget, for all of them
-WARM_BYTES = 48e9  # of GPU memory, for all the processes together
+WARM_BYTES = 48e9  # of GPU memory, for all the processes together; a third of a smaller GPU's
 # In this order: those that take seconds first, since torch.compile, which tries dozens of tiles, took all the time once
 COMPILED_AT_FIRST = ("Liger-Kernel", "halny", "cut-cross-entropy", "quack", "torch.compile")
 
@@ -392,7 +392,10 @@ def warm_all(
     Returns case -> provider -> why it must be left alone afterwards: because it did not come back in time, or brought
     its process down. One that merely raises will say so when it is measured. Ours is only left alone if it crashes.
     """
-    start, free, room = time.monotonic(), WARM_BYTES, threading.Condition()
+    most = WARM_BYTES
+    if torch.cuda.is_available():
+        most = min(most, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 3)
+    start, free, room = time.monotonic(), most, threading.Condition()
     end, limit = start + budget_s, max(WARM_S, 0.6 * budget_s) if budget_s < 3600 else WARM_S
     excluded: dict[str, dict[str, str]] = {case: {} for case, _ in jobs}
     for case, provider in jobs:
@@ -414,7 +417,7 @@ def warm_all(
     def one(job: tuple[str, str]) -> None:
         nonlocal free
         case, provider = job
-        size = min((sizes or {}).get(case, 0), WARM_BYTES)
+        size = min((sizes or {}).get(case, 0), most)
         with room:
             room.wait_for(lambda: free >= size, max(0, min(86400, end - time.monotonic())))
             free -= size

@@ -98,23 +98,32 @@ def cases(modes: list[str], moments: list[str], accumulation: int = 1) -> list[C
 
 
 def best_moments(device: str, memory_bytes: int, accumulation: int = 1) -> str:
-    """The moments with which model/plan.py expects one GPU to train fastest; "8bit" on a card that it does not know."""
+    """The moments with which one GPU should train fastest; "8bit" where no 7B fits, or nothing is known of the card."""
+    model = PRESETS["mistral-7b"]
+    found = [
+        (expected_rate(case, model, n, device), moments)
+        for moments in MOMENTS
+        for case in (Case("one-gpu", moments, accumulation),)
+        for n in fitting(case, model, memory_bytes, device)[:1]
+    ]
+    return max(found, key=lambda one: one[0], default=(0, "8bit"))[1]
+
+
+def expected_rate(case: Case, model: MistralConfig, micro_batch: int, device: str) -> float:
+    """Tokens/s that model/plan.py expects of one GPU; of a card that it does not know, more of larger micro batches."""
     cluster = plan.cluster_of_run(device, 1, 1)
-    if cluster is None:
-        return "8bit"
-    model, rates = PRESETS["mistral-7b"], {}
-    for case in (Case("one-gpu", moments, accumulation) for moments in MOMENTS):
-        for micro_batch in fitting(case, model, memory_bytes):
-            work = plan.Work(model, micro_batch, SEQ_LEN, accumulation, moments=case.moments)
-            chosen = plan.choose(work, cluster)
-            rates[plan.tokens_per_second(chosen.work, chosen.step)] = case.moments
-    return rates[max(rates)] if rates else "8bit"
+    if cluster is None or case.mode != "one-gpu":
+        return float(micro_batch)
+    work = plan.Work(model, micro_batch, SEQ_LEN, case.accumulation, moments=case.moments)
+    chosen = plan.choose(work, cluster)
+    return plan.tokens_per_second(chosen.work, chosen.step)
 
 
-def fitting(case: Case, model: MistralConfig, memory_bytes: int) -> list[int]:
-    """Micro batches that fit a card of so much memory by the estimate, the largest first."""
+def fitting(case: Case, model: MistralConfig, memory_bytes: int, device: str = "") -> list[int]:
+    """Micro batches that fit a card of so much memory by the estimate, the fastest first."""
     room = memory_bytes * (1 - roofline.RESERVED)
-    return [n for n in (4, 2, 1) if n <= case.micro_batch and estimated_bytes(case, model, n) <= room]
+    fit = [n for n in (4, 2, 1) if n <= case.micro_batch and estimated_bytes(case, model, n) <= room]
+    return sorted(fit, key=lambda n: -expected_rate(case, model, n, device))
 
 
 def label(case: Case, config: MistralConfig, micro_batch: int, seq_len: int, smoke: bool) -> str:
@@ -128,14 +137,15 @@ def label(case: Case, config: MistralConfig, micro_batch: int, seq_len: int, smo
 
 
 def sizes(bench: measure.Bench, case: Case, layers: int | None, micro_batch: int | None) -> list[tuple]:
-    """(model, micro batch) to try in turn, the most wanted first: what the estimate says fits, then somewhat less."""
+    """(model, micro batch) to try in turn: what fits by the estimate, the fastest first; else with fewer layers."""
     if bench.smoke:
         return [(PRESETS["test"], 2)]
     whole, most = PRESETS["mistral-7b"], case.micro_batch
-    memory = torch.cuda.get_device_properties(bench.device).total_memory
+    card = torch.cuda.get_device_properties(bench.device)
+    memory = card.total_memory
     if layers or micro_batch:
         return [(replace(whole, n_layers=layers or whole.n_layers), micro_batch or most)]
-    wanted = [(whole, micro) for micro in fitting(case, whole, memory)]
+    wanted = [(whole, micro) for micro in fitting(case, whole, memory, getattr(card, "name", ""))]
     if not wanted:
         n = max(n for n in range(1, whole.n_layers) if most in fitting(case, replace(whole, n_layers=n), memory))
         wanted = [(replace(whole, n_layers=n), most), (replace(whole, n_layers=max(1, n - 2)), most)]

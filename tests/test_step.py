@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mistral import modeling_mistral
 
+import train
 from bench import measure, opponents, report, step
 from halny.model import plan, roofline
 from halny.model.convert import save_hf
@@ -117,6 +118,35 @@ def test_the_step_fits_the_card():
         assert layers == 32 if fits else 10 < layers < 32 and smaller[0][0] == layers - 2
         assert micro <= (2 if case == "fp32" else 4)
     assert wanted(gh200, RANK)[0] == wanted(h200, RANK)[0] == (32, 4)
+
+
+def test_the_fastest_way_is_chosen_by_what_the_plan_expects(monkeypatch):
+    """Moments and micro batch: on 80 GB two sequences with 8bit moments, not the one for which bf16 ones leave room."""
+    h200, h100 = (roofline.GPUS[name].memory_bytes for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"))
+    assert step.best_moments("NVIDIA H200", h200) == step.best_moments("NVIDIA H100 80GB HBM3", h100) == "8bit"
+    assert step.fitting(step.Case("one-gpu", "8bit"), MISTRAL_7B, h100, "NVIDIA H100 80GB HBM3") == [2, 1]
+    assert step.fitting(step.Case("one-gpu", "bf16"), MISTRAL_7B, h100, "NVIDIA H100 80GB HBM3") == [1]
+    assert step.best_moments("A card of 20 GB", 20 * 10**9) == "8bit"
+    rates = {("bf16", 1): 9.0, ("8bit", 2): 5.0, ("8bit", 1): 7.0}
+    monkeypatch.setattr(step, "expected_rate", lambda case, model, n, device: rates[case.moments, n])
+    assert step.best_moments("NVIDIA H100 80GB HBM3", h100) == "bf16"
+    assert step.fitting(step.Case("one-gpu", "8bit"), MISTRAL_7B, h100) == [1, 2]
+
+
+def test_accumulation_is_part_of_the_step_and_its_name(monkeypatch):
+    """As many micro batches an update as asked, in tokens, label and name; other modes have none."""
+    case, used, train_step = step.Case("one-gpu", "bf16", accumulation=3), [], train.train_step
+    assert case.name == "one-gpu-bf16-x3" and step.Case("one-gpu", "bf16").name == "one-gpu-bf16"
+    assert "Mistral-7B, 3 x 4 x 4096, AdamW, bf16 moments" in step.label(case, MISTRAL_7B, 4, 4096, False)
+    assert [c.accumulation for c in step.cases(["one-gpu", "rank-of-256"], ["8bit"], 3)] == [1, 3]
+    monkeypatch.setattr(train, "train_step", lambda *a: (used.append(len(a[4])), train_step(*a))[1])
+    world = train.start_distributed(deadline=600)
+    try:
+        made = step.Step(CPU, world, case, SMALL, 2)
+        made.run(1)
+        assert used == [3] and made.n_tokens == 3 * 2 * 64 and made.loss() > 0
+    finally:
+        dist.destroy_process_group()
 
 
 def test_the_products_are_all_of_the_steps():
