@@ -532,9 +532,13 @@ def part(name: str, code: str, share: float = 1) -> gpu_pass.Part:
 
 @pytest.mark.slow
 def test_a_whole_visit_rehearsed(tmp_path, capsys):
-    """Every part at tiny sizes, and one more that breaks: the others still run, files are whole, the code says 1."""
+    """Parts at tiny sizes, and one more that breaks: the others still run, files are whole, the code says 1.
+
+    train.py's part is rehearsed in test_bench_trainer.py, and the last tests are as the first.
+    """
     broken = part("broken", "import sys; print('about to fail'); sys.exit('no luck')")
-    parts = (gpu_pass.PARTS[0], broken, *gpu_pass.PARTS[1:])
+    chosen = [p for p in gpu_pass.PARTS if p.name not in ("trainer", "last tests")]
+    parts = (chosen[0], broken, *chosen[1:])
     assert gpu_pass.main(["--smoke", "--out", str(tmp_path), "--visit-s", "700"], parts) == 1
     printed = capsys.readouterr().out
     ran = measure.read_result(tmp_path / "pass.json")
@@ -549,7 +553,7 @@ def test_a_whole_visit_rehearsed(tmp_path, capsys):
     assert others["hf-bf16"]["status"] == "ok" and others["liger-bf16"]["status"] == "absent"
     gaps = measure.read_result(tmp_path / "profile.json")["profiles"][0]["gaps"]
     assert {row["part"] for row in gaps} == {*profiler.PRECEDENCE, "idle"}
-    names = ("kernels", "attention", "step", "profile", "trainer")
+    names = ("kernels", "attention", "step", "profile")
     results = {name: measure.read_result(tmp_path / f"{name}.json") for name in names}
     assert all(results[name]["smoke"] and "no performance figure" in results[name]["note"] for name in names)
     ours = [row for row in results["kernels"]["rows"] if row["package"] == "halny"]
@@ -576,8 +580,8 @@ time.sleep(600)
     began = time.monotonic()
     with (tmp_path / "log.txt").open("w+") as log:
         parts = [part("hangs", code), part("after", "print('still here')", share=2)]
-        gpu_pass.run_parts(visit, parts, 9.5, result, log)
-    assert time.monotonic() - began < 9.5
+        gpu_pass.run_parts(visit, parts, 24, result, log)
+    assert time.monotonic() - began < 24
     states = {name: entry["status"] for name, entry in result["parts"].items()}
     assert states == {"hangs": "ended at its limit", "after": "ok"}
     assert result["parts"]["after"]["said"] == "still here"
