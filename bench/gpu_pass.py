@@ -74,14 +74,15 @@ class Visit:
         """pytest's command for the GPU's tests that ``which`` selects; side by side if pytest-xdist is there."""
         options = ["-vv", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--durations=10"]
         # a line for each test as it ends, since the junit file is written at the end, and a compiler may outlast SIGINT
-        options += [f"--junitxml={self.xml(part)}", "-k", which]
+        options += [f"--junitxml={self.file_of(part, 'xml')}", "-k", which]
         if beside and not self.smoke and importlib.util.find_spec("xdist"):
             memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             options += ["-n", str(max(1, int(memory / TEST_BYTES)))]
         return [sys.executable, "-m", "pytest", "tests", "-m", "gpu", *options]
 
-    def xml(self, part: str) -> Path:
-        return self.scratch / f"{part.replace(' ', '-')}.xml"
+    def file_of(self, part: str, kind: str) -> Path:
+        """What a part leaves for this script: its "log", and the "xml" of tests."""
+        return self.scratch / f"{part.replace(' ', '-')}.{kind}"
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ TESTS = (*TRAINER, "tests/*.py")
 LAST = "flex or two_to_the_31"  # tests that compile for long, or need much of the memory
 PARTS = (
     Part("step", 210, lambda v, s: v.script("step", s, "--profile", "--moments", "best", "bf16"),
-         reads=(*TRAINER, "bench/step.py")),
+         reads=(*TRAINER, "bench/step.py", "bench/rates.py")),
     Part("tests", 90, lambda v, s: v.tests("tests", f"not ({LAST})", True), timed=False, reads=TESTS),
     Part("trainer", 75, lambda v, s: v.script("trainer", s, *(["--data", str(v.data)] if v.data else [])), timed=False,
          reads=(*TRAINER, "bench/trainer.py")),
@@ -120,7 +121,8 @@ PARTS = (
     Part("kernels", 100, lambda v, s: v.script("kernels", s, "--without", "CuTe DSL"),
          reads=(*KERNELS, "bench/kernels.py", "bench/operations.py", "bench/peers.py")),
     Part("attention", 60, lambda v, s: v.script("attention", s),
-         reads=("kernels/attention.py", "kernels/dispatch.py", "bench/measure.py", "bench/attention.py")),
+         reads=("kernels/attention.py", "kernels/dispatch.py", "bench/measure.py", "bench/attention.py",
+                "bench/kernels.py", "bench/operations.py")),
     Part("opponents", 110, lambda v, s: v.script("opponents", s), reads=("bench/opponents.py", "bench/measure.py")),
     Part("last tests", 90, lambda v, s: v.tests("last tests", LAST, False), timed=False, reads=TESTS),
 )  # fmt: skip
@@ -235,7 +237,9 @@ def run_parts(visit: Visit, parts: list[Part], visit_s: float, result: dict, log
             )
             words = last_words(said) if not good else said[-1][:300] if said else ""
             entry = {"status": status, "seconds": seconds, "limit_s": limit, "exit_code": code, "said": words}
-            entry |= {"fingerprint": part.fingerprint()} | (test_counts(visit.xml(part.name), said) if is_test else {})
+            entry |= {"fingerprint": part.fingerprint()} | (
+                test_counts(visit.file_of(part.name, "xml"), said) if is_test else {}
+            )
             result["parts"][part.name] = entry
             measure.write_json(visit.out / "pass.json", result)
             print(f"{part.name:15}{status:20}{seconds:6.0f} s   {words[:90]}", flush=True)
@@ -243,7 +247,7 @@ def run_parts(visit: Visit, parts: list[Part], visit_s: float, result: dict, log
 
 def run_group(visit: Visit, group: list[Part], limit: float, log) -> list[tuple[int | None, float, list[str]]]:
     """Parts side by side: each one's exit code, seconds and lines, which also go to the log, one part after another."""
-    paths = [visit.scratch / f"{part.name.replace(' ', '-')}.log" for part in group]
+    paths = [visit.file_of(part.name, "log") for part in group]
     try:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in paths]

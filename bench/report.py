@@ -151,7 +151,7 @@ def kernel_table(rows: list[dict]) -> str:
 def short_kernel_table(rows: list[dict]) -> str:
     """A line a case: halny, and the best of the others. In the column of runs "1, 2" is halny's run and the other's."""
     lines, runs = [], runs_of(rows)
-    for (operation, name, mode), group in grouped(rows).items():
+    for (operation, _, mode), group in grouped(rows).items():
         ours = next((row for row in best_of_each(group) if row["package"] == "halny"), None)
         if ours is None:
             continue
@@ -163,10 +163,8 @@ def short_kernel_table(rows: list[dict]) -> str:
             other[0] = f"{best['provider']}{dagger(best)}, {milliseconds(best['kernel_ms'])}"
         if best and ours["status"] == "ok":
             other[1] = f"{best['kernel_ms']['median'] / ours['kernel_ms']['median']:.2f}"
-        case = f"{operation}, {mode}" if operation != "attention" else f"{name}, {mode}"
-        case += f" ({chosen})" if (chosen := ours["call"].partition(" -> ")[2]) else ""  # attention's backend
         which = dict.fromkeys(runs[row["source"]] for row in (ours, best) if row) if runs else {}
-        lines.append([case + dagger(ours), *figures, *other, *([", ".join(which)] if runs else [])])
+        lines.append([f"{operation}, {mode}{dagger(ours)}", *figures, *other, *([", ".join(which)] if runs else [])])
     head = ["case", "halny, ms", "rate", "of the ceiling", "best of the others, ms", "others / halny"]
     return table([*head, "run"] if runs else head, lines) if lines else ""
 

@@ -1,4 +1,8 @@
-"""Plain functions for tests: what "equal" means here."""
+"""Plain functions for tests: what "equal" means here, and a file of tests run once more in the interpreter."""
+
+import os
+import subprocess
+import sys
 
 import torch
 from torch import Tensor
@@ -37,3 +41,12 @@ def assert_close_to_truth(
     torch_error = (torch_same_dtype[finite].double() - truth).abs().max().item()
     bound = 2 * torch_error + roundings * torch.finfo(ours.dtype).eps * truth.abs().max().item()
     assert error <= bound, f"{name}: error {error:.3g} above the bound {bound:.3g} (PyTorch's own is {torch_error:.3g})"
+
+
+def assert_passes_in_the_interpreter(file: str) -> None:
+    """A file of tests passes in a process of its own, where CPU tensors run the kernels."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", file, "-p", "no:cacheprovider"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout.splitlines()[-1] and "failed" not in done.stdout.splitlines()[-1]

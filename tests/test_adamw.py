@@ -6,13 +6,10 @@ test starts; on a GPU it runs the kernels too, and the full sizes.
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-from helpers import assert_close_to_truth
+from helpers import assert_close_to_truth, assert_passes_in_the_interpreter
 from torch import Tensor
 
 from bench import convergence
@@ -690,8 +687,4 @@ def test_convergence_runs_and_tells(tmp_path, capsys):
 @without_interpreter
 def test_in_the_interpreter():
     """This file again, where CPU tensors run the kernels."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout.splitlines()[-1] and "failed" not in done.stdout.splitlines()[-1]
+    assert_passes_in_the_interpreter(__file__)

@@ -4,12 +4,10 @@ As tests/test_adamw.py, the file runs the reference here and the kernel under TR
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from helpers import assert_passes_in_the_interpreter
 from torch import Tensor
 
 from halny.kernels import dispatch
@@ -132,8 +130,4 @@ def test_on_a_gpu(dtype, launches):
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="is it")
 def test_in_the_interpreter():
     """This file again, where CPU tensors run the kernel."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", __file__, "-p", "no:cacheprovider"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
-    assert " passed" in done.stdout.splitlines()[-1] and "failed" not in done.stdout.splitlines()[-1]
+    assert_passes_in_the_interpreter(__file__)
