@@ -30,13 +30,15 @@ EXTRAS = {
     "log": ["tensorboard>=2.16", "wandb>=0.17"],
 }
 
+ROOMS = ("data", "estimate", "record", "run")  # folders of model/
+
 setup(
     name="halny",
     version="0.1.0",
     description="Mistral-class training at the speed of a Hopper GPU: Triton kernels, a lean model, one FSDP trainer",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["halny.kernels", "halny.model"],
+    packages=["halny.kernels", "halny.model", *(f"halny.model.{room}" for room in ROOMS)],
     package_dir={"halny.kernels": "kernels", "halny.model": "model"},
     install_requires=CORE,
     extras_require=EXTRAS,

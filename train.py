@@ -9,17 +9,16 @@ The file reads from top to bottom:
     1  the recipe          every setting, once, with its help; presets
     2  starting up         signals, processes, refusals that every rank hears
     3  the plan            everything derived from the recipe, before anything is allocated or written
-    4  data                what model/batches.py makes of --data, and this rank's share of it
+    4  data                what model/data/batches.py makes of --data, and this rank's share of it
     5  model, optimizer    meta device -> FSDP2, or one rank -> weights; AdamW; the learning rate
     6  one step            forward, backward, clip, update or not
     7  the run             the loop, and what it leaves behind
     8  one step again      for whoever asks what went wrong in it
 
-What it stands on: model/settings.py (command line and TOML files), model/batches.py (which samples a step has, and how
-they reach the device), model/ranks.py (what the ranks agree on, and who ends a run that hangs), model/sharding.py (who
-holds what of the model), model/optimizer.py (AdamW on shards, and on one rank), model/guard.py (which updates are
-skipped), model/checkpoint.py (how a run is saved and found again), model/evaluation.py, model/profiler.py (where a
-step's time goes), model/progress.py, model/run_folder.py, model/prepare_data.py, model/mistral.py.
+What it stands on: model/run/ (settings: command line and TOML files; ranks: what the ranks agree on; watch: who ends a
+run that hangs; fsdp: who holds what of the model; optimizer: AdamW, and which updates are skipped; checkpoint, saver:
+how a run is saved and found again; evaluation), model/data/ (batches: which samples a step has, and how they reach the
+device), model/record/ (what a run leaves and says), model/estimate/ (its arithmetic), model/mistral.py.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from halny.model.exits import FAILED, FINISHED, REFUSED, STOPPED, Failed, Refused
-from halny.model.settings import Settings, flag, setting, unknown
+from halny.model.exits import FAILED, FINISHED, REFUSED, STOPPED, Failed, Refused, unknown
+from halny.model.run.settings import Settings, flag, setting
 
 # ------------------------------------------------------------------------------------------------------- 1 the recipe
 
@@ -290,44 +289,45 @@ import torch.distributed as dist  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from halny.kernels.dispatch import INTERPRETED, set_reference_only  # noqa: E402
-from halny.model import checkpoint, out_of_memory, roofline, sharding  # noqa: E402
-from halny.model.batches import (  # noqa: E402
-    IGNORED,
-    Batch,
-    Corpus,
-    Loader,
-    parse_sources,
-    read_batch,
-    share_of,
-    step_numbers,
-)
-from halny.model.checkpoint import Saver, step_of, training_state  # noqa: E402
-from halny.model.convert import (  # noqa: E402
-    check_hf_weights,
-    load_hf_weights,
-    pieces,
-    read_hf_config,
-    save_hf,
-    write_hf,
-)
-from halny.model.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset  # noqa: E402
+from halny.model.convert import check_hf_weights, load_hf_weights, pieces, read_hf_config, save_hf, write_hf  # noqa: E402
+from halny.model.data.batches import IGNORED, Batch, Corpus, Loader, parse_sources, read_batch  # noqa: E402
+from halny.model.data.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset  # noqa: E402
+from halny.model.data.order import share_of, step_numbers  # noqa: E402
 from halny.model.durable import in_words, write_json  # noqa: E402
-from halny.model.evaluation import HELD_OUT, EvalSets, evaluate, loss_metrics, parse_named  # noqa: E402
-from halny.model.gap import Gap  # noqa: E402
-from halny.model.guard import NOT_FINITE, SPIKE, SPIKE_SKIPPED, Guard  # noqa: E402
-from halny.model.hook import CheckpointHook  # noqa: E402
-from halny.model.loggers import PATIENCE_S, check_loggers, start_loggers  # noqa: E402
+from halny.model.estimate import choices, machines, out_of_memory, roofline, sizes  # noqa: E402
+from halny.model.estimate.choices import activations, choose_layout, recomputed  # noqa: E402
+from halny.model.estimate.memory import moment_bytes, rank_memory  # noqa: E402
+from halny.model.estimate.plan import Request, answer  # noqa: E402
+from halny.model.estimate.work import Layout, Sharding, Work  # noqa: E402
 from halny.model.mistral import PRESETS as MODELS  # noqa: E402
 from halny.model.mistral import Mistral, MistralConfig  # noqa: E402
-from halny.model.optimizer import ShardedAdamW, SplitAdamW, master_weights, narrow_  # noqa: E402
-from halny.model.plan import Request, Sharding, Work, activations, answer, rank_memory, recomputed  # noqa: E402
-from halny.model.preflight import Job, preflight  # noqa: E402
 from halny.model.prepare_data import prepare_builtin  # noqa: E402
-from halny.model.profiler import StepProfiler, floors_of_run, ranks_to_profile, steps_to_profile  # noqa: E402
-from halny.model.progress import Progress, say  # noqa: E402
-from halny.model.ranks import (  # noqa: E402
-    Probe,
-    Watch,
+from halny.model.record.breakdown import floors_of_run  # noqa: E402
+from halny.model.record.hook import CheckpointHook  # noqa: E402
+from halny.model.record.journal import (  # noqa: E402
+    Gap,
+    Progress,
+)
+from halny.model.record.loggers import PATIENCE_S, check_loggers, start_loggers  # noqa: E402
+from halny.model.record.profiler import StepProfiler, ranks_to_profile, steps_to_profile  # noqa: E402
+from halny.model.record.run_folder import RunFolder  # noqa: E402
+from halny.model.record.summary import energy_joules, in_lines, spent_on, summarize  # noqa: E402
+from halny.model.run import checkpoint, fsdp  # noqa: E402
+from halny.model.run.checkpoint import step_of  # noqa: E402
+from halny.model.run.evaluation import HELD_OUT, EvalSets, evaluate, loss_metrics, parse_named  # noqa: E402
+from halny.model.run.fsdp import shard_model  # noqa: E402
+from halny.model.run.optimizer import (  # noqa: E402  # noqa: E402
+    NOT_FINITE,
+    SPIKE,
+    SPIKE_SKIPPED,
+    Guard,
+    ShardedAdamW,
+    SplitAdamW,
+    master_weights,
+    narrow_,
+)
+from halny.model.run.preflight import Job, preflight  # noqa: E402
+from halny.model.run.ranks import (  # noqa: E402
     World,
     agreed,
     ask_everywhere,
@@ -335,12 +335,12 @@ from halny.model.ranks import (  # noqa: E402
     check_same_weights,
     everywhere,
     on_main,
+    say,
     start_distributed,
 )
-from halny.model.replay import examine  # noqa: E402
-from halny.model.run_folder import RunFolder  # noqa: E402
-from halny.model.sharding import Layout, choose_layout, shard_model  # noqa: E402
-from halny.model.summary import energy_joules, in_lines, spent_on, summarize  # noqa: E402
+from halny.model.run.replay import examine  # noqa: E402
+from halny.model.run.saver import Saver, training_state  # noqa: E402
+from halny.model.run.watch import Probe, Watch  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
@@ -358,14 +358,14 @@ class Plan:
     samples_a_step: int
     whole: bool  # one rank holds all of the model, in bf16, without FSDP
     layout: Layout
-    work: Work  # what a rank computes in a step, in model/plan.py's words
+    work: Work  # what a rank computes in a step
     why_lean: str  # why the backward makes the outputs of norms and SwiGLU again, or they are kept
     flops_per_token: float
     peak_flops: float | None
 
     @property
     def n_parameters(self) -> int:
-        return roofline.parameters(self.model)
+        return sizes.parameters(self.model)
 
     @property
     def accumulation(self) -> int:
@@ -447,7 +447,7 @@ def resolve(recipe: Recipe, world: World) -> Plan:
             f"use {near}, or another number of ranks"
         )
     dtype = r.dtype or ("bf16" if world.device.type == "cuda" else "fp32")
-    whole = sharding.is_whole(world, DTYPES[dtype])
+    whole = fsdp.is_whole(world, DTYPES[dtype])
     if r.moments != "fp32" and not whole:
         raise Refused(
             f"--moments {r.moments} is for one rank in bf16, and this is {dtype} on {world.size} rank(s); "
@@ -458,7 +458,7 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     micro_batch = r.micro_batch or max(n for n in range(1, 9) if share % n == 0)
     if whole and r.micro_batch is None and world.memory_bytes is not None:
         lean = r.recompute != "never"
-        micro_batch = roofline.most_micro_batch(model, world.memory_bytes, r.seq_len, r.moments, share, lean=lean) or 1
+        micro_batch = choices.most_micro_batch(model, world.memory_bytes, r.seq_len, r.moments, share, lean=lean) or 1
     if share % micro_batch:
         raise Refused(
             f"--micro-batch {micro_batch} does not divide the {share} samples that --batch-tokens {r.batch_tokens} "
@@ -532,7 +532,7 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         work=work,
         why_lean=why_lean,
         flops_per_token=roofline.flops_per_token(model, r.seq_len),
-        peak_flops=roofline.peak_flops(device_name, r.peak_tflops),
+        peak_flops=machines.peak_flops(device_name, r.peak_tflops),
     )
 
 
@@ -541,7 +541,7 @@ def saving_interval(recipe: Recipe) -> int:
 
 
 def plan_ahead(recipe: Recipe) -> int:
-    """--plan: the run on another machine, calculated (model/plan.py). Starts nothing; returns an exit code."""
+    """--plan: the run on another machine, calculated (model/estimate/plan.py). Starts nothing; returns an exit code."""
     if os.environ.get("RANK", "0") != "0":
         return FINISHED
     r = recipe
@@ -587,7 +587,7 @@ def describe(plan: Plan, world: World, corpus: Corpus | None, eval_sets: EvalSet
 
 def describe_sharding(plan: Plan) -> str:
     if not plan.whole:
-        return sharding.describe(plan.layout)
+        return fsdp.describe(plan.layout)
     sums = {"8bit": "bf16, rounded stochastically"}.get(plan.recipe.moments, "fp32")
     return (
         f"sharding   none: bf16 weights, the lower halves of their fp32 masters, and moments in {plan.recipe.moments}\n"
@@ -653,7 +653,7 @@ def load_steps(first: int, last: int, run: Run) -> Loader:
 def build_model(plan: Plan, world: World) -> Mistral:
     """The model, allocated, its weights in fp32 and not yet filled.
 
-    Sharded by FSDP2 or HSDP (model/sharding.py): each layer is gathered in the compute dtype when it is needed, and
+    Sharded by FSDP2 or HSDP (model/run/fsdp.py): each layer is gathered in the compute dtype when it is needed, and
     gradients are reduced in fp32 into fp32 shards. One rank in bf16 has nothing to gather or reduce: there the model
     stays as it is, and ``begin_computing`` makes its weights bf16.
     """
@@ -662,7 +662,7 @@ def build_model(plan: Plan, world: World) -> Mistral:
     for name, p in model.named_parameters():
         p.requires_grad_(not is_frozen(name, plan.recipe))
     dtype = DTYPES[plan.recipe.dtype]
-    if not sharding.is_whole(world, dtype):
+    if not fsdp.is_whole(world, dtype):
         shard_model(model, plan.layout, world, dtype)
     model.to_empty(device=world.device)
     return model
@@ -686,7 +686,7 @@ def build_optimizer(model: Mistral, recipe: Recipe) -> ShardedAdamW | SplitAdamW
         {"params": vectors, "weight_decay": 0.0},
     ]
     betas = recipe.beta1, recipe.beta2
-    if sharding.is_sharded(model):
+    if fsdp.is_sharded(model):
         return ShardedAdamW(groups, betas, recipe.eps)
     return SplitAdamW(model, groups, betas, recipe.eps, recipe.moments, recipe.seed)
 
@@ -695,7 +695,7 @@ def begin_computing(model: Mistral, optimizer: ShardedAdamW | SplitAdamW | None)
     """After the weights have been filled or loaded, in fp32: on one rank in bf16, split them."""
     if isinstance(optimizer, SplitAdamW):
         optimizer.take_weights()
-    elif not sharding.is_sharded(model):  # --eval-only
+    elif not fsdp.is_sharded(model):  # --eval-only
         narrow_(model)
 
 
@@ -742,7 +742,7 @@ def train_step(
     totals = torch.zeros(4, dtype=torch.float64, device=n_targets.device)
     totals[3:].fill_(pairs)  # no totals[3] = pairs: that is a copy from the host, which waits for it
     for i, batch in enumerate(batches, start=1):
-        sharding.reduce_gradients(model, last=i == len(batches))
+        fsdp.reduce_gradients(model, last=i == len(batches))
         loss, n_tokens, n_correct = model(*batch.inputs)
         (loss * scale).backward()
         totals[:3] += torch.stack([loss.detach().double(), n_tokens.double(), n_correct.double()])
@@ -866,7 +866,7 @@ class InFlight:
             "grad_norm": grad_norm,
             "tokens": self.step * recipe.batch_tokens,
             "tokens_per_second_per_gpu": rate,
-            "mfu": roofline.mfu(rate, flops / recipe.batch_tokens, run.plan.peak_flops),
+            "mfu": machines.mfu(rate, flops / recipe.batch_tokens, run.plan.peak_flops),
             "peak_memory_gib": peak_memory_bytes(run.world) / 2**30,
             "data_wait_s": self.data_wait_s,
         }
@@ -1061,7 +1061,7 @@ def leave_results(run: Run, again: bool) -> None:
         stream = next((stream for stream in streams if len(stream) >= 16), streams[-1])
         prompt = torch.from_numpy(stream.read(0, min(16, len(stream))))
         ids = model.generate(prompt[None].to(world.device), 48, temperature=0.7, seed=plan.recipe.seed)[0].tolist()
-        sharding.reshard(model)
+        fsdp.reshard(model)
         if world.is_main:
             begins, text = decode(own, ids[: len(prompt)]), decode(own, ids)
             (folder.path / "sample.txt").write_text(text + "\n", encoding="utf-8")
@@ -1071,7 +1071,7 @@ def leave_results(run: Run, again: bool) -> None:
 def save_export(run: Run, path: Path, tokenizer: Path | None) -> None:
     """The master weights as a Hugging Face folder."""
     dtype = DTYPES[run.plan.recipe.export_dtype]
-    if sharding.is_sharded(run.model):
+    if fsdp.is_sharded(run.model):
         return save_hf(run.model, path, dtype=dtype, tokenizer=tokenizer)
     weights = dict(master_weights(run.model, run.optimizer))
     whole = ((name, weights[name].joined()) for name, _ in pieces(run.plan.model))
@@ -1110,7 +1110,7 @@ def decode(tokenizer: Path, ids: list[int]) -> str:
 def check_disk(plan: Plan) -> None:
     """Refuse a run whose first checkpoint and export cannot fit on the disk."""
     existing = next(p for p in (plan.recipe.run_dir, *plan.recipe.run_dir.absolute().parents) if p.exists())
-    moments = roofline.moment_bytes(plan.model, plan.recipe.moments)
+    moments = moment_bytes(plan.model, plan.recipe.moments)
     free, needed = shutil.disk_usage(existing).free, plan.n_parameters * (4 + 4) + moments
     if free < needed:
         raise Refused(
@@ -1136,7 +1136,7 @@ def check_looking(recipe: Recipe) -> None:
 
 
 def look_before(recipe: Recipe) -> int:
-    """--preflight: whether these machines are fit for this run, and how fast it will be (model/preflight.py)."""
+    """--preflight: whether these machines are fit for this run, and how fast it will be (model/run/preflight.py)."""
     world = start_distributed(recipe.deadline)
     plan = agreed(resolve, recipe, world)
     r, watch = plan.recipe, Watch(world, min(recipe.deadline, 60.0), recipe.run_dir, write_failure)
@@ -1287,7 +1287,7 @@ def write_failure(reason: str) -> None:
 
 
 def explain_shortage(error: torch.OutOfMemoryError, plan: Plan) -> str:
-    """What to change, and by how much, for a run that a GPU has no memory for (model/out_of_memory.py)."""
+    """What to change, and by how much, for a run that a GPU has no memory for (model/estimate/out_of_memory.py)."""
     r, free, total, reserved = plan.recipe, None, None, None
     if torch.cuda.is_available():
         (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
@@ -1353,7 +1353,7 @@ def replay(run: Run, step: int) -> None:
         rate = learning_rate(recipe, again)
         train_step(run.model, run.optimizer, run.guard, again, next(loader), rate, recipe.clip)
 
-    sharding.reduce_gradients(run.model, last=True)
+    fsdp.reduce_gradients(run.model, last=True)
     rows = []
     for number in own_numbers(step, plan, world).ravel():
         run.watch.at("replay", step)

@@ -11,7 +11,7 @@ whatever would read a value raises. A dispatch mode sees each operator; operator
 counts is each launch of a kernel of ours (kernels/dispatch.py writes it down in place of starting it) and each product
 given to cuBLAS. So the list is of what a Hopper GPU would run, in that order.
 
-Then the list is held against the arithmetic that everything else here quotes, model/roofline.py: FLOPs and bytes of
+Then the list is held against the arithmetic that everything else quotes, model/estimate/roofline.py: FLOPs and bytes of
 each kind of kernel, counted | roofline's | difference. More than 1% apart anywhere ends with exit code 1: either the
 step moves bytes that it need not, or roofline.py leaves some out. The last columns are the floor of each kind on a GPU,
 the longer of FLOPs and bytes at plan.py's ideal rates, and the step's. These are calculated, no measurement.
@@ -60,12 +60,16 @@ import train
 from bench import measure
 from halny.kernels import dispatch, rms_norm
 from halny.kernels.adamw import MOMENTS
-from halny.model import roofline, sharding
-from halny.model.batches import Batch
+from halny.model.data.batches import Batch
+from halny.model.estimate import choices, machines, roofline
+from halny.model.estimate.choices import activations, recomputed
+from halny.model.estimate.machines import MACHINES
+from halny.model.estimate.sizes import layer_shapes, matmul_parameters, shard_numel
+from halny.model.estimate.step_time import RATES
+from halny.model.estimate.work import Layout, Sharding, Work
 from halny.model.exits import Refused
 from halny.model.mistral import PRESETS, MistralConfig
-from halny.model.plan import MACHINES, RATES, Sharding, Work, activations, recomputed
-from halny.model.ranks import World
+from halny.model.run.ranks import World
 
 META = torch.device("meta")
 HOPPER = {"capability": (9, 0), "multiprocessors": 132}
@@ -77,7 +81,7 @@ HOST_SHARE = 0.25  # of the step's floor that the host may take
 # ----------------------------------------------------------------------------------------------------------- the count
 
 ROWS, SUMS, OTHER = "norm, RoPE, SwiGLU", "optimizer: gradient sums", "other: "
-PARTS = (  # the categories of model/profiler.py, some of them in parts
+PARTS = (  # the categories of model/record/profiler.py, some of them in parts
     *("matmul", "attention", ROWS, "loss", "optimizer", SUMS, "copies", "communication"),
     *(OTHER + name for name in ("residual adds", "embedding", "metrics")),
 )
@@ -396,8 +400,8 @@ class Case:
         return [self.seq_len] * self.micro_batch
 
     @property
-    def layout(self) -> sharding.Layout:
-        return sharding.choose_layout(
+    def layout(self) -> Layout:
+        return choices.choose_layout(
             self.config, size=self.ranks, node_size=min(NODE, self.ranks), reshard=self.reshard,
             micro_batch=self.micro_batch, seq_len=self.seq_len, lean=self.recompute != "never",
             memory_bytes=self.memory_bytes,
@@ -474,12 +478,12 @@ def expected(case: Case) -> dict[str, tuple[int, int]]:
         again = Sharding.of(case.layout).gathered_again
         sent = sum(c.count * c.bytes for c in roofline.collectives(config, case.ranks, gathered_again=again))
         copied = roofline.fsdp_copy_bytes(config, case.ranks, again)
-        updated = roofline.sharded_update_bytes(roofline.shard_numel(config, case.ranks))
+        updated = roofline.sharded_update_bytes(shard_numel(config, case.ranks))
     else:
         sent, copied, updated = 0, 0, roofline.split_update_bytes(config, case.moments, micro)
     attended = roofline.attention_flops(config, case.lengths) * 14 // 12
     return {
-        "matmul": (micro * 6 * roofline.matmul_parameters(config) * T, micro * roofline.matmul_bytes(config, T)),
+        "matmul": (micro * 6 * matmul_parameters(config) * T, micro * roofline.matmul_bytes(config, T)),
         "attention": (micro * attended, micro * roofline.attention_bytes(config, T)),
         ROWS: (0, micro * roofline.row_kernel_bytes(config, T, programs, lean=lean)),
         "loss": (0, micro * roofline.loss_bytes(config, T)),
@@ -493,7 +497,7 @@ def expected(case: Case) -> dict[str, tuple[int, int]]:
     }
 
 
-def parts_of(calls: list[Call], case: Case, gpu: roofline.GPU) -> list[Part]:
+def parts_of(calls: list[Call], case: Case, gpu: machines.GPU) -> list[Part]:
     """The calls by kind, beside roofline.py's; floors at plan.py's ideal rates, none for communication: it hides."""
     rates, wanted, parts = RATES["ideal"], expected(case), []
     for name in PARTS:
@@ -517,7 +521,7 @@ def floor_ms(parts: list[Part]) -> float:
 def weight_names(config: MistralConfig) -> dict[tuple[int, int], str]:
     """[rows, columns] -> which weights of the model are that large."""
     names = defaultdict(list)
-    matrices = [shape for shape in roofline.layer_shapes(config) if shape[1] > 1]
+    matrices = [shape for shape in layer_shapes(config) if shape[1] > 1]
     for name, shape in zip(("qkv", "out", "gate_up", "down"), matrices, strict=True):
         names[shape].append(name)
     names[config.vocab_size, config.dim].append("head")
@@ -590,11 +594,11 @@ def difference(counted: int, expected: int) -> str:
 
 
 def summary_lines(case: Case, parts: list[Part], gpu_name: str) -> list[str]:
-    gpu, ms = roofline.GPUS[gpu_name], floor_ms(parts)
+    gpu, ms = machines.GPUS[gpu_name], floor_ms(parts)
     by_name = {part.name: part for part in parts}
     executed = by_name["attention"].flops
     rate = case.accumulation * case.n_tokens / ms * 1e3
-    mfu = roofline.mfu(rate, roofline.flops_per_token(case.config, case.seq_len), gpu.bf16_flops)
+    mfu = machines.mfu(rate, roofline.flops_per_token(case.config, case.seq_len), gpu.bf16_flops)
     return [
         f"  attention: {executed * 12 / 14 / 1e12:.2f} TFLOP as MFU counts (backward 2 x forward), "
         f"{executed / 1e12:.2f} executed (2.5 x)",
@@ -668,7 +672,7 @@ def host_lines(host: dict[str, float], case: Case, calls: list[Call], floor: flo
 
 def gpu_names() -> dict[str, str]:
     """What --gpu takes -> the driver's name: Hopper GPUs, whose kernels are counted, by that or by plan.py's."""
-    names = {name: name for name in roofline.GPUS if any(kind in name for kind in ("H100", "H200", "GH200"))}
+    names = {name: name for name in machines.GPUS if any(kind in name for kind in ("H100", "H200", "GH200"))}
     return names | {short: machine.name for short, machine in MACHINES.items() if machine.name in names}
 
 
@@ -692,7 +696,7 @@ def case_of(given: argparse.Namespace) -> Case:
         raise ValueError(f"--gpu {given.gpu} is not known; use one of {', '.join(gpu_names())}")
     case = Case(
         config, given.micro_batch, given.seq_len, given.ranks, given.moments, given.accumulation, given.reshard,
-        roofline.GPUS[gpu_names()[given.gpu]].memory_bytes, given.recompute,
+        machines.GPUS[gpu_names()[given.gpu]].memory_bytes, given.recompute,
     )  # fmt: skip
     case.layout  # noqa: B018  refuses what cannot be
     return case
@@ -736,7 +740,7 @@ def main(arguments: list[str]) -> int:
         return 2
     gpu_name = gpu_names()[given.gpu]
     calls = count_step(case)
-    parts = parts_of(calls, case, roofline.GPUS[gpu_name])
+    parts = parts_of(calls, case, machines.GPUS[gpu_name])
     where = f"one rank, moments in {case.moments}"
     if case.ranks > 1:
         where = f"one of {case.ranks} ranks under FSDP2, --reshard {case.layout.reshard_name}"
@@ -761,7 +765,7 @@ def main(arguments: list[str]) -> int:
         }  # fmt: skip
         print(f"{title}: counted, no GPU involved", "matrix products", *product_lines(products), sep="\n")
         print("everything else", *kernel_lines(kernels), sep="\n")
-        print("beside model/roofline.py", *part_lines(parts), *summary_lines(case, parts, gpu_name), sep="\n")
+        print("beside model/estimate/roofline.py", *part_lines(parts), *summary_lines(case, parts, gpu_name), sep="\n")
     if given.json:
         measure.write_json(given.json, result)
     if not fine and not given.host:

@@ -35,7 +35,7 @@ from bench import kernels, measure
 from bench.operations import ROW_MODES, Operation, random
 from bench.peers import Peer
 from halny.kernels.attention import BACKENDS, AttentionPlan, attention_reference, plan_attention, planned_attention
-from halny.model import roofline
+from halny.model.estimate import roofline
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 BACKWARD_OVER_FORWARD = 2.5

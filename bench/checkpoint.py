@@ -2,7 +2,7 @@
 
     python bench/checkpoint.py [--dim 512] [--folder DIR]        needs no GPU, and uses one if there is one
 
-Measured: model/checkpoint.py's Saver on one rank, the state of a real model and its AdamW. "stalled" is how long
+Measured: model/run/checkpoint.py's Saver on one rank, the state of a real model and its AdamW. "stalled" is how long
 ``save`` keeps the training (the copy, and a look whether the weights are finite), "on disk" how long until the folder
 has its final name. The first save also allocates the copy's memory, pinned on a GPU.
 
@@ -16,11 +16,11 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from halny.model.checkpoint import Saver, training_state
 from halny.model.durable import in_words
+from halny.model.estimate.memory import checkpoint_bytes, checkpoint_stall_s
 from halny.model.mistral import PRESETS, Mistral
-from halny.model.ranks import start_distributed
-from halny.model.roofline import checkpoint_bytes, checkpoint_stall_s
+from halny.model.run.ranks import start_distributed
+from halny.model.run.saver import Saver, training_state
 
 # (what, ranks, seconds between saves, copy into pinned host memory in bytes/s a rank, where the figure comes from)
 CASES = [

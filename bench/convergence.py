@@ -42,8 +42,10 @@ from torch import Tensor
 import train
 from bench import measure
 from halny.kernels import adamw
-from halny.model import roofline
-from halny.model.batches import IGNORED, Corpus, Rows, read_in_turn, sample_order, step_numbers
+from halny.model.data.batches import IGNORED, Corpus, read_in_turn
+from halny.model.data.order import sample_order, step_numbers
+from halny.model.data.rows import Rows
+from halny.model.estimate import sizes
 from halny.model.mistral import Mistral, MistralConfig
 from halny.model.prepare_data import prepare_builtin
 
@@ -279,7 +281,7 @@ def main(arguments: list[str]) -> int:
     png = given.png or path.with_suffix(".png")
     machine, text = measure.machine(bench), Text(bench.device)
     model = MistralConfig(vocab_size=text.vocab_size, **SIZES)
-    n_weights = roofline.parameters(model)
+    n_weights = sizes.parameters(model)
     setting = dict(
         steps=given.steps, seeds=given.seeds, beta1=BETA1, beta2=given.beta2, eps=EPS, lr=given.lr, clip=CLIP,
         weight_decay=WEIGHT_DECAY, seq_len=SEQ_LEN, samples_a_step=SAMPLES_A_STEP, model=asdict(model),

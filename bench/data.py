@@ -9,7 +9,7 @@ a process a core; no JSON, no ids turned into arrays, nothing written. It is wha
 MB are 10^6 bytes of text; the best of the rounds. Start-up is counted in neither, and said apart. Core-seconds (user
 and system time of all processes) tell what the clock cannot where others compute too.
 
-The loader (halny.model.batches) reads what was prepared, as one process with one thread of it does: samples of 4096,
+The loader (model/data/batches.py) reads what was prepared, as one process with one thread of it does: samples of 4096,
 eight a batch, a batch a step, onto the CPU, the files in the page cache. A token is a position of a batch.
 """
 
@@ -73,7 +73,7 @@ def tokenizer_alone(seconds: float, barrier, results) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
 
-    from halny.model.tokenizer import mistral_tokenizer
+    from halny.model.data.tokenizer import mistral_tokenizer
 
     backend = Tokenizer.from_str(mistral_tokenizer().files["tokenizer.json"].decode())
     backend.encode_special_tokens = True
@@ -140,7 +140,8 @@ def run_prepare(corpus: Path, out: Path, n_workers: int, extra: list[str]) -> tu
 
 def make_second_source(first: Path, out: Path) -> None:
     """The first half of a data folder's documents in the opposite order: other tokens to mix with."""
-    from halny.model.dataset import Dataset, write_dataset
+    from halny.model.data.dataset import Dataset
+    from halny.model.data.writer import write_dataset
 
     dataset = Dataset(first)
     stream = dataset.split("train")
@@ -152,7 +153,8 @@ def make_second_source(first: Path, out: Path) -> None:
 def loader_tokens_per_second(sources: list[str], documents: bool, seconds: float) -> float:
     import torch
 
-    from halny.model.batches import Corpus, Loader, share_of, step_numbers
+    from halny.model.data.batches import Corpus, Loader
+    from halny.model.data.order import share_of, step_numbers
 
     seq_len, micro_batch = 4096, 8
     corpus = Corpus(sources, seq_len, documents)

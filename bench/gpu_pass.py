@@ -105,8 +105,8 @@ class Part:
 
 
 KERNELS = ("kernels/*.py", "bench/measure.py")
-TRAINER = (*KERNELS, "model/*.py", "train.py")
-TESTS = (*TRAINER, "tests/*.py")
+TRAINER = (*KERNELS, "model/**/*.py", "train.py")
+TESTS = (*TRAINER, "tests/**/*.py")
 LAST = "flex or two_to_the_31"  # tests that compile for long, or need much of the memory
 PARTS = (
     Part("step", 210, lambda v, s: v.script("step", s, "--profile", "--moments", "best", "bf16"),

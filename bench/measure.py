@@ -49,7 +49,7 @@ import torch
 from torch import Tensor
 
 from halny.kernels.linear_cross_entropy import chunk_rows
-from halny.model import roofline
+from halny.model.estimate import machines, roofline
 from halny.model.mistral import MistralConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -432,14 +432,14 @@ def random_tokens(vocab_size: int, shape: tuple[int, ...], device: torch.device)
 
 def step_figures(config: MistralConfig, n_tokens: int, seq_len: int, ms: float, device: str) -> dict:
     """Rates of a step on n_tokens that takes ms: the one place where ours and others' are divided."""
-    rate, peak = n_tokens / ms * 1e3, roofline.peak_flops(device)
+    rate, peak = n_tokens / ms * 1e3, machines.peak_flops(device)
     flops = roofline.flops_per_token(config, seq_len)
     return {
         "tokens_per_second": rate,
         "flops_per_token": flops,
         "tflop_s": rate * flops / 1e12,
-        "mfu": roofline.mfu(rate, flops, peak),
-        "mfu_palm": roofline.mfu(rate, roofline.palm_flops_per_token(config, seq_len), peak),
+        "mfu": machines.mfu(rate, flops, peak),
+        "mfu_palm": machines.mfu(rate, roofline.palm_flops_per_token(config, seq_len), peak),
         "peak_flops": peak,
     }
 

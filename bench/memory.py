@@ -1,4 +1,4 @@
-"""The memory of the trainer's step, counted without a GPU and held against model/roofline.py's prediction.
+"""The memory of the trainer's step, counted without a GPU and held against model/estimate/memory.py's prediction.
 
     python bench/memory.py             Mistral-7B at 4 x 4096: one rank of 256 under FSDP2, and one rank alone
     python bench/memory.py --cards     what roofline.py predicts for GPUs of 80, 96 and 141 GB; nothing is counted
@@ -39,8 +39,11 @@ from torch.utils._pytree import tree_leaves
 
 import train
 from bench.account import Case, MetaMode, Step, on_hopper, world_of
-from halny.model import plan, roofline, sharding
+from halny.model.estimate import choices, machines, memory
+from halny.model.estimate.sizes import parameters
+from halny.model.estimate.work import Sharding, Work
 from halny.model.mistral import PRESETS, MistralConfig
+from halny.model.run import fsdp
 
 BOUND = 0.01  # of the peak, that a part or the sum may differ from the prediction
 OTHER = "not predicted"  # RoPE tables, the batch, metrics
@@ -168,7 +171,7 @@ def count(case: Case) -> Live:
     with (
         world_of(case.ranks) as world,
         on_hopper(lambda *_: None, case.window_hides),
-        patch.object(sharding, "has_streams", lambda device: True),  # prefetch and buffers as on a GPU
+        patch.object(fsdp, "has_streams", lambda device: True),  # prefetch and buffers as on a GPU
     ):
         step = Step(case, world)
         for part, tensors in state(step).items():
@@ -191,11 +194,11 @@ def state(step: Step) -> dict[str, list[Tensor]]:
     }
 
 
-def predicted(case: Case) -> dict[str, roofline.MemoryEstimate]:
+def predicted(case: Case) -> dict[str, memory.MemoryEstimate]:
     sizes = case.config, case.micro_batch, case.seq_len
     if case.ranks == 1:
-        return roofline.one_rank_moments(*sizes, case.moments, case.accumulation, case.work.lean)
-    return roofline.memory_moments(sizes[0], case.ranks, *sizes[1:], lean=case.work.lean)
+        return memory.one_rank_moments(*sizes, case.moments, case.accumulation, case.work.lean)
+    return memory.memory_moments(sizes[0], case.ranks, *sizes[1:], lean=case.work.lean)
 
 
 @dataclass(frozen=True)
@@ -210,7 +213,7 @@ class Row:
         return abs(self.counted - self.predicted) > BOUND * self.peak
 
 
-def compare(moment: Moment, estimate: roofline.MemoryEstimate) -> list[Row]:
+def compare(moment: Moment, estimate: memory.MemoryEstimate) -> list[Row]:
     """Part by part, and last their sum."""
     counted, expected = moment.by_part(), asdict(estimate) | {OTHER: 0}
     unknown = counted.keys() - expected.keys()
@@ -262,56 +265,56 @@ def card_lines(model: MistralConfig, name: str = "mistral-7b-1gpu") -> Iterator[
     """What roofline.py predicts that a step needs, what that leaves of each card, and what the preset takes there."""
     recipe = train.PRESETS[name]
     seq_len, share = recipe["seq_len"], recipe["batch_tokens"] // recipe["seq_len"]
-    rooms = {card: roofline.GPUS[card].memory_bytes * (1 - roofline.RESERVED) for card in CARDS}
+    rooms = {card: machines.GPUS[card].memory_bytes * (1 - memory.RESERVED) for card in CARDS}
     yield (
-        f"predicted by model/roofline.py, nothing measured: GB at a step's peak for {roofline.parameters(model):,} "
+        f"predicted by model/estimate/memory.py, nothing measured: GB at a step's peak for {parameters(model):,} "
         f"parameters, sequences of {seq_len}"
     )
     yield (
-        f"left: of the memory less {roofline.RESERVED:.0%}, reserved for CUDA, NCCL and fragments; - does not fit. "
+        f"left: of the memory less {memory.RESERVED:.0%}, reserved for CUDA, NCCL and fragments; - does not fit. "
         "Lines are of --recompute always\n"
     )
     yield f"{'':<44}{'':>9}" + "".join(f"{card.removeprefix('NVIDIA '):>18}" for card in CARDS)
-    totals = (f"{roofline.GPUS[card].memory_bytes / 1e9:.1f}, left" for card in CARDS)
+    totals = (f"{machines.GPUS[card].memory_bytes / 1e9:.1f}, left" for card in CARDS)
     yield f"{'':<44}{'needs':>9}" + "".join(f"{total:>18}" for total in totals)
 
-    def line(what: str, estimate: roofline.MemoryEstimate) -> str:
+    def line(what: str, estimate: memory.MemoryEstimate) -> str:
         left = ((room - estimate.total) / 1e9 for room in rooms.values())
         return f"{what:<44}{estimate.total / 1e9:>9.1f}" + "".join(
             f"{x:>18.1f}" if x >= 0 else f"{'-':>18}" for x in left
         )
 
-    for moments in roofline.MOMENT_BYTES:
+    for moments in memory.MOMENT_BYTES:
         for accumulates in (False, True):
             for n in MICRO_BATCHES:
                 accumulation = share // n if accumulates else 1
                 what = f"one rank, moments in {moments}, {f'{accumulation} x ' * accumulates}{n} x {seq_len}"
-                yield line(what, roofline.one_rank_memory(model, n, seq_len, moments, accumulation))
+                yield line(what, memory.one_rank_memory(model, n, seq_len, moments, accumulation))
     for n in MICRO_BATCHES:
-        estimate = roofline.memory_estimate(model, RANKS, n, seq_len, lean=True)
+        estimate = memory.memory_estimate(model, RANKS, n, seq_len, lean=True)
         yield line(f"one rank of {RANKS}, {n} x {seq_len}", estimate)
 
     yield f"\n{name}: {recipe['batch_tokens']:,} tokens a step, moments in {recipe['moments']}, takes on"
     for card in CARDS:
-        memory_bytes = roofline.GPUS[card].memory_bytes
-        n = roofline.most_micro_batch(model, memory_bytes, seq_len, recipe["moments"], divides=share)
+        memory_bytes = machines.GPUS[card].memory_bytes
+        n = choices.most_micro_batch(model, memory_bytes, seq_len, recipe["moments"], divides=share)
         if not n:
             yield f"  {card:<24} nothing: one sequence does not fit"
             continue
-        alone = plan.Sharding("", 1, 1)
-        work = plan.Work(model, n, seq_len, share // n, moments=recipe["moments"])
-        work, _ = plan.activations(work, alone, 1, memory_bytes)
-        parts = plan.rank_memory(work, alone, 1)
+        alone = Sharding("", 1, 1)
+        work = Work(model, n, seq_len, share // n, moments=recipe["moments"])
+        work, _ = choices.activations(work, alone, 1, memory_bytes)
+        parts = memory.rank_memory(work, alone, 1)
         listed = ", ".join(f"{part} {x / 1e9:.1f}" for part, x in parts.items())
         yield (
             f"  {card:<24} {share // n:>2} x {n} x {seq_len}: {sum(parts.values()) / 1e9:.1f} GB: {listed}; "
-            f"recomputed: {plan.recomputed(work)}"
+            f"recomputed: {choices.recomputed(work)}"
         )
 
 
 CASES = [
     {"ranks": RANKS, "reshard": "always"},
-    *({"ranks": 1, "moments": moments} for moments in roofline.MOMENT_BYTES),
+    *({"ranks": 1, "moments": moments} for moments in memory.MOMENT_BYTES),
     *({"ranks": 1, "moments": moments, "accumulation": 4} for moments in ("bf16", "8bit")),
 ]
 
@@ -324,9 +327,7 @@ def main(arguments: list[str]) -> int:
     if given.cards:
         print("\n".join(card_lines(model)))
         return 0
-    print(
-        "counted: tensors of train.py's step on the meta device; predicted: model/roofline.py. No GPU, nothing measured"
-    )
+    print("counted: tensors of train.py's step on the meta device; predicted: memory.py. No GPU, nothing measured")
     fine = [print_tables(Case(model, 4, 4096, **case)) for case in CASES]
     return 0 if all(fine) else 1
 

@@ -40,7 +40,8 @@ import torch._dynamo
 
 from bench import measure
 from bench.kernels import line_of
-from halny.model import roofline
+from halny.model.estimate.memory import activation_bytes_per_token
+from halny.model.estimate.sizes import parameters
 from halny.model.mistral import PRESETS, MistralConfig
 
 SEQ_LEN = 4096
@@ -154,8 +155,8 @@ def least_bytes(opponent: Opponent, config: MistralConfig, micro_batch: int, che
     if checkpointing:
         kept = 2 * config.dim * config.n_layers * tokens
     else:
-        kept = roofline.activation_bytes_per_token(config, 2, lean=True) * tokens
-    return opponent.state_bytes * roofline.parameters(config) + kept
+        kept = activation_bytes_per_token(config, 2, lean=True) * tokens
+    return opponent.state_bytes * parameters(config) + kept
 
 
 def attempt(
@@ -231,7 +232,7 @@ def measured(bench: measure.Bench, opponent: Opponent, given: argparse.Namespace
     row |= {"n_layers": config.n_layers, "seq_len": 64 if bench.smoke else SEQ_LEN}
     save(row)
     if bench.on_gpu:
-        needed = opponent.state_bytes * roofline.parameters(config)
+        needed = opponent.state_bytes * parameters(config)
         memory = torch.cuda.get_device_properties(bench.device).total_memory
         if needed > memory:
             reason = f"weights, gradients and moments alone take {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"

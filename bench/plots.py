@@ -146,7 +146,7 @@ def overlay(runs: list[Path], png: Path) -> None:
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
-    from halny.model.run_folder import RunFolder
+    from halny.model.record.run_folder import RunFolder
 
     figure = Figure(figsize=(15, 4.6), layout="constrained", facecolor="white")
     panels = figure.subplots(1, 3)

@@ -1,4 +1,4 @@
-"""What model/plan.py's model predicts of published runs, beside what they published.
+"""What model/estimate/step_time.py's model predicts of published runs, beside what they published.
 
     python bench/published.py        needs no GPU; predictions of a model, not measurements
 
@@ -6,7 +6,7 @@ Two constants are fitted to the runs, by least squares on the relative error of 
 in matrix products, which here is whatever the other constants do not explain, and the straggling a doubling of the
 nodes. Each run is predicted by constants fitted to the runs of the *other* programs only: left out alone, its own
 program's other runs would give it away. That error is printed too, in the column "point out". Everything else is
-model/plan.py's, and what is assumed of a run is said with its source.
+model/estimate/step_time.py's, and what is assumed of a run is said with its source.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from halny.model import plan, roofline
+from halny.model.estimate import machines, sizes, step_time
+from halny.model.estimate.step_time import Cluster, Rates
+from halny.model.estimate.work import Sharding, Work
 from halny.model.mistral import MistralConfig
-from halny.model.plan import Cluster, Rates, Sharding, Work
 
-H100 = roofline.GPUS["NVIDIA H100 80GB HBM3"]
+H100 = machines.GPUS["NVIDIA H100 80GB HBM3"]
 H100_HBM2E = replace(H100, hbm_bytes_per_second=2.4e12, memory_bytes=96 * 10**9)  # torchtitan's: also limited to 500 W
-GH200 = roofline.GPUS["NVIDIA GH200 480GB"]
+GH200 = machines.GPUS["NVIDIA GH200 480GB"]
 
 # Architectures in the words of MistralConfig, which has three MLP matrices and no tied weights:
 MPT_7B = (
@@ -52,7 +53,7 @@ class Run:
     gpus: int
     source: str
     assumed: str
-    gpu: roofline.GPU = H100
+    gpu: machines.GPU = H100
     gpus_per_node: int = 8
     nic_gbs: float = 50  # a GPU
     shards: int | None = None  # all GPUs
@@ -60,7 +61,9 @@ class Run:
     def predict(self, rates: Rates) -> float:
         cluster = Cluster(self.gpu, self.gpus, self.gpus_per_node, 450e9, self.nic_gbs * 1e9)
         sharding = Sharding("", self.shards or self.gpus)
-        return plan.tokens_per_second(self.work, plan.step(self.work, cluster, sharding, rates, communicators=1))
+        return step_time.tokens_per_second(
+            self.work, step_time.step(self.work, cluster, sharding, rates, communicators=1)
+        )
 
 
 def mpt(gpus: int, published: float) -> Run:
@@ -75,7 +78,7 @@ def llama3(gpus: int, published: float) -> Run:
     # every second matrix product of a layer is recomputed: k, out and w3 of q, k, v, out, w1, w3, w2
     config = LLAMA3_8B
     again = config.dim * (config.n_kv_heads * config.head_dim + config.dim + config.hidden_dim)
-    share = again / roofline.layer_matmul_parameters(config)
+    share = again / sizes.layer_matmul_parameters(config)
     return Run(
         "torchtitan", f"Llama 3.1 8B, 2 x 8192, {gpus} H100", published,
         Work(config, 2, 8192, lean=False, recomputed=share), gpus, TORCHTITAN,
@@ -108,7 +111,7 @@ RUNS = [
 ]  # fmt: skip
 
 
-def fit(runs: list[Run], start: Rates = plan.RATES["good"], steps: int = 8) -> Rates:
+def fit(runs: list[Run], start: Rates = step_time.RATES["good"], steps: int = 8) -> Rates:
     """``start`` with the matmul share and the straggling that fit the runs best.
 
     Gauss-Newton on log(predicted / published) with differences for derivatives: the exposed communication is a maximum,
@@ -117,7 +120,7 @@ def fit(runs: list[Run], start: Rates = plan.RATES["good"], steps: int = 8) -> R
     """
     weight = np.array([1 / sum(other.program == run.program for other in runs) for run in runs]) ** 0.5
     names, widths = ("matmul", "straggling"), np.array([1e-3, 1e-4])
-    base = replace(start, attention=plan.RATES["published"].attention)
+    base = replace(start, attention=step_time.RATES["published"].attention)
 
     def errors(x) -> np.ndarray:
         rates = replace(base, **dict(zip(names, map(float, x), strict=True)))
@@ -156,7 +159,7 @@ def predictions(runs: list[Run] = RUNS) -> list[Prediction]:
 def main() -> None:
     rows = predictions()
     print(
-        "predicted by model/plan.py's model with constants fitted to other programs' runs; published: tokens/s a GPU\n"
+        "predicted by step_time.py's model with constants fitted to other programs' runs; published: tokens/s a GPU\n"
     )
     print(f"{'program':<13}{'run':<38}{'published':>10}{'predicted':>11}{'error':>8}{'point out':>11}   constants")
     for p in rows:
@@ -170,7 +173,7 @@ def main() -> None:
     ):
         print(f"\n{name}: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}", end="")
     rates = fit(RUNS)
-    print(f'\n\nfitted to all, model/plan.py\'s "published": {rates}\n\nsources and assumptions')
+    print(f'\n\nfitted to all, model/estimate/step_time.py\'s "published": {rates}\n\nsources and assumptions')
     for run in RUNS:
         print(f"  {run.what}: {run.source}; assumed: {run.assumed}")
 

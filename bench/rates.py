@@ -1,4 +1,4 @@
-"""What was measured of the rates that model/plan.py assumes: matrix products, attention, memory.
+"""What was measured of the rates that model/estimate/step_time.py assumes: matrix products, attention, memory.
 
 The plan counts attention as three times its forward pass, and so does a profiled step here. bench/attention.py counts
 3.5 times, with the product that the backward makes again, so its own TFLOP/s are higher by a sixth of the plan's for
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bench.merge import Device
-from halny.model import roofline
+from halny.model.estimate import machines, roofline, sizes
 from halny.model.mistral import PRESETS
 
 SIZES = (
@@ -28,7 +28,7 @@ def rate_rows(device: Device) -> list[tuple]:
     Field and peak are None where the plan assumes nothing of it, or does not know the GPU.
     """
     found = []
-    gpu = roofline.GPUS.get(device.name)
+    gpu = machines.GPUS.get(device.name)
     peak, bandwidth = (gpu.bf16_flops / 1e12, gpu.hbm_bytes_per_second / 1e9) if gpu else (None, None)
     sections = device.sections
     with_ceilings = [s for s in device.sources if s.ceilings]
@@ -65,7 +65,7 @@ def profiled_rates(profile: dict, peak: float | None) -> list[tuple]:
     config = replace(PRESETS["mistral-7b"], n_layers=profile["n_layers"])
     sequences = profile["micro_batch"] * profile.get("accumulation", 1)
     flops = {
-        "matmul": 6 * roofline.matmul_parameters(config) * sequences * profile["seq_len"],
+        "matmul": 6 * sizes.matmul_parameters(config) * sequences * profile["seq_len"],
         "attention": roofline.attention_flops(config, [profile["seq_len"]] * sequences),
     }
     names = {"matmul": "matrix products in the step", "attention": "attention in the step, forward and backward"}

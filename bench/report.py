@@ -28,7 +28,7 @@ from bench.measure import MODE_LABELS, BadResult, memory_words
 from bench.merge import Device, Source, best_of_each, grouped, merge, read_folders, result_folders, sources_of
 from bench.plots import overlay, plots
 from bench.rates import rate_rows
-from halny.model import plan, roofline
+from halny.model.estimate import machines, step_time
 
 RESULTS = ROOT / "bench" / "results"
 FULL = "RESULTS.md"
@@ -467,7 +467,7 @@ def convergence_line(found: dict) -> str:
 
 
 def rates_parts(device: Device) -> list[str]:
-    """What model/plan.py assumes of a GPU, its share of the data sheet's peak, beside what was measured."""
+    """What step_time.py assumes of a GPU, its share of the data sheet's peak, beside what was measured."""
     found = rate_rows(device) if device.name != "CPU" else []
     if not found:
         return []
@@ -476,13 +476,17 @@ def rates_parts(device: Device) -> list[str]:
     for what, unit, name, base, measured, row in found:
         assumed = ["", ""]
         if name and base:
-            assumed = [f"{getattr(plan.RATES[x], name) * base:,.0f}" for x in ("good", "leading")]
+            assumed = [f"{getattr(step_time.RATES[x], name) * base:,.0f}" for x in ("good", "leading")]
         share = f" ({measured / base:.1%})" if base else ""
         said = f"{measured:,.0f} {unit}{share}"
         lines.append([what, *assumed, labelled(row, said) if "label" in row else said])
     head = ["rate (share of the data sheet's peak)", "assumed, good", "assumed, leading", "measured"]
-    known = "" if device.name in roofline.GPUS else " This GPU is not in model/roofline.py: nothing is assumed of it."
-    said = f"Rates that `train.py --plan` assumes (`RATES` in model/plan.py), beside what was measured.{known}"
+    known = (
+        ""
+        if device.name in machines.GPUS
+        else " This GPU is not in model/estimate/machines.py: nothing is assumed of it."
+    )
+    said = f"Rates that `train.py --plan` assumes (`RATES` in step_time.py), beside what was measured.{known}"
     runs = runs_of(of)
     listed = [f"- run {n}: {machine_line(source, source.minute)}" for source, n in runs.items()]
     above = ["\n".join(listed)] if runs else [machine_line(sources_of(of)[0])]

@@ -8,7 +8,7 @@ There is no second training loop: model, optimizer and step are train.py's ``bui
 ``train_step``, on random weights and tokens. Three modes; no figure of the last two stands anywhere without its label:
 
 **one-gpu** trains: one rank, the whole step, nothing left out, an update for every micro batch or every --accumulation
-of them. A row for each --moments, what AdamW keeps; "best" is what model/plan.py expects to be fastest on this card.
+of them. A row for each --moments, what AdamW keeps; "best" is what step_time.py expects to be fastest on this card.
 Micro batches are 2 with fp32 moments and 4 with others, or what fits the card by roofline.py's estimate; where not even
 one sequence fits beside 32 layers, as many layers as do, and the label says so (nothing is extrapolated from it).
 
@@ -18,12 +18,12 @@ each reduction is one copy of the same bytes on this GPU, on FSDP's own streams,
 computation, memory and its traffic are real, the numbers are not: weights are the buffer's random values, gradients are
 a chunk of this rank's own, the loss means nothing. What 256 GPUs lose to a network is not in it.
 
-**model-of-256** is calculated: model/plan.py's step of 256 GPUs at stated bandwidths, a range from the rates that it
+**model-of-256** is calculated: step_time.py's step of 256 GPUs at stated bandwidths, a range from the rates that it
 calls good to those it calls leading. Needs no GPU.
 
 Each case runs in a process of its own; one that fails or runs out of memory is recorded so, and the next goes on.
 Before and after its steps the same process times the step's matrix products alone (measure.matmul_ceiling). With
---profile it also records one more step after those that were timed, and says where the time goes (model/profiler.py);
+--profile it also records one more step after those that were timed, and says where the time goes (profiler.py);
 the trace of the first case is kept.
 """
 # ruff: noqa: E402  imports follow the change of sys.path
@@ -53,9 +53,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 import train
 from bench import measure, rates
 from bench.kernels import line_of
-from halny.model import plan, profiler, roofline
-from halny.model.batches import Batch
+from halny.model.data.batches import Batch
+from halny.model.estimate import choices, machines, plan, roofline, step_time
+from halny.model.estimate.memory import RESERVED, memory_estimate, one_rank_memory
+from halny.model.estimate.sizes import layer_shapes, padded_numel, parameters, root_shapes
+from halny.model.estimate.work import Sharding, Work
 from halny.model.mistral import PRESETS, MistralConfig
+from halny.model.record import breakdown
 
 SEQ_LEN = 4096
 TRACE_BYTES = 15 * 2**20
@@ -110,18 +114,18 @@ def best_moments(device: str, memory_bytes: int, accumulation: int = 1) -> str:
 
 
 def expected_rate(case: Case, model: MistralConfig, micro_batch: int, device: str) -> float:
-    """Tokens/s that model/plan.py expects of one GPU; of a card that it does not know, more of larger micro batches."""
-    cluster = plan.cluster_of_run(device, 1, 1)
+    """Tokens/s that step_time.py expects of one GPU; of a card that it does not know, more of larger micro batches."""
+    cluster = step_time.cluster_of_run(device, 1, 1)
     if cluster is None or case.mode != "one-gpu":
         return float(micro_batch)
-    work = plan.Work(model, micro_batch, SEQ_LEN, case.accumulation, moments=case.moments)
+    work = Work(model, micro_batch, SEQ_LEN, case.accumulation, moments=case.moments)
     chosen = plan.choose(work, cluster)
-    return plan.tokens_per_second(chosen.work, chosen.step)
+    return step_time.tokens_per_second(chosen.work, chosen.step)
 
 
 def fitting(case: Case, model: MistralConfig, memory_bytes: int, device: str = "") -> list[int]:
     """Micro batches that fit a card of so much memory by the estimate, the fastest first."""
-    room = memory_bytes * (1 - roofline.RESERVED)
+    room = memory_bytes * (1 - RESERVED)
     fit = [n for n in (4, 2, 1) if n <= case.micro_batch and estimated_bytes(case, model, n) <= room]
     return sorted(fit, key=lambda n: -expected_rate(case, model, n, device))
 
@@ -155,8 +159,8 @@ def sizes(bench: measure.Bench, case: Case, layers: int | None, micro_batch: int
 def estimated_bytes(case: Case, model: MistralConfig, micro_batch: int) -> int:
     """The least that a rank needs at the peak, everything gathered or made again, and the stand-in's buffers."""
     if case.mode == "one-gpu":
-        return roofline.one_rank_memory(model, micro_batch, SEQ_LEN, case.moments, case.accumulation).total
-    total = roofline.memory_estimate(model, RANKS, micro_batch, SEQ_LEN, compute_bytes=2, lean=True).total
+        return one_rank_memory(model, micro_batch, SEQ_LEN, case.moments, case.accumulation).total
+    total = memory_estimate(model, RANKS, micro_batch, SEQ_LEN, compute_bytes=2, lean=True).total
     return total + StandIn.bytes_for(model, RANKS, 2)
 
 
@@ -196,8 +200,8 @@ class StandIn:
 
 def largest_message(config: MistralConfig, ranks: int) -> int:
     """Elements of the largest collective."""
-    shapes = roofline.layer_shapes(config), roofline.root_shapes(config)
-    return max(roofline.padded_numel(one, ranks) for one in shapes)
+    shapes = layer_shapes(config), root_shapes(config)
+    return max(padded_numel(one, ranks) for one in shapes)
 
 
 class _Comm:
@@ -213,14 +217,14 @@ class _Comm:
 class _Gather(_Comm):
     def __call__(self, output_tensor, input_tensor, group, async_op: bool = False) -> None:
         self.stand_in.calls.append(("all-gather", output_tensor.nbytes, group.size()))
-        with record_function(f"{profiler.STAND_IN} for an all-gather"):
+        with record_function(f"{breakdown.STAND_IN} for an all-gather"):
             output_tensor.copy_(self.stand_in.source[: output_tensor.numel()])
 
 
 class _Reduce(_Comm):
     def __call__(self, output_tensor, input_tensor, group, op, async_op: bool = False) -> None:
         self.stand_in.calls.append(("reduce-scatter", input_tensor.nbytes, group.size()))
-        with record_function(f"{profiler.STAND_IN} for a reduce-scatter"):
+        with record_function(f"{breakdown.STAND_IN} for a reduce-scatter"):
             reduced = self.stand_in.target[: input_tensor.numel()].copy_(input_tensor)
             output_tensor.copy_(reduced[: output_tensor.numel()])
 
@@ -297,15 +301,15 @@ class Step:
         estimate = sum(self.plan.memory.values())
         return estimate + (self.stand_in.source.nbytes + self.stand_in.target.nbytes if self.stand_in else 0)
 
-    def floors(self, ceiling: dict, copy_gb_s: float, attention_flops: float) -> profiler.Floors:
+    def floors(self, ceiling: dict, copy_gb_s: float, attention_flops: float) -> breakdown.Floors:
         """At what this machine has been measured to do, attention's rate assumed."""
-        speeds = profiler.Speeds(
+        speeds = breakdown.Speeds(
             ceiling["tflop_s"] * 1e12, attention_flops, copy_gb_s * 1e9,
             f"measured beside it: matmuls at {ceiling['tflop_s']:,.0f} TFLOP/s (cuBLAS, these shapes), all else at "
             f"{copy_gb_s:,.0f} GB/s (copy); assumed: attention at {attention_flops / 1e12:,.0f} TFLOP/s",
         )  # fmt: skip
-        sharding = None if self.whole else plan.Sharding.of(self.layout)
-        return profiler.floors(self.plan.work, speeds, sharding, stand_in=self.stand_in is not None)
+        sharding = None if self.whole else Sharding.of(self.layout)
+        return breakdown.floors(self.plan.work, speeds, sharding, stand_in=self.stand_in is not None)
 
 
 def build(bench: measure.Bench, world: train.World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:
@@ -361,9 +365,9 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
     row |= {
         "label": label(case, step.config, step.micro_batch, step.seq_len, bench.smoke),
         "n_layers": step.config.n_layers, "micro_batch": step.micro_batch, "seq_len": step.seq_len,
-        "accumulation": step.accumulation, "n_parameters": roofline.parameters(step.config), "tried": tried,
-        "sharding": "none" if step.whole else plan.Sharding.of(step.layout).name,
-        "recomputed": plan.recomputed(step.plan.work),
+        "accumulation": step.accumulation, "n_parameters": parameters(step.config), "tried": tried,
+        "sharding": "none" if step.whole else Sharding.of(step.layout).name,
+        "recomputed": choices.recomputed(step.plan.work),
         "ceiling_before": before, "copy_gb_s": copy_gb_s,
     }  # fmt: skip
     seconds = given.budget_s - (time.monotonic() - began) - START_S - AROUND_S - PROFILE_S * given.profile
@@ -426,19 +430,19 @@ def profiled(bench: measure.Bench, step: Step, mode: str, trace: Path, ceiling: 
         wall_ms = (time.perf_counter() - start) * 1e3
     recorded.export_chrome_trace(str(trace))
     on_gpu = bench.on_gpu
-    kernels = profiler.kernels_of(profiler.events_of(trace)) if on_gpu else profiler.operators_of(recorded)
+    kernels = breakdown.kernels_of(breakdown.events_of(trace)) if on_gpu else breakdown.operators_of(recorded)
     size = trace.stat().st_size
     if size > TRACE_BYTES:
         trace.unlink()
-    found = profiler.breakdown(kernels, wall_ms)
-    gpu = roofline.GPUS.get(torch.cuda.get_device_name(bench.device)) if on_gpu else None
-    attention = plan.RATES["ideal"].attention * gpu.bf16_flops if gpu else ceiling["tflop_s"] * 1e12 * 0.6
+    found = breakdown.breakdown(kernels, wall_ms)
+    gpu = machines.GPUS.get(torch.cuda.get_device_name(bench.device)) if on_gpu else None
+    attention = step_time.RATES["ideal"].attention * gpu.bf16_flops if gpu else ceiling["tflop_s"] * 1e12 * 0.6
     least = step.floors(ceiling, copy_gb_s, attention)
     return found | {
         "status": "ok",
         "floors": {"ms": least.ms, "basis": least.basis},
-        "gaps": profiler.gaps(found, least),
-        "text": profiler.gap_lines(found, least, label=measure.MODE_LABELS[mode]),
+        "gaps": breakdown.gaps(found, least),
+        "text": breakdown.gap_lines(found, least, label=measure.MODE_LABELS[mode]),
         "trace_bytes": size,
         "trace_kept": size <= TRACE_BYTES,
     }
@@ -450,18 +454,20 @@ NICS_GB_S = (25.0, 50.0)
 
 
 def calculated(device: str) -> list[dict]:
-    """Rows of model-of-256, for this GPU if model/plan.py knows it, and for GH200: ranges, each with its label."""
-    here = [name for name, m in plan.MACHINES.items() if m.gpu == roofline.GPUS.get(device)]
+    """Rows of model-of-256, for this GPU if step_time.py knows it, and for GH200: ranges, each with its label."""
+    here = [name for name, m in machines.MACHINES.items() if m.gpu == machines.GPUS.get(device)]
     rows = []
     for name in dict.fromkeys([*here[:1], "gh200-96"]):
         for nic in NICS_GB_S:
-            machine = plan.MACHINES[name]
-            work = plan.Work(PRESETS["mistral-7b"], 4, SEQ_LEN)
-            cluster = plan.Cluster(machine.gpu, RANKS, NODE, machine.nvlink, nic * 1e9)
+            machine = machines.MACHINES[name]
+            work = Work(PRESETS["mistral-7b"], 4, SEQ_LEN)
+            cluster = step_time.Cluster(machine.gpu, RANKS, NODE, machine.nvlink, nic * 1e9)
             chosen = plan.choose(work, cluster)
             work = chosen.work
-            steps = [plan.step(work, cluster, chosen.sharding, plan.RATES[rates]) for rates in ("good", "leading")]
-            rates = [plan.tokens_per_second(work, step) for step in steps]
+            steps = [
+                step_time.step(work, cluster, chosen.sharding, step_time.RATES[rates]) for rates in ("good", "leading")
+            ]
+            rates = [step_time.tokens_per_second(work, step) for step in steps]
             flops = roofline.flops_per_token(work.config, SEQ_LEN), roofline.palm_flops_per_token(work.config, SEQ_LEN)
             stated = f"{RANKS} x {name}, {NODE} a node, {nic:g} GB/s a NIC"
             rows.append({
@@ -474,8 +480,8 @@ def calculated(device: str) -> list[dict]:
                     "tokens_per_second": rates,
                     "step_ms": [1e3 * step.total for step in steps],
                     "exposed_ms": [1e3 * step.exposed for step in steps],
-                    "mfu": [roofline.mfu(rate, flops[0], machine.gpu.bf16_flops) for rate in rates],
-                    "mfu_palm": [roofline.mfu(rate, flops[1], machine.gpu.bf16_flops) for rate in rates],
+                    "mfu": [machines.mfu(rate, flops[0], machine.gpu.bf16_flops) for rate in rates],
+                    "mfu_palm": [machines.mfu(rate, flops[1], machine.gpu.bf16_flops) for rate in rates],
                     "memory_bytes": chosen.bytes,
                 },
             })  # fmt: skip

@@ -47,7 +47,7 @@ import torch
 
 from bench import measure
 from bench.kernels import line_of
-from halny.model.dataset import write_dataset
+from halny.model.data.writer import write_dataset
 from halny.model.durable import write_json
 from halny.model.exits import FAILED, FINISHED, STOPPED
 from halny.model.mistral import PRESETS, MistralConfig
@@ -520,7 +520,7 @@ def main(arguments: list[str]) -> int:
     if given.use_export:
         return be_export(given.smoke)
     if given.prepare:
-        from halny.model.dataset import DataError
+        from halny.model.data.dataset import DataError
         from halny.model.prepare_data import prepare_builtin
 
         try:

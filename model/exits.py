@@ -1,5 +1,9 @@
 """How a run ends: the exit codes of each rank, and the exceptions that lead to them. Imports nothing heavy."""
 
+from __future__ import annotations
+
+import difflib
+
 FINISHED, FAILED, REFUSED, STOPPED = 0, 1, 2, 75  # 75, stopped and resumable, is EX_TEMPFAIL of sysexits
 
 
@@ -9,3 +13,9 @@ class Refused(Exception):
 
 class Failed(Exception):
     """The end of a run that has begun, on all ranks alike: one line, exit code 1."""
+
+
+def unknown(kind: str, name: str, known) -> Refused:
+    close = difflib.get_close_matches(name, known, n=1)
+    remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+    return Refused(f"unknown {kind} {name}: {remedy if close or len(known) < 10 else 'see train.py --help'}")

@@ -20,13 +20,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from halny.model import checkpoint, roofline
-from halny.model.batches import parse_sources
 from halny.model.convert import TOKENIZERS, check_replaceable, pieces, write_hf
-from halny.model.dataset import DataError
+from halny.model.data.batches import parse_sources
+from halny.model.data.dataset import DataError
 from halny.model.durable import in_words
+from halny.model.estimate import sizes
 from halny.model.exits import FAILED, FINISHED, REFUSED, Failed, Refused
 from halny.model.mistral import MistralConfig
+from halny.model.run import checkpoint
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -53,14 +54,14 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
     except ValueError as error:
         raise Refused(str(error)) from None
     existing = next(p for p in (out, *out.absolute().parents) if p.exists())
-    free, needed = shutil.disk_usage(existing).free, roofline.parameters(config) * torch_dtype.itemsize
+    free, needed = shutil.disk_usage(existing).free, sizes.parameters(config) * torch_dtype.itemsize
     if free < needed:
         raise Refused(f"{out} takes {in_words(needed)}, and {existing} has {in_words(free)} free; make room")
 
     print(f"checkpoint {path}, step {manifest['step']}: verifying its checksums", flush=True)
     if problem := checkpoint.damage(path):
         raise Refused(f"{path} is damaged ({problem}); name an earlier checkpoint")
-    print(f"export     {out}: {roofline.parameters(config):,} parameters in {dtype}, {in_words(needed)}", flush=True)
+    print(f"export     {out}: {sizes.parameters(config):,} parameters in {dtype}, {in_words(needed)}", flush=True)
     try:
         write_hf(config, torch_dtype, parameters(path, config), out, tokenizer=tokenizer)
     except (OSError, ValueError, SafetensorError) as error:  # the run deletes a checkpoint when its turn comes

@@ -4,9 +4,9 @@ A document is BOS + ids + EOS, or without either as the flags say. Text is data:
 characters, never the end of it. Held-out documents are chosen by a hash of their text, so neither order nor company
 matters. The way of a document, and where it is told in full:
 
-    files -> blocks of a megabyte, in order            model/documents.py, in the main process
-    block -> texts, --keep, ids                        model/encode.py, in worker processes (model/workers.py)
-    ids, in the order of the input -> --dedup, shards  here and model/dataset.py, in the main process again
+    files -> blocks of a megabyte, in order            model/data/documents.py, in the main process
+    block -> texts, --keep, ids                        model/data/encode.py, in worker processes (model/data/workers.py)
+    ids, in the order of the input -> --dedup, shards  here and model/data/dataset.py, in the main process again
 
 What comes out depends on the input alone, not on the number of workers: blocks are cut without regard to it, and
 results are taken in order. Memory depends on the number of workers and the largest document, not on the corpus, --dedup
@@ -29,19 +29,8 @@ from pathlib import Path
 
 import numpy as np
 
-from halny.model.dataset import (
-    SHARD_TOKENS,
-    DataError,
-    Dataset,
-    TokenStream,
-    Writer,
-    check_out,
-    check_shard_tokens,
-    is_dataset,
-    new_folder,
-    write_dataset,
-)
-from halny.model.documents import (
+from halny.model.data.dataset import DataError
+from halny.model.data.documents import (
     ENDINGS,
     MAX_DOCUMENT_BYTES,
     Block,
@@ -53,20 +42,10 @@ from halny.model.documents import (
     parse_conditions,
     read_blocks,
 )
-from halny.model.encode import Encoded, Job, encoder_of_blocks, held_out
-from halny.model.tokenizer import MISTRAL, Tokenizer, load_tokenizer
-from halny.model.workers import WorkerDied, ordered_map
-
-__all__ = [
-    "DataError",
-    "Dataset",
-    "TokenStream",
-    "held_out",
-    "is_dataset",
-    "prepare",
-    "prepare_builtin",
-    "write_dataset",
-]
+from halny.model.data.encode import Encoded, Job, encoder_of_blocks
+from halny.model.data.tokenizer import MISTRAL, Tokenizer, load_tokenizer
+from halny.model.data.workers import WorkerDied, ordered_map
+from halny.model.data.writer import SHARD_TOKENS, Writer, check_out, check_shard_tokens, new_folder
 
 SMALL = 4 << 20  # bytes of input that are not worth the start of a worker
 HOPELESS = 10_000  # faults before the first document, after which the flags are to blame and not the input
@@ -411,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         if args.check is not None:
-            from halny.model.check_data import check
+            from halny.model.data.check import check
 
             return 0 if check(args.check, args.tokens_per_second, args.dtype, args.vocab_size) else 1
         names = "text_key keep dedup strict bos eos val_fraction shard_tokens workers"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from halny.kernels import dispatch
-from halny.model.prepare_data import write_dataset
+from halny.model.data.writer import write_dataset
 
 torch.set_num_threads(2)  # what CI has; more threads than cores make small operations crawl
 

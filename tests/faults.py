@@ -24,10 +24,10 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from halny.kernels import chunk_cat
-from halny.model import checkpoint, ranks, sharding
-from halny.model.batches import Corpus
-from halny.model.checkpoint import Saver
+from halny.model.data.batches import Corpus
 from halny.model.mistral import Mistral
+from halny.model.run import checkpoint, fsdp, ranks, saver, watch
+from halny.model.run.saver import Saver
 
 
 def install(name: str, *arguments: str) -> None:
@@ -64,7 +64,7 @@ def killed_while_writing(save: str) -> None:
         (Path(writer.path) / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"\x40" * 5000)
         die()
 
-    before(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", int(save), half)
+    before(saver.dcp.HuggingFaceStorageWriter, "write_data", int(save), half)
 
 
 def killed_before_manifest(save: str) -> None:
@@ -86,7 +86,7 @@ def killed_after_rename(save: str) -> None:
 
 def traced(file: str) -> None:
     """Append what happens to the disk to a file: syncs, renames, deletions, in their order."""
-    sync, delete, rename = checkpoint.sync, checkpoint.delete, Path.rename
+    sync, delete, rename = saver.sync, checkpoint.delete, Path.rename
 
     def note(what: str, path) -> None:
         with open(file, "a") as stream:
@@ -105,7 +105,7 @@ def traced(file: str) -> None:
         note("rename", target)
         return result
 
-    checkpoint.sync, checkpoint.delete, Path.rename = traced_sync, traced_delete, traced_rename
+    saver.sync, checkpoint.delete, Path.rename = traced_sync, traced_delete, traced_rename
 
 
 def writer_dies(save: str) -> None:
@@ -129,7 +129,7 @@ def disk_fills_unseen(save: str) -> None:
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    before(checkpoint.dcp.HuggingFaceStorageWriter, "write_data", int(save), full)
+    before(saver.dcp.HuggingFaceStorageWriter, "write_data", int(save), full)
 
 
 def fills(folder: str, forward: str) -> None:
@@ -313,7 +313,7 @@ def unfit(guilty: str) -> None:
 def small_gpu(memory_bytes: str) -> None:
     """No fault: the layout is chosen as on a GPU of so much memory, and overlap is set up as on one."""
     ranks.World.memory_bytes = int(memory_bytes)
-    sharding.has_streams = lambda device: True
+    fsdp.has_streams = lambda device: True
 
 
 def counted_collectives(file: str, memory_bytes: str | None = None) -> None:
@@ -341,13 +341,13 @@ def counted_collectives(file: str, memory_bytes: str | None = None) -> None:
 
 def slow_rank(guilty: str, factor: str) -> None:
     """One rank's probe reads so many times longer, as on a throttled device."""
-    original = ranks.Probe.seconds
+    original = watch.Probe.seconds
 
     def seconds(self):
         value = original(self)
         return value and value * (float(factor) if rank() == int(guilty) else 1)
 
-    ranks.Probe.seconds = seconds
+    watch.Probe.seconds = seconds
 
 
 def tensorboard_dies(scalar: str) -> None:

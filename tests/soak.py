@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # as pytest's configurati
 
 from runs import SMALL, Ranks, saved_steps
 
-from halny.model import checkpoint
-from halny.model.prepare_data import write_dataset
-from halny.model.run_folder import RunFolder
+from halny.model.data.writer import write_dataset
+from halny.model.record.run_folder import RunFolder
+from halny.model.run import checkpoint
 
 
 def soak(cwd: Path, kills: int, n_ranks: int, seed: int) -> str:

@@ -12,11 +12,11 @@ import torch
 from runs import REPO, SMALL, checkpoint, flip_a_bit, largest_shard, ranks_run, snapshot
 
 from halny.model import convert, export
-from halny.model.checkpoint import checksum_line
 from halny.model.convert import load_hf, pieces, save_hf, write_hf
+from halny.model.data.writer import write_dataset
 from halny.model.exits import FAILED, FINISHED, REFUSED
 from halny.model.mistral import PRESETS, Mistral
-from halny.model.prepare_data import write_dataset
+from halny.model.run.checkpoint import checksum_line
 
 TEXT = "The wind comes down the mountains, and the trainer goes on.\n"
 

@@ -1,0 +1,270 @@
+"""From token shards to the GPU: which tokens a step trains on, in which order, packed and mixed how.
+
+    sample number -> (source, number within the source) -> row of that source -> tokens, labels, documents -> GPU
+
+Every arrow but the last is a pure function of (seed, sample number). There is no state to save and no world size in
+it: the whole position of a run in its data is its step number, so a resumed run reads what it would have read, on any
+number of ranks that divides the batch. The file reads in the order of the arrows:
+
+    the order of samples    a permutation an epoch, of which nothing is stored
+    mixtures                several sources, each by its weight
+    rows                    seq_len positions: windows of the concatenated stream, or whole documents packed best-fit
+    the corpus              what --data names, opened: sources, their weights and rows
+    batches                 rows as tensors, and a thread that makes them ahead
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halny.model.data.dataset import DataError, Dataset, RawDataset, open_dataset
+from halny.model.data.order import interleave, sample_order
+from halny.model.data.rows import Packing, Rows, Windows
+
+IGNORED = -100  # the label of a position that has no target
+
+
+# --- the corpus -------------------------------------------------------------------------------------------------------
+
+
+class Source(NamedTuple):
+    dataset: Dataset | RawDataset
+    weight: int
+    train: Rows
+    held_out: Rows
+
+
+class Corpus:
+    """The data of a run: one data folder or several with weights, opened and cut into rows. What --data names.
+
+    The sources come in the order of their fingerprints, and a fingerprint, not a path, keys a source's own order of
+    samples. So neither their order on the command line nor where they lie is part of the run. Weights are of samples
+    (rows), as whole numbers without a common divisor: 0.7 and 0.3 are 7 and 3.
+
+    vocab_size of all sources, and a tokenizer's folder if one has any; fingerprint of their tokens and weights.
+    Raises DataError, naming the value or the folder, for what cannot be mixed or trained on.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[str],
+        seq_len: int,
+        documents: bool = False,
+        open_dataset: Callable[[Path], Dataset | RawDataset] = open_dataset,
+    ):
+        opened = [(open_dataset(folder), weight) for folder, weight in parse_sources(sources)]
+        opened.sort(key=lambda entry: entry[0].fingerprint)
+        datasets = [dataset for dataset, _ in opened]
+        for one, other in itertools.combinations(datasets, 2):
+            _check_goes_together(one, other)
+        for dataset in datasets:
+            if documents and isinstance(dataset, RawDataset):
+                raise DataError(f"{dataset.path}: a raw file does not say where documents end; leave --documents out")
+        cut = Packing if documents else Windows
+        self.sources = [
+            Source(dataset, weight, cut(dataset.split("train"), seq_len), cut(dataset.split("val"), seq_len))
+            for dataset, weight in opened
+        ]
+        for source in self.sources:
+            if not len(source.train):
+                raise DataError(f"{source.dataset.path} has no tokens to train on")
+        self.vocab_size = min(dataset.vocab_size for dataset in datasets)
+        self.tokenizer = next((dataset.tokenizer for dataset in datasets if dataset.tokenizer), None)
+        self.fingerprint = datasets[0].fingerprint
+        if len(opened) > 1:
+            identity = json.dumps([[dataset.fingerprint, weight] for dataset, weight in opened])
+            self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+
+    @property
+    def train(self) -> list[Rows]:
+        return [source.train for source in self.sources]
+
+    @property
+    def held_out(self) -> list[Rows]:
+        return [source.held_out for source in self.sources]
+
+    def describe(self, n_samples: int) -> list[str]:
+        """A line a source: its size, and how often a run of so many samples goes through it."""
+        lines, total = [], sum(source.weight for source in self.sources)
+        for dataset, weight, train, held_out in self.sources:
+            line = f"{dataset.path}: {len(train.stream):,} tokens, {len(train):,} samples of {train.seq_len}"
+            if isinstance(train, Packing):
+                padding = 1 - train.n_targets / (len(train) * train.seq_len)
+                line += f" packed of {train.stream.n_documents:,} documents with {padding:.2%} padding"
+            if len(self.sources) > 1:
+                line += f", {weight / total:.2%} of the run's"
+            epochs = n_samples * weight / total / len(train)
+            lines.append(f"{line}; {epochs:.2f} epochs; held out {len(held_out.stream):,} tokens")
+        return lines
+
+    def place(self, source: int, row: int) -> str:
+        """Where to look for a row, in words."""
+        starts, _ = self.sources[source].train.pieces(row)
+        of = f" of {self.sources[source].dataset.path}" if len(self.sources) > 1 else ""
+        return f"from token {int(starts[0]):,}{of}"
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read every parts-th file of each source: DataError where one is not what its manifest says."""
+        for source in self.sources:
+            source.dataset.verify(part, parts)
+
+    def locate(self, numbers: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """The samples that sample numbers stand for: (sources, rows of theirs), both of the shape of numbers."""
+        source, row = interleave(numbers, [source.weight for source in self.sources], seed)
+        for i, (dataset, _, rows, _) in enumerate(self.sources):
+            # One source keeps the order that the seed alone gives it.
+            key = seed if len(self.sources) == 1 else _key(seed, dataset.fingerprint)
+            row[source == i] = sample_order(row[source == i], len(rows), key)
+        return source, row
+
+
+def parse_sources(texts: Sequence[str]) -> list[tuple[Path, int]]:
+    """The folders that --data names, and their weights: DIR, or DIR:WEIGHT. A DIR that has a colon must exist."""
+    folders, weights = [], []
+    for text in texts:
+        folder, colon, weight = text.rpartition(":")
+        if not colon or Path(text).exists():
+            if len(texts) > 1:
+                raise DataError(f"{text}: of several folders each needs a weight, as in {text}:0.5")
+            return [(Path(text), 1)]
+        try:
+            if not (folder and 1e-9 <= float(weight) <= 1e9):
+                raise ValueError
+            weights.append(Fraction(weight))
+        except ValueError:
+            raise DataError(
+                f"{text}: no such folder, and no FOLDER:WEIGHT with a weight from 1e-9 to 1e9, as in pl:0.7"
+            ) from None
+        folders.append(Path(folder))
+    scale = math.lcm(*(weight.denominator for weight in weights))
+    whole = [int(weight * scale) for weight in weights]
+    whole = [weight // math.gcd(*whole) for weight in whole]
+    if sum(whole) >= 2**31:
+        raise DataError(f"{' '.join(texts)}: the weights have too many digits; round them")
+    return list(zip(folders, whole, strict=True))
+
+
+def _key(seed: int, fingerprint: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed} {fingerprint}".encode()).digest()[:8], "big")
+
+
+def _check_goes_together(one: Dataset | RawDataset, other: Dataset | RawDataset) -> None:
+    if one.fingerprint == other.fingerprint:
+        raise DataError(f"{one.path} and {other.path} hold the same tokens; name one of them, with the sum of weights")
+    check_one_tokenizer(one, other)
+
+
+def check_one_tokenizer(one: Dataset | RawDataset, other: Dataset | RawDataset) -> None:
+    """DataError if the ids of two data folders mean different tokens, as far as they say."""
+    if one.vocab_size != other.vocab_size and not any(isinstance(dataset, RawDataset) for dataset in (one, other)):
+        raise DataError(
+            f"{one.path} has a vocabulary of {one.vocab_size}, {other.path} of {other.vocab_size}; prepare them with "
+            "one tokenizer"
+        )
+    hashes = [dataset.manifest["tokenizer"]["sha256"] for dataset in (one, other) if dataset.tokenizer is not None]
+    if len(set(hashes)) > 1:
+        raise DataError(f"{one.path} and {other.path} were made by different tokenizers; prepare them with one")
+
+
+# --- batches ----------------------------------------------------------------------------------------------------------
+
+
+class Batch(NamedTuple):
+    """What the model computes at once: ``model(*batch.inputs)``."""
+
+    tokens: Tensor  # int64 [micro_batch, T]
+    labels: Tensor  # int64 [micro_batch, T]: the token that follows, or IGNORED
+    cu_seqlens: Tensor | None = None  # int32: where each document begins, and the end; None without --documents
+    max_seqlen: int | None = None  # positions of the longest
+    lengths: Sequence[int] = ()  # positions of every document, on the host: what attention costs
+
+    @property
+    def inputs(self) -> tuple:
+        return self[:4]
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(x.to(device, non_blocking=True) if isinstance(x, Tensor) else x for x in self))
+
+
+def read_batch(sources: Sequence[Rows], source: np.ndarray, row: np.ndarray, pin: bool = False) -> Batch:
+    """A batch of rows: ``row[i]`` of ``sources[source[i]]``, or for -1 no sample, nothing but ignored labels.
+
+    Positions that a row leaves free are a document of their own whose labels are ignored.
+    """
+    seq_len = sources[0].seq_len
+    # Allocated anew for each batch: pinned memory comes from torch's caching allocator, which does not hand it out
+    # again before the copies from it are done.
+    tokens, labels = (torch.zeros(len(row), seq_len, dtype=torch.int64, pin_memory=pin) for _ in range(2))
+    documents = []
+    for i, (s, r) in enumerate(zip(source.tolist(), row.tolist(), strict=True)):
+        starts, lengths = sources[s].pieces(r) if r >= 0 else (np.zeros(0, np.int64), np.zeros(0, np.int64))
+        # Each piece is read with the token after it, which is the label of its last position and no token of its own.
+        window = sources[s].stream.gather(starts.tolist(), (lengths + 1).tolist())
+        after = (lengths + 1).cumsum() - 1
+        filled = len(window) - len(lengths)
+        tokens.numpy()[i, :filled] = np.delete(window, after)
+        labels.numpy()[i, :filled] = np.delete(window, after - lengths)
+        labels[i, filled:] = IGNORED
+        documents += [*lengths.tolist(), seq_len - filled] if filled < seq_len else lengths.tolist()
+    if isinstance(sources[0], Windows):
+        return Batch(tokens, labels, lengths=[seq_len] * len(row))
+    cu_seqlens = torch.tensor([0, *documents]).cumsum(0, dtype=torch.int32)
+    return Batch(tokens, labels, cu_seqlens.pin_memory() if pin else cu_seqlens, max(documents), documents)
+
+
+def read_in_turn(sources: Sequence[Rows], numbers: np.ndarray) -> Batch:
+    """The batch of rows counted through all sources, one after the other; past the last there is no sample."""
+    first = np.cumsum([0, *map(len, sources)])  # number of each source's first row, and how many there are
+    source = np.searchsorted(first, numbers, side="right") - 1
+    inside = numbers < first[-1]
+    return read_batch(sources, np.where(inside, source, 0), np.where(inside, numbers - first[source], -1))
+
+
+class Loader:
+    """The batches of successive steps on a device, read ahead by a thread: ``next(loader)`` is a step's list of them.
+
+    steps: the sample numbers of each, [accumulation, micro_batch]. next() raises what the thread raised: DataError for
+    a shard that vanished or changed. ``waited`` is how long the last call waited for the thread, in seconds.
+    """
+
+    def __init__(self, corpus: Corpus, seed: int, steps: Iterable[np.ndarray], device: torch.device):
+        self.waited = 0.0
+        self._device = device
+        self._ready: queue.Queue = queue.Queue(maxsize=2)
+        threading.Thread(target=self._produce, args=(corpus, seed, steps), daemon=True, name="loader").start()
+
+    def _produce(self, corpus: Corpus, seed: int, steps: Iterable[np.ndarray]) -> None:
+        try:
+            pin = self._device.type == "cuda"
+            if pin:
+                torch.cuda.set_device(self._device)  # a new thread starts on device 0, and would make a context there
+            for numbers in steps:
+                located = zip(*corpus.locate(numbers, seed), strict=True)
+                self._ready.put([read_batch(corpus.train, source, row, pin) for source, row in located])
+            self._ready.put(StopIteration())
+        except Exception as error:
+            self._ready.put(error)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> list[Batch]:
+        start = time.perf_counter()
+        batches = self._ready.get()
+        self.waited = time.perf_counter() - start
+        if isinstance(batches, Exception):
+            self._ready.put(batches)  # the thread is gone; whoever asks again is told again
+            raise batches
+        return [batch.to(self._device) for batch in batches]

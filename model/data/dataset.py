@@ -1,0 +1,403 @@
+"""The data folder: what model/prepare_data.py writes, and what train.py and ``--check`` read.
+
+A data folder holds, for each split ("train", and "val" where documents were held out),
+
+    train-00000.npy             token ids, one after the other: 1-D, uint16 up to 65,536 ids of vocabulary, else uint32
+    train-00000.documents.npy   int64, where each document of that shard ends (its first one starts at 0)
+    tokenizer/                  the tokenizer that made the ids, so that an export needs no network
+    manifest.json               what all of it is: sizes, counts, SHA-256 of every file, tokenizer, settings
+
+A shard holds whole documents only: one that does not fit starts the next shard, one longer than a shard gets a larger
+shard of its own. Nothing in the folder depends on time, place or machine: the same input gives the same bytes.
+
+The folder is written beside its final name as ``.NAME.partial``, each file synced, the manifest last, and then renamed:
+under the final name it is complete or absent. The partial folder is locked while its process lives (flock on the
+directory itself, so that there is no lock file to leave behind); a dead one's is emptied and used.
+
+Read as well, by `open_dataset`: raw .bin files of token ids, as nanoGPT and ALLaMo (ids alone) and llm.c (behind a
+header of 256 int32: a magic number, a version, the number of ids) write them.
+"""
+
+import bisect
+import hashlib
+import itertools
+import json
+import operator
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from halny.model.durable import sha256
+
+FORMAT, VERSION = "halny-tokens", 1
+SPLITS = ("train", "val")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+CHUNK = 1 << 22  # tokens looked at in one go
+AGAIN = "prepare it again with python -m halny.model.prepare_data"
+RESTORE = "restore it as it was, and the same command continues the run"
+
+
+class DataError(ValueError):
+    """Input, output or a data folder that cannot be used: one line that names the file and what to do."""
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+
+
+def one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def to_json(value: dict, indent: int | None = None) -> bytes:
+    return json.dumps(value, ensure_ascii=False, indent=indent).encode() + b"\n"
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether path is a data folder; whether it is a sound one, `Dataset` finds out."""
+    return (Path(path) / "manifest.json").is_file()
+
+
+class Shard(NamedTuple):
+    tokens: np.memmap  # 1-D, uint16 or uint32
+    ends: np.ndarray  # int64: where each document ends, counted from the shard's start; the last is len(tokens)
+
+
+class TokenStream:
+    """The tokens of a split: all shards as one stream by `read` and `gather`, or one by one as `shards`.
+
+    Both read the files themselves and not their memory maps: where a mapped file is cut short under a run, the kernel
+    kills the process without a word (SIGBUS), where a read can say which file it was. A file is opened anew each time,
+    and must be the one it was when the stream was made: so a shard that vanished or changed is a DataError at the next
+    step that needs it, and no descriptors are held.
+    """
+
+    def __init__(self, shards: list[Shard]):
+        self.shards = shards
+        self.n_documents = sum(len(shard.ends) for shard in shards)
+        self._starts = [0, *itertools.accumulate(len(shard.tokens) for shard in shards)]
+        self._identities = [_identity(os.stat(shard.tokens.filename)) for shard in shards]
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, start: int, length: int) -> np.ndarray:
+        """Tokens start to start + length as int64, across shards; IndexError where the stream has no such tokens."""
+        return self.gather([operator.index(start)], [operator.index(length)]).astype(np.int64)
+
+    def gather(self, starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
+        """The tokens of several ranges, one range after the other, in the dtype of the shards."""
+        for start, length in zip(starts, lengths, strict=True):
+            if start < 0 or length < 0 or start + length > len(self):
+                raise IndexError(f"tokens {start} to {start + length} of a stream of {len(self)}")
+        out = np.empty(sum(lengths), dtype=self.shards[0].tokens.dtype if self.shards else np.int64)
+        room, done, opened = memoryview(out.view(np.uint8)), 0, {}
+        try:
+            for start, length in zip(starts, lengths, strict=True):
+                end = start + length
+                while start < end:
+                    i = bisect.bisect_right(self._starts, start) - 1
+                    if i not in opened:
+                        opened[i] = self._open(i)
+                    stop = min(end, self._starts[i + 1])
+                    n = (stop - start) * out.itemsize
+                    self._fill(room[done : done + n], opened[i], i, start - self._starts[i])
+                    start, done = stop, done + n
+        finally:
+            for file in opened.values():
+                os.close(file)
+        return out
+
+    def _open(self, i: int) -> int:
+        path = self.shards[i].tokens.filename
+        try:
+            file = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be opened any more ({error.strerror}); {RESTORE}") from error
+        if _identity(os.fstat(file)) != self._identities[i]:
+            os.close(file)
+            raise DataError(f"{path}: was changed or replaced after it was opened; {RESTORE}")
+        return file
+
+    def _fill(self, room: memoryview, file: int, i: int, first: int) -> None:
+        """Bytes of shard i from token `first` on, as many as there is room for."""
+        tokens = self.shards[i].tokens
+        offset = tokens.offset + first * tokens.itemsize
+        while room:
+            try:
+                n = os.preadv(file, [room], offset)
+            except OSError as error:
+                raise DataError(f"{tokens.filename}: cannot be read ({error.strerror}); {RESTORE}") from error
+            if n == 0:
+                raise DataError(f"{tokens.filename}: was cut short, it ends before byte {offset}; {RESTORE}")
+            room, offset = room[n:], offset + n
+
+
+def _identity(stat: os.stat_result) -> tuple:
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
+class Dataset:
+    """A data folder, opened: manifest, sizes, dtypes and shapes checked, tokens mapped. `verify` reads them too.
+
+    fingerprint  a hash of vocabulary, dtype and all shards: another one means other tokens or another order of them
+    tokenizer    the folder of the tokenizer that made the ids, or None
+    """
+
+    def __init__(self, path: Path):
+        self.path = Path(path)
+        self.manifest = manifest = self._read_manifest()
+        self.vocab_size = manifest["vocab_size"]
+        identity = [manifest[key] for key in ("format", "version", "vocab_size", "dtype", "splits")]
+        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.tokenizer = None
+        if manifest["tokenizer"] is not None:
+            self.tokenizer = self.path / "tokenizer"
+            for record in manifest["tokenizer"]["files"]:
+                self._check_size(self.tokenizer / record["name"], record)
+        self._streams = {split: self._open_split(split) for split in SPLITS}
+
+    def split(self, name: str) -> TokenStream:
+        """The stream of "train" or "val"; val may be empty."""
+        if name not in SPLITS:
+            raise DataError(f"a data folder has the splits {' and '.join(SPLITS)}, got {name!r}")
+        return self._streams[name]
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Reads every byte of every parts-th file: DataError where one is not what the manifest says."""
+        for path in self.changed_files(part, parts):
+            raise DataError(f"{path}: its SHA-256 is not the manifest's, the file has changed; {AGAIN}")
+
+    def changed_files(self, part: int = 0, parts: int = 1) -> Iterator[Path]:
+        """Reads every byte of every parts-th file: those that are not what the manifest says."""
+        shards = [shard for split in SPLITS for shard in self.manifest["splits"][split]["files"]]
+        records = [(self.path, record) for shard in shards for record in (shard, shard["boundaries"])]
+        if self.tokenizer is not None:
+            records += [(self.tokenizer, record) for record in self.manifest["tokenizer"]["files"]]
+        for folder, record in records[part::parts]:
+            path = folder / record["name"]
+            if sha256(path) != record["sha256"]:
+                yield path
+
+    def _read_manifest(self) -> dict:
+        path = self.path / "manifest.json"
+        if not path.is_file():
+            raise DataError(f"{path}: missing, so {self.path} is no data folder; {AGAIN}, or name another")
+        try:
+            manifest = json.loads(path.read_bytes().decode())
+        except (ValueError, RecursionError, OSError) as error:
+            raise DataError(f"{path}: cannot be read as JSON ({one_line(error)}); {AGAIN}") from error
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise DataError(f"{path}: not the manifest of a halny data folder; {AGAIN}, or name another")
+        if manifest.get("version") != VERSION:
+            raise DataError(f"{path}: format version {manifest.get('version')!r}, this halny reads {VERSION}; {AGAIN}")
+        try:
+            _check_manifest(manifest)
+        except (KeyError, TypeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else error
+            raise DataError(f"{path}: {reason}, the file is damaged; {AGAIN}") from error
+        return manifest
+
+    def _open_split(self, split: str) -> TokenStream:
+        record = self.manifest["splits"][split]
+        shards = []
+        for shard in record["files"]:
+            tokens = self._open_array(shard, np.dtype(self.manifest["dtype"]), shard["tokens"])
+            ends = self._open_array(shard["boundaries"], np.dtype(np.int64), shard["documents"])
+            if ends[-1] != shard["tokens"]:
+                raise DataError(
+                    f"{self.path / shard['boundaries']['name']}: the last document ends at token {ends[-1]}, the shard "
+                    f"at {shard['tokens']}; {AGAIN}"
+                )
+            shards.append(Shard(tokens, ends))
+        for what in ("tokens", "documents"):
+            if record[what] != (total := sum(shard[what] for shard in record["files"])):
+                raise DataError(
+                    f"{self.path / 'manifest.json'}: {split} has {record[what]} {what} by its total and {total} by its "
+                    f"shards; {AGAIN}"
+                )
+        return TokenStream(shards)
+
+    def _open_array(self, record: dict, dtype: np.dtype, length: int) -> np.ndarray:
+        path = self.path / record["name"]
+        self._check_size(path, record)
+        try:
+            loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        except Exception as error:  # a damaged header makes numpy raise nearly anything, tokenize.TokenError too
+            raise DataError(f"{path}: not a .npy file of numbers ({one_line(error)}); {AGAIN}") from error
+        if not isinstance(loaded, np.ndarray) or loaded.dtype != dtype or loaded.shape != (length,):
+            found = f"{loaded.dtype} of shape {loaded.shape}" if isinstance(loaded, np.ndarray) else "an archive"
+            raise DataError(f"{path}: holds {found}, the manifest says {dtype} of shape ({length},); {AGAIN}")
+        return loaded
+
+    def _check_size(self, path: Path, record: dict) -> None:
+        if not path.is_file():
+            raise DataError(f"{path}: missing; {AGAIN}")
+        if (size := path.stat().st_size) != record["bytes"]:
+            raise DataError(f"{path}: {size} bytes, the manifest says {record['bytes']} (cut short?); {AGAIN}")
+
+
+# llm.c's dev/data/data_common.py: (magic number, version) -> dtype
+LLM_C_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
+LLM_C_HEADER_BYTES = 256 * 4
+
+
+class RawDataset:
+    """Token ids in raw .bin files, with the interface of `Dataset`, less the manifest: train, and val if there is one.
+
+    vocab_size   as given, else the whole range of the dtype; `verify` holds the ids to it
+    fingerprint  a hash of dtype and all bytes; reads them all when first asked for
+    tokenizer    None: the files do not say
+    A file has no document boundaries and so counts as one document.
+    """
+
+    tokenizer = None
+
+    def __init__(self, train: Path, val: Path | None, dtype: str | None = None, vocab_size: int | None = None):
+        files = {"train": train} if val is None else {"train": train, "val": val}
+        self.path = train if val is None else train.parent
+        self.files = list(files.values())
+        shards = {split: _map_raw(path, dtype) for split, path in files.items()}
+        if len({tokens.dtype for tokens in shards.values()}) > 1:
+            raise DataError(f"{train} holds {shards['train'].dtype}, {val} {shards['val'].dtype}; they must be alike")
+        self.dtype = shards["train"].dtype
+        most = np.iinfo(self.dtype).max + 1
+        if vocab_size is not None and not 1 <= vocab_size <= most:
+            raise DataError(f"{train}: a vocabulary of {vocab_size} does not fit {self.dtype}; give the right --dtype")
+        self.vocab_size = vocab_size or most
+        self._streams = {
+            split: TokenStream([Shard(shards[split], np.array([len(shards[split])]))] if split in shards else [])
+            for split in SPLITS
+        }
+
+    def split(self, name: str) -> TokenStream:
+        """The stream of "train" or "val"; val may be empty."""
+        if name not in SPLITS:
+            raise DataError(f"a dataset has the splits {' and '.join(SPLITS)}, got {name!r}")
+        return self._streams[name]
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Reads the parts-th share of the ids: DataError where one is outside the vocabulary.
+
+        A raw file has no checksum of its own; that it is the same as before only `fingerprint` can tell.
+        """
+        for path, split in zip(self.files, SPLITS, strict=False):
+            tokens = self._streams[split].shards[0].tokens
+            for start in range(part * CHUNK, len(tokens), parts * CHUNK):
+                if (bad := int(tokens[start : start + CHUNK].max())) >= self.vocab_size:
+                    where = start + int((tokens[start : start + CHUNK] == bad).argmax())
+                    raise DataError(
+                        f"{path}: id {bad} at token {where} is outside the vocabulary of {self.vocab_size}; give the "
+                        "right --dtype, or the model of these data"
+                    )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        identity = [self.dtype.name, *(sha256(path) for path in self.files)]
+        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+
+
+def _map_raw(path: Path, dtype: str | None) -> np.ndarray:
+    if dtype not in (None, "uint16", "uint32"):
+        raise DataError(f"--dtype {dtype}: {path} can hold uint16 or uint32; choose one")
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+    offset, known = 0, LLM_C_HEADERS.get(tuple(header[:2].tolist()))
+    if known is not None and size >= LLM_C_HEADER_BYTES:
+        if dtype not in (None, known):
+            raise DataError(f"--dtype {dtype}: {path} has the header of llm.c for {known}; leave the flag out")
+        dtype, offset, told = known, LLM_C_HEADER_BYTES, int(header[2])
+        if size != offset + told * np.dtype(dtype).itemsize:
+            raise DataError(
+                f"{path}: {size} bytes, its header says {told} tokens of {dtype} (cut short?); copy it again"
+            )
+    if dtype is None:
+        raise DataError(
+            f"{path}: a .bin file without a header does not say what it holds; give --dtype uint16 or uint32"
+        )
+    kind = np.dtype(dtype).newbyteorder("<")
+    if (size - offset) % kind.itemsize:
+        raise DataError(f"{path}: {size} bytes are no whole number of {dtype} (cut short?); check the file and --dtype")
+    if size == offset:
+        raise DataError(f"{path}: no tokens in it; name another")
+    return np.memmap(path, dtype=kind, mode="r", offset=offset)
+
+
+def open_dataset(path: Path, dtype: str | None = None, vocab_size: int | None = None) -> "Dataset | RawDataset":
+    """A data folder, a raw .bin file, or a folder that holds a train.bin and perhaps a val.bin.
+
+    dtype and vocab_size are for raw files: "uint16" or "uint32", needed unless a header says so; and what `verify`
+    holds the ids to.
+    """
+    path = Path(path)
+    if path.is_dir() and not is_dataset(path) and (path / "train.bin").is_file():
+        val = path / "val.bin"
+        return RawDataset(path / "train.bin", val if val.is_file() else None, dtype, vocab_size)
+    if path.suffix == ".bin":
+        return RawDataset(path, None, dtype, vocab_size)
+    if dtype is not None:
+        raise DataError(f"--dtype {dtype}: only raw .bin files need it, and {path} is none; leave the flag out")
+    return Dataset(path)
+
+
+def _check_manifest(manifest: dict) -> None:
+    """KeyError or TypeError, saying what, unless every key that a reader relies on is there and sane."""
+
+    def count(record: dict, key: str, least: int = 0) -> int:
+        if isinstance(value := record[key], bool) or not isinstance(value, int) or value < least:
+            raise TypeError(f"{key} is {value!r}, which is no count")
+        return value
+
+    def check_file(record: dict, names: Iterable[str]) -> None:
+        if record["name"] not in names:
+            raise TypeError(f"{record['name']!r} is no name of a file there")
+        count(record, "bytes")
+        if not isinstance(record["sha256"], str):
+            raise TypeError(f"the sha256 of {record['name']} is no text")
+
+    dtype = manifest["dtype"]
+    if dtype not in ("uint16", "uint32") or count(manifest, "vocab_size", 1) > np.iinfo(dtype).max + 1:
+        raise TypeError(f"dtype {dtype!r} does not fit a vocabulary of {manifest['vocab_size']!r}")
+    for key in ("bos_id", "eos_id"):
+        if manifest["document"][key] is not None:
+            count(manifest["document"], key)
+    if not isinstance(manifest["settings"], dict):
+        raise TypeError("settings is no object")
+    if manifest["tokenizer"] is not None:
+        if not isinstance(manifest["tokenizer"]["sha256"], str):
+            raise TypeError("the sha256 of the tokenizer is no text")
+        for record in manifest["tokenizer"]["files"]:
+            check_file(record, TOKENIZER_FILES)
+    for record in manifest.get("sources", []):  # which, as "input", write_dataset and older versions leave out
+        count(record, "documents")
+        count(record, "tokens")
+        if not isinstance(record["name"], str):
+            raise TypeError(f"a source's name is {record['name']!r}")
+    if counts := manifest.get("input"):
+        count(counts, "documents")
+        for reason in [*counts.get("dropped", {}), *counts["skipped"]]:
+            count(counts["skipped"] if reason in counts["skipped"] else counts["dropped"], reason)
+    for split in SPLITS:
+        record = manifest["splits"][split]
+        count(record, "documents")
+        count(record, "tokens")
+        for i, shard in enumerate(record["files"]):
+            check_file(shard, [f"{split}-{i:05d}.npy"])
+            check_file(shard["boundaries"], [f"{split}-{i:05d}.documents.npy"])
+            count(shard, "tokens", 1)
+            count(shard, "documents", 1)

@@ -1,0 +1,83 @@
+"""A block of the input to token ids: what each worker of model/prepare_data.py does, or it itself for little input."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+
+from halny.model.data.documents import Block, Condition, Dropped, Fault, documents
+from halny.model.data.tokenizer import Encoder, Tokenizer
+
+
+def held_out(text: str, val_fraction: float) -> bool:
+    """Whether a document belongs to the held-out split: a pure function of its text."""
+    return _held_out(text.encode(), val_fraction)
+
+
+def _held_out(raw: bytes, val_fraction: float) -> bool:
+    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") < val_fraction * 2.0**64
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker must know."""
+
+    tokenizer: Tokenizer
+    bos_id: int | None
+    eos_id: int | None
+    text_key: str = "text"
+    keep: tuple[Condition, ...] = ()
+    val_fraction: float = 0.0
+    dedup: bool = False
+
+
+@dataclass
+class Encoded:
+    """What became of a block: its documents' ids, one after the other, and counts of what is none."""
+
+    source: int
+    size: int  # as in `Block`
+    ids: np.ndarray | None = None
+    lengths: np.ndarray | None = None
+    val: np.ndarray | None = None  # bool, a document each
+    digests: np.ndarray | None = None  # [documents, 2] uint64 with --dedup, else [0, 2]
+    n_documents: int = 0  # those that the block holds, whatever becomes of them
+    dropped: Counter = field(default_factory=Counter)
+    faults: Counter = field(default_factory=Counter)
+    first_faults: dict[str, str] = field(default_factory=dict)  # reason -> the first message, in the order of the input
+
+
+def encoder_of_blocks(job: Job) -> Callable[[Block], Encoded]:
+    return partial(encode_block, job, Encoder(job.tokenizer))
+
+
+def encode_block(job: Job, encoder: Encoder, block: Block) -> Encoded:
+    out = Encoded(source=block.source, size=block.size)
+    texts, val, digests = [], [], []
+    for part in block.parts:
+        for found in documents(part, job.text_key, job.keep):
+            if isinstance(found, Fault):
+                out.faults[found.reason] += 1
+                out.first_faults.setdefault(found.reason, str(found))
+                out.n_documents += not found.of_file
+                continue
+            out.n_documents += 1
+            if isinstance(found, Dropped):
+                out.dropped[found.reason] += 1
+                continue
+            raw = found.encode()
+            texts.append(found)
+            val.append(_held_out(raw, job.val_fraction))
+            if job.dedup:
+                digests.append(hashlib.blake2b(raw, digest_size=16).digest())
+    head, tail = ([] if i is None else [np.array([i], job.tokenizer.dtype)] for i in (job.bos_id, job.eos_id))
+    pieces, lengths = [np.array([], job.tokenizer.dtype)], []
+    for ids in encoder.encode(texts):
+        pieces += [*head, ids, *tail]
+        lengths.append(len(head) + len(ids) + len(tail))
+    out.ids, out.lengths, out.val = np.concatenate(pieces), np.array(lengths, np.int64), np.array(val, bool)
+    out.digests = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
+    return out

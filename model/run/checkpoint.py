@@ -1,0 +1,236 @@
+"""Checkpoints: written beside the training, whole or not at all, and never loaded unless every byte is as it was.
+
+A checkpoint is a folder ``step-NNNNNNNN``:
+
+    shard-RRRRR-*.safetensors   each rank's shards of the fp32 master weights and AdamW's two moments, those as
+                                --moments has them; what replicas (HSDP) have in common, one of them writes
+    manifest.json               step, configuration, bytes and SHA-256 of every file, and what else a resume needs
+    manifest.json.sha256        the manifest's own SHA-256, as sha256sum writes it
+
+Nothing in it can run code: safetensors and JSON, no pickle. (torch's distributed checkpointing, DCP, writes and reads
+the shards, on any number of ranks; its default metadata is a pickle, so its Hugging Face storage is used, which needs
+none.)
+
+**Saving** stops the training only for a copy of the state into pinned host memory. A thread on each rank then writes
+the copy into ``.step-NNNNNNNN.partial``, reads the files back, compares every tensor with the copy, and syncs them;
+rank 0 writes the manifest last, and renames the folder. Under its final name a checkpoint is complete. Only then are
+older ones deleted. The threads have a gloo group of their own, so they agree without disturbing the training, and if
+one fails all fail: ``Saver.failed`` tells the loop, which stops at its next step.
+
+**Loading** believes nothing: names, sizes, SHA-256 of all files (the ranks share the work), dtypes and shapes against
+what is to be filled. A damaged checkpoint is put aside under another name and the one before it used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from halny.model.durable import sha256
+from halny.model.exits import Failed, Refused
+from halny.model.run.ranks import World, everywhere, on_main
+
+FORMAT = 2
+READERS = 4  # files read at once on a rank, to compare or to checksum them
+
+
+# ---------------------------------------------------------------------------------------------------------- on the disk
+
+
+def complete(folder: Path) -> list[Path]:
+    """The checkpoints that were renamed into place, oldest first. Folders of other names are not ours."""
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name) and path.is_dir())
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def read_manifest(checkpoint: Path) -> dict:
+    """Raises ValueError, saying why, for a manifest that is not as it was written, to the bit."""
+    paths = [checkpoint / name for name in ("manifest.json", "manifest.json.sha256")]
+    try:
+        if missing := [path.name for path in paths if not path.is_file()]:  # a pipe would wait for a writer
+            raise ValueError(f"{missing[0]} cannot be read: no such file")
+        content, recorded = (path.read_bytes() for path in paths)
+    except OSError as error:
+        raise ValueError(f"{Path(error.filename).name} cannot be read: {error.strerror}") from None
+    if recorded != checksum_line(content):
+        raise ValueError("manifest.json has the wrong checksum")
+    try:
+        manifest = json.loads(content)
+        step, files = manifest["step"], manifest["files"]
+        if manifest["format"] != FORMAT or f"step-{step:08d}" != checkpoint.name:
+            raise ValueError(f"it is of another format than {FORMAT}, or of another step")
+        if not all(type(entry["bytes"]) is int and type(entry["sha256"]) is str for entry in files.values()):
+            raise ValueError("an entry of its files is none")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"manifest.json is not one: {_line(error)}") from None
+    return manifest
+
+
+def checksum_line(content: bytes) -> bytes:
+    return f"{hashlib.sha256(content).hexdigest()}  manifest.json\n".encode()
+
+
+def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with every parts-th of a checkpoint's files (and with its manifest), or None."""
+    try:
+        manifest = read_manifest(checkpoint)
+        present = {path.name for path in checkpoint.iterdir() if path.is_file()}
+        present -= {"manifest.json", "manifest.json.sha256"}
+        if present != manifest["files"].keys():
+            return f"files missing or too many: {', '.join(sorted(present ^ manifest['files'].keys()))}"
+        files = list(manifest["files"].items())[part::parts]
+        size = sum(entry["bytes"] for _, entry in files)
+        with tqdm(total=size, unit="B", unit_scale=True, desc="verifying", leave=False,
+                  disable=None if part == 0 and size > 1e9 else True) as bar:  # fmt: skip
+            for name, entry in files:
+                if (checkpoint / name).stat().st_size != entry["bytes"]:
+                    return f"{name} has the wrong size"
+            with ThreadPoolExecutor(READERS) as pool:
+                digests = pool.map(sha256, [checkpoint / name for name, _ in files])
+                for (name, entry), digest in zip(files, digests, strict=True):
+                    if digest != entry["sha256"]:
+                        pool.shutdown(cancel_futures=True)
+                        return f"{name} has the wrong checksum"
+                    bar.update(entry["bytes"])
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def best(folder: Path, metric: str) -> tuple[Path, float] | None:
+    """The complete checkpoint with the lowest ``metric`` among those evaluated when saved, and that; or None.
+
+    The evaluation is in the manifest, so which one is best outlives every crash with the checkpoints themselves.
+    """
+    found = []
+    for checkpoint in complete(folder):
+        with contextlib.suppress(ValueError):  # a damaged manifest: newest_sound puts that one aside
+            value = read_manifest(checkpoint).get("evaluation", {}).get(metric)
+            if value is not None:
+                found.append((value, checkpoint))
+    return min(found)[::-1] if found else None
+
+
+def newest_sound(folder: Path, world: World, say: Callable[[str], None], before: int | None = None) -> Path | None:
+    """The newest complete and undamaged checkpoint, every byte verified; None if there never was one.
+
+    Damaged ones that are newer get another name, so that they neither count as kept nor are in the way. Raises Refused
+    if all are damaged. With ``before``, the newest of a step below it, and nothing is renamed or refused.
+    """
+    candidates = [path for path in on_main(world, complete, folder) if before is None or step_of(path) < before]
+    damaged: list[Path] = []
+    for checkpoint in reversed(candidates):
+        problems = [p for p in everywhere(damage(checkpoint, world.rank, world.size)) if p]
+        if not problems:
+            if before is None:
+                on_main(world, _put_aside, damaged)
+            return checkpoint
+        say(f"checkpoint {checkpoint.name} is damaged ({problems[0]}); falling back to the one before")
+        damaged.append(checkpoint)
+    if candidates and before is None:
+        raise Refused(f"every checkpoint in {folder} is damaged; --no-resume sets the run aside and starts anew")
+    return None
+
+
+def _put_aside(damaged: list[Path]) -> None:
+    for checkpoint in damaged:
+        checkpoint.rename(free_name(checkpoint.parent, f"damaged-{checkpoint.name}"))
+
+
+def free_name(folder: Path, name: str) -> Path:
+    return next(path for n in range(1, 100_000) if not (path := folder / f"{name}-{n}").exists())
+
+
+def delete(checkpoint: Path) -> None:
+    """Under another name first: a kill in the middle leaves no half of it under its own."""
+    doomed = checkpoint.with_name(f".{checkpoint.name}.old.partial")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def delete_leftovers(folder: Path) -> None:
+    """What a killed save or deletion left; for the one process that holds the run's lock."""
+    for leftover in folder.glob(".*.partial"):
+        if leftover.is_symlink():
+            leftover.unlink()
+        else:
+            shutil.rmtree(leftover)
+
+
+def prune(folder: Path, newest: Path, keep: int, keep_every: int | None, best_by: str | None) -> None:
+    """Delete what is older than ``newest``, which was just written, but for the newest keep - 1 and what is asked for.
+
+    Whatever a manifest does not show to be an older checkpoint of this folder neither counts nor is touched: copies
+    under another step, later steps, links.
+    """
+    older = []
+    for checkpoint in complete(folder):
+        with contextlib.suppress(ValueError):
+            if not checkpoint.is_symlink() and read_manifest(checkpoint)["step"] < step_of(newest):
+                older.append(checkpoint)
+    found = best(folder, best_by) if best_by else None
+    for old in older[: max(0, len(older) - (keep - 1))]:
+        asked_for = keep_every and step_of(old) % keep_every == 0
+        if not asked_for and (found is None or old != found[0]):
+            try:
+                delete(old)
+            except OSError as error:  # no reason to stop: nothing is lost by keeping it
+                tqdm.write(f"{old} cannot be deleted ({error.strerror or error})")
+
+
+# -------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(checkpoint: Path, state: dict[str, Tensor], whole: bool = True) -> None:
+    """Fill ``state`` (names, global shapes and dtypes of this run) in place, whatever number of ranks wrote it.
+
+    With whole=False the checkpoint may hold more, which is left where it is.
+
+    Raises Refused, naming the tensor, where the checkpoint holds another one: DCP itself would cast a dtype silently.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(checkpoint))
+    with one_line(f"{checkpoint} could not be read"):
+        found = reader.read_metadata().state_dict_metadata
+        if strangers := sorted(found.keys() ^ state.keys() if whole else state.keys() - found.keys()):
+            where = "checkpoint" if strangers[0] in found else "run"
+            raise Refused(f"{checkpoint} is of another model: {strangers[0]} is only in the {where}")
+        for name, x in state.items():
+            theirs = found[name]
+            if theirs.size != x.shape or theirs.properties.dtype != x.dtype:
+                raise Refused(
+                    f"{checkpoint} holds {name} as {theirs.properties.dtype} {list(theirs.size)}, this run has "
+                    f"{x.dtype} {list(x.shape)}"
+                )
+            if sum(chunk.sizes.numel() for chunk in theirs.chunks) != x.numel():
+                raise Refused(f"{checkpoint} holds only a part of {name}")
+        dcp.load(state, storage_reader=reader)
+
+
+@contextlib.contextmanager
+def one_line(what_failed: str):
+    """What DCP and safetensors raise, as a Failed. DCP's holds a traceback of every rank and is no Exception."""
+    try:
+        yield
+    except dcp.CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        raise Failed(f"{what_failed}: rank {rank}: {_line(cause)}") from None
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise Failed(f"{what_failed}: {_line(error)}") from None
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,125 @@
+"""Evaluation: loss, perplexity and accuracy over whole sets of rows, every row exactly once on any number of ranks.
+
+A run evaluates on its held-out split, and on what --eval-data names. The key of a set begins its names in
+metrics.jsonl: ``val`` for the held-out split (val_loss, val_perplexity, val_accuracy) and ``val_NAME`` for the others.
+All of them are means over targets, so a long document weighs more than a short one, and a row of padding nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from halny.model.data.batches import Corpus, check_one_tokenizer, read_in_turn
+from halny.model.data.dataset import DataError, Dataset, RawDataset
+from halny.model.data.rows import Packing, Rows, Windows
+from halny.model.mistral import Mistral
+from halny.model.run import fsdp
+from halny.model.run.ranks import World, ask_everywhere
+
+HELD_OUT = "val"
+
+
+def parse_named(texts: Sequence[str]) -> dict[str, Path]:
+    """NAME:DIR, several: the folders by name. DataError for anything else, and for a name twice."""
+    folders: dict[str, Path] = {}
+    for text in texts:
+        name, _, folder = text.partition(":")
+        if not (re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name) and folder):
+            raise DataError(f"{text} must be NAME:DIR, the name of letters, digits, _ and -, as in pl:data/pl")
+        if name in folders:
+            raise DataError(f"{text}: there are two sets of the name {name}; rename one")
+        folders[name] = Path(folder)
+    return folders
+
+
+class EvalSets:
+    """What a run evaluates on: ``rows`` holds the rows of each set under its key, the held-out split first.
+
+    A named folder is evaluated whole, whatever its split; it is cut into rows as the training data is. Sets without a
+    target are left out. Raises DataError for a folder that is none, does not fit, or has nothing to predict.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus | None,
+        named: dict[str, Path],
+        seq_len: int,
+        documents: bool,
+        open_dataset: Callable[[Path], Dataset | RawDataset],
+    ):
+        self.rows: dict[str, list[Rows]] = {}
+        if corpus is not None and any(map(len, corpus.held_out)):
+            self.rows[HELD_OUT] = corpus.held_out
+        self.datasets = {name: open_dataset(folder) for name, folder in named.items()}
+        cut = Packing if documents else Windows
+        for name, dataset in self.datasets.items():
+            if documents and isinstance(dataset, RawDataset):
+                raise DataError(f"{dataset.path}: a raw file does not say where documents end; leave --documents out")
+            for source in corpus.sources if corpus is not None else ():
+                check_one_tokenizer(dataset, source.dataset)
+            rows = [cut(dataset.split(split), seq_len) for split in ("train", "val")]
+            if not any(map(len, rows)):
+                raise DataError(f"{dataset.path} has no token to predict")
+            self.rows[f"{HELD_OUT}_{name}"] = rows
+
+    @property
+    def decides(self) -> str | None:
+        """The metric by which one checkpoint is better than another: the loss of the first set."""
+        return next((f"{key}_loss" for key in self.rows), None)
+
+    def verify(self, part: int = 0, parts: int = 1) -> None:
+        """Read every parts-th file of the named folders: DataError where one is not what its manifest says."""
+        for dataset in self.datasets.values():
+            dataset.verify(part, parts)
+
+    def describe(self) -> list[str]:
+        """A line a named set."""
+        return [
+            f"{name}: {dataset.path}, {sum(rows.n_targets for rows in self.rows[f'{HELD_OUT}_{name}']):,} targets"
+            for name, dataset in self.datasets.items()
+        ]
+
+
+@torch.no_grad()
+def evaluate(
+    model: Mistral,
+    rows: Sequence[Rows],
+    micro_batch: int,
+    world: World,
+    alive: Callable[[], None],
+    asked_to_stop: Callable[[], bool],
+) -> dict[str, float] | None:
+    """Loss, perplexity and accuracy a target over all rows, each once whatever the world size.
+
+    The same micro batches are computed on any number of ranks, and their fp32 sums added in fp64, so for one
+    micro_batch the numbers are the same too. ``alive`` is called for each batch. None if ``asked_to_stop`` was true on
+    some rank in the middle of it.
+    """
+    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+    stopping = False
+    # Every rank runs as many forward passes as any, for each gathers parameters with the others; past the last row a
+    # batch is empty.
+    for first in range(0, sum(map(len, rows)), world.size * micro_batch):
+        alive()
+        answers, asking = ask_everywhere(asked_to_stop())
+        batch = read_in_turn(rows, first + world.rank * micro_batch + np.arange(micro_batch))
+        loss, n_tokens, n_correct = model(*batch.to(world.device).inputs)
+        totals += torch.stack([loss.double(), n_tokens.double(), n_correct.double()])
+        asking.wait()
+        if stopping := bool(answers.item()):
+            break
+    fsdp.reshard(model)  # without a backward pass some stay gathered, and are not those of the optimizer
+    dist.all_reduce(totals)
+    return None if stopping else loss_metrics(*totals.tolist())
+
+
+def loss_metrics(loss_sum: float, n_targets: float, n_correct: float) -> dict[str, float]:
+    loss = loss_sum / max(n_targets, 1)
+    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "accuracy": n_correct / max(n_targets, 1)}

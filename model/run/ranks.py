@@ -1,0 +1,178 @@
+"""What the ranks of a run do together on the CPU: join, agree, test the wires, and watch each other.
+
+Whatever all ranks must do alike (refuse, load, save, stop) is agreed over gloo, never over the GPU: a queue of kernels
+is no place to wait in. And no wait is for ever. Each rank has a thread, ``Watch``, that publishes every two seconds
+where its main thread is; the main thread must come further within a deadline. Where it does not, every rank's thread
+reads what the others last said, names the rank and host that is silent (killed, stopped, its node gone) or behind, and
+ends the process. So a rank that hangs costs one deadline, and the message says which one it was, whatever it hung in: a
+collective, a file system, a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import statistics
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from tqdm import tqdm
+
+from halny.model.exits import Failed, Refused
+
+LONG_PHASE = 6  # reading, writing and verifying whole models may take so many deadlines
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh  # of one dimension, all ranks
+    node_size: int = 1  # ranks on this host
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """The whole memory of this GPU; None on a CPU."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+
+
+def start_distributed(deadline: float) -> World:
+    """NCCL for tensors on GPUs and gloo for the rest; without torchrun, a world of one process.
+
+    The back ends' own timeouts lie beyond the longest deadline of ``Watch``, which can say more than they can.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    timeout = timedelta(seconds=LONG_PHASE * deadline + 120)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    node_size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return World(dist.get_rank(), dist.get_world_size(), device, mesh, node_size)
+
+
+# ------------------------------------------------------------------------------------------------------------ agreement
+
+
+def everywhere(value, group: dist.ProcessGroup | None = None) -> list:
+    """Every rank's ``value``, in order of rank (any small Python object)."""
+    values = [None] * dist.get_world_size(group)
+    dist.all_gather_object(values, value, group)
+    return values
+
+
+def ask_everywhere(*questions: bool) -> tuple[Tensor, dist.Work]:
+    """Ask, on the CPU and without waiting, whether any rank says yes: int32, one 0 or 1 a question."""
+    answers = torch.tensor(questions, dtype=torch.int32)
+    return answers, dist.all_reduce(answers, dist.ReduceOp.MAX, async_op=True)
+
+
+def agreed(check: Callable, *arguments):
+    """``check(*arguments)`` on every rank; if it refuses on any, all ranks refuse, with the first one's message."""
+    result = problem = None
+    try:
+        result = check(*arguments)
+    except (Refused, ValueError) as error:
+        problem = str(error)
+    except OSError as error:
+        problem = f"{error.filename or 'input'}: {error.strerror or error}"
+    for other in everywhere(problem):
+        if other is not None:
+            raise Refused(other)
+    return result
+
+
+def on_main(world: World, action: Callable, *arguments):
+    """``action(*arguments)`` on rank 0 while the others wait; its result, or its refusal, on all of them."""
+    return everywhere(agreed(action if world.is_main else lambda *_: None, *arguments))[0]
+
+
+# -------------------------------------------------------------------------------------------------------- known answers
+
+# torch 2.13 renamed them and warns of the old names; 2.11 has only those.
+all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def check_collectives(world: World, numel: int = 2**20) -> None:
+    """All-reduce, all-gather and reduce-scatter of numbers whose results are known, on the device that trains.
+
+    Whole numbers small enough to be exact in fp32 in any order. Raises Failed, naming collective and rank: wrong bytes
+    from a network library have been seen (NCCL on Slingshot, https://github.com/NVIDIA/nccl/issues/2001), and nothing
+    later would notice.
+    """
+    rank, size = world.rank, world.size
+    each = -(-numel // size)
+
+    def pattern(of_rank: int, length: int) -> Tensor:
+        return (torch.arange(length, device=world.device) % 251 + of_rank % 16).float()
+
+    reduced = pattern(rank, numel)
+    dist.all_reduce(reduced)
+    offsets = sum(r % 16 for r in range(size))
+    sums = pattern(0, each * size) * size + offsets
+
+    gathered = torch.empty(each * size, device=world.device)
+    all_gather(gathered, pattern(rank, each))
+    scattered = torch.empty(each, device=world.device)
+    reduce_scatter(scattered, pattern(rank, each * size))
+
+    right = {
+        "all-reduce": torch.equal(reduced, sums[:numel]),
+        "all-gather": torch.equal(gathered, torch.cat([pattern(r, each) for r in range(size)])),
+        "reduce-scatter": torch.equal(scattered, sums[rank * each : (rank + 1) * each]),
+    }
+    wrong = [(name, at) for name, fine in right.items() for at, good in enumerate(everywhere(fine)) if not good]
+    if wrong:
+        name, at = wrong[0]
+        raise Failed(f"{name} of known numbers came out wrong on rank {at} ({everywhere(socket.gethostname())[at]}); "
+            "change the network library or its settings, or leave that node out")  # fmt: skip
+
+
+def check_same_weights(module: nn.Module, name: str, world: World) -> None:
+    """Gather an FSDP2 module and compare a checksum of its weights over the ranks: all must hold the same bits.
+
+    Raises Failed, naming the ranks in the minority: a wrong all-gather, or replicas that drifted apart.
+    """
+    module.unshard()
+    total = torch.zeros((), dtype=torch.int64, device=world.device)
+    for p in module.parameters():
+        bits = p.detach().view({2: torch.int16, 4: torch.int32}[p.element_size()])
+        rows = bits.view(len(bits), -1).sum(1, dtype=torch.int64)
+        total += (rows * torch.arange(1, len(rows) + 1, device=world.device)).sum()  # weighted: order matters
+    module.reshard()
+    sums = everywhere(int(total))
+    usual = statistics.mode(sums)
+    if odd := [rank for rank, value in enumerate(sums) if value != usual]:
+        hosts = everywhere(socket.gethostname())
+        named = ", ".join(f"rank {rank} ({hosts[rank]})" for rank in odd[:8])
+        raise Failed(f"the gathered weights of {name} differ between ranks: {named} against the rest")
+
+
+def say(world: World, text: str) -> None:
+    """A line of the log, from rank 0, above the bar if there is one."""
+    if world.is_main:
+        with contextlib.suppress(OSError):  # a reader that left ("| head"), a full disk: no reason to stop training
+            tqdm.write(text)
+            sys.stdout.flush()

@@ -1,0 +1,67 @@
+"""Where a checkpoint's copy lies on the host. What is saved and loaded is test_train.py's and test_faults.py's."""
+
+import itertools
+
+import pytest
+import torch
+
+from halny.kernels.adamw import MOMENTS, new_moments
+from halny.model.mistral import PRESETS, Mistral
+from halny.model.run.optimizer import Split
+from halny.model.run.saver import blocks, host_tensors
+
+
+@pytest.mark.parametrize("ranks, moments", [(256, "fp32"), *((1, moments) for moments in MOMENTS)])
+def test_a_7bs_copy_takes_little_more_than_its_bytes(ranks, moments):
+    """In blocks that no allocator rounds up, each tensor inside one and beside the others."""
+    with torch.device("meta"):
+        model = Mistral(PRESETS["mistral-7b"])
+    sizes = {}
+    for name, p in model.named_parameters():
+        state = {"weight": torch.empty_like(p, dtype=torch.float32), **new_moments(p, moments)}
+        sizes |= {f"{kind}.{name}": x.nbytes // ranks for kind, x in state.items()}
+    found, total = blocks(sizes), sum(sizes.values())
+    assert all(size.bit_count() == 1 for size, _ in found)
+    assert total <= sum(size for size, _ in found) < 1.02 * total < sum(rounded(n) for n in sizes.values()) / 1.1
+    assert sorted(name for _, offsets in found for name in offsets) == sorted(sizes)
+    for size, offsets in found:
+        taken = sorted((offset, offset + sizes[name]) for name, offset in offsets.items())
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(taken))
+        assert taken[-1][1] <= size and all(start % 64 == 0 for start, _ in taken)
+
+
+def rounded(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def state_on(device: str) -> dict:
+    state = {
+        "model.split": Split(torch.ones(5, 7, dtype=torch.bfloat16, device=device), torch.ones(5, 7, device=device)),
+        "model.scalar": torch.ones((), device=device),
+        "exp_avg.none": torch.ones(0, 3, dtype=torch.bfloat16, device=device),
+    }
+    for i, dtype in enumerate((torch.float32, torch.bfloat16, torch.uint8, torch.int8)):
+        state[f"exp_avg.{i}"] = torch.ones(33 + i, 3, device=device).to(dtype)
+    return state
+
+
+def check_host_tensors(state: dict, pin: bool) -> None:
+    """Of the shapes and dtypes that are saved; storages of their own, as DCP wants; none over another."""
+    tensors = host_tensors(state, pin)
+    assert sorted(tensors) == sorted(state)
+    for i, (name, x) in enumerate(tensors.items()):
+        wanted, dtype = (state[name].high, torch.float32) if name == "model.split" else (state[name], state[name].dtype)
+        assert x.shape == wanted.shape and x.dtype == dtype and x.untyped_storage().nbytes() == x.nbytes
+        assert not x.numel() or x.is_pinned() == pin
+        x.fill_(i)
+    for i, x in enumerate(tensors.values()):
+        assert (x == i).all()
+
+
+def test_tensors_share_blocks_and_nothing_else():
+    check_host_tensors(state_on("cpu"), pin=False)
+
+
+@pytest.mark.gpu
+def test_they_are_pinned_on_a_gpu():
+    check_host_tensors(state_on("cuda"), pin=True)

@@ -1,0 +1,143 @@
+"""Evaluation: the numbers against the model called by hand, on any number of ranks; and the best checkpoint kept."""
+
+import json
+import math
+import re
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from runs import SMALL, checkpoint, lines, metrics, ranks_run, saved_steps, snapshot, status
+
+import train
+from halny.model.convert import load_hf
+from halny.model.data.dataset import DataError
+from halny.model.data.writer import write_dataset
+from halny.model.run.evaluation import parse_named
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory) -> dict:
+    """Folders of documents, and the documents: "de" has both splits, "noise" is nothing one can learn."""
+    folder, rng = tmp_path_factory.mktemp("sets"), np.random.default_rng(3)
+    lengths = {"de": [[30, 90, 7, 64, 65, 2], [40, 129]], "noise": [[300, 21], []]}
+    found = {}
+    for name, (train_lengths, val_lengths) in lengths.items():
+        splits = [[rng.integers(0, 256, n) for n in of] for of in (train_lengths, val_lengths)]
+        write_dataset(splits[0], folder / name, vocab_size=256, val_documents=splits[1])
+        found[name] = (folder / name, splits)
+    return found
+
+
+@pytest.fixture(scope="module")
+def trained(small, sets, tmp_path_factory) -> tuple:
+    """Four steps on one rank, and their command."""
+    cwd = tmp_path_factory.mktemp("trained")
+    command = [*SMALL, "--data", small, "--steps", 4, "--micro-batch", 1, "--run-dir", "r", "--eval-every", 2]
+    command += ["--eval-data", *(f"{name}:{folder}" for name, (folder, _) in sets.items())]
+    ranks_run(*command, cwd=cwd)
+    return cwd, command
+
+
+def by_hand(model, pieces: list[np.ndarray]) -> dict:
+    """Loss, perplexity and accuracy over pieces of tokens, each a forward pass of its own, in fp64 sums."""
+    loss = n = correct = 0.0
+    for piece in pieces:
+        x = torch.from_numpy(np.asarray(piece, np.int64))[None]
+        out = model(x[:, :-1], x[:, 1:])
+        loss, n, correct = loss + out.loss.item(), n + out.n_tokens.item(), correct + out.n_correct.item()
+    return {"loss": loss / n, "perplexity": math.exp(loss / n), "accuracy": correct / n, "n": n}
+
+
+def windows(documents: list[np.ndarray], seq_len: int = 64) -> list[np.ndarray]:
+    stream = np.concatenate(documents) if documents else np.zeros(0)
+    return [stream[i : i + seq_len + 1] for i in range(0, len(stream) - 1, seq_len)]
+
+
+@torch.no_grad()
+def test_the_same_numbers_on_1_2_and_4_ranks_each_token_once(small, sets, trained, tmp_path):
+    cwd, command = trained
+    last = [line for line in lines(cwd / "r") if "val_loss" in line][-1]
+    assert last["step"] == 4 and len(last) == 1 + 3 * 3
+    model = load_hf(cwd / "r/export", dtype=torch.float32)
+    for name, (_, splits) in sets.items():
+        truth = by_hand(model, windows(splits[0]) + windows(splits[1]))
+        for metric in ("loss", "perplexity", "accuracy"):
+            assert last[f"val_{name}_{metric}"] == pytest.approx(truth[metric], rel=1e-5), (name, metric)
+    before = snapshot(cwd / "r")
+    for ranks in (1, 2, 4):  # the sets have 9, 5 and 3 rows: uneven on two and on four
+        shown = ranks_run(*command, "--eval-only", ranks=ranks, cwd=cwd).out
+        after = snapshot(cwd / "r")
+        found = json.loads(after.pop("evaluation.json"))
+        assert found.pop("weights") == "step 4 of r" and found == last, ranks
+        assert after.items() >= before.items() and after.keys() - before.keys() <= {"stacks"}
+        assert f"noise at step 4: loss {last['val_noise_loss']:.4f}" in shown and "step      " not in shown
+
+
+@torch.no_grad()
+def test_a_hugging_face_folder_is_evaluated_without_a_run(sets, trained, tmp_path):
+    cwd, _ = trained
+    shutil.copytree(cwd / "r/export", tmp_path / "hf")
+    command = [*SMALL, "--init-from", "hf", "--eval-only", "--eval-data", f"de:{sets['de'][0]}", "--micro-batch", 2]
+    ranks_run(*command, "--run-dir", "new", ranks=2, cwd=tmp_path)
+    ranks_run(*command, "--run-dir", "documents", "--documents", cwd=tmp_path)
+    model = load_hf(tmp_path / "hf", dtype=torch.float32)
+    _, (training, held_out) = sets["de"]
+    found = json.loads((tmp_path / "new/evaluation.json").read_text())
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [".lock", "evaluation.json"]
+    assert found["weights"] == "hf" and "val_loss" not in found
+    assert found["val_de_loss"] == pytest.approx(by_hand(model, windows(training) + windows(held_out))["loss"])
+    found = json.loads((tmp_path / "documents/evaluation.json").read_text())
+    truth = by_hand(model, [piece for document in training + held_out for piece in windows([document])])
+    assert found["val_de_loss"] == pytest.approx(truth["loss"]) and found["val_de_accuracy"] == truth["accuracy"]
+    assert truth["n"] == sum(len(document) - 1 for document in training + held_out)
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest_and_over_a_kill(sets, tmp_path):
+    """On noise a model gets worse as it learns something else, so an early checkpoint is the best."""
+    write_dataset([np.arange(2000) % 40], tmp_path / "cycle", vocab_size=256)
+    command = [*SMALL, "--data", "cycle", "--steps", 10, "--lr", "5e-3", "--save-every", 1, "--eval-every", 2]
+    command += ["--run-dir", "r", "--keep", 1, "--warmup-steps", 0, "--eval-data", f"noise:{sets['noise'][0]}"]
+    killed = ranks_run(*command, cwd=tmp_path, fault=("killed_before_manifest", "8"), codes=[-signal.SIGKILL])
+    assert killed and saved_steps(tmp_path / "r") == [2, 7]
+    out = ranks_run(*command, cwd=tmp_path).out
+    scores = {line["step"]: line["val_noise_loss"] for line in lines(tmp_path / "r") if "val_noise_loss" in line}
+    assert min(scores, key=scores.get) == 2 and len(metrics(tmp_path / "r")) == 10 and len(scores) == 5
+    assert saved_steps(tmp_path / "r") == [2, 10]
+    manifest = json.loads((tmp_path / "r/checkpoints/step-00000002/manifest.json").read_text())
+    assert manifest["evaluation"]["val_noise_loss"] == scores[2]
+    assert f"step-00000002: val_noise_loss {scores[2]:.4f}" in out and checkpoint(tmp_path / "r", 2)
+
+
+@pytest.mark.parametrize("text", ["de", "de:", ":x", "a b:x", "../x:y", "ü:x"])
+def test_a_set_needs_a_name_and_a_folder(text):
+    with pytest.raises(DataError, match=re.escape(text)):
+        parse_named([text])
+
+
+def test_refused_before_anything_is_written(small, sets, trained, tmp_path):
+    cwd, command = trained
+    rng = np.random.default_rng(1)
+    write_dataset([rng.integers(0, 4000, 500)], cwd / "other", vocab_size=4000)
+    write_dataset([rng.integers(0, 256, 500)], cwd / "flipped", vocab_size=256)
+    content = bytearray((cwd / "flipped/train-00000.npy").read_bytes())
+    content[-5] ^= 1
+    (cwd / "flipped/train-00000.npy").write_bytes(content)
+    before = snapshot(cwd)
+    for flags, words in (
+        (["--eval-data", "x:other"], ["--eval-data other", "4000", "256"]),
+        (["--eval-data", "x:nowhere"], ["--eval-data nowhere"]),
+        (["--eval-data", "x:flipped"], ["flipped", "train-00000.npy"]),
+        (["--eval-data", f"x:{small}", f"x:{small}"], ["--eval-data", "two sets of the name x"]),
+        (["--eval-only", "--run-dir", "new"], ["--eval-only", "no checkpoint in new", "--init-from"]),
+        (["--eval-only", "--no-resume"], ["--eval-only and --no-resume"]),
+        (["--eval-only", "--lr", "1"], ["--lr was 0.002 and is 1.0"]),
+    ):
+        refused = ranks_run(*command, *flags, cwd=cwd, codes=[train.REFUSED])
+        assert refused.err.count("\n") == 1 and all(word in refused.err for word in words), refused.err
+        assert {k: v for k, v in snapshot(cwd).items() if k[:4] not in ("out-", "err-")} == {
+            k: v for k, v in before.items() if k[:4] not in ("out-", "err-")
+        }
+    assert status(cwd / "r")["state"] == "finished"
