@@ -191,12 +191,11 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     """A result file that says the same wherever it was made: nothing in it was measured."""
     import torch
 
-    from bench import measure
+    from bench.lib.clocks import Bench
+    from bench.lib.results import machine, write_json
 
-    described = measure.machine(measure.Bench(torch.device("cpu"), False, 0)) | {
-        "device": "none: compiled ahead of time"
-    }
-    measure.write_json(path, {"format": 1, "kind": "aot", "smoke": False, "machine": described, "rows": rows})
+    described = machine(Bench(torch.device("cpu"), False, 0)) | {"device": "none: compiled ahead of time"}
+    write_json(path, {"format": 1, "kind": "aot", "smoke": False, "machine": described, "rows": rows})
 
 
 def main(arguments: list[str]) -> int:

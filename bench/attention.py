@@ -31,9 +31,12 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from bench import kernels, measure
-from bench.operations import ROW_MODES, Operation, random
-from bench.peers import Peer
+from bench import kernels
+from bench.lib.clocks import bench_on
+from bench.lib.operations import ROW_MODES, Operation, random
+from bench.lib.peers import Peer
+from bench.lib.process import die_with_parent
+from bench.lib.results import results_folder
 from halny.kernels.attention import BACKENDS, AttentionPlan, attention_reference, plan_attention, planned_attention
 from halny.model.estimate import roofline
 
@@ -211,21 +214,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--flex", action="store_true", help="FlexAttention too, which compiles for 30 s or more a case")
     given = parser.parse_args(arguments)
     try:
-        bench = measure.bench_on(given.smoke)
+        bench = bench_on(given.smoke)
     except RuntimeError as error:
         print(f"attention.py: {error}", file=sys.stderr)
         return 2
     dtype, device = torch.float32 if given.smoke else torch.bfloat16, bench.device
     every = {title(operation.shape): operation for operation in cases(given.smoke)}
     if given.warm:
-        measure.die_with_parent()
+        die_with_parent()
         operation = every[given.warm[0]]
         kernels.run_once(bench, operation, operation.peer(given.warm[1], dtype, device).load(), operation.shape)
         return 0
     by_title = {name: operation for name, operation in every.items() if given.only in name}
     if not by_title:
         return kernels.no_such(given.only, list(every))
-    folder = given.out or measure.results_folder(bench, partial=bool(given.only))
+    folder = given.out or results_folder(bench, partial=bool(given.only))
     excluded = {}
     if not given.resume:
         jobs_of = lambda: warm_jobs(by_title, dtype, device, given.flex)  # noqa: E731

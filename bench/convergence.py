@@ -40,7 +40,9 @@ import torch
 from torch import Tensor
 
 import train
-from bench import measure
+from bench.lib.clocks import Bench, bench_on
+from bench.lib.process import ROOT
+from bench.lib.results import machine, results_folder, write_json
 from halny.kernels import adamw
 from halny.model.data.batches import IGNORED, Corpus, read_in_turn
 from halny.model.data.order import sample_order, step_numbers
@@ -270,16 +272,16 @@ def main(arguments: list[str]) -> int:
         parser.error(f"--beta2 must be in [0, 1) and --lr between 0 and 1, got {given.beta2} and {given.lr}")
 
     if torch.cuda.is_available():
-        bench = measure.bench_on(smoke=False)
-        folder = measure.results_folder(bench)
+        bench = bench_on(smoke=False)
+        folder = results_folder(bench)
     else:
         torch.set_num_threads(1)  # tensors this small are no faster with two, and the same bits on any machine's cores
-        bench = measure.Bench(torch.device("cpu"), False, 0)
-        folder = measure.ROOT / "bench" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-cpu"
+        bench = Bench(torch.device("cpu"), False, 0)
+        folder = ROOT / "bench" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-cpu"
     name = "convergence" if given.beta2 == 0.95 else f"convergence-beta2-{given.beta2:g}"
     path = (given.out or folder) / f"{name}.json"
     png = given.png or path.with_suffix(".png")
-    machine, text = measure.machine(bench), Text(bench.device)
+    described, text = machine(bench), Text(bench.device)
     model = MistralConfig(vocab_size=text.vocab_size, **SIZES)
     n_weights = sizes.parameters(model)
     setting = dict(
@@ -289,7 +291,7 @@ def main(arguments: list[str]) -> int:
         threads=torch.get_num_threads(),
     )  # fmt: skip
     print(
-        f"{machine['device']}, torch {machine['versions']['torch']}; {n_weights:,} weights, vocabulary "
+        f"{described['device']}, torch {described['versions']['torch']}; {n_weights:,} weights, vocabulary "
         f"{text.vocab_size:,}, {given.steps} steps of {SAMPLES_A_STEP} x {SEQ_LEN} tokens, beta2 {given.beta2}",
         flush=True,
     )
@@ -305,8 +307,8 @@ def main(arguments: list[str]) -> int:
             flush=True,
         )
     rows = summary(runs)
-    result = {"format": 1, "kind": "convergence", "smoke": False, "machine": machine, "setting": setting}
-    measure.write_json(path, result | {"summary": rows, "runs": runs})
+    result = {"format": 1, "kind": "convergence", "smoke": False, "machine": described, "setting": setting}
+    write_json(path, result | {"summary": rows, "runs": runs})
     png.parent.mkdir(parents=True, exist_ok=True)
     plot(result | {"runs": runs}, png)
     print(f"{path} and {png}")

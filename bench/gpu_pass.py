@@ -45,7 +45,10 @@ if __name__ == "__main__":
 
 import torch
 
-from bench import measure, opponents, step
+from bench import opponents, step
+from bench.lib.clocks import bench_on
+from bench.lib.process import nvidia_smi
+from bench.lib.results import BadResult, commit, machine, read_result, results_folder, write_json
 
 SUMMARY_LINES = 60
 GRACE_S = 10  # between asking a part to end and killing it; between its own budget and its limit
@@ -94,7 +97,7 @@ class Part:
     command: Callable[[Visit, float], list[str]]  # given the seconds it may take
     timed: bool = True
     ahead_of: str | None = None  # the part that it prepares; it runs where that one does
-    reads: tuple[str, ...] = ("kernels/*.py", "bench/measure.py")  # what its results depend on, as globs
+    reads: tuple[str, ...] = ("kernels/*.py", "bench/lib/*.py")  # what its results depend on, as globs
 
     def fingerprint(self) -> str:
         """A checksum of the files that the part's results depend on."""
@@ -104,26 +107,27 @@ class Part:
         return found.hexdigest()[:16]
 
 
-KERNELS = ("kernels/*.py", "bench/measure.py")
+SHARED = tuple(f"bench/lib/{name}.py" for name in ("clocks", "ceilings", "process", "results", "steps"))
+KERNELS = ("kernels/*.py", *SHARED)
+TIMED = ("bench/kernels.py", "bench/lib/operations.py", "bench/lib/peers.py")
 TRAINER = (*KERNELS, "model/**/*.py", "train.py")
 TESTS = (*TRAINER, "tests/**/*.py")
 LAST = "flex or two_to_the_31"  # tests that compile for long, or need much of the memory
 PARTS = (
     Part("step", 210, lambda v, s: v.script("step", s, "--profile", "--moments", "best", "bf16"),
-         reads=(*TRAINER, "bench/step.py", "bench/rates.py")),
+         reads=(*TRAINER, "bench/step.py", "bench/lib/emulated.py")),
     Part("tests", 90, lambda v, s: v.tests("tests", f"not ({LAST})", True), timed=False, reads=TESTS),
     Part("trainer", 75, lambda v, s: v.script("trainer", s, *(["--data", str(v.data)] if v.data else [])), timed=False,
-         reads=(*TRAINER, "bench/trainer.py")),
+         reads=(*TRAINER, "bench/trainer.py", "bench/lib/operations.py", "bench/lib/peers.py")),
     Part("warm kernels", 90, lambda v, s: v.script("kernels", s, *warm_up(v)), timed=False, ahead_of="kernels"),
     Part("warm attention", 90, lambda v, s: v.script("attention", s, *warm_up(v)), timed=False,
          ahead_of="attention"),
     # Liger-Kernel's variants in the CuTe DSL keep nothing that they compile, 20 s: for a visit with time to spare
     Part("kernels", 100, lambda v, s: v.script("kernels", s, "--without", "CuTe DSL"),
-         reads=(*KERNELS, "bench/kernels.py", "bench/operations.py", "bench/peers.py")),
+         reads=(*KERNELS, *TIMED)),
     Part("attention", 60, lambda v, s: v.script("attention", s),
-         reads=("kernels/attention.py", "kernels/dispatch.py", "bench/measure.py", "bench/attention.py",
-                "bench/kernels.py", "bench/operations.py")),
-    Part("opponents", 110, lambda v, s: v.script("opponents", s), reads=("bench/opponents.py", "bench/measure.py")),
+         reads=("kernels/attention.py", "kernels/dispatch.py", *SHARED, *TIMED, "bench/attention.py")),
+    Part("opponents", 110, lambda v, s: v.script("opponents", s), reads=(*SHARED, "bench/opponents.py")),
     Part("last tests", 90, lambda v, s: v.tests("last tests", LAST, False), timed=False, reads=TESTS),
 )  # fmt: skip
 
@@ -241,7 +245,7 @@ def run_parts(visit: Visit, parts: list[Part], visit_s: float, result: dict, log
                 test_counts(visit.file_of(part.name, "xml"), said) if is_test else {}
             )
             result["parts"][part.name] = entry
-            measure.write_json(visit.out / "pass.json", result)
+            write_json(visit.out / "pass.json", result)
             print(f"{part.name:15}{status:20}{seconds:6.0f} s   {words[:90]}", flush=True)
 
 
@@ -305,8 +309,8 @@ def pack_caches(root: Path, packed: Path) -> str:
 def kernel_lines(path: Path, smoke: bool) -> list[str]:
     """A line a case: halny's time in each mode, its share of the ceiling, and the best peer's time over it."""
     try:
-        result = measure.read_result(path)
-    except measure.BadResult as error:
+        result = read_result(path)
+    except BadResult as error:
         return [str(error)]
     states = [row["status"] for row in result["rows"]]
     lines = [f"{path.name}: " + ", ".join(f"{states.count(s)} {s}" for s in sorted(set(states), key=states.index))]
@@ -335,8 +339,8 @@ def kernel_lines(path: Path, smoke: bool) -> list[str]:
 def step_lines(path: Path, smoke: bool) -> list[str]:
     """A line a case that ran and a line an opponent, each figure in one line with its label."""
     try:
-        result = measure.read_result(path)
-    except measure.BadResult as error:
+        result = read_result(path)
+    except BadResult as error:
         return [str(error)]
     rows = [row for row in result["rows"] if "range" not in row and not (smoke and row["status"] == "ok")]
     others = [row for row in result.get("opponents", []) if not (smoke and row["status"] == "ok")]
@@ -348,8 +352,8 @@ def step_lines(path: Path, smoke: bool) -> list[str]:
 def profile_lines(path: Path, smoke: bool) -> list[str]:
     """A line a profile: its largest gaps."""
     try:
-        found = measure.read_result(path)["profiles"]
-    except measure.BadResult as error:
+        found = read_result(path)["profiles"]
+    except BadResult as error:
         return [str(error)]
     lines = []
     for profile in found:
@@ -364,8 +368,8 @@ def profile_lines(path: Path, smoke: bool) -> list[str]:
 def trouble_lines(path: Path) -> list[str]:
     """The providers that were wrong or failed, once a case."""
     try:
-        rows = measure.read_result(path)["rows"]
-    except measure.BadResult:
+        rows = read_result(path)["rows"]
+    except BadResult:
         return []
     found = {f"  {r['operation']} {r['set']} {r['provider']} {r['status']}: {r['reason'][:90]}": None
              for r in rows if r["status"] in ("wrong", "failed")}  # fmt: skip
@@ -457,7 +461,7 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
             print(f"python bench/gpu_pass.py --visit-s {seconds:g} --only '{','.join(chosen)}'")
         return 0
     try:
-        bench = measure.bench_on(given.smoke)
+        bench = bench_on(given.smoke)
     except RuntimeError as error:
         problems.append(str(error))
     if importlib.util.find_spec("halny") is None:
@@ -466,16 +470,16 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
         print(f"gpu_pass.py: {problems[0]}", file=sys.stderr)
         return 2
     began = time.monotonic()
-    out = given.out or Path(os.environ.get("OUT") or measure.results_folder(bench, bool(given.only)))
+    out = given.out or Path(os.environ.get("OUT") or results_folder(bench, bool(given.only)))
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch, (out / "log.txt").open("w+", encoding="utf-8") as log:
         data = given.data.resolve() if given.data else None
-        visit = Visit(given.smoke, out.resolve(), Path(scratch), given.commit or measure.commit(), data)
+        visit = Visit(given.smoke, out.resolve(), Path(scratch), given.commit or commit(), data)
         caches = visit.scratch / "caches"
         use_caches(caches, given.caches)
         note = {"note": "smoke: no performance figure"} if given.smoke else {}
         result = {"format": 1, "kind": "pass", "smoke": given.smoke} | note
-        result |= {"machine": measure.machine(bench, visit.commit), "parts": {}}
+        result |= {"machine": machine(bench, visit.commit), "parts": {}}
         folders = [out, *sorted((ROOT / "bench" / "results").glob("*/"))]
         for part in (part for part in parts if part.name in wanted and not given.again):
             earlier = done_before(part, result["machine"]["device"], given.smoke, folders)
@@ -487,8 +491,8 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
         chosen = [part for part in parts if (part.ahead_of or part.name) in left]
         with contextlib.suppress(KeyboardInterrupt):  # what is done is kept, and said below
             run_parts(visit, chosen, given.visit_s - (time.monotonic() - began), result, log)
-        result["machine"]["nvidia_smi_after"] = measure.nvidia_smi() if bench.on_gpu else None
-        measure.write_json(out / "pass.json", result)
+        result["machine"]["nvidia_smi_after"] = nvidia_smi() if bench.on_gpu else None
+        write_json(out / "pass.json", result)
         for path in out.glob("warm-*.json"):  # of this machine only
             path.unlink()
         if given.pack_caches and caches.exists():

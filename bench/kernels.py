@@ -5,11 +5,11 @@
     python bench/kernels.py --smoke                         here: the same code at tiny sizes, no figures
     pytest bench --benchmark-only                           the everyday interface (test_benchmarks.py)
 
-A row is an operation, a set of shapes, a mode and a provider (peers.py). Before a provider is timed, its outputs and
+A row is an operation, a set of shapes, a mode and a provider (lib/peers.py). Before one is timed, its outputs and
 gradients at the very shape are held against the operation's reference in fp64: |out - truth| may be at most
 2 |PyTorch in the same dtype - truth| plus one rounding. One that is not is reported wrong; one that is not installed,
 absent; one that is but cannot do the case, as without a GPU, cannot run here; one that was not compiled in time, not
-tried; one that raises, failed: never left out. How time is taken, short kernels in bursts: measure.py.
+tried; one that raises, failed: never left out. How time is taken, short kernels in bursts: lib/clocks.py.
 
 **Ceilings.** of_ceiling is the share of a large copy's rate (2 GiB) or of cuBLAS's, and the figure that goals are
 stated in. Beside the providers of a mode a copy of as many bytes takes its turns, timed as they are:
@@ -40,7 +40,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,21 +51,30 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not bench/, where this very file would be taken for Hugging Face's package ``kernels``
     if "--smoke" in sys.argv:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: our kernels run, if slowly
-# flash-attn-4 and quack read these when they are imported. Without the first, what flash-attn-4 compiles (10 to 30 s)
-# is lost with its process; quack keeps it by default, under the user's name, which a container may lack.
-CACHES = Path(tempfile.gettempdir()) / f"halny-bench-{os.getuid()}"
-os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(CACHES / "flash-attn-4"))
-os.environ.setdefault("QUACK_CACHE_DIR", str(CACHES / "quack"))
 
 import torch
 import torch._functorch.config
 from torch import Tensor
 
-from bench import measure, peers
-from bench.measure import Bench, Call, Clocks
-from bench.operations import LOSSES, OPERATIONS, SETS, SMOKE_SETS, Operation, cases, chosen_sets, random, tuple_of
-from bench.peers import Peer
+from bench.lib import peers
+from bench.lib.ceilings import ceilings, copy_call, copy_rate
+from bench.lib.clocks import Bench, Call, Clocks, bench_on, peak_bytes, sets_for
+from bench.lib.operations import (
+    LOSSES,
+    OPERATIONS,
+    SETS,
+    SMOKE_SETS,
+    Operation,
+    cases,
+    chosen_sets,
+    excess,
+    limits,
+    random,
+    tuple_of,
+)
+from bench.lib.peers import Peer
+from bench.lib.process import CACHES, die_with_parent, line_of, nvidia_smi
+from bench.lib.results import machine, results_folder, write_json
 
 # ----------------------------------------------------------------------------------------------------------- one case
 
@@ -80,7 +88,7 @@ class Case:
         torch.manual_seed(0)
         first = operation.inputs(shape, dtype, bench.device)
         size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
-        n_sets = measure.sets_for(bench, size)
+        n_sets = sets_for(bench, size)
         self.inputs = [first, *(operation.inputs(shape, dtype, bench.device) for _ in range(n_sets - 1))]
         self.upstream: list[list[Tensor]] = [[] for _ in range(n_sets)]
         if "backward" in operation.modes:
@@ -88,7 +96,7 @@ class Case:
             self.upstream = [[random(*s, dtype=dtype, device=bench.device) for s in shapes] for _ in range(n_sets)]
         same_dtype = operation.expected(first, self.upstream[0], dtype)
         self.truth = operation.expected(first, self.upstream[0], torch.float64)
-        self.limits = [measure.limits(same, true) for same, true in zip(same_dtype, self.truth, strict=True)]
+        self.limits = [limits(same, true) for same, true in zip(same_dtype, self.truth, strict=True)]
 
     def errors(self, function: Callable) -> dict[str, dict[str, float]]:
         """The error of every output and gradient of a provider, beside its bound. On copies: some work in place."""
@@ -97,13 +105,13 @@ class Case:
         names, found = self.operation.result_names, {}
         if len(got) != len(names):
             raise ValueError(f"{len(got)} outputs and gradients where {len(names)} were expected")
-        for name, x, true, limits in zip(names, self.operation.compared(got), self.truth, self.limits, strict=True):
-            found[name] = measure.excess(x, true, *limits)
+        for name, x, true, bounds in zip(names, self.operation.compared(got), self.truth, self.limits, strict=True):
+            found[name] = excess(x, true, *bounds)
         if "loss only" in self.operation.modes:
             copies = [x.clone() if isinstance(x, Tensor) else x for x in self.inputs[0]]
             with torch.no_grad():
                 loss = function(*copies)
-            found["loss without gradient"] = measure.excess(loss, self.truth[0], *self.limits[0])
+            found["loss without gradient"] = excess(loss, self.truth[0], *self.limits[0])
         return found
 
     def call(self, peer: Peer, function: Callable, mode: str) -> Call:
@@ -171,12 +179,6 @@ def check_device(bench: Bench, provider: str, error: BaseException) -> None:
     """DeviceLost if the device does not work any more after a provider's error."""
     if not works(bench):
         raise DeviceLost(provider, line_of(error)) from None
-
-
-def line_of(error: BaseException) -> str:
-    """An exception in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
 
 
 def load(peer: Peer) -> tuple[Callable | None, str, str]:
@@ -272,7 +274,7 @@ def run_case(
         n_bytes = operation.counts(mode, shape, dtype.itemsize)[0]
         summed = mode == "both" and "forward" in operation.modes
         if operation.ceiling == "copy_gb_s" and not summed and calls:
-            calls[COPY] = measure.copy_call(bench, n_bytes)
+            calls[COPY] = copy_call(bench, n_bytes)
         results |= clocks.time(calls)
         for name, result in results.items():
             if isinstance(result, Exception):
@@ -293,7 +295,7 @@ def run_case(
                 rate = rates["gb_s" if operation.ceiling == "copy_gb_s" else "tflop_s"]
                 row |= result | rates | {
                     "of_ceiling": rate / ceilings[operation.ceiling], "errors": errors[peer.name],
-                    "peak_bytes": measure.peak_bytes(bench, calls[peer.name]),
+                    "peak_bytes": peak_bytes(bench, calls[peer.name]),
                 }  # fmt: skip
                 if mode in copies:
                     copy_gb_s = n_bytes / copies[mode] / 1e6
@@ -450,7 +452,7 @@ def warmed(given: argparse.Namespace, bench: Bench, script: str, folder: Path, j
     def save(excluded: dict) -> None:
         seconds = time.monotonic() - start
         about = {"format": 1, "kind": "warm", "host": platform.node(), "seconds": seconds, "excluded": excluded}
-        measure.write_json(path, about)
+        write_json(path, about)
 
     if given.warm_only:
         options["save"] = save
@@ -491,7 +493,7 @@ def line(row: dict, smoke: bool) -> str:
 
 def open_result(bench: Bench, kind: str, given_commit: str | None) -> dict:
     note = {"note": "smoke: no performance figure"} if bench.smoke else {}
-    return {"format": 1, "kind": kind, "smoke": bench.smoke} | note | {"machine": measure.machine(bench, given_commit)}
+    return {"format": 1, "kind": kind, "smoke": bench.smoke} | note | {"machine": machine(bench, given_commit)}
 
 
 def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float, dtype: torch.dtype) -> int:
@@ -502,8 +504,8 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
     names = [f"{operation.name} {set_name}" for operation, set_name, *_ in jobs]
     if "resumed" not in result:
         result |= {"not_reached": list(names), "broken": [], "seconds": {}, "lost": {}, "rows": []}
-        result["ceilings"] = measure.ceilings(bench)
-        measure.write_json(path, result)
+        result["ceilings"] = ceilings(bench)
+        write_json(path, result)
     clocks = Clocks(bench, rounds=1, least=1) if bench.smoke else Clocks(bench)
     for name, (operation, set_name, shape, providers, excluded) in zip(names, jobs, strict=True):
         if name not in result["not_reached"] or time.monotonic() > deadline:
@@ -511,11 +513,12 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
         began, reached = time.monotonic(), []
         excluded = excluded | result["lost"].get(name, {})
         try:
-            ceilings = result["ceilings"]
-            for rows in run_case(bench, operation, set_name, shape, providers, ceilings, excluded, dtype, clocks):
+            for rows in run_case(
+                bench, operation, set_name, shape, providers, result["ceilings"], excluded, dtype, clocks
+            ):
                 result["rows"] += rows
                 reached += [rows[0]["mode"]]
-                measure.write_json(path, result)
+                write_json(path, result)
                 for row in rows:
                     print(line(row, bench.smoke), flush=True)
         except Exception as error:  # out of memory, say: the other cases are still worth having
@@ -523,7 +526,7 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
             if culprit in {peer.name for peer in providers} - set(excluded):
                 result["rows"] = [r for r in result["rows"] if (r["operation"], r["set"]) != (operation.name, set_name)]
                 result["lost"].setdefault(name, {})[culprit] = f"{IN_ERROR}: {error.reason}"
-                measure.write_json(path, result)
+                write_json(path, result)
                 print(f"{name}: {error}; starting anew without it", flush=True)
                 start_anew(path, deadline)
             result["broken"].append(f"{name}: {reason}")
@@ -535,14 +538,14 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
             print(result["broken"][-1], flush=True)
         result["not_reached"].remove(name)
         result["seconds"][name] = time.monotonic() - began
-        measure.write_json(path, result)
+        write_json(path, result)
         if not works(bench):
             start_anew(path, deadline)
         release(bench)
     if not bench.smoke and time.monotonic() < deadline:
-        result["ceilings_after"] = {"copy_gb_s": measure.copy_rate(bench)["gb_s"]}
-    result["machine"]["nvidia_smi_after"] = measure.nvidia_smi() if bench.on_gpu else None
-    measure.write_json(path, result)
+        result["ceilings_after"] = {"copy_gb_s": copy_rate(bench)["gb_s"]}
+    result["machine"]["nvidia_smi_after"] = nvidia_smi() if bench.on_gpu else None
+    write_json(path, result)
     bad = [row for row in result["rows"] if row["package"] == "halny" and row["status"] != "ok"]
     timed = sum(row["status"] == "ok" for row in result["rows"])
     print(f"{timed} rows timed, {len(result['rows']) - timed} without a figure, of which {len(bad)} of halny's")
@@ -617,18 +620,18 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--set", action="append", choices=list(SETS), help="sets of shapes; may be repeated [all]")
     given = parser.parse_args(arguments)
     try:
-        bench = measure.bench_on(given.smoke)
+        bench = bench_on(given.smoke)
     except RuntimeError as error:
         print(f"kernels.py: {error}", file=sys.stderr)
         return 2
     sets = chosen_sets(SMOKE_SETS if given.smoke else SETS, given.set)
     if given.warm:
-        measure.die_with_parent()
+        die_with_parent()
         warm(bench, OPERATIONS[given.warm[0]], given.warm[1], sets)
         return 0
     if not any(given.only in name for name in OPERATIONS):
         return no_such(given.only, list(OPERATIONS))
-    folder = given.out or measure.results_folder(bench, partial=bool(given.only or given.set))
+    folder = given.out or results_folder(bench, partial=bool(given.only or given.set))
     sizes = {operation.name: warm_bytes(operation, sets) for operation, _, _ in cases(sets, given.only)}
     more = tuple(argument for name in given.set or () for argument in ("--set", name))
     jobs_of = lambda: warm_jobs(given.only, sets)  # noqa: E731

@@ -38,7 +38,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 import train
-from bench.account import Case, MetaMode, Step, on_hopper, world_of
+from bench.lib.meta_step import Case, MetaMode, Step, on_hopper, world_of
 from halny.model.estimate import choices, machines, memory
 from halny.model.estimate.sizes import parameters
 from halny.model.estimate.work import Sharding, Work

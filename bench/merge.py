@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from bench.measure import BadResult, read_result
+from bench.lib.results import BadResult, read_result
 
 
 @dataclass(frozen=True, eq=False)

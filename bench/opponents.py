@@ -38,8 +38,10 @@ if __name__ == "__main__":
 import torch
 import torch._dynamo
 
-from bench import measure
-from bench.kernels import line_of
+from bench.lib.clocks import Bench, bench_on
+from bench.lib.process import die_with_parent, in_its_own_process, line_of
+from bench.lib.results import machine, results_folder, write_json
+from bench.lib.steps import memory_figures, random_tokens, steady_steps, step_figures
 from halny.model.estimate.memory import activation_bytes_per_token
 from halny.model.estimate.sizes import parameters
 from halny.model.mistral import PRESETS, MistralConfig
@@ -121,7 +123,7 @@ class Step:
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
         self.optimizer.zero_grad(set_to_none=True)
-        self.batches = list(measure.random_tokens(self.config.vocab_size, (4, micro_batch, seq_len), self.device))
+        self.batches = list(random_tokens(self.config.vocab_size, (4, micro_batch, seq_len), self.device))
         if checkpointing:
             self.model.gradient_checkpointing_enable()  # without reentrance, as transformers 5 does by itself
         for layer in self.model.model.layers:
@@ -160,7 +162,7 @@ def least_bytes(opponent: Opponent, config: MistralConfig, micro_batch: int, che
 
 
 def attempt(
-    bench: measure.Bench, step: Step, micro_batch: int, compiled: str | None, checkpointing: bool, n_steps: int,
+    bench: Bench, step: Step, micro_batch: int, compiled: str | None, checkpointing: bool, n_steps: int,
     seconds: float,
 ) -> dict:  # fmt: skip
     """One way to run it: its figures, or why there are none."""
@@ -177,7 +179,7 @@ def attempt(
         step.run(0)
         bench.synchronize()
         first_s, graphs = time.monotonic() - began, torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        ms = measure.steady_steps(bench, step.run, n_steps, seconds)
+        ms = steady_steps(bench, step.run, n_steps, seconds)
         loss = step.loss.item()
         if not loss < float("inf"):
             return tried | {"status": "failed", "reason": f"the loss is {loss}"}
@@ -186,8 +188,8 @@ def attempt(
     except Exception as error:  # what a compiler may raise
         return tried | {"status": "failed", "reason": line_of(error)}
     device = torch.cuda.get_device_name(bench.device) if bench.on_gpu else "CPU"
-    figures = measure.step_figures(step.config, micro_batch * seq_len, seq_len, ms["median"], device)
-    memory = measure.memory_figures(bench)
+    figures = step_figures(step.config, micro_batch * seq_len, seq_len, ms["median"], device)
+    memory = memory_figures(bench)
     return tried | {
         "status": "ok",
         "reason": "",
@@ -222,7 +224,7 @@ def next_way(attempts: list[dict], smoke: bool, micro_batch: int | None) -> tupl
     return sizes[len(kept)], None if smoke else MODEL, True
 
 
-def measured(bench: measure.Bench, opponent: Opponent, given: argparse.Namespace, save: Callable[[dict], None]) -> None:
+def measured(bench: Bench, opponent: Opponent, given: argparse.Namespace, save: Callable[[dict], None]) -> None:
     """Everything that is tried of one opponent; the row is saved after each, its figures those of the best so far."""
     end = time.monotonic() + given.budget_s
     config = PRESETS["test"] if bench.smoke else PRESETS["mistral-7b"]
@@ -284,12 +286,12 @@ def one_opponent(given: argparse.Namespace) -> int:
 
     def save(new: dict) -> None:
         row.update(new)
-        measure.write_json(Path(given.row), row)
+        write_json(Path(given.row), row)
 
-    measure.die_with_parent()
+    die_with_parent()
     opponent = next(o for o in OPPONENTS if o.name == given.case)
     try:
-        measured(measure.bench_on(given.smoke), opponent, given, save)
+        measured(bench_on(given.smoke), opponent, given, save)
     except Exception as error:
         print(f"{given.case}: {line_of(error)}", flush=True)
         if row.get("status") != "ok":
@@ -326,12 +328,12 @@ def main(arguments: list[str]) -> int:
                   file=sys.stderr)  # fmt: skip
             return 2
     try:
-        bench = measure.bench_on(given.smoke)
+        bench = bench_on(given.smoke)
     except RuntimeError as error:
         print(f"opponents.py: {error}", file=sys.stderr)
         return 2
     started = time.monotonic()
-    path = (given.out or measure.results_folder(bench)) / "step.json"
+    path = (given.out or results_folder(bench)) / "step.json"
     result = beside_ours(path, bench, given)
     for i, opponent in enumerate(wanted):
         seconds = (given.budget_s - (time.monotonic() - started)) / (len(wanted) - i)
@@ -341,25 +343,25 @@ def main(arguments: list[str]) -> int:
             if getattr(given, name):
                 command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
         command += ["--smoke"] if given.smoke else []
-        row = measure.in_its_own_process([*command, "--row"], seconds)
+        row = in_its_own_process([*command, "--row"], seconds)
         result["opponents"].append({"name": opponent.name, "label": opponent.label, "attempts": []} | row)
-        measure.write_json(path, result)
+        write_json(path, result)
         print(words(result["opponents"][-1], given.smoke), flush=True)
     states = [row["status"] for row in result["opponents"]]
     print(f"opponents: {', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states))}")
     return 1 if "failed" in states else 0
 
 
-def beside_ours(path: Path, bench: measure.Bench, given: argparse.Namespace) -> dict:
+def beside_ours(path: Path, bench: Bench, given: argparse.Namespace) -> dict:
     """What bench/step.py left in this folder, if on this kind of card at this commit; else a file without its rows."""
-    machine = measure.machine(bench, given.commit)
+    described = machine(bench, given.commit)
     note = {"note": "smoke: no performance figure"} if bench.smoke else {}
-    result = {"format": 1, "kind": "step", "smoke": bench.smoke} | note | {"machine": machine, "rows": []}
+    result = {"format": 1, "kind": "step", "smoke": bench.smoke} | note | {"machine": described, "rows": []}
     with contextlib.suppress(OSError, ValueError, KeyError):
         old = json.loads(path.read_text(encoding="utf-8"))
-        same = all(old["machine"][k] == machine[k] for k in ("device", "commit")) and old["smoke"] == bench.smoke
+        same = all(old["machine"][k] == described[k] for k in ("device", "commit")) and old["smoke"] == bench.smoke
         result = old if same else result
-    return result | {"opponents": [], "opponents_command": machine["command"]}
+    return result | {"opponents": [], "opponents_command": described["command"]}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.measure import BadResult
+from bench.lib.results import BadResult
 from bench.merge import Device, best_of_each, grouped, sources_of
 
 OURS, PEER, INK = "#c2410c", "#94a3b8", "#1f2937"  # halny in one strong colour, all others in one quiet one

@@ -9,17 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from bench.lib.steps import SIZES
 from bench.merge import Device
 from halny.model.estimate import machines, roofline, sizes
 from halny.model.mistral import PRESETS
-
-SIZES = (
-    "n_layers",
-    "micro_batch",
-    "seq_len",
-    "accumulation",
-    "ceiling_before",
-)  # a step's, by which its profile is read
 
 
 def rate_rows(device: Device) -> list[tuple]:

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not bench/: see kernels.py
 
-from bench.measure import MODE_LABELS, BadResult, memory_words
+from bench.lib.results import BadResult
+from bench.lib.steps import MODE_LABELS, memory_words
 from bench.merge import Device, Source, best_of_each, grouped, merge, read_folders, result_folders, sources_of
 from bench.plots import overlay, plots
 from bench.rates import rate_rows
@@ -215,7 +216,7 @@ def kernel_parts(device: Device, section: str, short: bool) -> list[str]:
         timed = [*origin(rows), *backends, kernel_table(rows), *since_list(rows, kernel_name)] if rows else []
         return [*timed, *without]
     shown, made = [row for row in rows if row["set"] == "7b"], short_kernel_table
-    shapes = "Mistral-7B's micro batch of 16,384 tokens, bf16, cold cache; others are those in bench/peers.py."
+    shapes = "Mistral-7B's micro batch of 16,384 tokens, bf16, cold cache; others are those in bench/lib/peers.py."
     if section == "attention":
         shown, made = rows, backends_table
         shapes = (

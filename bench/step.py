@@ -22,7 +22,7 @@ a chunk of this rank's own, the loss means nothing. What 256 GPUs lose to a netw
 calls good to those it calls leading. Needs no GPU.
 
 Each case runs in a process of its own; one that fails or runs out of memory is recorded so, and the next goes on.
-Before and after its steps the same process times the step's matrix products alone (measure.matmul_ceiling). With
+Before and after its steps the same process times the step's matrix products alone (matmul_ceiling). With
 --profile it also records one more step after those that were timed, and says where the time goes (profiler.py);
 the trace of the first case is kept.
 """
@@ -46,17 +46,19 @@ if __name__ == "__main__":
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.13's profiler announces itself on stderr below that
 
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
 import train
-from bench import measure, rates
-from bench.kernels import line_of
+from bench.lib.ceilings import copy_rate, matmul_ceiling
+from bench.lib.clocks import Bench, bench_on
+from bench.lib.emulated import StandIn, one_of
+from bench.lib.process import Watch, die_with_parent, in_its_own_process, line_of, nvidia_smi
+from bench.lib.results import machine, results_folder, write_json
+from bench.lib.steps import MODE_LABELS, SIZES, memory_figures, random_tokens, steady_steps, step_figures, step_words
 from halny.model.data.batches import Batch
 from halny.model.estimate import choices, machines, plan, roofline, step_time
 from halny.model.estimate.memory import RESERVED, memory_estimate, one_rank_memory
-from halny.model.estimate.sizes import layer_shapes, padded_numel, parameters, root_shapes
+from halny.model.estimate.sizes import parameters
 from halny.model.estimate.work import Sharding, Work
 from halny.model.mistral import PRESETS, MistralConfig
 from halny.model.record import breakdown
@@ -133,14 +135,14 @@ def fitting(case: Case, model: MistralConfig, memory_bytes: int, device: str = "
 def label(case: Case, config: MistralConfig, micro_batch: int, seq_len: int, smoke: bool) -> str:
     """What a figure of this case is a figure of."""
     if smoke:
-        return f"smoke: no performance figure; {measure.MODE_LABELS[case.mode]}: the test model on a CPU"
+        return f"smoke: no performance figure; {MODE_LABELS[case.mode]}: the test model on a CPU"
     whole = PRESETS["mistral-7b"].n_layers
     model = "Mistral-7B" if config.n_layers == whole else f"{config.n_layers} of Mistral-7B's {whole} layers"
     batch = f"{case.accumulation} x " * (case.accumulation > 1) + f"{micro_batch} x {seq_len}"
-    return f"{measure.MODE_LABELS[case.mode]}: {model}, {batch}, AdamW, {case.moments} moments"
+    return f"{MODE_LABELS[case.mode]}: {model}, {batch}, AdamW, {case.moments} moments"
 
 
-def sizes(bench: measure.Bench, case: Case, layers: int | None, micro_batch: int | None) -> list[tuple]:
+def sizes(bench: Bench, case: Case, layers: int | None, micro_batch: int | None) -> list[tuple]:
     """(model, micro batch) to try in turn: what fits by the estimate, the fastest first; else with fewer layers."""
     if bench.smoke:
         return [(PRESETS["test"], 2)]
@@ -167,76 +169,6 @@ def estimated_bytes(case: Case, model: MistralConfig, micro_batch: int) -> int:
 # ----------------------------------------------------------------------------------------------------- one rank of many
 
 
-class StandIn:
-    """In the place of a network: one copy on this device for each collective of FSDP, of the collective's own bytes.
-
-    A gather copies from a buffer of random values, as many as it would have received, so what is gathered is finite, of
-    full rank and never changes. A reduction copies all its input into another buffer, and this rank's chunk from there.
-    Both run where FSDP calls its communication, on the streams that it has for that.
-    """
-
-    def __init__(self, config: MistralConfig, ranks: int, dtype: torch.dtype, device: torch.device):
-        n = largest_message(config, ranks)
-        self.source = torch.empty(n, dtype=dtype, device=device).normal_(0.0, 0.02)
-        self.target = torch.empty(n, dtype=torch.float32, device=device)
-        self.calls: list[tuple[str, int, int]] = []  # kind, bytes of the whole, ranks
-
-    @staticmethod
-    def bytes_for(config: MistralConfig, ranks: int, element_bytes: int) -> int:
-        return largest_message(config, ranks) * (element_bytes + 4)
-
-    def on(self, model: torch.nn.Module) -> StandIn:
-        """Put it in. Raises RuntimeError where this torch has no such switch."""
-        if not hasattr(model, "set_custom_all_gather") or not hasattr(model, "set_custom_reduce_scatter"):
-            raise RuntimeError(
-                f"torch {torch.__version__} cannot replace FSDP's collectives (FSDPModule.set_custom_all_gather, "
-                "set_custom_reduce_scatter); rank-of-256 needs one that can"
-            )
-        for module in (model, *model.layers):
-            module.set_custom_all_gather(_Gather(self))
-            module.set_custom_reduce_scatter(_Reduce(self))
-        return self
-
-
-def largest_message(config: MistralConfig, ranks: int) -> int:
-    """Elements of the largest collective."""
-    shapes = layer_shapes(config), root_shapes(config)
-    return max(padded_numel(one, ranks) for one in shapes)
-
-
-class _Comm:
-    """FSDP asks the communication for its buffers as well; its own way to make them is this one."""
-
-    def __init__(self, stand_in: StandIn):
-        self.stand_in = stand_in
-
-    def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        return torch.empty(*size, dtype=dtype, device=device)
-
-
-class _Gather(_Comm):
-    def __call__(self, output_tensor, input_tensor, group, async_op: bool = False) -> None:
-        self.stand_in.calls.append(("all-gather", output_tensor.nbytes, group.size()))
-        with record_function(f"{breakdown.STAND_IN} for an all-gather"):
-            output_tensor.copy_(self.stand_in.source[: output_tensor.numel()])
-
-
-class _Reduce(_Comm):
-    def __call__(self, output_tensor, input_tensor, group, op, async_op: bool = False) -> None:
-        self.stand_in.calls.append(("reduce-scatter", input_tensor.nbytes, group.size()))
-        with record_function(f"{breakdown.STAND_IN} for a reduce-scatter"):
-            reduced = self.stand_in.target[: input_tensor.numel()].copy_(input_tensor)
-            output_tensor.copy_(reduced[: output_tensor.numel()])
-
-
-def one_of(ranks: int, device: torch.device, node_size: int) -> train.World:
-    """Rank 0 of so many that are not there."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
-    return train.World(0, ranks, device, init_device_mesh(device.type, (ranks,)), node_size)
-
-
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
@@ -244,7 +176,7 @@ class Step:
     """Model, optimizer and a few batches of random tokens, made by train.py's own functions."""
 
     def __init__(
-        self, bench: measure.Bench, world: train.World, case: Case, model: MistralConfig, micro_batch: int,
+        self, bench: Bench, world: train.World, case: Case, model: MistralConfig, micro_batch: int,
         reshard: str | None = None,
     ):  # fmt: skip
         self.config, self.micro_batch, self.world, self.accumulation = model, micro_batch, world, case.accumulation
@@ -272,7 +204,7 @@ class Step:
         shape = (4, micro_batch, self.seq_len + 1)
         self.batches = [
             Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), lengths=[self.seq_len] * micro_batch)
-            for rows in measure.random_tokens(model.vocab_size, shape, bench.device)
+            for rows in random_tokens(model.vocab_size, shape, bench.device)
         ]
         self.totals = torch.zeros(7)
 
@@ -312,7 +244,7 @@ class Step:
         return breakdown.floors(self.plan.work, speeds, sharding, stand_in=self.stand_in is not None)
 
 
-def build(bench: measure.Bench, world: train.World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:
+def build(bench: Bench, world: train.World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:
     """The first of the candidates whose first two steps fit the memory, and what was tried before it."""
     tried: list[str] = []
     for i, (model, micro_batch) in enumerate(candidates):
@@ -333,7 +265,7 @@ def build(bench: measure.Bench, world: train.World, case: Case, candidates: list
     raise AssertionError("no candidates")
 
 
-def release(bench: measure.Bench) -> None:
+def release(bench: Bench) -> None:
     gc.collect()
     if bench.on_gpu:
         torch.cuda.empty_cache()
@@ -342,7 +274,7 @@ def release(bench: measure.Bench) -> None:
 # --------------------------------------------------------------------------------------------------------- one process
 
 
-def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: Callable[[dict], None]) -> None:
+def measured(bench: Bench, case: Case, given: argparse.Namespace, save: Callable[[dict], None]) -> None:
     """The row of a case, with --profile its "profile" too; saved whenever there is more of it."""
     began = time.monotonic()
     if case.mode == "rank-of-256":
@@ -357,8 +289,8 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
     save(row)
     config, micro_batch = candidates[0]
     n_tokens = micro_batch * (64 if bench.smoke else SEQ_LEN)
-    before = measure.matmul_ceiling(bench, config, n_tokens)
-    copy_gb_s = measure.copy_rate(bench)["gb_s"]
+    before = matmul_ceiling(bench, config, n_tokens)
+    copy_gb_s = copy_rate(bench)["gb_s"]
     release(bench)
 
     step, tried = build(bench, world, case, candidates)
@@ -371,26 +303,26 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
         "ceiling_before": before, "copy_gb_s": copy_gb_s,
     }  # fmt: skip
     seconds = given.budget_s - (time.monotonic() - began) - START_S - AROUND_S - PROFILE_S * given.profile
-    smi = measure.nvidia_smi() if bench.on_gpu else None
-    with measure.Watch() as watch:
-        ms = measure.steady_steps(bench, step.run, 3 if bench.smoke else given.steps, max(1.0, seconds))
+    smi = nvidia_smi() if bench.on_gpu else None
+    with Watch() as watch:
+        ms = steady_steps(bench, step.run, 3 if bench.smoke else given.steps, max(1.0, seconds))
     device = torch.cuda.get_device_name(bench.device) if bench.on_gpu else "CPU"
     row |= {
         "step_ms": ms,
-        **measure.step_figures(step.config, step.n_tokens, step.seq_len, ms["median"], device),
-        **measure.memory_figures(bench),
+        **step_figures(step.config, step.n_tokens, step.seq_len, ms["median"], device),
+        **memory_figures(bench),
         "estimated_bytes": None if bench.smoke else step.estimated_bytes(),
         "loss": step.loss() if world.size == 1 else None,  # where weights are random values, it means nothing
         "nvidia_smi_before": smi,
         "nvidia_smi_beside": watch.found,
-        "nvidia_smi_after": measure.nvidia_smi() if bench.on_gpu else None,
+        "nvidia_smi_after": nvidia_smi() if bench.on_gpu else None,
     }
     save(row)  # without an "ok" yet, but what was measured is on disk
     if step.stand_in is not None:
         step.loss()
         row |= stand_in_figures(step)
     if given.profile:
-        about = {k: row[k] for k in ("case", "mode", "moments", "label", "reason", *rates.SIZES)}
+        about = {k: row[k] for k in ("case", "mode", "moments", "label", "reason", *SIZES)}
         try:
             row["profile"] = about | profiled(bench, step, case.mode, Path(given.trace), before, copy_gb_s)
         except Exception as error:  # the row is worth more than its profile
@@ -399,7 +331,7 @@ def measured(bench: measure.Bench, case: Case, given: argparse.Namespace, save: 
     config, n_tokens = step.config, step.micro_batch * step.seq_len
     del step
     release(bench)
-    row["ceiling_after"] = measure.matmul_ceiling(bench, config, n_tokens)
+    row["ceiling_after"] = matmul_ceiling(bench, config, n_tokens)
     ceiling = (before["tflop_s"] + row["ceiling_after"]["tflop_s"]) / 2
     save(row | {"of_ceiling": row["tflop_s"] / ceiling, "status": "ok"})
 
@@ -418,7 +350,7 @@ def stand_in_figures(step: Step) -> dict:
     }
 
 
-def profiled(bench: measure.Bench, step: Step, mode: str, trace: Path, ceiling: dict, copy_gb_s: float) -> dict:
+def profiled(bench: Bench, step: Step, mode: str, trace: Path, ceiling: dict, copy_gb_s: float) -> dict:
     """One step under torch.profiler; its Chrome trace goes to ``trace``, unless it is too large to keep."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.on_gpu else [])
     step.run(0)
@@ -442,7 +374,7 @@ def profiled(bench: measure.Bench, step: Step, mode: str, trace: Path, ceiling: 
         "status": "ok",
         "floors": {"ms": least.ms, "basis": least.basis},
         "gaps": breakdown.gaps(found, least),
-        "text": breakdown.gap_lines(found, least, label=measure.MODE_LABELS[mode]),
+        "text": breakdown.gap_lines(found, least, label=MODE_LABELS[mode]),
         "trace_bytes": size,
         "trace_kept": size <= TRACE_BYTES,
     }
@@ -472,7 +404,7 @@ def calculated(device: str) -> list[dict]:
             stated = f"{RANKS} x {name}, {NODE} a node, {nic:g} GB/s a NIC"
             rows.append({
                 "case": f"model-of-256 {name} {nic:g}", "mode": "model-of-256", "moments": "fp32", "status": "ok",
-                "reason": "", "label": f"{measure.MODE_LABELS['model-of-256']}, {stated}: Mistral-7B, 4 x {SEQ_LEN}, "
+                "reason": "", "label": f"{MODE_LABELS['model-of-256']}, {stated}: Mistral-7B, 4 x {SEQ_LEN}, "
                 f"{chosen.sharding.name}, rates from good to leading",
                 "n_layers": work.config.n_layers, "micro_batch": 4, "seq_len": SEQ_LEN,
                 "sharding": chosen.sharding.name,
@@ -516,13 +448,13 @@ def one_case(given: argparse.Namespace) -> int:
 
     def save(new: dict) -> None:
         row.update(new)
-        measure.write_json(Path(given.row), row)
+        write_json(Path(given.row), row)
 
-    measure.die_with_parent()
+    die_with_parent()
     mode, _, moments = given.case.partition(":")
     accumulation = given.accumulation if mode == "one-gpu" else 1
     try:
-        measured(measure.bench_on(given.smoke), Case(mode, moments, accumulation), given, save)
+        measured(bench_on(given.smoke), Case(mode, moments, accumulation), given, save)
     except Exception as error:  # out of memory, say
         print(f"{given.case}: {line_of(error)}", flush=True)
         save({"status": "failed", "reason": line_of(error)})
@@ -544,7 +476,7 @@ def main(arguments: list[str]) -> int:
         print("step.py: --profile needs a mode that runs; model-of-256 is arithmetic", file=sys.stderr)
         return 2
     try:
-        bench = measure.bench_on(given.smoke or not needs_gpu)
+        bench = bench_on(given.smoke or not needs_gpu)
     except RuntimeError as error:
         print(f"step.py: {error}", file=sys.stderr)
         return 2
@@ -556,10 +488,10 @@ def main(arguments: list[str]) -> int:
             best = best_moments(card.name, card.total_memory, given.accumulation)
         given.moments = list(dict.fromkeys(best if m == BEST else m for m in given.moments))
     wanted = cases(given.mode, given.moments, given.accumulation)
-    out = given.out or (measure.results_folder(bench) if wanted else ROOT / "runs" / "bench")
+    out = given.out or (results_folder(bench) if wanted else ROOT / "runs" / "bench")
     out.mkdir(parents=True, exist_ok=True)
     note = {"note": "smoke: no performance figure"} if given.smoke else {}
-    about = {"format": 1, "smoke": given.smoke} | note | {"machine": measure.machine(bench, given.commit)}
+    about = {"format": 1, "smoke": given.smoke} | note | {"machine": machine(bench, given.commit)}
     result, profiles = about | {"kind": "step", "rows": []}, about | {"kind": "profile", "profiles": []}
     for i, case in enumerate(wanted):
         left, share = given.budget_s - (time.monotonic() - started), 1 if i else FIRST_SHARE
@@ -572,7 +504,7 @@ def main(arguments: list[str]) -> int:
         trace = out / f"trace-{case.name}.json.gz"
         if given.profile:
             command += ["--profile", "--trace", str(trace)]
-        row = measure.in_its_own_process([*command, "--row"], seconds + GRACE_S)
+        row = in_its_own_process([*command, "--row"], seconds + GRACE_S)
         missing = {"case": case.name, "mode": case.mode, "moments": case.moments}
         missing["label"] = label(case, PRESETS["mistral-7b"], case.micro_batch, SEQ_LEN, given.smoke)
         row = missing | row
@@ -581,10 +513,10 @@ def main(arguments: list[str]) -> int:
         lines = lines_of(row, given.smoke)
         if (found := row.pop("profile", None)) is not None:
             profiles["profiles"].append(found)
-            measure.write_json(out / "profile.json", profiles)
+            write_json(out / "profile.json", profiles)
             lines += lines_of(found, given.smoke)
         result["rows"].append(row)
-        measure.write_json(out / "step.json", result)
+        write_json(out / "step.json", result)
         print("\n".join(lines), flush=True)
     bad = [row["case"] for row in [*result["rows"], *profiles["profiles"]] if row["status"] != "ok"]
     n_run = len(result["rows"])
@@ -592,8 +524,8 @@ def main(arguments: list[str]) -> int:
         result["rows"] += calculated(result["machine"]["device"])
         print("\n".join(line for row in result["rows"] if "range" in row for line in lines_of(row, given.smoke)))
     if bench.on_gpu:
-        result["machine"]["nvidia_smi_after"] = measure.nvidia_smi()
-    measure.write_json(out / "step.json", result)
+        result["machine"]["nvidia_smi_after"] = nvidia_smi()
+    write_json(out / "step.json", result)
     print(f"step: {n_run - len(set(bad))} of {n_run} cases" + "".join(f"; {c} failed" for c in dict.fromkeys(bad)))
     return 1 if bad else 0
 
@@ -606,7 +538,7 @@ def lines_of(row: dict, smoke: bool) -> list[str]:
         return [f"{row['case']}: ran"]
     if "gaps" in row:
         return [row["label"], *row["text"]]
-    return [f"{row['label']}: {measure.step_words(row)}"]
+    return [f"{row['label']}: {step_words(row)}"]
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ interleaved are bench/kernels.py's. A provider that is absent is skipped with th
 import pytest
 import torch
 
-from bench import kernels, measure, peers
-from bench.operations import OPERATIONS, SETS, SMOKE_SETS
+from bench import kernels
+from bench.lib import peers
+from bench.lib.clocks import bench_on
+from bench.lib.operations import OPERATIONS, SETS, SMOKE_SETS
 
 SMOKE = not torch.cuda.is_available()
 SHAPE = (SMOKE_SETS if SMOKE else SETS)["7b"]
@@ -29,7 +31,7 @@ def case_of():
     def case(operation):
         if operation.name not in kept:
             kept.clear()
-            bench = measure.bench_on(SMOKE)
+            bench = bench_on(SMOKE)
             kept[operation.name] = kernels.Case(bench, operation, SHAPE, torch.float32 if SMOKE else torch.bfloat16)
         return kept[operation.name]
 

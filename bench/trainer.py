@@ -45,10 +45,11 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
-from bench import measure
-from bench.kernels import line_of
+from bench.lib.clocks import bench_on
+from bench.lib.operations import excess, limits
+from bench.lib.process import die_with_parent, line_of, nvidia_smi
+from bench.lib.results import machine, repeatable, results_folder, write_json
 from halny.model.data.writer import write_dataset
-from halny.model.durable import write_json
 from halny.model.exits import FAILED, FINISHED, STOPPED
 from halny.model.mistral import PRESETS, MistralConfig
 
@@ -135,7 +136,7 @@ class Stage:
         made |= {"from_s": from_s, "to_s": self.now, "command": "", "figures": {}, "said": []} | more
         with self.lock:
             self.result["rows"].append(made)
-            measure.write_json(self.path, self.result)
+            write_json(self.path, self.result)
             print(f"{name:34}{status:16}{made['seconds']:6.1f} s   {reason[:100]}", flush=True)
         return made
 
@@ -160,7 +161,7 @@ class Process:
 
     def __init__(self, stage: Stage, name: str, command: list[str], **options):
         self.stage, self.log = stage, stage.scratch / f"{name}.log"
-        self.words = " ".join([Path(command[0]).name, *map(measure.repeatable, command[1:])])
+        self.words = " ".join([Path(command[0]).name, *map(repeatable, command[1:])])
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1" if stage.smoke else "4"}
         environment |= {
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"
@@ -413,7 +414,7 @@ def be_export(smoke: bool) -> int:
     from halny.kernels import dispatch
     from halny.model.convert import load_hf
 
-    measure.die_with_parent()
+    die_with_parent()
     export, left = (Path(sys.stdin.readline().strip()) for _ in range(2))
     if not export.name:
         return 1
@@ -430,9 +431,7 @@ def be_export(smoke: bool) -> int:
         ours = load_hf(export, torch.bfloat16).to(device).eval()
         dispatch.launches.clear()
         out = ours(tokens)
-        found = measure.excess(
-            out, logits[torch.float32], *measure.limits(logits[torch.bfloat16], logits[torch.float32])
-        )
+        found = excess(out, logits[torch.float32], *limits(logits[torch.bfloat16], logits[torch.float32]))
         found |= {"launches": dict(dispatch.launches), "reference_only": smoke, "n_tokens": tokens.numel()}
         found["loss_fp32"] = random_loss(logits[torch.float32], tokens)
         found["loss_ours"] = random_loss(out, tokens)
@@ -534,15 +533,15 @@ def main(arguments: list[str]) -> int:
               file=sys.stderr)  # fmt: skip
         return 2
     try:
-        bench = measure.bench_on(given.smoke)
+        bench = bench_on(given.smoke)
     except RuntimeError as error:
         print(f"trainer.py: {error}", file=sys.stderr)
         return 2
     began = time.monotonic()
-    out = given.out or measure.results_folder(bench)
+    out = given.out or results_folder(bench)
     note = {"note": "smoke: no performance figure"} if given.smoke else {}
     result = {"format": 1, "kind": "trainer", "smoke": given.smoke} | note
-    result |= {"machine": measure.machine(bench, given.commit), "rows": []}
+    result |= {"machine": machine(bench, given.commit), "rows": []}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     interrupted = False
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
@@ -555,8 +554,8 @@ def main(arguments: list[str]) -> int:
         except KeyboardInterrupt:  # the rows so far are in the file
             interrupted = True
     if bench.on_gpu:
-        result["machine"]["nvidia_smi_after"] = measure.nvidia_smi()
-    measure.write_json(out / "trainer.json", result)
+        result["machine"]["nvidia_smi_after"] = nvidia_smi()
+    write_json(out / "trainer.json", result)
     states = [row["status"] for row in result["rows"]]
     bad = [row["name"] for row in result["rows"] if row["status"] == "failed"]
     words = f"trainer: {states.count('ok')} of {len(states)} ok, in {stage.now:.0f} s"

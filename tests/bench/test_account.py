@@ -21,7 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
 from bench import account
-from bench.account import META, Call, Case, Count, Product, count_step, on_hopper, size
+from bench.account import Call, Count, Product, count_step, size
+from bench.lib import meta_step
+from bench.lib.meta_step import META, Case, Step, on_hopper, world_of
 from halny.kernels import dispatch, rms_norm, rope, swiglu
 from halny.kernels.attention import attention_mask
 from halny.kernels.cross_entropy import cross_entropy
@@ -303,14 +305,14 @@ def fsdp_calls(device: torch.device, config, ranks: int) -> list[tuple]:
 
     case = Case(config, 1, 8, ranks)
     if device == META:
-        with account.world_of(ranks) as world, on_hopper(lambda *_: None, window_hides=False):
-            step = account.Step(case, world)
+        with world_of(ranks) as world, on_hopper(lambda *_: None, window_hides=False):
+            step = Step(case, world)
             with Record() as record:
                 step.run()
         return record.calls
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
-        step = account.Step(case, World(0, ranks, device, init_device_mesh("cpu", (ranks,)), 4))
+        step = Step(case, World(0, ranks, device, init_device_mesh("cpu", (ranks,)), 4))
         step.batches = [Batch(*torch.zeros(2, 1, 8, dtype=torch.int64), lengths=[8])]
         with torch.no_grad():
             for p in step.model.parameters():
@@ -325,7 +327,7 @@ def fsdp_calls(device: torch.device, config, ranks: int) -> list[tuple]:
 
 def test_fsdp_on_meta_tensors_is_fsdp(monkeypatch):
     """The three patches that let it run there change none of its copies or collectives."""
-    monkeypatch.setattr(account, "META", torch.device("cpu"))  # where Step puts guard and batch
+    monkeypatch.setattr(meta_step, "META", torch.device("cpu"))  # where Step puts guard and batch
     real = fsdp_calls(torch.device("cpu"), SMALL_MODEL, 16)
     monkeypatch.undo()
     ours = fsdp_calls(META, SMALL_MODEL, 16)
@@ -348,8 +350,8 @@ def test_host_time_is_that_of_forward_backward_and_optimizer(chunks, monkeypatch
 def test_a_step_reads_no_value(ranks, monkeypatch):
     """A meta tensor has none to read, so what does not raise there waits for no GPU; a planted read raises."""
     case = Case(SMALL_MODEL, 2, 64, ranks)
-    with account.world_of(ranks) as world, on_hopper(lambda *_: None, case.window_hides):
-        step = account.Step(case, world)
+    with world_of(ranks) as world, on_hopper(lambda *_: None, case.window_hides):
+        step = Step(case, world)
         assert step.run().shape == (7,)
         judge = Guard.judge
         for read in (torch.Tensor.item, torch.Tensor.tolist, bool, torch.nonzero):
@@ -533,7 +535,7 @@ def test_a_step_on_a_gpu_does_not_synchronise():
         case = Case(replace(SMALL_MODEL, window=None), 2, 64, 1)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(account, "META", world.device)
-            step = account.Step(case, world)
+            step = Step(case, world)
         step.batches = [Batch(*torch.randint(256, (2, 2, 64), device=world.device), lengths=[64] * 2)]
         step.run()
         torch.cuda.synchronize()

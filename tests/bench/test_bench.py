@@ -14,14 +14,19 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import aot, gpu_pass, kernels, measure, merge, operations, peers, report, step
+from bench import aot, gpu_pass, kernels, merge, report, step
 from bench import attention as bench_attention
+from bench.lib import operations, peers
+from bench.lib.clocks import Bench, Call, Clocks, quantiles
+from bench.lib.process import ROOT
+from bench.lib.results import BadResult, read_result, repeatable, write_json
+from bench.lib.steps import MODE_LABELS
 from halny.kernels.adamw import new_moments, split
 from halny.kernels.attention import attention_mask
 from halny.kernels.swiglu import swiglu_reference
 from halny.model.record import breakdown
 
-CPU = measure.Bench(torch.device("cpu"), True, 2**16)
+CPU = Bench(torch.device("cpu"), True, 2**16)
 SHAPE = operations.SMOKE_SETS["7b"]
 
 # ------------------------------------------------------------------------------------------------------ bytes and FLOPs
@@ -109,7 +114,7 @@ def test_attention_flops_are_those_of_the_mask(window, mean_document):
 
 def test_quantiles_are_numpys():
     values = [3.0, 1.0, 2.0, 10.0, 4.0, 4.5]
-    found = measure.quantiles(values)
+    found = quantiles(values)
     assert [found[k] for k in ("p5", "median", "p95")] == pytest.approx(np.quantile(values, [0.05, 0.5, 0.95]))
 
 
@@ -122,11 +127,11 @@ def test_calls_are_interleaved_and_restored():
         raise RuntimeError("no such luck")
 
     calls = {
-        "a": measure.Call(lambda i: order.append(f"a{i}"), 2, lambda i: order.append(f"restore{i}")),
-        "b": measure.Call(lambda i: order.append(f"b{i}"), 2),
-        "c": measure.Call(broken, 2),
+        "a": Call(lambda i: order.append(f"a{i}"), 2, lambda i: order.append(f"restore{i}")),
+        "b": Call(lambda i: order.append(f"b{i}"), 2),
+        "c": Call(broken, 2),
     }
-    clocks, turns = measure.Clocks(CPU, rounds=6, least=2), []
+    clocks, turns = Clocks(CPU, rounds=6, least=2), []
     kernel_round = clocks._kernel_round
     clocks._kernel_round = lambda call, *more: (turns.append("ab"[call is calls["b"]]), kernel_round(call, *more))[1]
     results = clocks.time(calls)
@@ -142,7 +147,7 @@ def test_calls_are_interleaved_and_restored():
 
 def run_fakes(fakes: list[peers.Peer]) -> dict[str, dict]:
     """The "both" rows of SwiGLU with these providers, by name."""
-    clocks = measure.Clocks(CPU, rounds=1, least=1)
+    clocks = Clocks(CPU, rounds=1, least=1)
     ceilings = {"copy_gb_s": 1.0}
     rows = kernels.run_case(
         CPU, operations.OPERATIONS["swiglu"], "7b", SHAPE, fakes, ceilings, {}, torch.float32, clocks
@@ -435,7 +440,7 @@ def write_results(folder: Path) -> Path:
         "profile": profile_result(),
         "aot": about | {"kind": "aot", "rows": [aot_row]},
     }.items():
-        measure.write_json(folder / f"{name}.json", value)
+        write_json(folder / f"{name}.json", value)
     return folder
 
 
@@ -541,20 +546,20 @@ def test_a_whole_visit_rehearsed(tmp_path, capsys):
     parts = (chosen[0], broken, *chosen[1:])
     assert gpu_pass.main(["--smoke", "--out", str(tmp_path), "--visit-s", "700"], parts) == 1
     printed = capsys.readouterr().out
-    ran = measure.read_result(tmp_path / "pass.json")
+    ran = read_result(tmp_path / "pass.json")
     states = {name: entry["status"] for name, entry in ran["parts"].items()}
     log = (tmp_path / "log.txt").read_text()
     assert states == {p.name: "failed" if p is broken else "ok" for p in parts}, log[-3000:]
     assert ran["parts"]["broken"]["said"] == "no luck" and ran["parts"]["tests"]["skipped"] > 0
-    modes = [row["mode"] for row in measure.read_result(tmp_path / "step.json")["rows"] if row["status"] == "ok"]
-    assert list(dict.fromkeys(modes)) == list(measure.MODE_LABELS)
-    others = {row["name"]: row for row in measure.read_result(tmp_path / "step.json")["opponents"]}
+    modes = [row["mode"] for row in read_result(tmp_path / "step.json")["rows"] if row["status"] == "ok"]
+    assert list(dict.fromkeys(modes)) == list(MODE_LABELS)
+    others = {row["name"]: row for row in read_result(tmp_path / "step.json")["opponents"]}
     assert [a["micro_batch"] for a in others["hf-bf16"]["attempts"]] == [2, 1]
     assert others["hf-bf16"]["status"] == "ok" and others["liger-bf16"]["status"] == "absent"
-    gaps = measure.read_result(tmp_path / "profile.json")["profiles"][0]["gaps"]
+    gaps = read_result(tmp_path / "profile.json")["profiles"][0]["gaps"]
     assert {row["part"] for row in gaps} == {*breakdown.PRECEDENCE, "idle"}
     names = ("kernels", "attention", "step", "profile")
-    results = {name: measure.read_result(tmp_path / f"{name}.json") for name in names}
+    results = {name: read_result(tmp_path / f"{name}.json") for name in names}
     assert all(results[name]["smoke"] and "no performance figure" in results[name]["note"] for name in names)
     ours = [row for row in results["kernels"]["rows"] if row["package"] == "halny"]
     assert {row["operation"] for row in ours} == set(operations.OPERATIONS)
@@ -611,10 +616,32 @@ def test_what_is_done_is_left_out_until_its_files_change(tmp_path, monkeypatch, 
     assert visit() == ["a", "b"] and visit() == []
     (root / "b" / "code.py").write_text("2\n")
     assert visit() == ["b"] and visit() == [] and visit("--again") == ["a", "b"]
-    states = measure.read_result(out / "pass.json")["parts"]
+    states = read_result(out / "pass.json")["parts"]
     assert {name: entry["status"] for name, entry in states.items()} == {"a": "ok", "b": "ok"}
-    monkeypatch.setattr(gpu_pass.measure, "machine", lambda *_: machine() | {"device": "another"})
+    monkeypatch.setattr(gpu_pass, "machine", lambda *_: machine() | {"device": "another"})
     assert visit() == ["a", "b"]  # what another device did says nothing
+
+
+def imported_by(path: Path) -> set[Path]:
+    """The files of bench/ that one of them imports, whichever way round."""
+    found, left = set(), [path]
+    while left:
+        names = re.findall(r"^ *from (bench[.\w]*) import \(?([\w, ]*)", left.pop().read_text(), re.M)
+        modules = {f"{of}.{name}" for of, what in names for name in what.split(", ")} | {of for of, _ in names}
+        files = {gpu_pass.ROOT / f"{module.replace('.', '/')}.py" for module in modules}
+        new = {file for file in files - found if file.is_file()}
+        found |= new
+        left += new
+    return found
+
+
+@pytest.mark.parametrize("part", [p for p in gpu_pass.PARTS if "tests" not in p.name and not p.ahead_of])
+def test_a_part_reads_what_its_script_imports(part):
+    """So that what an earlier call did is repeated once any file of bench/ that it depends on has changed."""
+    script = gpu_pass.ROOT / "bench" / f"{part.name}.py"
+    read = {path for pattern in part.reads for path in gpu_pass.ROOT.glob(pattern)}
+    assert {script, *imported_by(script)} <= read
+    assert all(list(gpu_pass.ROOT.glob(pattern)) for pattern in part.reads)
 
 
 def test_what_is_not_timed_runs_side_by_side(tmp_path):
@@ -736,7 +763,7 @@ def test_a_name_that_does_not_exist_is_refused(capsys, tmp_path):
 def test_the_everyday_interface():
     """``pytest bench --benchmark-only``: what the compiler makes keeps its graph, absent peers are skipped by name."""
     command = ["-m", "pytest", "bench", "--benchmark-only", "-p", "no:cacheprovider", "-k", "rms_norm-backward", "-rs"]
-    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=measure.ROOT)
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, cwd=ROOT)
     if torch.cuda.is_available():
         assert done.returncode == 0, done.stdout[-3000:]
         return
@@ -746,8 +773,8 @@ def test_the_everyday_interface():
 
 
 def test_a_command_can_be_repeated_elsewhere():
-    paths = [str(measure.ROOT / "bench" / "kernels.py"), "/somewhere/else/out", "--only", "swiglu"]
-    assert [measure.repeatable(p) for p in paths] == ["bench/kernels.py", "out", "--only", "swiglu"]
+    paths = [str(ROOT / "bench" / "kernels.py"), "/somewhere/else/out", "--only", "swiglu"]
+    assert [repeatable(p) for p in paths] == ["bench/kernels.py", "out", "--only", "swiglu"]
 
 
 @pytest.mark.parametrize("script", ["kernels", "attention", "step", "opponents", "gpu_pass"])
@@ -765,9 +792,10 @@ def test_without_a_gpu_nothing_starts_and_nobody_elses_package_is_shadowed(scrip
         "import atexit, os\n\n\ndef last(*code):\n    import kernels\n\n    print(kernels.WHOSE, flush=True)\n"
         "    if code:\n        leave(*code)\n\n\nleave, os._exit = os._exit, last\natexit.register(last)\n"
     )
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, f"bench/{script}.py", "--out", str(tmp_path / "out")],
-        capture_output=True, text=True, cwd=measure.ROOT, env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": path},
     )  # fmt: skip
     assert done.returncode == 2 and "needs a CUDA GPU" in done.stderr and done.stderr.count("\n") == 1, done.stderr
     assert not (tmp_path / "out").exists()
@@ -783,7 +811,7 @@ def test_the_report_shows_convergence(tmp_path):
     assert f"| 8bit | {row['held_out_loss']:.3f} | {row['spread']:.3f} | {row['difference']:+.3f} |" in text
     del row["difference"]
     (tmp_path / "convergence.json").write_text(json.dumps(result))
-    with pytest.raises(measure.BadResult, match=r"convergence.json.summary\[3\].difference is missing"):
+    with pytest.raises(BadResult, match=r"convergence.json.summary\[3\].difference is missing"):
         merge.read_folders([tmp_path])
 
 
@@ -804,16 +832,16 @@ def visits(results: Path) -> list[Path]:
     other, cpu = results / "2026-01-01-other", results / "2026-01-03-cpu"
     early, late = ("2026-01-02T03:04:05Z", "abc"), ("2026-01-02T05:00:00Z", "def")
     for name, value in {"kernels": kernel_result(), "attention": attention_result(), "step": step_result()}.items():
-        measure.write_json(first / f"{name}.json", at(value, *early))
+        write_json(first / f"{name}.json", at(value, *early))
     profile = profile_result()
     profile["profiles"][0] |= {"n_layers": 32, "micro_batch": 4, "seq_len": 4096, "ceiling_before": {"tflop_s": 777.0}}
-    measure.write_json(first / "profile.json", at(profile, *early))
+    write_json(first / "profile.json", at(profile, *early))
     entry = {"status": "failed", "seconds": 80.0, "said": "1 failed | really", "passed": 41, "failed": 1, "errors": 0,
              "skipped": 2, "failing": ["tests/test_a.py::test_b[x]"]}  # fmt: skip
     ended = {"status": "ok", "seconds": 9.0, "said": "done"}
     about = {"format": 1, "smoke": False, "machine": machine()}
     visit = about | {"kind": "pass", "parts": {"tests": entry, "kernels": ended}}
-    measure.write_json(first / "pass.json", at(visit, *early))
+    write_json(first / "pass.json", at(visit, *early))
 
     again = at(kernel_result(), *late)
     again["rows"] = [row for row in again["rows"] if row["operation"] in ("swiglu", "rms_norm") and row["set"] == "7b"]
@@ -826,18 +854,18 @@ def visits(results: Path) -> list[Path]:
             row["kernel_ms"] = times(0.25)
     again["ceilings"] |= {"copy_gb_s": 2950.0, "step_tflop_s": 701.0}
     again |= {"not_reached": ["adamw, fp32 7b", "nobody 7b"], "broken": ["rope 7b: OutOfMemoryError: all of it"]}
-    measure.write_json(second / "kernels.json", again)
+    write_json(second / "kernels.json", again)
     step_file = at(step_result(), *late)
     step_file["rows"].append(step_file["rows"][0] | {"label": "training on one GPU: accumulating"})
     step_file["rows"][0].update(status="failed", reason="OutOfMemoryError: this time")
-    measure.write_json(second / "step.json", step_file)
+    write_json(second / "step.json", step_file)
     resumed = {"name": "resumes", "status": "ok", "seconds": 31.5, "reason": "bit for bit", "from_s": 0.0, "to_s": 31.5,
                "command": "torchrun train.py", "said": ["much"],
                "figures": {"losses": [9.0] * 9, "tokens_per_second": [4321, 4330], "summary": {}}}  # fmt: skip
     tried = [resumed, resumed | {"name": "fits", "status": "cannot run here", "reason": "", "figures": {}}]
-    measure.write_json(second / "trainer.json", at(about | {"kind": "trainer", "rows": tried}, *late))
+    write_json(second / "trainer.json", at(about | {"kind": "trainer", "rows": tried}, *late))
 
-    measure.write_json(other / "attention.json", at(attention_result(), "2026-01-01T00:00:00Z", "abb", "Other GPU"))
+    write_json(other / "attention.json", at(attention_result(), "2026-01-01T00:00:00Z", "abb", "Other GPU"))
     cpu.mkdir()
     convergence = report.RESULTS / "2026-11-25-cpu" / "convergence.json"
     (cpu / "convergence.json").write_text(convergence.read_text())
@@ -955,7 +983,7 @@ def test_the_plans_rates_stand_beside_the_measured(tmp_path):
     assert line("attention, 4 x 4096, backward")[1:4] == ["", "", "600 TFLOP/s"]
     in_step = 6 * 7_110_393_856 * 4 * 4096 / 6e-3 / 1e12  # the profile's matrix products take 6 ms
     assert f"{in_step:,.0f} TFLOP/s" in line("matrix products in the step")[3]
-    assert measure.MODE_LABELS["one-gpu"] == "training on one GPU" and "777 TFLOP/s" in text
+    assert MODE_LABELS["one-gpu"] == "training on one GPU" and "777 TFLOP/s" in text
     assert "is not in model/estimate/machines.py" in "\n".join(report.rates_parts(devices[1]))
     assert report.rates_parts(devices[2]) == []
 
@@ -963,7 +991,7 @@ def test_the_plans_rates_stand_beside_the_measured(tmp_path):
 def test_a_visit_that_timed_nothing_says_so(tmp_path, capsys):
     """A newer "wrong" takes a figure away; and what broke before it had a row is said."""
     broken = at(kernel_result(), "2026-01-02T03:04:05Z", "abc") | {"broken": ["rope 7b: RuntimeError: a word"]}
-    measure.write_json(tmp_path / "a" / "kernels.json", broken | {"rows": []})
+    write_json(tmp_path / "a" / "kernels.json", broken | {"rows": []})
     assert report.main([str(tmp_path / "a")]) == 0
     text = capsys.readouterr().out
     assert f"### Kernels: {H100}" in text and "- rope 7b: RuntimeError: a word (run of 2026-01-02 03:04)" in text
@@ -971,8 +999,8 @@ def test_a_visit_that_timed_nothing_says_so(tmp_path, capsys):
     wrong = at(kernel_result(), "2026-01-03T03:04:05Z", "def")
     for row in wrong["rows"]:
         row.update(status="wrong", reason="out: error 2 above the bound 1")
-    measure.write_json(tmp_path / "b" / "kernels.json", wrong)
-    measure.write_json(tmp_path / "c" / "kernels.json", at(kernel_result(), "2026-01-01T00:00:00Z", "old"))
+    write_json(tmp_path / "b" / "kernels.json", wrong)
+    write_json(tmp_path / "c" / "kernels.json", at(kernel_result(), "2026-01-01T00:00:00Z", "old"))
     for folders in (("b", "c"), ("c", "b")):
         assert report.main([str(tmp_path / name) for name in folders]) == 0
         text = capsys.readouterr().out

@@ -10,11 +10,15 @@ import pytest
 import torch
 
 from bench import attention as bench_attention
-from bench import kernels, measure, operations, peers
+from bench import kernels
+from bench.lib import clocks as clocks_module
+from bench.lib import operations, peers
+from bench.lib.clocks import Bench, Call, Clocks, burst_of, sets_for
+from bench.lib.results import read_result
 from halny.kernels.swiglu import swiglu_reference
 
-CPU = measure.Bench(torch.device("cpu"), True, 2**16)
-H200 = measure.Bench(torch.device("cuda"), False, 60 * 2**20)  # asked for sizes only
+CPU = Bench(torch.device("cpu"), True, 2**16)
+H200 = Bench(torch.device("cuda"), False, 60 * 2**20)  # asked for sizes only
 SHAPE = operations.SMOKE_SETS["7b"]
 
 # ----------------------------------------------------------------------------------------------------------- the clock
@@ -29,7 +33,7 @@ SHAPE = operations.SMOKE_SETS["7b"]
     ],
 )
 def test_input_sets_exceed_the_cache_and_fill_a_burst(n_bytes, expected):
-    assert measure.sets_for(H200, n_bytes) == expected
+    assert sets_for(H200, n_bytes) == expected
     assert expected * n_bytes > 4 * H200.cache_bytes
 
 
@@ -38,17 +42,17 @@ def test_input_sets_exceed_the_cache_and_fill_a_burst(n_bytes, expected):
     [(0.062, 12, 10), (0.25, 4, 3), (0.3, 12, 1), (0.005, 64, 16), (0.062, 4, 4), (0.05, 1, 1)],
 )
 def test_a_burst_lasts_long_beside_its_events_and_repeats_no_set(kernel_ms, n_sets, expected):
-    assert measure.burst_of(kernel_ms, n_sets) == expected
+    assert burst_of(kernel_ms, n_sets) == expected
 
 
 def test_a_burst_is_one_interval_divided(monkeypatch):
     """With a clock that counts calls: two marks a burst, whose difference is divided by its calls."""
     calls, waits = [], []
-    clocks = measure.Clocks(CPU, rounds=1, least=1)
+    clocks = Clocks(CPU, rounds=1, least=1)
     monkeypatch.setattr(clocks, "_flush", lambda: calls.append("flush"))
     monkeypatch.setattr(clocks, "_wait", waits.append)
-    monkeypatch.setattr(measure, "mark", lambda bench: float(sum(c != "flush" for c in calls)))
-    call = measure.Call(calls.append, 6)
+    monkeypatch.setattr(clocks_module, "mark", lambda bench: float(sum(c != "flush" for c in calls)))
+    call = Call(calls.append, 6)
     found = clocks._kernel_round(call, n=2, first=4, host_ms=0.5, burst=3)
     assert found == [1000.0, 1000.0]  # three calls, three "seconds", a second each
     assert calls == ["flush", 4, 5, 0, "flush", 1, 2, 3]
@@ -71,7 +75,7 @@ def test_outputs_of_a_burst_live_until_it_is_over():
         counts.append(len(alive))
         return out
 
-    measure.Clocks(CPU, rounds=1)._kernel_round(measure.Call(run, 4), n=2, first=0, host_ms=0.0, burst=4)
+    Clocks(CPU, rounds=1)._kernel_round(Call(run, 4), n=2, first=0, host_ms=0.0, burst=4)
     assert counts == [1, 2, 3, 4, 1, 2, 3, 4] and not alive
 
 
@@ -82,7 +86,7 @@ def test_slow_calls_do_not_take_all_their_sets_for_wall_time():
         seen.append(i)
         time.sleep(0.015)
 
-    found = measure.Clocks(CPU, rounds=2, least=1).time({"slow": measure.Call(slow, 30)})["slow"]
+    found = Clocks(CPU, rounds=2, least=1).time({"slow": Call(slow, 30)})["slow"]
     assert len(seen) < 30 and found["burst"] == 1 and found["wall_ms"]["median"] == pytest.approx(15, rel=0.5)
 
 
@@ -137,13 +141,13 @@ def run(fakes: list[peers.Peer], tmp_path, excluded=None, names=("swiglu",), res
     result = result or kernels.open_result(CPU, "kernels", "abc")
     jobs = [(operations.OPERATIONS[name], "7b", shape, fakes, excluded or {}) for name in names]
     kernels.run_all(CPU, path, jobs, result, time.monotonic() + 60, torch.float32)
-    return measure.read_result(path)
+    return read_result(path)
 
 
 @pytest.fixture
 def ceilings(monkeypatch):
     found = {"copy_gb_s": 1.0, "step_tflop_s": 1.0, "head_tflop_s": 1.0, "square_tflop_s": 1.0}
-    monkeypatch.setattr(measure, "ceilings", lambda bench: dict(found))
+    monkeypatch.setattr(kernels, "ceilings", lambda bench: dict(found))
 
 
 RIGHT = peers.Peer("halny", lambda: swiglu_reference, False, "", "right")
@@ -190,7 +194,7 @@ def test_who_leaves_the_gpu_in_error_is_left_out_of_a_new_start(tmp_path, ceilin
     """The process that starts anew has the rows of the cases before, and repeats the case without the culprit."""
     lost = []
 
-    class Lost(measure.Bench):
+    class Lost(Bench):
         def synchronize(self):
             if lost:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -226,7 +230,7 @@ def test_who_leaves_the_gpu_in_error_is_left_out_of_a_new_start(tmp_path, ceilin
     given = argparse.Namespace(resume=path, budget_s=60.0, commit=None, without=["good"])
     listed = [(*job[:4], "swiglu") for job in jobs]
     assert kernels.run_jobs(bench, given, "kernels", tmp_path, listed, {}, time.monotonic(), torch.float32) == 0
-    found = measure.read_result(path)
+    found = read_result(path)
     states = {(row["set"], row["provider"]): row["status"] for row in found["rows"]}
     assert states == {("7b", "halny"): "ok", ("7b", "bad"): "ok", ("128k", "halny"): "ok", ("128k", "bad"): "failed"}
     reason = next(row["reason"] for row in found["rows"] if row["status"] == "failed")
@@ -234,7 +238,7 @@ def test_who_leaves_the_gpu_in_error_is_left_out_of_a_new_start(tmp_path, ceilin
 
 
 def test_a_gpu_that_is_lost_to_nobody_known_costs_the_case_and_no_endless_starts(tmp_path, ceilings, monkeypatch):
-    class Dead(measure.Bench):
+    class Dead(Bench):
         def synchronize(self):
             raise RuntimeError("CUDA error: unspecified launch failure")
 
@@ -255,7 +259,7 @@ def test_a_gpu_that_is_lost_to_nobody_known_costs_the_case_and_no_endless_starts
     with pytest.raises(Anew):
         result = kernels.open_result(CPU, "kernels", "abc") | {"excluded": {}}
         kernels.run_all(Dead(CPU.device, True, 1), path, jobs, result, time.monotonic() + 60, torch.float32)
-    found = measure.read_result(path)
+    found = read_result(path)
     assert found["not_reached"] == [] and {row["status"] for row in found["rows"]} == {"failed"}
 
 
@@ -274,7 +278,7 @@ def options(**given) -> argparse.Namespace:
 
 
 def test_a_warm_up_of_its_own_leaves_its_exclusions_for_the_run(tmp_path, monkeypatch):
-    bench, listed = measure.Bench(CPU.device, False, 2**16), [("swiglu", "quack"), ("swiglu", "halny")]
+    bench, listed = Bench(CPU.device, False, 2**16), [("swiglu", "quack"), ("swiglu", "halny")]
     seen = []
 
     def warm_all(script, jobs, workers, budget_s, save=None, **more):
@@ -406,7 +410,7 @@ def test_rehearsals_take_the_new_options(tmp_path, capsys):
     assert json.loads((tmp_path / "warm-kernels.json").read_text()) if (tmp_path / "warm-kernels.json").exists() else 1
     arguments = ["--smoke", "--set", "128k", "--only", "linear", "--no-warm", "--out", str(tmp_path)]
     assert kernels.main(arguments) == 0
-    assert {row["set"] for row in measure.read_result(tmp_path / "kernels.json")["rows"]} == {"128k"}
+    assert {row["set"] for row in read_result(tmp_path / "kernels.json")["rows"]} == {"128k"}
     with pytest.raises(SystemExit):
         kernels.main(["--smoke", "--set", "13b"])
     assert "invalid choice" in capsys.readouterr().err

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench import measure, trainer
+from bench import trainer
+from bench.lib.results import BadResult, read_result
 from halny.model.record import profiler
 from halny.model.run.saver import Saver
 
@@ -84,7 +85,7 @@ def test_the_rehearsal_needs_no_mistral_common_once_the_data_is_prepared(tmp_pat
     command = ["bench/trainer.py", "--smoke", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "out")]
     done = subprocess.run([sys.executable, *command, "--commit", "a test's", "--budget-s", "280"], **options)
     assert done.returncode == 0, done.stdout + done.stderr
-    result = measure.read_result(tmp_path / "out" / "trainer.json")
+    result = read_result(tmp_path / "out" / "trainer.json")
     rows = {row["name"]: row for row in result["rows"]}
     of_a_run = ("stopped by SIGTERM", "profile", "resumed", "resumed = undisturbed", "sample.txt")
     expected = {f"{case}: {what}" for case in ("one rank", "FSDP") for what in of_a_run}
@@ -99,8 +100,8 @@ def test_the_rehearsal_needs_no_mistral_common_once_the_data_is_prepared(tmp_pat
 
     result["rows"][0]["figures"] = None
     (tmp_path / "bad.json").write_text(json.dumps(result))
-    with pytest.raises(measure.BadResult, match=r"rows\[0\]\.figures must be dict"):
-        measure.read_result(tmp_path / "bad.json")
+    with pytest.raises(BadResult, match=r"rows\[0\]\.figures must be dict"):
+        read_result(tmp_path / "bad.json")
 
 
 # ------------------------------------------------------------------------------------------------- paths beside a GPU

@@ -18,14 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.mistral import modeling_mistral
 
 import train
-from bench import measure, opponents, report, step
+from bench import opponents, report, step
+from bench.lib import emulated
+from bench.lib.ceilings import matmul_ceiling, products_of
+from bench.lib.clocks import Bench
+from bench.lib.process import ROOT, Watch, in_its_own_process, watched
+from bench.lib.results import BadResult, machine, read_result, write_json
+from bench.lib.steps import MODE_LABELS, random_tokens, steady_steps
 from halny.model.convert import save_hf
 from halny.model.estimate import choices, machines, plan, roofline, sizes, step_time
 from halny.model.estimate.memory import rank_memory
 from halny.model.estimate.work import Sharding, Work
 from halny.model.mistral import PRESETS, Mistral
 
-CPU = measure.Bench(torch.device("cpu"), True, 2**16)
+CPU = Bench(torch.device("cpu"), True, 2**16)
 MISTRAL_7B, SMALL = PRESETS["mistral-7b"], PRESETS["test"]
 RANK = step.Case("rank-of-256")
 
@@ -48,7 +54,7 @@ class Collectives(TorchDispatchMode):
 @pytest.fixture
 def one_rank():
     """Makes the emulated step, by the layout asked for."""
-    world = step.one_of(step.RANKS, CPU.device, step.NODE)
+    world = emulated.one_of(step.RANKS, CPU.device, step.NODE)
     yield lambda reshard: step.Step(CPU, world, RANK, SMALL, 2, reshard)
     dist.destroy_process_group()
 
@@ -82,9 +88,9 @@ def test_what_is_gathered_and_reduced(one_rank):
     made = one_rank("always")
     group = SimpleNamespace(size=lambda: 4)
     gathered, reduced = torch.empty(64), torch.empty(16)
-    step._Gather(made.stand_in)(gathered, gathered[:16], group)
+    emulated._Gather(made.stand_in)(gathered, gathered[:16], group)
     assert torch.equal(gathered, made.stand_in.source[:64]) and gathered.std() > 0.01
-    step._Reduce(made.stand_in)(reduced, torch.arange(64.0), group, dist.ReduceOp.AVG)
+    emulated._Reduce(made.stand_in)(reduced, torch.arange(64.0), group, dist.ReduceOp.AVG)
     assert torch.equal(reduced, torch.arange(16.0))
     made.totals[-2] = 1.0  # as a step whose update the guard has skipped
     with pytest.raises(RuntimeError, match="was skipped"):
@@ -93,7 +99,7 @@ def test_what_is_gathered_and_reduced(one_rank):
 
 def test_a_torch_without_the_switch_is_refused():
     with pytest.raises(RuntimeError, match="cannot replace FSDP's collectives"):
-        step.StandIn(SMALL, 256, torch.float32, CPU.device).on(torch.nn.Module())
+        emulated.StandIn(SMALL, 256, torch.float32, CPU.device).on(torch.nn.Module())
 
 
 # ------------------------------------------------------------------------------------------------ what fits, and counts
@@ -103,7 +109,7 @@ def wanted(memory: int, case: step.Case) -> list[tuple[int, int]]:
     """(layers, micro batch) in the order of trying, on a card of so much memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
-        on_gpu = measure.Bench(torch.device("cuda", 0), False, 1)
+        on_gpu = Bench(torch.device("cuda", 0), False, 1)
         return [(model.n_layers, micro) for model, micro in step.sizes(on_gpu, case, None, None)]
 
 
@@ -153,31 +159,31 @@ def test_accumulation_is_part_of_the_step_and_its_name(monkeypatch):
 
 def test_the_products_are_all_of_the_steps():
     for n_tokens in (16384, 8192, 2048):
-        products = measure.products_of(MISTRAL_7B, n_tokens).values()
+        products = products_of(MISTRAL_7B, n_tokens).values()
         flops = sum(times * 2 * rows * n_out * n_in for _, rows, n_out, n_in, times in products)
         assert flops == 6 * sizes.matmul_parameters(MISTRAL_7B) * n_tokens
 
 
 def test_a_ceiling_is_of_whole_turns():
-    found = measure.matmul_ceiling(CPU, MISTRAL_7B, 16384)
+    found = matmul_ceiling(CPU, MISTRAL_7B, 16384)
     assert found["ms"] == pytest.approx(sum(p["ms"] * p["times"] for p in found["products"].values()))
     assert found["tflop_s"] == pytest.approx(found["flops"] / found["ms"] / 1e9)
 
 
 def test_tokens_are_as_frequent_as_words():
-    tokens = measure.random_tokens(32000, (4, 4, 4097), CPU.device)
-    assert torch.equal(tokens, measure.random_tokens(32000, (4, 4, 4097), CPU.device))
+    tokens = random_tokens(32000, (4, 4, 4097), CPU.device)
+    assert torch.equal(tokens, random_tokens(32000, (4, 4, 4097), CPU.device))
     counts = tokens.flatten().bincount(minlength=32000).sort(descending=True).values / tokens.numel()
     assert tokens.shape == (4, 4, 4097) and 0.02 < counts[0] < 0.06 and 0.4 < counts[:200].sum() < 0.6
     assert tokens.flatten().mode().values > 3  # which one is frequent says nothing
 
 
 def test_clocks_beside_the_work():
-    assert measure.watched("1980, 690.1, 61\n1755, 701.5, 66\nN/A, [N/A], 60\n1800, 700.0, 64\n") == {
+    assert watched("1980, 690.1, 61\n1755, 701.5, 66\nN/A, [N/A], 60\n1800, 700.0, 64\n") == {
         "n": 3, "sm_mhz": 1800.0, "watts": 700.0, "celsius": 66.0,
     }  # fmt: skip
-    assert measure.watched("") is None
-    with measure.Watch() as watch:
+    assert watched("") is None
+    with Watch() as watch:
         pass
     assert torch.cuda.is_available() or watch.found is None
 
@@ -189,9 +195,9 @@ def test_steady_steps_are_counted_and_bounded():
         ran.append(i)
         time.sleep(0.02)
 
-    found = measure.steady_steps(CPU, run, n_steps=4, seconds=60)
+    found = steady_steps(CPU, run, n_steps=4, seconds=60)
     assert found["n"] == 4 and ran == [0, 0, 0, 1, 2, 3] and 20 <= found["median"] < 60
-    assert measure.steady_steps(CPU, run, n_steps=50, seconds=0.1)["n"] in (3, 4)
+    assert steady_steps(CPU, run, n_steps=50, seconds=0.1)["n"] in (3, 4)
 
 
 # ------------------------------------------------------------------------------------------------- processes and labels
@@ -209,7 +215,7 @@ def test_what_a_process_leaves_counts(tmp_path):
         "{'late': lambda: time.sleep(60), 'silent': lambda: time.sleep(60), 'dies': lambda: os.kill(os.getpid(), 11),\n"
         " 'ends': lambda: sys.exit(3)}[how]()\n"
     )
-    rows = {how: measure.in_its_own_process([str(script), how], 2) for how in ("late", "silent", "dies", "ends")}
+    rows = {how: in_its_own_process([str(script), how], 2) for how in ("late", "silent", "dies", "ends")}
     assert rows == {
         "late": {"status": "ok", "reason": "was not done after 2 s"},
         "silent": {"status": "failed", "reason": "was not done after 2 s"},
@@ -223,9 +229,9 @@ def test_what_a_process_leaves_counts(tmp_path):
 def test_a_process_ends_with_whoever_started_it(tmp_path):
     """Though it is of another session, and its parent is killed with no chance to say so."""
     child, parent = tmp_path / "child.py", tmp_path / "parent.py"
-    head = f"import os, sys, time\nsys.path.insert(0, {str(measure.ROOT)!r})\nfrom bench import measure\n"
-    child.write_text(head + "measure.die_with_parent()\nopen(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(60)")
-    parent.write_text(head + f"measure.in_its_own_process([{str(child)!r}, {str(tmp_path / 'pid')!r}], 60)")
+    head = f"import os, sys, time\nsys.path.insert(0, {str(ROOT)!r})\nfrom bench.lib.process import *\n"
+    child.write_text(head + "die_with_parent()\nopen(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(60)")
+    parent.write_text(head + f"in_its_own_process([{str(child)!r}, {str(tmp_path / 'pid')!r}], 60)")
     process = subprocess.Popen([sys.executable, str(parent)])
     deadline = time.monotonic() + 60
     while not (tmp_path / "pid").exists() and time.monotonic() < deadline:
@@ -252,10 +258,10 @@ def test_a_case_that_fails_is_a_row_and_the_next_goes_on(tmp_path, monkeypatch, 
         good = {"status": "ok", "reason": ""} | timed()
         return {"status": "failed", "reason": "OutOfMemoryError: a lot"} if len(asked) == 1 else good
 
-    monkeypatch.setattr(measure, "in_its_own_process", process)
+    monkeypatch.setattr(step, "in_its_own_process", process)
     assert step.main(["--smoke", "--mode", "one-gpu", "rank-of-256", "--moments", "fp32", "--out", str(tmp_path)]) == 1
     assert asked == ["rank-of-256:fp32", "one-gpu:fp32"]
-    rows = measure.read_result(tmp_path / "step.json")["rows"]
+    rows = read_result(tmp_path / "step.json")["rows"]
     assert [row["status"] for row in rows] == ["failed", "ok"]
     assert "OutOfMemoryError: a lot" in capsys.readouterr().out
 
@@ -265,7 +271,7 @@ def test_calculated_needs_no_gpu(tmp_path, capsys):
     assert step.main(["--mode", "model-of-256", "--out", str(tmp_path)]) == 0
     said = capsys.readouterr().out.splitlines()
     assert all(line.startswith("calculated, 256 x ") for line in said[:-1]) and len(said) == 3
-    rows = measure.read_result(tmp_path / "step.json")["rows"]
+    rows = read_result(tmp_path / "step.json")["rows"]
     machine = machines.MACHINES["gh200-96"]
     for row, nic in zip(rows, (25e9, 50e9), strict=True):
         work, cluster = Work(MISTRAL_7B, 4, 4096), step_time.Cluster(machine.gpu, 256, 4, machine.nvlink, nic)
@@ -322,12 +328,12 @@ def results(folder: Path) -> Path:
     absent = {"name": "liger-bf16", "label": by_name["liger-bf16"].label, "status": "absent", "attempts": [],
               "reason": "ModuleNotFoundError: No module named 'liger_kernel'"}  # fmt: skip
     step_file = about | {"kind": "step", "rows": rows, "opponents": [absent, hf | {"attempts": tried}]}
-    measure.write_json(folder / "step.json", step_file)
+    write_json(folder / "step.json", step_file)
     found = gaps({"matmul": (921.25, 921.25, 885.5), "communication": (17.75, 650.5, 0.0), "idle": (9.5, 0.0, 0.0)})
     profile = row(RANK, wall_ms=948.5, idle_ms=9.5, hidden_communication_ms=632.75, own_ms={}, gaps=found,
                   categories_ms={}, floors={"ms": {}, "basis": "measured beside it"},
                   other=[{"kernel": "mystery", "ms": 3.25}])  # fmt: skip
-    measure.write_json(folder / "profile.json", about | {"kind": "profile", "profiles": [profile]})
+    write_json(folder / "profile.json", about | {"kind": "profile", "profiles": [profile]})
     return folder
 
 
@@ -366,11 +372,11 @@ def test_no_figure_without_its_label(tmp_path, capsys, mode, figures):
     for figure in figures:
         holding = [cell for cell in cells if figure in cell]
         assert holding, figure
-        assert all(measure.MODE_LABELS[mode] in cell for cell in holding), holding
+        assert all(MODE_LABELS[mode] in cell for cell in holding), holding
     for row in stored["rows"]:
-        assert row["mode"] != mode or measure.MODE_LABELS[mode] in row["label"]
+        assert row["mode"] != mode or MODE_LABELS[mode] in row["label"]
         for line in step.lines_of(row, smoke=False):
-            assert measure.MODE_LABELS[row["mode"]] in line
+            assert MODE_LABELS[row["mode"]] in line
 
 
 def test_a_file_that_lost_a_label_is_refused(tmp_path, capsys):
@@ -379,8 +385,8 @@ def test_a_file_that_lost_a_label_is_refused(tmp_path, capsys):
         stored = json.loads((tmp_path / name).read_text())
         next(row for row in stored[rows] if row["mode"] == "rank-of-256")["label"] = "Mistral-7B on 256 GPUs"
         (tmp_path / name).write_text(json.dumps(stored))
-        with pytest.raises(measure.BadResult, match="its label must say 'one rank of 256, emulated, no network'"):
-            measure.read_result(tmp_path / name)
+        with pytest.raises(BadResult, match="its label must say 'one rank of 256, emulated, no network'"):
+            read_result(tmp_path / name)
 
 
 # ------------------------------------------------------------------------------------------------------------ opponents
@@ -418,7 +424,7 @@ def test_what_cannot_fit_is_not_tried(monkeypatch):
     assert opponents.least_bytes(by_name["hf-bf16"], MISTRAL_7B, 8, True) < h100
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=h100))
     made = SimpleNamespace(opponent=by_name["hf-bf16"], config=MISTRAL_7B)
-    on_gpu = measure.Bench(torch.device("cuda", 0), False, 1)
+    on_gpu = Bench(torch.device("cuda", 0), False, 1)
     tried = opponents.attempt(on_gpu, made, 8, opponents.LAYERS, False, 3, 1.0)
     assert tried["status"] == "does not fit" and "GiB of 79.6" in tried["reason"]
 
@@ -467,10 +473,12 @@ def hf_weights(model: Mistral) -> dict:
 
 def test_opponents_stand_beside_our_rows(tmp_path, monkeypatch, capsys):
     """In the file that bench/step.py left, unless that is of another commit; what is absent is named."""
-    mine = {"format": 1, "kind": "step", "smoke": True, "machine": measure.machine(CPU, "abc"), "rows": []}
+    mine = {"format": 1, "kind": "step", "smoke": True, "machine": machine(CPU, "abc"), "rows": []}
     kept = mine | {"rows": [{"case": "one-gpu-fp32"}]}
-    measure.write_json(tmp_path / "step.json", kept)
-    monkeypatch.setattr(measure, "in_its_own_process", lambda command, seconds: {"status": "absent", "reason": "gone"})
+    write_json(tmp_path / "step.json", kept)
+    monkeypatch.setattr(
+        opponents, "in_its_own_process", lambda command, seconds: {"status": "absent", "reason": "gone"}
+    )
     assert opponents.main(["--smoke", "--commit", "abc", "--only", "liger", "--out", str(tmp_path)]) == 0
     stored = json.loads((tmp_path / "step.json").read_text())
     assert stored["rows"] == kept["rows"] and [o["status"] for o in stored["opponents"]] == 2 * ["absent"]

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from bench import memory
-from bench.account import Case
+from bench.lib.meta_step import Case
 from halny.model.estimate import choices, sizes
 from halny.model.estimate import memory as estimate
 from halny.model.estimate.memory import one_rank_memory, rank_memory

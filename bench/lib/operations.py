@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench import peers
+from bench.lib import peers
 from halny.kernels import adamw, rms_norm, rope, swiglu
 
 # -------------------------------------------------------------------------------------------------------------- shapes
@@ -89,7 +89,7 @@ class Operation:
     reference: Callable
     outputs: tuple[str, ...]
     modes: tuple[str, ...]
-    ceiling: str  # what it is compared with: a key of measure.ceilings
+    ceiling: str  # what it is compared with: a key of ceilings.ceilings
 
     def counts(self, mode: str, shape: dict, b: int) -> tuple[int, int]:
         return minimum(self.name, mode, shape, b)
@@ -249,3 +249,38 @@ def cases(sets: dict[str, dict], only: str) -> Iterator[tuple[Operation, str, di
             if set_name != "7b" and isinstance(operation, Update):
                 continue  # a weight's size does not depend on the tokens
             yield operation, set_name, shape
+
+
+# -------------------------------------------------------------------------------------------------------------- errors
+
+
+def largest(x: Tensor, truth: Tensor | None = None) -> float:
+    """max |x - truth|, or max |x|, in fp64, a piece at a time; inf if a value that should be finite is not."""
+    if truth is not None and x.shape != truth.shape:
+        return float("inf")
+    found, flat = 0.0, x.detach().reshape(-1)
+    flat_truth = None if truth is None else truth.reshape(-1)
+    for start in range(0, flat.numel(), 2**26):
+        piece = flat[start : start + 2**26].double()
+        if flat_truth is not None:
+            piece = piece - flat_truth[start : start + 2**26].double()
+        top = piece.abs().max().item()
+        if not top < float("inf"):
+            return float("inf")
+        found = max(found, top)
+    return found
+
+
+def limits(same_dtype: Tensor, truth: Tensor) -> tuple[float, float]:
+    """(max |same_dtype - truth|, max |truth|): all that the bound needs, once a case and not once a provider."""
+    return largest(same_dtype, truth), largest(truth)
+
+
+def excess(out: Tensor, truth: Tensor, torch_error: float, largest_truth: float) -> dict[str, float]:
+    """The error of out and its bound, 2 torch_error + eps |truth|, each the largest over the tensor; see ``limits``.
+
+    torch_error is of what plain PyTorch makes in the dtype of the inputs, truth what it makes in a wider one; eps is of
+    out's dtype. Right is error <= bound.
+    """
+    bound = 2 * torch_error + torch.finfo(out.dtype).eps * largest_truth
+    return {"error": largest(out, truth), "torch_error": torch_error, "bound": bound}
