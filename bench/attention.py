@@ -33,6 +33,7 @@ from torch import Tensor
 
 from bench import kernels
 from bench.lib.clocks import bench_on
+from bench.lib.command import command
 from bench.lib.operations import ROW_MODES, Operation, random
 from bench.lib.peers import Peer
 from bench.lib.process import die_with_parent
@@ -208,16 +209,13 @@ def warm_bytes(operation: Attention) -> float:
     return 2e9 + 2 * operation.counts("both", operation.shape, 2)[0]
 
 
+@command
 def main(arguments: list[str]) -> int:
     start = time.monotonic()
-    parser = kernels.parser_of(__doc__)
+    parser = kernels.options_of(__doc__)
     parser.add_argument("--flex", action="store_true", help="FlexAttention too, which compiles for 30 s or more a case")
     given = parser.parse_args(arguments)
-    try:
-        bench = bench_on(given.smoke)
-    except RuntimeError as error:
-        print(f"attention.py: {error}", file=sys.stderr)
-        return 2
+    bench = bench_on(given.smoke)
     dtype, device = torch.float32 if given.smoke else torch.bfloat16, bench.device
     every = {title(operation.shape): operation for operation in cases(given.smoke)}
     if given.warm:
@@ -227,7 +225,7 @@ def main(arguments: list[str]) -> int:
         return 0
     by_title = {name: operation for name, operation in every.items() if given.only in name}
     if not by_title:
-        return kernels.no_such(given.only, list(every))
+        raise kernels.no_such(given.only, every)
     folder = given.out or results_folder(bench, partial=bool(given.only))
     excluded = {}
     if not given.resume:

@@ -41,13 +41,15 @@ from torch import Tensor
 
 import train
 from bench.lib.clocks import Bench, bench_on
+from bench.lib.command import at_least_one, command
 from bench.lib.process import ROOT
-from bench.lib.results import machine, results_folder, write_json
+from bench.lib.results import new_result, results_folder, write_result
 from halny.kernels import adamw
 from halny.model.data.batches import IGNORED, Corpus, read_in_turn
 from halny.model.data.order import sample_order, step_numbers
 from halny.model.data.rows import Rows
 from halny.model.estimate import sizes
+from halny.model.exits import Refused
 from halny.model.mistral import Mistral, MistralConfig
 from halny.model.prepare_data import prepare_builtin
 
@@ -253,23 +255,19 @@ def plot(result: dict, path: Path) -> None:
     partial.replace(path)
 
 
-def positive(text: str) -> int:
-    if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text}")
-    return int(text)
-
-
+@command
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--steps", type=positive, default=400, help="optimizer steps of each run [400]")
-    parser.add_argument("--seeds", type=positive, default=3, help="runs of each optimizer [3]")
+    parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each run [400]")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each optimizer [3]")
     parser.add_argument("--beta2", type=float, default=0.95, help="AdamW's; 0.999 is where coarse moments stall [0.95]")
     parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate [2e-3]")
     parser.add_argument("--out", type=Path, help="folder of the JSON file [bench/results/DATE-DEVICE]")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the curves [beside the JSON file]")
     given = parser.parse_args(arguments)
+    at_least_one(given, "steps", "seeds")
     if not 0 <= given.beta2 < 1 or not 0 < given.lr < 1:
-        parser.error(f"--beta2 must be in [0, 1) and --lr between 0 and 1, got {given.beta2} and {given.lr}")
+        raise Refused(f"--beta2 must be in [0, 1) and --lr between 0 and 1, got {given.beta2} and {given.lr}")
 
     if torch.cuda.is_available():
         bench = bench_on(smoke=False)
@@ -281,7 +279,7 @@ def main(arguments: list[str]) -> int:
     name = "convergence" if given.beta2 == 0.95 else f"convergence-beta2-{given.beta2:g}"
     path = (given.out or folder) / f"{name}.json"
     png = given.png or path.with_suffix(".png")
-    described, text = machine(bench), Text(bench.device)
+    result, text = new_result("convergence", bench), Text(bench.device)
     model = MistralConfig(vocab_size=text.vocab_size, **SIZES)
     n_weights = sizes.parameters(model)
     setting = dict(
@@ -291,7 +289,7 @@ def main(arguments: list[str]) -> int:
         threads=torch.get_num_threads(),
     )  # fmt: skip
     print(
-        f"{described['device']}, torch {described['versions']['torch']}; {n_weights:,} weights, vocabulary "
+        f"{bench.name}, torch {torch.__version__}; {n_weights:,} weights, vocabulary "
         f"{text.vocab_size:,}, {given.steps} steps of {SAMPLES_A_STEP} x {SEQ_LEN} tokens, beta2 {given.beta2}",
         flush=True,
     )
@@ -307,10 +305,10 @@ def main(arguments: list[str]) -> int:
             flush=True,
         )
     rows = summary(runs)
-    result = {"format": 1, "kind": "convergence", "smoke": False, "machine": described, "setting": setting}
-    write_json(path, result | {"summary": rows, "runs": runs})
+    result |= {"setting": setting, "summary": rows, "runs": runs}
+    write_result(path, result)
     png.parent.mkdir(parents=True, exist_ok=True)
-    plot(result | {"runs": runs}, png)
+    plot(result, png)
     print(f"{path} and {png}")
     print(table(rows, n_weights))
     return 0

@@ -45,12 +45,15 @@ if __name__ == "__main__":
 
 import torch
 
-from bench import opponents, step
+from bench import report
 from bench.lib.clocks import bench_on
+from bench.lib.command import command, parser_of
 from bench.lib.process import nvidia_smi
-from bench.lib.results import BadResult, commit, machine, read_result, results_folder, write_json
+from bench.lib.results import BadResult, commit, new_result, results_folder, write_json, write_result
+from bench.merge import merge, read_folders
+from halny.model.exits import Refused
 
-SUMMARY_LINES = 60
+FAILING = 10  # tests named in the summary
 GRACE_S = 10  # between asking a part to end and killing it; between its own budget and its limit
 TEST_BYTES = 35e9  # of GPU memory for each process that tests
 CACHE_VARIABLES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -107,7 +110,7 @@ class Part:
         return found.hexdigest()[:16]
 
 
-SHARED = tuple(f"bench/lib/{name}.py" for name in ("clocks", "ceilings", "process", "results", "steps"))
+SHARED = tuple(f"bench/lib/{name}.py" for name in ("ceilings", "clocks", "command", "process", "results", "steps"))
 KERNELS = ("kernels/*.py", *SHARED)
 TIMED = ("bench/kernels.py", "bench/lib/operations.py", "bench/lib/peers.py")
 TRAINER = (*KERNELS, "model/**/*.py", "train.py")
@@ -306,100 +309,22 @@ def pack_caches(root: Path, packed: Path) -> str:
 # ------------------------------------------------------------------------------------------------------------- summary
 
 
-def kernel_lines(path: Path, smoke: bool) -> list[str]:
-    """A line a case: halny's time in each mode, its share of the ceiling, and the best peer's time over it."""
-    try:
-        result = read_result(path)
-    except BadResult as error:
-        return [str(error)]
-    states = [row["status"] for row in result["rows"]]
-    lines = [f"{path.name}: " + ", ".join(f"{states.count(s)} {s}" for s in sorted(set(states), key=states.index))]
-    cases: dict[str, dict[str, list[dict]]] = {}
-    for row in [] if smoke else result["rows"]:
-        modes = cases.setdefault(f"{row['operation']} {row['set']}", {})
-        modes.setdefault(row["mode"], []).append(row)
-    for case, modes in cases.items():
-        said = []
-        for mode, rows in modes.items():
-            timed = sorted((r for r in rows if r["status"] == "ok"), key=lambda r: r["kernel_ms"]["median"])
-            ours = next((r for r in timed if r["package"] == "halny"), None)
-            best = next((r for r in timed if r["package"] != "halny"), None)
-            text = (
-                f"{mode} none"
-                if ours is None
-                else f"{mode} {ours['kernel_ms']['median']:.3f} ms {ours['of_ceiling']:.0%}"
-            )
-            if ours and best:
-                text += f" {best['provider']} x{best['kernel_ms']['median'] / ours['kernel_ms']['median']:.2f}"
-            said.append(text)
-        lines.append(f"  {case}: {'; '.join(said)}")
-    return lines
-
-
-def step_lines(path: Path, smoke: bool) -> list[str]:
-    """A line a case that ran and a line an opponent, each figure in one line with its label."""
-    try:
-        result = read_result(path)
-    except BadResult as error:
-        return [str(error)]
-    rows = [row for row in result["rows"] if "range" not in row and not (smoke and row["status"] == "ok")]
-    others = [row for row in result.get("opponents", []) if not (smoke and row["status"] == "ok")]
-    return [f"  {line}" for row in rows for line in step.lines_of(row, smoke)] + [
-        f"  {opponents.words(row, smoke)}" for row in others
-    ]
-
-
-def profile_lines(path: Path, smoke: bool) -> list[str]:
-    """A line a profile: its largest gaps."""
-    try:
-        found = read_result(path)["profiles"]
-    except BadResult as error:
-        return [str(error)]
-    lines = []
-    for profile in found:
-        if profile["status"] != "ok":
-            lines.append(f"  {profile['label']}: {profile['status']}, {profile['reason']}")
-        elif not smoke:
-            text = ", ".join(f"{row['part']} {row['gap_ms']:+.1f}" for row in profile["gaps"][:5])
-            lines.append(f"  {profile['label']}: of {profile['wall_ms']:.1f} ms, largest gaps {text}")
-    return lines
-
-
-def trouble_lines(path: Path) -> list[str]:
-    """The providers that were wrong or failed, once a case."""
-    try:
-        rows = read_result(path)["rows"]
-    except BadResult:
-        return []
-    found = {f"  {r['operation']} {r['set']} {r['provider']} {r['status']}: {r['reason'][:90]}": None
-             for r in rows if r["status"] in ("wrong", "failed")}  # fmt: skip
-    return list(found)
-
-
 def summary(visit: Visit, result: dict) -> list[str]:
-    machine = result["machine"]
-    lines = [
-        f"{'smoke: no performance figure; ' if visit.smoke else ''}{machine['device']}, commit {machine['commit']}"
-    ]
-    troubles = []
+    """report.py's short tables of what was measured; how each part ended, last, with the names of tests that failed."""
+    lines, machine = [], result["machine"]
+    if not visit.smoke:
+        try:
+            lines += [*report.markdown(merge(read_folders([visit.out])), short=True).splitlines(), ""]
+        except BadResult as error:
+            lines.append(str(error))
+    note = "smoke: no performance figure; " if visit.smoke else ""
+    lines.append(f"{note}{machine['device']}, commit {machine['commit']}, files: {visit.out}")
     for name, part in result["parts"].items():
         lines.append(f"{name:15}{part['status']:20}{part['seconds']:6.0f} s   {part['said'][:90]}")
-        if "tests" in name:
-            counts = ", ".join(f"{part[k]} {k}" for k in ("passed", "failed", "errors", "skipped"))
-            lines.append(f"  {counts}")
-            lines += [f"  failed: {test}" for test in part["failing"][:10]]
-        if name == "step" or (name == "opponents" and "step" not in result["parts"]):
-            lines += step_lines(visit.out / "step.json", visit.smoke)
-        if name == "step":
-            lines += profile_lines(visit.out / "profile.json", visit.smoke)
-    for name in ("kernels", "attention"):
-        if name in result["parts"]:
-            lines += kernel_lines(visit.out / f"{name}.json", visit.smoke)
-            troubles += trouble_lines(visit.out / f"{name}.json")
-    if len(lines) + len(troubles) > SUMMARY_LINES - 2:
-        troubles = [*troubles[: max(0, SUMMARY_LINES - 3 - len(lines))], "  (more in the files)"]
-    lines = (lines + troubles)[: SUMMARY_LINES - 1]
-    return [*lines, f"files: {visit.out}"]
+        if "passed" in part:
+            lines.append("  " + ", ".join(f"{part[k]} {k}" for k in ("passed", "failed", "errors", "skipped")))
+            lines += [f"  failed: {test}" for test in part["failing"][:FAILING]]
+    return lines
 
 
 LONGEST_CALL_S = 600
@@ -427,8 +352,7 @@ def names_of(parts: tuple[Part, ...]) -> list[str]:
 
 
 def parser(parts: tuple[Part, ...]) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    made.add_argument("--smoke", action="store_true", help="rehearse on the CPU at tiny sizes, without figures")
+    made = parser_of(__doc__, "$OUT, or as bench/kernels.py")
     made.add_argument("--visit-s", type=float, default=840, help="seconds for everything [840]")
     made.add_argument("--only", help=f"parts to run, with commas: {','.join(names_of(parts))} [all]")
     made.add_argument(
@@ -438,11 +362,10 @@ def parser(parts: tuple[Part, ...]) -> argparse.ArgumentParser:
     made.add_argument("--calls", help="print the commands of calls of so many seconds each, at most 600, and end")
     made.add_argument("--pack-caches", action="store_true", help="leave caches.tar.xz for the next call")
     made.add_argument("--caches", type=Path, help="caches.tar.xz of an earlier call, so that less is compiled [none]")
-    made.add_argument("--out", type=Path, help="folder for the files [$OUT, or as bench/kernels.py]")
-    made.add_argument("--commit", help="commit to record where there is no git checkout")
     return made
 
 
+@command
 def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
     given = parser(parts).parse_args(arguments)
     names = names_of(parts)
@@ -460,15 +383,11 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
         for seconds, chosen in zip(calls, calls_of(parts, calls), strict=True):
             print(f"python bench/gpu_pass.py --visit-s {seconds:g} --only '{','.join(chosen)}'")
         return 0
-    try:
-        bench = bench_on(given.smoke)
-    except RuntimeError as error:
-        problems.append(str(error))
     if importlib.util.find_spec("halny") is None:
         problems.append("halny is not installed here; pip install -e . first")
     if problems:
-        print(f"gpu_pass.py: {problems[0]}", file=sys.stderr)
-        return 2
+        raise Refused(problems[0])
+    bench = bench_on(given.smoke)
     began = time.monotonic()
     out = given.out or Path(os.environ.get("OUT") or results_folder(bench, bool(given.only)))
     out.mkdir(parents=True, exist_ok=True)
@@ -477,9 +396,7 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
         visit = Visit(given.smoke, out.resolve(), Path(scratch), given.commit or commit(), data)
         caches = visit.scratch / "caches"
         use_caches(caches, given.caches)
-        note = {"note": "smoke: no performance figure"} if given.smoke else {}
-        result = {"format": 1, "kind": "pass", "smoke": given.smoke} | note
-        result |= {"machine": machine(bench, visit.commit), "parts": {}}
+        result = new_result("pass", bench, visit.commit) | {"parts": {}}
         folders = [out, *sorted((ROOT / "bench" / "results").glob("*/"))]
         for part in (part for part in parts if part.name in wanted and not given.again):
             earlier = done_before(part, result["machine"]["device"], given.smoke, folders)
@@ -492,7 +409,7 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
         with contextlib.suppress(KeyboardInterrupt):  # what is done is kept, and said below
             run_parts(visit, chosen, given.visit_s - (time.monotonic() - began), result, log)
         result["machine"]["nvidia_smi_after"] = nvidia_smi() if bench.on_gpu else None
-        write_json(out / "pass.json", result)
+        write_result(out / "pass.json", result)
         for path in out.glob("warm-*.json"):  # of this machine only
             path.unlink()
         if given.pack_caches and caches.exists():

@@ -34,7 +34,6 @@ without gradients. AdamW has its "update".
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import platform
@@ -42,7 +41,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -59,6 +58,7 @@ from torch import Tensor
 from bench.lib import peers
 from bench.lib.ceilings import ceilings, copy_call, copy_rate
 from bench.lib.clocks import Bench, Call, Clocks, bench_on, peak_bytes, sets_for
+from bench.lib.command import command, parser_of
 from bench.lib.operations import (
     LOSSES,
     OPERATIONS,
@@ -74,7 +74,8 @@ from bench.lib.operations import (
 )
 from bench.lib.peers import Peer
 from bench.lib.process import CACHES, die_with_parent, line_of, nvidia_smi
-from bench.lib.results import machine, results_folder, write_json
+from bench.lib.results import new_result, results_folder, write_json, write_result
+from halny.model.exits import Refused
 
 # ----------------------------------------------------------------------------------------------------------- one case
 
@@ -259,7 +260,7 @@ def run_case(
     case = Case(bench, operation, shape, dtype)
     functions, status, errors = judge(case, providers, excluded)
     case.truth = None  # the largest tensors of all
-    release(bench)
+    bench.release()
 
     copies = {}  # mode -> milliseconds of a copy of as many bytes
     for mode in operation.modes:
@@ -302,19 +303,13 @@ def run_case(
                     row |= {"copy_same_bytes_gb_s": copy_gb_s, "of_copy_same_bytes": rate / copy_gb_s}
             rows.append(row)
         del calls, results
-        release(bench)
+        bench.release()
         yield rows
 
 
 def allow_kept_graphs() -> None:
     """A compiled backward may otherwise overwrite what it was given, and refuses to run twice on one graph."""
     torch._functorch.config.donated_buffer = False
-
-
-def release(bench: Bench) -> None:
-    gc.collect()
-    if bench.on_gpu:
-        torch.cuda.empty_cache()
 
 
 # ------------------------------------------------------------------------------------------------------------- warm-up
@@ -346,7 +341,7 @@ def warm(bench: Bench, operation: Operation, provider: str, sets: dict[str, dict
     for one, _, shape in cases(sets, operation.name):
         if one is operation:
             run_once(bench, operation, function, shape)
-            release(bench)
+            bench.release()
 
 
 def warm_jobs(only: str, sets: dict[str, dict]) -> list[tuple[str, str]]:
@@ -396,7 +391,7 @@ def warm_all(
     """
     most = WARM_BYTES
     if torch.cuda.is_available():
-        most = min(most, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 3)
+        most = min(most, bench_on(smoke=False).memory_bytes / 3)
     start, free, room = time.monotonic(), most, threading.Condition()
     end, limit = start + budget_s, max(WARM_S, 0.6 * budget_s) if budget_s < 3600 else WARM_S
     excluded: dict[str, dict[str, str]] = {case: {} for case, _ in jobs}
@@ -491,11 +486,6 @@ def line(row: dict, smoke: bool) -> str:
     return f"{name}{times} {rate} {row['of_ceiling']:6.1%}"
 
 
-def open_result(bench: Bench, kind: str, given_commit: str | None) -> dict:
-    note = {"note": "smoke: no performance figure"} if bench.smoke else {}
-    return {"format": 1, "kind": kind, "smoke": bench.smoke} | note | {"machine": machine(bench, given_commit)}
-
-
 def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float, dtype: torch.dtype) -> int:
     """Every job (operation, set, shape, providers, excluded) until the deadline; the file is whole after each mode.
 
@@ -541,11 +531,11 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
         write_json(path, result)
         if not works(bench):
             start_anew(path, deadline)
-        release(bench)
+        bench.release()
     if not bench.smoke and time.monotonic() < deadline:
         result["ceilings_after"] = {"copy_gb_s": copy_rate(bench)["gb_s"]}
     result["machine"]["nvidia_smi_after"] = nvidia_smi() if bench.on_gpu else None
-    write_json(path, result)
+    write_result(path, result)
     bad = [row for row in result["rows"] if row["package"] == "halny" and row["status"] != "ok"]
     timed = sum(row["status"] == "ok" for row in result["rows"])
     print(f"{timed} rows timed, {len(result['rows']) - timed} without a figure, of which {len(bad)} of halny's")
@@ -558,6 +548,10 @@ def start_anew(path: Path, deadline: float) -> None:
     """This process again, in its own place, for the cases that the file at path lacks. Does not return."""
     left = str(max(1.0, deadline - time.monotonic()))
     os.execv(sys.executable, [sys.executable, *sys.argv, "--resume", str(path), "--budget-s", left])
+
+
+def no_such(only: str, names: Iterable[str]) -> Refused:
+    return Refused(f"--only {only!r} is part of no name; there are {'; '.join(names)}")
 
 
 def left_out(providers: list[Peer], without: list[str]) -> dict[str, str]:
@@ -583,7 +577,7 @@ def run_jobs(
         result = json.loads(path.read_text(encoding="utf-8")) | {"resumed": True}
         excluded = result["excluded"]
     else:
-        result = open_result(bench, "kernels", given.commit) | {"excluded": excluded}
+        result = new_result("kernels", bench, given.commit) | {"excluded": excluded}
     jobs = [
         (operation, name, shape, providers, excluded.get(key, {}) | left_out(providers, given.without))
         for operation, name, shape, providers, key in jobs
@@ -591,20 +585,9 @@ def run_jobs(
     return run_all(bench, path, jobs, result, start + given.budget_s, dtype)
 
 
-def no_such(only: str, names: list[str]) -> int:
-    print(f"--only {only!r} is part of no name; there are {'; '.join(names)}", file=sys.stderr)
-    return 2
-
-
-def parser_of(doc: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
-    parser.add_argument("--smoke", action="store_true", help="rehearse on the CPU at tiny sizes, without figures")
-    parser.add_argument(
-        "--out", type=Path, help="folder for the file [bench/results/DATE-DEVICE; runs/bench with --only or --smoke]"
-    )
+def options_of(doc: str) -> argparse.ArgumentParser:
+    parser = parser_of(doc, "bench/results/DATE-DEVICE; runs/bench with --only or --smoke", 1e9)
     parser.add_argument("--only", default="", help="operations whose name contains this [all]")
-    parser.add_argument("--budget-s", type=float, default=1e9, help="start no case after so many seconds")
-    parser.add_argument("--commit", help="commit to record where there is no git checkout")
     parser.add_argument("--warm", nargs=2, metavar=("CASE", "PROVIDER"), help="compile for one provider, and no more")
     parser.add_argument("--warm-only", action="store_true", help="compile for all, time nothing; DIR/warm-NAME.json")
     parser.add_argument("--no-warm", action="store_true", help="no warm-up now, whether there was one or not")
@@ -614,23 +597,20 @@ def parser_of(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(arguments: list[str]) -> int:
     start = time.monotonic()
-    parser = parser_of(__doc__)
+    parser = options_of(__doc__)
     parser.add_argument("--set", action="append", choices=list(SETS), help="sets of shapes; may be repeated [all]")
     given = parser.parse_args(arguments)
-    try:
-        bench = bench_on(given.smoke)
-    except RuntimeError as error:
-        print(f"kernels.py: {error}", file=sys.stderr)
-        return 2
+    bench = bench_on(given.smoke)
     sets = chosen_sets(SMOKE_SETS if given.smoke else SETS, given.set)
     if given.warm:
         die_with_parent()
         warm(bench, OPERATIONS[given.warm[0]], given.warm[1], sets)
         return 0
     if not any(given.only in name for name in OPERATIONS):
-        return no_such(given.only, list(OPERATIONS))
+        raise no_such(given.only, OPERATIONS)
     folder = given.out or results_folder(bench, partial=bool(given.only or given.set))
     sizes = {operation.name: warm_bytes(operation, sets) for operation, _, _ in cases(sets, given.only)}
     more = tuple(argument for name in given.set or () for argument in ("--set", name))

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import json
 import os
 import sys
@@ -39,11 +38,13 @@ import torch
 import torch._dynamo
 
 from bench.lib.clocks import Bench, bench_on
-from bench.lib.process import die_with_parent, in_its_own_process, line_of
-from bench.lib.results import machine, results_folder, write_json
+from bench.lib.command import at_least_one, command, leave, parser_of, passed_on
+from bench.lib.process import be_a_case, in_its_own_process, line_of
+from bench.lib.results import new_result, results_folder, write_json, write_result
 from bench.lib.steps import memory_figures, random_tokens, steady_steps, step_figures
 from halny.model.estimate.memory import activation_bytes_per_token
 from halny.model.estimate.sizes import parameters
+from halny.model.exits import Refused
 from halny.model.mistral import PRESETS, MistralConfig
 
 SEQ_LEN = 4096
@@ -167,7 +168,7 @@ def attempt(
 ) -> dict:  # fmt: skip
     """One way to run it: its figures, or why there are none."""
     tried = {"micro_batch": micro_batch, "compiled": compiled or "nothing", "checkpointing": checkpointing}
-    memory = torch.cuda.get_device_properties(bench.device).total_memory if bench.on_gpu else None
+    memory = bench.memory_bytes
     needed = least_bytes(step.opponent, step.config, micro_batch, checkpointing)
     if memory is not None and needed > memory:
         reason = f"needs at least {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"
@@ -187,8 +188,7 @@ def attempt(
         return tried | {"status": "does not fit", "reason": line_of(error)}
     except Exception as error:  # what a compiler may raise
         return tried | {"status": "failed", "reason": line_of(error)}
-    device = torch.cuda.get_device_name(bench.device) if bench.on_gpu else "CPU"
-    figures = step_figures(step.config, micro_batch * seq_len, seq_len, ms["median"], device)
+    figures = step_figures(step.config, micro_batch * seq_len, seq_len, ms["median"], bench.name)
     memory = memory_figures(bench)
     return tried | {
         "status": "ok",
@@ -235,7 +235,7 @@ def measured(bench: Bench, opponent: Opponent, given: argparse.Namespace, save: 
     save(row)
     if bench.on_gpu:
         needed = opponent.state_bytes * parameters(config)
-        memory = torch.cuda.get_device_properties(bench.device).total_memory
+        memory = bench.memory_bytes
         if needed > memory:
             reason = f"weights, gradients and moments alone take {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"
             save({"status": "does not fit", "reason": reason})
@@ -252,9 +252,7 @@ def measured(bench: Bench, opponent: Opponent, given: argparse.Namespace, save: 
             break
         seconds = min(max(given.least_s, left / 8), left)
         attempts.append(attempt(bench, step, *way, 3 if bench.smoke else given.steps, seconds))
-        gc.collect()
-        if bench.on_gpu:
-            torch.cuda.empty_cache()
+        bench.release()
         best = max((a for a in attempts if a["status"] == "ok"), key=lambda a: a["tokens_per_second"], default=None)
         save(row | (best or {"reason": attempts[-1]["reason"]}) | {"attempts": attempts})
     if not any(a["status"] == "ok" for a in attempts):
@@ -280,73 +278,39 @@ def words(row: dict, smoke: bool) -> str:
     )
 
 
-def one_opponent(given: argparse.Namespace) -> int:
-    """The process of an opponent: its row goes to the path that it was given."""
-    row: dict = {}
-
-    def save(new: dict) -> None:
-        row.update(new)
-        write_json(Path(given.row), row)
-
-    die_with_parent()
-    opponent = next(o for o in OPPONENTS if o.name == given.case)
-    try:
-        measured(bench_on(given.smoke), opponent, given, save)
-    except Exception as error:
-        print(f"{given.case}: {line_of(error)}", flush=True)
-        if row.get("status") != "ok":
-            save({"status": "failed", "reason": line_of(error)})
-        return 1
-    return 0
-
-
+@command
 def main(arguments: list[str]) -> int:
-    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    made.add_argument("--smoke", action="store_true", help="rehearse on the CPU with a tiny model, without figures")
+    made = parser_of(__doc__, "as bench/step.py", 600)
     made.add_argument("--only", default="", help="opponents whose name contains this: "
         f"{', '.join(o.name for o in OPPONENTS)} [all]")  # fmt: skip
-    made.add_argument("--out", type=Path, help="folder of step.json [as bench/step.py]")
     made.add_argument("--steps", type=int, default=50, help="steps timed in each way, at most [50]")
     made.add_argument("--layers", type=int, help="layers of the model [32]")
     made.add_argument("--micro-batch", type=int, help="sequences of 4096 [the best of 8, 4, 2 and 1]")
-    made.add_argument("--budget-s", type=float, default=600, help="seconds for all opponents together [600]")
     made.add_argument("--least-s", type=float, default=6, help="seconds of steps in each way, at least [6]")
-    made.add_argument("--commit", help="commit to record where there is no git checkout")
     for name in ("--case", "--row"):  # of a process of its own: who, and where to
         made.add_argument(name, help=argparse.SUPPRESS)
     given = made.parse_args(arguments)
     if given.case:
-        return one_opponent(given)
+        opponent = next(o for o in OPPONENTS if o.name == given.case)
+        run = lambda save: measured(bench_on(given.smoke), opponent, given, save)  # noqa: E731
+        return be_a_case(given.case, Path(given.row), run)
     wanted = [o for o in OPPONENTS if given.only in o.name]
     if not wanted:
-        print(f"opponents.py: --only {given.only!r} is part of no name; there are "
-              f"{', '.join(o.name for o in OPPONENTS)}", file=sys.stderr)  # fmt: skip
-        return 2
-    for name in ("steps", "layers", "micro_batch"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            print(f"opponents.py: --{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}",
-                  file=sys.stderr)  # fmt: skip
-            return 2
-    try:
-        bench = bench_on(given.smoke)
-    except RuntimeError as error:
-        print(f"opponents.py: {error}", file=sys.stderr)
-        return 2
+        raise Refused(f"--only {given.only!r} is part of no name; there are {', '.join(o.name for o in OPPONENTS)}")
+    at_least_one(given, "steps", "layers", "micro_batch")
+    bench = bench_on(given.smoke)
     started = time.monotonic()
     path = (given.out or results_folder(bench)) / "step.json"
     result = beside_ours(path, bench, given)
     for i, opponent in enumerate(wanted):
         seconds = (given.budget_s - (time.monotonic() - started)) / (len(wanted) - i)
-        command = ["bench/opponents.py", "--case", opponent.name, "--budget-s", str(max(1.0, seconds - 15))]
-        command += ["--steps", str(given.steps), "--least-s", str(given.least_s)]
-        for name in ("layers", "micro_batch"):
-            if getattr(given, name):
-                command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
-        command += ["--smoke"] if given.smoke else []
-        row = in_its_own_process([*command, "--row"], seconds)
+        asked = ["bench/opponents.py", "--case", opponent.name, "--budget-s", str(max(1.0, seconds - 15))]
+        asked += passed_on(given, "smoke", "steps", "least_s", "layers", "micro_batch")
+        row = in_its_own_process([*asked, "--row"], seconds)
         result["opponents"].append({"name": opponent.name, "label": opponent.label, "attempts": []} | row)
         write_json(path, result)
         print(words(result["opponents"][-1], given.smoke), flush=True)
+    write_result(path, result)
     states = [row["status"] for row in result["opponents"]]
     print(f"opponents: {', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states))}")
     return 1 if "failed" in states else 0
@@ -354,9 +318,8 @@ def main(arguments: list[str]) -> int:
 
 def beside_ours(path: Path, bench: Bench, given: argparse.Namespace) -> dict:
     """What bench/step.py left in this folder, if on this kind of card at this commit; else a file without its rows."""
-    described = machine(bench, given.commit)
-    note = {"note": "smoke: no performance figure"} if bench.smoke else {}
-    result = {"format": 1, "kind": "step", "smoke": bench.smoke} | note | {"machine": described, "rows": []}
+    result = new_result("step", bench, given.commit) | {"rows": []}
+    described = result["machine"]
     with contextlib.suppress(OSError, ValueError, KeyError):
         old = json.loads(path.read_text(encoding="utf-8"))
         same = all(old["machine"][k] == described[k] for k in ("device", "commit")) and old["smoke"] == bench.smoke
@@ -365,7 +328,4 @@ def beside_ours(path: Path, bench: Bench, given: argparse.Namespace) -> dict:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(main(sys.argv[1:]))

@@ -31,7 +31,6 @@ the trace of the first case is kept.
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 import time
@@ -51,15 +50,17 @@ from torch.profiler import ProfilerActivity, profile
 import train
 from bench.lib.ceilings import copy_rate, matmul_ceiling
 from bench.lib.clocks import Bench, bench_on
+from bench.lib.command import at_least_one, command, leave, parser_of, passed_on
 from bench.lib.emulated import StandIn, one_of
-from bench.lib.process import Watch, die_with_parent, in_its_own_process, line_of, nvidia_smi
-from bench.lib.results import machine, results_folder, write_json
+from bench.lib.process import ROOT, Watch, be_a_case, in_its_own_process, line_of, nvidia_smi
+from bench.lib.results import new_result, results_folder, write_json, write_result
 from bench.lib.steps import MODE_LABELS, SIZES, memory_figures, random_tokens, steady_steps, step_figures, step_words
 from halny.model.data.batches import Batch
 from halny.model.estimate import choices, machines, plan, roofline, step_time
 from halny.model.estimate.memory import RESERVED, memory_estimate, one_rank_memory
 from halny.model.estimate.sizes import parameters
 from halny.model.estimate.work import Sharding, Work
+from halny.model.exits import Refused
 from halny.model.mistral import PRESETS, MistralConfig
 from halny.model.record import breakdown
 
@@ -147,13 +148,13 @@ def sizes(bench: Bench, case: Case, layers: int | None, micro_batch: int | None)
     if bench.smoke:
         return [(PRESETS["test"], 2)]
     whole, most = PRESETS["mistral-7b"], case.micro_batch
-    card = torch.cuda.get_device_properties(bench.device)
-    memory = card.total_memory
     if layers or micro_batch:
         return [(replace(whole, n_layers=layers or whole.n_layers), micro_batch or most)]
-    wanted = [(whole, micro) for micro in fitting(case, whole, memory, getattr(card, "name", ""))]
+    wanted = [(whole, micro) for micro in fitting(case, whole, bench.memory_bytes, bench.name)]
     if not wanted:
-        n = max(n for n in range(1, whole.n_layers) if most in fitting(case, replace(whole, n_layers=n), memory))
+        n = max(
+            n for n in range(1, whole.n_layers) if most in fitting(case, replace(whole, n_layers=n), bench.memory_bytes)
+        )
         wanted = [(replace(whole, n_layers=n), most), (replace(whole, n_layers=max(1, n - 2)), most)]
     return wanted
 
@@ -261,14 +262,8 @@ def build(bench: Bench, world: train.World, case: Case, candidates: list[tuple])
             tried.append(f"{model.n_layers} layers at micro batch {micro_batch} ran out of memory")
             print(f"{tried[-1]}; trying less", flush=True)
         del step
-        release(bench)
+        bench.release()
     raise AssertionError("no candidates")
-
-
-def release(bench: Bench) -> None:
-    gc.collect()
-    if bench.on_gpu:
-        torch.cuda.empty_cache()
 
 
 # --------------------------------------------------------------------------------------------------------- one process
@@ -291,7 +286,7 @@ def measured(bench: Bench, case: Case, given: argparse.Namespace, save: Callable
     n_tokens = micro_batch * (64 if bench.smoke else SEQ_LEN)
     before = matmul_ceiling(bench, config, n_tokens)
     copy_gb_s = copy_rate(bench)["gb_s"]
-    release(bench)
+    bench.release()
 
     step, tried = build(bench, world, case, candidates)
     row |= {
@@ -306,10 +301,9 @@ def measured(bench: Bench, case: Case, given: argparse.Namespace, save: Callable
     smi = nvidia_smi() if bench.on_gpu else None
     with Watch() as watch:
         ms = steady_steps(bench, step.run, 3 if bench.smoke else given.steps, max(1.0, seconds))
-    device = torch.cuda.get_device_name(bench.device) if bench.on_gpu else "CPU"
     row |= {
         "step_ms": ms,
-        **step_figures(step.config, step.n_tokens, step.seq_len, ms["median"], device),
+        **step_figures(step.config, step.n_tokens, step.seq_len, ms["median"], bench.name),
         **memory_figures(bench),
         "estimated_bytes": None if bench.smoke else step.estimated_bytes(),
         "loss": step.loss() if world.size == 1 else None,  # where weights are random values, it means nothing
@@ -330,7 +324,7 @@ def measured(bench: Bench, case: Case, given: argparse.Namespace, save: Callable
         save(row)
     config, n_tokens = step.config, step.micro_batch * step.seq_len
     del step
-    release(bench)
+    bench.release()
     row["ceiling_after"] = matmul_ceiling(bench, config, n_tokens)
     ceiling = (before["tflop_s"] + row["ceiling_after"]["tflop_s"]) / 2
     save(row | {"of_ceiling": row["tflop_s"] / ceiling, "status": "ok"})
@@ -367,7 +361,7 @@ def profiled(bench: Bench, step: Step, mode: str, trace: Path, ceiling: dict, co
     if size > TRACE_BYTES:
         trace.unlink()
     found = breakdown.breakdown(kernels, wall_ms)
-    gpu = machines.GPUS.get(torch.cuda.get_device_name(bench.device)) if on_gpu else None
+    gpu = machines.GPUS.get(bench.name)
     attention = step_time.RATES["ideal"].attention * gpu.bf16_flops if gpu else ceiling["tflop_s"] * 1e12 * 0.6
     least = step.floors(ceiling, copy_gb_s, attention)
     return found | {
@@ -424,19 +418,15 @@ def calculated(device: str) -> list[dict]:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    made.add_argument("--smoke", action="store_true", help="rehearse on the CPU with a tiny model, without figures")
+    made = parser_of(__doc__, "bench/results/DATE-DEVICE; else runs/bench", 600)
     made.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="what to measure [all three]")
     made.add_argument("--moments", nargs="+", choices=(*MOMENTS, BEST), default=list(MOMENTS),
         help="what AdamW keeps in one-gpu, a row each; best: should be fastest on this card [all three]")  # fmt: skip
     made.add_argument("--accumulation", type=int, default=1, help="micro batches of an update in one-gpu [1]")
-    made.add_argument("--out", type=Path, help="folder for the files [bench/results/DATE-DEVICE; else runs/bench]")
     made.add_argument("--profile", action="store_true", help="also profile one step of each case")
     made.add_argument("--steps", type=int, default=50, help="steps timed [50]")
     made.add_argument("--layers", type=int, help="layers of the model [32, or as many as fit]")
     made.add_argument("--micro-batch", type=int, help="sequences of 4096 [as the mode says, or as many as fit]")
-    made.add_argument("--budget-s", type=float, default=600, help="seconds for all cases together [600]")
-    made.add_argument("--commit", help="commit to record where there is no git checkout")
     for name in ("--case", "--trace", "--row"):  # of a process of its own: what, and where to
         made.add_argument(name, help=argparse.SUPPRESS)
     return made
@@ -444,67 +434,41 @@ def parser() -> argparse.ArgumentParser:
 
 def one_case(given: argparse.Namespace) -> int:
     """The process of a case: its row goes to the path that it was given."""
-    row: dict = {}
-
-    def save(new: dict) -> None:
-        row.update(new)
-        write_json(Path(given.row), row)
-
-    die_with_parent()
     mode, _, moments = given.case.partition(":")
-    accumulation = given.accumulation if mode == "one-gpu" else 1
-    try:
-        measured(bench_on(given.smoke), Case(mode, moments, accumulation), given, save)
-    except Exception as error:  # out of memory, say
-        print(f"{given.case}: {line_of(error)}", flush=True)
-        save({"status": "failed", "reason": line_of(error)})
-        return 1
-    return 0
+    case = Case(mode, moments, given.accumulation if mode == "one-gpu" else 1)
+    return be_a_case(given.case, Path(given.row), lambda save: measured(bench_on(given.smoke), case, given, save))
 
 
+@command
 def main(arguments: list[str]) -> int:
     given = parser().parse_args(arguments)
-    for name in ("steps", "layers", "micro_batch", "accumulation"):
-        if getattr(given, name) is not None and getattr(given, name) < 1:
-            print(f"step.py: --{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}",
-                  file=sys.stderr)  # fmt: skip
-            return 2
+    at_least_one(given, "steps", "layers", "micro_batch", "accumulation")
     if given.case:
         return one_case(given)
     needs_gpu = {"one-gpu", "rank-of-256"} & set(given.mode)
     if given.profile and not needs_gpu:
-        print("step.py: --profile needs a mode that runs; model-of-256 is arithmetic", file=sys.stderr)
-        return 2
-    try:
-        bench = bench_on(given.smoke or not needs_gpu)
-    except RuntimeError as error:
-        print(f"step.py: {error}", file=sys.stderr)
-        return 2
+        raise Refused("--profile needs a mode that runs; model-of-256 is arithmetic")
+    bench = replace(bench_on(given.smoke or not needs_gpu), smoke=given.smoke)
     started = time.monotonic()
     if BEST in given.moments:
         best = "8bit"
         if bench.on_gpu:
-            card = torch.cuda.get_device_properties(bench.device)
-            best = best_moments(card.name, card.total_memory, given.accumulation)
+            best = best_moments(bench.name, bench.memory_bytes, given.accumulation)
         given.moments = list(dict.fromkeys(best if m == BEST else m for m in given.moments))
     wanted = cases(given.mode, given.moments, given.accumulation)
     out = given.out or (results_folder(bench) if wanted else ROOT / "runs" / "bench")
     out.mkdir(parents=True, exist_ok=True)
-    note = {"note": "smoke: no performance figure"} if given.smoke else {}
-    about = {"format": 1, "smoke": given.smoke} | note | {"machine": machine(bench, given.commit)}
-    result, profiles = about | {"kind": "step", "rows": []}, about | {"kind": "profile", "profiles": []}
+    result, profiles = (
+        new_result("step", bench, given.commit) | {"rows": []},
+        new_result("profile", bench, given.commit) | {"profiles": []},
+    )
     for i, case in enumerate(wanted):
         left, share = given.budget_s - (time.monotonic() - started), 1 if i else FIRST_SHARE
         seconds = left * share / (share + len(wanted) - i - 1)
-        command = ["bench/step.py", "--case", f"{case.mode}:{case.moments}", "--budget-s", str(seconds)]
-        command += ["--steps", str(given.steps), *(["--smoke"] if given.smoke else [])]
-        for name in ("layers", "micro_batch", "accumulation"):
-            if getattr(given, name):
-                command += [f"--{name.replace('_', '-')}", str(getattr(given, name))]
+        asked = ["bench/step.py", "--case", f"{case.mode}:{case.moments}", "--budget-s", str(seconds)]
+        asked += passed_on(given, "smoke", "steps", "layers", "micro_batch", "accumulation", "profile")
         trace = out / f"trace-{case.name}.json.gz"
-        if given.profile:
-            command += ["--profile", "--trace", str(trace)]
-        row = in_its_own_process([*command, "--row"], seconds + GRACE_S)
+        row = in_its_own_process([*asked, "--trace", str(trace), "--row"], seconds + GRACE_S)
         missing = {"case": case.name, "mode": case.mode, "moments": case.moments}
         missing["label"] = label(case, PRESETS["mistral-7b"], case.micro_batch, SEQ_LEN, given.smoke)
         row = missing | row
@@ -525,7 +489,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(line for row in result["rows"] if "range" in row for line in lines_of(row, given.smoke)))
     if bench.on_gpu:
         result["machine"]["nvidia_smi_after"] = nvidia_smi()
-    write_json(out / "step.json", result)
+    write_result(out / "step.json", result)
     print(f"step: {n_run - len(set(bad))} of {n_run} cases" + "".join(f"; {c} failed" for c in dict.fromkeys(bad)))
     return 1 if bad else 0
 
@@ -542,7 +506,4 @@ def lines_of(row: dict, smoke: bool) -> list[str]:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # as train.py: gloo's threads now and then abort the interpreter's tear-down
+    leave(main(sys.argv[1:]))

@@ -46,11 +46,12 @@ import numpy as np
 import torch
 
 from bench.lib.clocks import bench_on
+from bench.lib.command import command, leave, parser_of
 from bench.lib.operations import excess, limits
 from bench.lib.process import die_with_parent, line_of, nvidia_smi
-from bench.lib.results import machine, repeatable, results_folder, write_json
+from bench.lib.results import new_result, repeatable, results_folder, write_json, write_result
 from halny.model.data.writer import write_dataset
-from halny.model.exits import FAILED, FINISHED, STOPPED
+from halny.model.exits import FAILED, FINISHED, STOPPED, Refused
 from halny.model.mistral import PRESETS, MistralConfig
 
 FACTOR = 10  # of the difference between two runs before the stop, on a GPU that does not repeat itself
@@ -503,17 +504,14 @@ def measured(stage: Stage, with_data: bool) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    made.add_argument("--smoke", action="store_true", help="rehearse on the CPU with a tiny model, without figures")
+    made = parser_of(__doc__, "bench/results/DATE-DEVICE; else runs/bench", 120)
     made.add_argument("--data", type=Path, help="data folder with Mistral-7B-v0.1's tokenizer [random tokens]")
     made.add_argument("--prepare", type=Path, metavar="DIR", help="make that folder of the built-in corpus, and end")
-    made.add_argument("--out", type=Path, help="folder for the file [bench/results/DATE-DEVICE; else runs/bench]")
-    made.add_argument("--budget-s", type=float, default=120, help="seconds for everything [120]")
-    made.add_argument("--commit", help="commit to record where there is no git checkout")
     made.add_argument("--use-export", action="store_true", help=argparse.SUPPRESS)  # of a process of its own
     return made
 
 
+@command
 def main(arguments: list[str]) -> int:
     given = parser().parse_args(arguments)
     if given.use_export:
@@ -525,23 +523,14 @@ def main(arguments: list[str]) -> int:
         try:
             prepare_builtin(given.prepare)
         except DataError as error:
-            print(f"trainer.py: {error}", file=sys.stderr)
-            return 2
+            raise Refused(str(error)) from None
         return 0
     if given.data is not None and not (given.data / "tokenizer").is_dir():
-        print(f"trainer.py: --data {given.data} is no data folder with a tokenizer; make one with --prepare",
-              file=sys.stderr)  # fmt: skip
-        return 2
-    try:
-        bench = bench_on(given.smoke)
-    except RuntimeError as error:
-        print(f"trainer.py: {error}", file=sys.stderr)
-        return 2
+        raise Refused(f"--data {given.data} is no data folder with a tokenizer; make one with --prepare")
+    bench = bench_on(given.smoke)
     began = time.monotonic()
     out = given.out or results_folder(bench)
-    note = {"note": "smoke: no performance figure"} if given.smoke else {}
-    result = {"format": 1, "kind": "trainer", "smoke": given.smoke} | note
-    result |= {"machine": machine(bench, given.commit), "rows": []}
+    result = new_result("trainer", bench, given.commit) | {"rows": []}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     interrupted = False
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
@@ -555,7 +544,7 @@ def main(arguments: list[str]) -> int:
             interrupted = True
     if bench.on_gpu:
         result["machine"]["nvidia_smi_after"] = nvidia_smi()
-    write_json(out / "trainer.json", result)
+    write_result(out / "trainer.json", result)
     states = [row["status"] for row in result["rows"]]
     bad = [row["name"] for row in result["rows"] if row["status"] == "failed"]
     words = f"trainer: {states.count('ok')} of {len(states)} ok, in {stage.now:.0f} s"
@@ -564,7 +553,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a thread may still wait for a process that has been killed
+    leave(main(sys.argv[1:]))

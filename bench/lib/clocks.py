@@ -23,6 +23,7 @@ writes), never a figure.
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 import time
@@ -30,6 +31,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from halny.model.exits import Refused
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,31 @@ class Bench:
     def on_gpu(self) -> bool:
         return self.device.type == "cuda"
 
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device) if self.on_gpu else "CPU"
+
+    @property
+    def memory_bytes(self) -> int | None:
+        return torch.cuda.get_device_properties(self.device).total_memory if self.on_gpu else None
+
     def synchronize(self) -> None:
         if self.on_gpu:
             torch.cuda.synchronize(self.device)
 
+    def release(self) -> None:
+        """Give back what nobody holds any more."""
+        gc.collect()
+        if self.on_gpu:
+            torch.cuda.empty_cache()
+
 
 def bench_on(smoke: bool) -> Bench:
-    """The current GPU; with smoke the CPU. Raises RuntimeError without a GPU: what a CPU takes says nothing here."""
+    """The current GPU; with smoke the CPU. Refused without a GPU: what a CPU takes says nothing here."""
     if smoke:
         return Bench(torch.device("cpu"), True, 2**20)
     if not torch.cuda.is_available():
-        raise RuntimeError("needs a CUDA GPU; --smoke rehearses on a CPU, at tiny sizes and without figures")
+        raise Refused("needs a CUDA GPU; --smoke rehearses on a CPU, at tiny sizes and without figures")
     device = torch.device("cuda", torch.cuda.current_device())
     return Bench(device, False, torch.cuda.get_device_properties(device).L2_cache_size)
 

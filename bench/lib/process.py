@@ -11,7 +11,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+
+from halny.model.durable import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 # flash-attn-4 and quack read these when they are imported. Without the first, what flash-attn-4 compiles (10 to 30 s)
@@ -85,7 +88,7 @@ def in_its_own_process(arguments: list[str], seconds: float) -> dict:
     """``python *arguments FILE``, which leaves a JSON object in FILE: that object; or why there is none, as "reason".
 
     So a case's memory is given back whole, and one that crashes, hangs or poisons its CUDA context loses only its row.
-    What it wrote before it was ended counts. The process should call ``die_with_parent``.
+    What it wrote before it was ended counts. The process should be ``be_a_case``, or ``die_with_parent``.
     """
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "row.json"
@@ -106,3 +109,22 @@ def in_its_own_process(arguments: list[str], seconds: float) -> dict:
         except (OSError, ValueError):
             row = {"status": "failed", "reason": reason or "its process left nothing"}
         return row | {"reason": row.get("reason") or reason or ""}
+
+
+def be_a_case(name: str, path: Path, measured: Callable[[Callable[[dict], None]], None]) -> int:
+    """That process: ``measured`` is given what saves the row, whenever there is more of it. The exit code."""
+    row: dict = {}
+
+    def save(new: dict) -> None:
+        row.update(new)
+        write_json(path, row)
+
+    die_with_parent()
+    try:
+        measured(save)
+    except Exception as error:  # out of memory, say
+        print(f"{name}: {line_of(error)}", flush=True)
+        if row.get("status") != "ok":
+            save({"status": "failed", "reason": line_of(error)})
+        return 1
+    return 0

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import aot, gpu_pass, kernels, merge, report, step
 from bench import attention as bench_attention
-from bench.lib import operations, peers
+from bench.lib import operations, peers, results
 from bench.lib.clocks import Bench, Call, Clocks, quantiles
 from bench.lib.process import ROOT
 from bench.lib.results import BadResult, read_result, repeatable, write_json
@@ -501,6 +501,13 @@ def spoil(folder: Path, name: str, change) -> None:
         ("step.json", lambda v: v["rows"][0].update(mode="fast"), "label must say 'one that is known'"),
         ("profile.json", lambda v: v["profiles"][0]["gaps"][1].pop("floor_ms"), "gaps[1].floor_ms is missing"),
         ("aot.json", lambda v: v["rows"][0].pop("occupancy"), "aot.json.rows[0].occupancy is missing"),
+        ("aot.json", lambda v: v["rows"][0].update(speed=1), "aot.json.rows[0].speed is no field of a MachineCode"),
+        ("step.json", lambda v: v["rows"][0].update(mfu=float("nan")), "rows[0].mfu must be finite, got nan"),
+        (
+            "kernels.json",
+            lambda v: v["rows"][2]["errors"].update(h={"error": float("inf")}),
+            "[2].errors.h.error must be",
+        ),
         ("profile.json", lambda v: v.update(kind="step"), "profile.json.rows is missing"),
         ("step.json", lambda v: v.update(format=2), "step.json has format 2"),
         ("kernels.json", lambda v: v.update(smoke=True), "results/kernels.json is a rehearsal (smoke)"),
@@ -513,6 +520,13 @@ def test_a_file_that_lacks_something_is_refused_by_name(tmp_path, capsys, name, 
     heard = capsys.readouterr()
     assert message in heard.err and heard.err.count("\n") == 1 and not heard.out
     assert not list(folder.glob("*.png"))
+
+
+@pytest.mark.parametrize(
+    "path", sorted(report.RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.name}"
+)
+def test_every_file_that_is_committed_is_read(path):
+    assert not read_result(path)["smoke"]
 
 
 def test_report_without_results_says_so(tmp_path, capsys):
@@ -618,7 +632,7 @@ def test_what_is_done_is_left_out_until_its_files_change(tmp_path, monkeypatch, 
     assert visit() == ["b"] and visit() == [] and visit("--again") == ["a", "b"]
     states = read_result(out / "pass.json")["parts"]
     assert {name: entry["status"] for name, entry in states.items()} == {"a": "ok", "b": "ok"}
-    monkeypatch.setattr(gpu_pass, "machine", lambda *_: machine() | {"device": "another"})
+    monkeypatch.setattr(results, "machine", lambda *_: machine() | {"device": "another"})
     assert visit() == ["a", "b"]  # what another device did says nothing
 
 
@@ -724,7 +738,7 @@ def test_tests_are_counted_from_their_file(tmp_path):
     assert counts["failing"] == ["tests/test_a.py::test_c", "tests/test_a.py::test_e"]
 
 
-def test_the_summary_stays_within_its_lines(tmp_path):
+def test_the_summary_has_the_reports_tables_and_how_each_part_ended(tmp_path):
     write_results(tmp_path)
     visit = gpu_pass.Visit(False, tmp_path, tmp_path, "abc")
     entry = {"status": "failed", "seconds": 1.0, "said": "x" * 300}
@@ -738,13 +752,13 @@ def test_the_summary_stays_within_its_lines(tmp_path):
     profile = entry | {"said": "profile"}
     parts = {"tests": tests, "kernels": entry, "attention": entry, "step": entry, "profile": profile}
     lines = gpu_pass.summary(visit, {"machine": machine(), "parts": parts})
-    assert len(lines) <= 60 and all(len(line) < 250 for line in lines)
     assert sum("failed: tests/t.py" in line for line in lines) == 10
-    swiglu = next(line for line in lines if "swiglu 7b:" in line)
-    assert "forward 0.500 ms 94% PyTorch eager x1.20; backward" in swiglu
-    assert any("attention 1 x 32768, window 4096, documents:" in line for line in lines)
-    assert "of 10.0 ms, largest gaps idle +3.0, " in "\n".join(lines)
-    assert any("training on one GPU: 13 of Mistral-7B's 32 layers: 23,456 tokens/s" in line for line in lines)
+    swiglu = next(line for line in lines if "| swiglu, forward" in line)
+    assert "| 0.500 (0.495 to 0.600) |" in swiglu and "PyTorch eager, " in swiglu and swiglu.endswith("| 1.20 |")
+    assert any(line.startswith("| 1 x 32768, window 4096, documents, forward |") for line in lines)
+    assert "one profiled step of 10.0 ms: matmul 6.0 (5.0), idle 3.0 (0.0)" in "\n".join(lines)
+    assert any("| training on one GPU: 13 of Mistral-7B's 32 layers | 23,456 |" in line for line in lines)
+    assert "  1 passed, 30 failed, 0 errors, 0 skipped" in lines
 
 
 def test_a_name_that_does_not_exist_is_refused(capsys, tmp_path):

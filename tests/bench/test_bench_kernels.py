@@ -14,7 +14,7 @@ from bench import kernels
 from bench.lib import clocks as clocks_module
 from bench.lib import operations, peers
 from bench.lib.clocks import Bench, Call, Clocks, burst_of, sets_for
-from bench.lib.results import read_result
+from bench.lib.results import new_result, read_result
 from halny.kernels.swiglu import swiglu_reference
 
 CPU = Bench(torch.device("cpu"), True, 2**16)
@@ -138,7 +138,7 @@ def test_who_leaves_v_returns_a_view_of_it(place):
 def run(fakes: list[peers.Peer], tmp_path, excluded=None, names=("swiglu",), result=None, shape=SHAPE) -> dict:
     """run_all on the CPU with these providers; the file's content afterwards."""
     path = tmp_path / "kernels.json"
-    result = result or kernels.open_result(CPU, "kernels", "abc")
+    result = result or new_result("kernels", CPU, "abc")
     jobs = [(operations.OPERATIONS[name], "7b", shape, fakes, excluded or {}) for name in names]
     kernels.run_all(CPU, path, jobs, result, time.monotonic() + 60, torch.float32)
     return read_result(path)
@@ -221,7 +221,7 @@ def test_who_leaves_the_gpu_in_error_is_left_out_of_a_new_start(tmp_path, ceilin
 
     monkeypatch.setattr(kernels.os, "execv", execv)
     with pytest.raises(Anew):
-        result = kernels.open_result(CPU, "kernels", "abc") | {"excluded": {}}
+        result = new_result("kernels", CPU, "abc") | {"excluded": {}}
         kernels.run_all(bench, path, jobs, result, time.monotonic() + 60, torch.float32)
     assert started[0][-4:-1] == ["--resume", str(path), "--budget-s"] and 1 < float(started[0][-1]) <= 60
     assert json.loads(path.read_text())["not_reached"] == ["swiglu 128k"]
@@ -257,7 +257,7 @@ def test_a_gpu_that_is_lost_to_nobody_known_costs_the_case_and_no_endless_starts
     path, operation = tmp_path / "kernels.json", operations.OPERATIONS["swiglu"]
     jobs = [(operation, "7b", SHAPE, [RIGHT], {})]
     with pytest.raises(Anew):
-        result = kernels.open_result(CPU, "kernels", "abc") | {"excluded": {}}
+        result = new_result("kernels", CPU, "abc") | {"excluded": {}}
         kernels.run_all(Dead(CPU.device, True, 1), path, jobs, result, time.monotonic() + 60, torch.float32)
     found = read_result(path)
     assert found["not_reached"] == [] and {row["status"] for row in found["rows"]} == {"failed"}
