@@ -1,8 +1,8 @@
-"""Who else does these operations, and how each is called: one small loader a peer and operation.
+"""Who else does these operations, and how each is called: a line a peer and operation.
 
-A loader imports its package (only when asked: most machines have few of them) and returns a function of the
-operation's arguments, those of our ``*_reference``. The line it returns is the call that result files record, so what
-is written there is what ran. A loader that raises ImportError or AttributeError means "absent", with its text.
+A peer's loader imports its package (only when asked: most machines have few of them) and returns a function of the
+operation's arguments, those of our ``*_reference``. Result files record the line as it stands here, so what is written
+there is what ran. A loader that raises ImportError or AttributeError means "absent", with its text.
 
 Each peer is called as is best for it, and in several ways where that is not known beforehand: in place where it may be,
 sums in fp32 or not, filtered gradients or not. What is not right is reported so and not timed (bench/kernels.py), so of
@@ -29,8 +29,8 @@ EPS = 1e-5
 class Peer(NamedTuple):
     package: str  # who: the name in tables
     load: Callable[[], Callable]
-    ruins: bool  # whether it overwrites its inputs or the incoming gradient, which the clock then restores
-    note: str  # what sets this way apart, if one package is called in several
+    ruins: bool = False  # whether it overwrites its inputs or the incoming gradient, which the clock then restores
+    note: str = ""  # what sets this way apart, if one package is called in several
     text: str = ""  # the call, where the loader's source would not show it
     leaves_v: bool = False  # whether RoPE's v is a view of the input, and so never moved
 
@@ -40,23 +40,31 @@ class Peer(NamedTuple):
 
     @property
     def call(self) -> str:
-        """The body of the loader, as it is written."""
-        if self.text:
-            return self.text
-        _, _, body = inspect.getsource(self.load).partition("():\n")
-        lines = [line.partition("  #")[0].strip() for line in body.splitlines()]
-        return "; ".join(line for line in lines if line and line[0] != "#")
+        return self.text or source(self.load)
 
 
-PEERS: dict[str, list[Peer]] = {}
+def source(function: Callable) -> str:
+    """The lines that a function is written in, as one."""
+    return " ".join(inspect.getsource(function).split()).rstrip(",")
 
 
-def peer(operation: str, package: str, ruins: bool = False, note: str = "", leaves_v: bool = False):
-    def add(load):
-        PEERS.setdefault(operation, []).append(Peer(package, load, ruins, note, leaves_v=leaves_v))
-        return load
+def theirs(package: str, path: str, use: Callable, needs: str | None = None, **more) -> Peer:
+    """Another package's: ``use`` of what path names, if what it needs can be imported too."""
 
-    return add
+    def load() -> Callable:
+        if needs:
+            import_module(needs)
+        module, _, name = path.rpartition(".")
+        return use(getattr(import_module(module), name))
+
+    return Peer(package, load, text=f"{path}: {source(use)}", **more)
+
+
+def absent(package: str, reason: str) -> Peer:
+    def load():
+        raise ImportError(reason)
+
+    return Peer(package, load, text=f"none: {reason}")
 
 
 def compiled(function: Callable, search: bool = True) -> Callable:
@@ -67,65 +75,8 @@ def compiled(function: Callable, search: bool = True) -> Callable:
     return torch.compile(function, fullgraph=True, dynamic=False, mode=mode)
 
 
-# ------------------------------------------------------------------------------------------------------------- RMSNorm
-
-
-@peer("rms_norm", "halny")
-def _():
-    return lambda x, weight: rms_norm.rms_norm(x, weight, EPS)
-
-
-@peer("rms_norm", "PyTorch eager")
-def _():
-    return lambda x, weight: rms_norm.rms_norm_reference(x, weight, EPS)
-
-
-@peer("rms_norm", "torch.compile")
-def _():
-    return compiled(lambda x, weight: rms_norm.rms_norm_reference(x, weight, EPS))
-
-
-@peer("rms_norm", "torch native")
-def _():
-    return lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, EPS)
-
-
-@peer("rms_norm", "Liger-Kernel", ruins=True)
-def _():
-    from liger_kernel.ops import LigerRMSNormFunction
-
-    return lambda x, weight: LigerRMSNormFunction.apply(x, weight, EPS, 0.0, "llama", True)
-
-
-@peer("rms_norm", "Liger-Kernel", note="CuTe DSL")
-def _():
-    from liger_kernel.functional import rms_norm
-
-    import_module("cutlass.cute")  # the compiler of these kernels; without it they would be tried, and fail
-
-    return lambda x, weight: rms_norm(x, weight, EPS, impl="nvidia-cutedsl")
-
-
-@peer("rms_norm", "quack")
-def _():
-    from quack import rmsnorm
-
-    return lambda x, weight: rmsnorm(x, weight, eps=EPS)
-
-
-@peer("add_rms_norm", "halny")
-def _():
-    return lambda x, residual, weight: rms_norm.add_rms_norm(x, residual, weight, EPS)
-
-
-@peer("add_rms_norm", "PyTorch eager")
-def _():
-    return lambda x, residual, weight: rms_norm.add_rms_norm_reference(x, residual, weight, EPS)
-
-
-@peer("add_rms_norm", "torch.compile")
-def _():
-    return compiled(lambda x, residual, weight: rms_norm.add_rms_norm_reference(x, residual, weight, EPS))
+def eager_add_rms_norm(x, residual, weight):
+    return rms_norm.add_rms_norm_reference(x, residual, weight, EPS)
 
 
 def native_add_rms_norm(x, residual, weight):
@@ -133,36 +84,7 @@ def native_add_rms_norm(x, residual, weight):
     return F.rms_norm(s, s.shape[-1:], weight, EPS), s
 
 
-@peer("add_rms_norm", "torch native")
-def _():
-    return native_add_rms_norm
-
-
-@peer("add_rms_norm", "Liger-Kernel", ruins=True)
-def _():
-    from liger_kernel.ops import LigerFusedAddRMSNormFunction
-
-    return lambda x, residual, weight: LigerFusedAddRMSNormFunction.apply(x, residual, weight, EPS, 0.0, "llama", True)
-
-
-@peer("add_rms_norm", "Liger-Kernel", note="CuTe DSL")
-def _():
-    from liger_kernel.functional import fused_add_rms_norm
-
-    import_module("cutlass.cute")  # the compiler of these kernels; without it they would be tried, and fail
-
-    return lambda x, residual, weight: fused_add_rms_norm(x, residual, weight, EPS, impl="nvidia-cutedsl")
-
-
-@peer("add_rms_norm", "quack")
-def _():
-    from quack import rmsnorm
-
-    return lambda x, residual, weight: rmsnorm(x, weight, residual=residual, eps=EPS, prenorm=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------- RoPE
-# From the packed projection to what attention takes, q, k and v apart; the gradient comes back apart, goes on packed.
+# RoPE goes from the packed projection to q, k and v apart; the gradient comes back apart, and goes on packed
 
 
 def split(qkv, n_heads: int, n_kv_heads: int):
@@ -173,38 +95,11 @@ def eager_rope(qkv, cos, sin, n_heads, n_kv_heads):
     return split(rope.rope_qkv_reference(qkv, cos, sin, n_heads, n_kv_heads), n_heads, n_kv_heads)
 
 
-@peer("rope", "halny")
-def _():
-    return rope.rope_split_qkv
-
-
-@peer("rope", "PyTorch eager")
-def _():
-    return eager_rope
-
-
-@peer("rope", "torch.compile")
-def _():
-    return compiled(eager_rope)
-
-
-@peer("rope", "torch native")
-def _():
-    raise ImportError("PyTorch has no rotary embedding of its own")
-
-
 def liger_rope(apply, qkv, cos, sin, n_heads, n_kv_heads):
     q, k, v = split(qkv, n_heads, n_kv_heads)
     cos, sin = cos[None, : qkv.shape[1]], sin[None, : qkv.shape[1]]
     q, k = apply(q.transpose(1, 2), k.transpose(1, 2), cos, sin, None, 1, qkv.shape[-1])
     return q.transpose(1, 2), k.transpose(1, 2), v
-
-
-@peer("rope", "Liger-Kernel", ruins=True, leaves_v=True)
-def _():
-    from liger_kernel.ops import LigerRopeFunction
-
-    return lambda *arguments: liger_rope(LigerRopeFunction.apply, *arguments)
 
 
 def quack_rope(apply, qkv, cos, sin, n_heads, n_kv_heads):
@@ -213,198 +108,23 @@ def quack_rope(apply, qkv, cos, sin, n_heads, n_kv_heads):
     return rotated[:, :, :n_heads], rotated[:, :, n_heads:], qkv[:, :, n_rotated:]
 
 
-@peer("rope", "quack", leaves_v=True)
-def _():
-    from quack.rotary import apply_rotary_emb
-
-    return lambda *arguments: quack_rope(apply_rotary_emb, *arguments)
-
-
 def quack_rope_in_place(apply, qkv, cos, sin, n_heads, n_kv_heads):
     cos, sin = cos[: qkv.shape[1]], sin[: qkv.shape[1]]
     return split(apply(qkv, cos, sin, num_heads_q=n_heads), n_heads, n_kv_heads)
-
-
-@peer("rope", "quack", ruins=True, note="in place", leaves_v=True)
-def _():
-    from quack.rotary import apply_rotary_emb_qkv_
-
-    return lambda *arguments: quack_rope_in_place(apply_rotary_emb_qkv_, *arguments)
-
-
-# -------------------------------------------------------------------------------------------------------------- SwiGLU
-
-
-@peer("swiglu", "halny")
-def _():
-    return swiglu.swiglu
-
-
-@peer("swiglu", "PyTorch eager")
-def _():
-    return swiglu.swiglu_reference
-
-
-@peer("swiglu", "torch.compile")
-def _():
-    return compiled(swiglu.swiglu_reference)
-
-
-@peer("swiglu", "torch native")
-def _():
-    raise ImportError("PyTorch has silu, but no SwiGLU of its own")
-
-
-@peer("swiglu", "Liger-Kernel")
-def _():
-    from liger_kernel.ops import LigerFusedGateUpSiLUMulFunction
-
-    return lambda gate_up: LigerFusedGateUpSiLUMulFunction.apply(gate_up, False)
-
-
-@peer("swiglu", "quack")
-def _():
-    raise ImportError("quack has SwiGLU only inside its matrix products (quack.mlp), not as an operation")
-
-
-# ------------------------------------------------------------------------------------------------------- cross-entropy
-
-
-@peer("cross_entropy", "halny")
-def _():
-    return ce.cross_entropy
-
-
-@peer("cross_entropy", "PyTorch eager")
-def _():
-    return ce.cross_entropy_reference
-
-
-@peer("cross_entropy", "torch.compile")
-def _():
-    return compiled(ce.cross_entropy_reference)
-
-
-@peer("cross_entropy", "torch native")
-def _():
-    return lambda logits, labels: F.cross_entropy(logits, labels)
-
-
-@peer("cross_entropy", "Liger-Kernel", ruins=True)
-def _():
-    from liger_kernel.ops import LigerCrossEntropyFunction
-
-    # the options are: no class weights, ignored label, no z-loss, no smoothing
-    return lambda logits, labels: LigerCrossEntropyFunction.apply(logits, labels, None, -100, 0.0, 0.0, "mean")[0]
-
-
-@peer("cross_entropy", "Liger-Kernel", ruins=True, note="CuTe DSL")
-def _():
-    from liger_kernel.functional import cross_entropy
-
-    import_module("cutlass.cute")  # the compiler of these kernels; without it they would be tried, and fail
-
-    return lambda logits, labels: cross_entropy(logits, labels, impl="nvidia-cutedsl")[0]
-
-
-@peer("cross_entropy", "quack", ruins=True, note="in place")
-def _():
-    from quack import cross_entropy
-
-    return lambda logits, labels: cross_entropy(logits, labels, inplace_backward=True)
-
-
-@peer("cross_entropy", "quack")
-def _():
-    from quack import cross_entropy
-
-    return lambda logits, labels: cross_entropy(logits, labels)
-
-
-# ------------------------------------------------------------------------------------------------ linear cross-entropy
 
 
 def eager_linear_cross_entropy(hidden, weight, labels):
     return ce.cross_entropy_reference(hidden @ weight.T, labels)
 
 
-@peer("linear_cross_entropy", "halny")
-def _():
-    return lambda hidden, weight, labels: lce.linear_cross_entropy(hidden, weight, labels).loss
+def native_linear_cross_entropy(**options) -> Callable:
+    """Both are absent from a torch before 2.13."""
 
+    def load() -> Callable:
+        function, chosen = F.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions(**options)
+        return lambda hidden, weight, labels: function(hidden, weight, labels, options=chosen)
 
-@peer("linear_cross_entropy", "PyTorch eager")
-def _():
-    return eager_linear_cross_entropy
-
-
-@peer("linear_cross_entropy", "torch.compile")
-def _():
-    return compiled(eager_linear_cross_entropy, search=False)
-
-
-@peer("linear_cross_entropy", "torch native")
-def _():
-    F.linear_cross_entropy, torch.nn.LinearCrossEntropyOptions  # noqa: B018  absent from a torch before 2.13
-    options = torch.nn.LinearCrossEntropyOptions()
-    return lambda hidden, weight, labels: F.linear_cross_entropy(hidden, weight, labels, options=options)
-
-
-@peer("linear_cross_entropy", "torch native", note="2,048 rows")
-def _():
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=2048, chunking_method=None)
-    return lambda hidden, weight, labels: F.linear_cross_entropy(hidden, weight, labels, options=options)
-
-
-@peer("linear_cross_entropy", "torch native", note="4,096 rows")
-def _():
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=4096, chunking_method=None)
-    return lambda hidden, weight, labels: F.linear_cross_entropy(hidden, weight, labels, options=options)
-
-
-@peer("linear_cross_entropy", "Liger-Kernel")
-def _():
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
-
-    return lambda hidden, weight, labels: liger(hidden, weight, labels)
-
-
-@peer("linear_cross_entropy", "Liger-Kernel", note="fp32 sum, larger chunks")
-def _():
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy as liger
-
-    options = dict(accum_dtype=torch.float32, chunk_mem_const=4)
-    return lambda hidden, weight, labels: liger(hidden, weight, labels, **options)
-
-
-@peer("linear_cross_entropy", "quack")
-def _():
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return lambda hidden, weight, labels: chunked_linear_cross_entropy(hidden, weight, labels)
-
-
-@peer("linear_cross_entropy", "quack", note="dlogits, untuned")
-def _():
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    # on capability 9.0 the default never makes the logits' gradient, and tunes nothing
-    options = dict(use_scaled_exp=False, tuned=False)
-    return lambda hidden, weight, labels: chunked_linear_cross_entropy(hidden, weight, labels, **options)
-
-
-@peer("linear_cross_entropy", "cut-cross-entropy")
-def _():
-    from cut_cross_entropy import linear_cross_entropy
-
-    return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels)
-
-
-@peer("linear_cross_entropy", "cut-cross-entropy", note="unfiltered")
-def _():
-    from cut_cross_entropy import linear_cross_entropy
-
-    return lambda hidden, weight, labels: linear_cross_entropy(hidden, weight, labels, filter_eps=None)
+    return load
 
 
 # --------------------------------------------------------------------------------------------------------------- AdamW
@@ -462,18 +182,117 @@ def torch_adamw():
 
 
 def adamw_peers(moments: str) -> list[Peer]:
-    arguments = "(high, low, gradient, moments, scalars)"
+    def ours(package: str, update: Callable[[], Callable], text: str) -> Peer:
+        text += "(high, low, gradient, moments, scalars)"
+        return Peer(package, lambda: halves_updated_by(update(), moments), text=text)
+
     found = [
-        Peer("halny", lambda: halves_updated_by(adamw.adamw_, moments), False, "", f"adamw_{arguments}"),
-        Peer("PyTorch eager", lambda: halves_updated_by(adamw.adamw_reference_, moments), False, "",
-             f"adamw_reference_{arguments}"),
-        Peer("torch.compile", lambda: halves_updated_by(compiled(adamw.adamw_reference_), moments), False, "",
-             f"compiled(adamw_reference_){arguments}"),
-    ]  # fmt: skip
+        ours("halny", lambda: adamw.adamw_, "adamw_"),
+        ours("PyTorch eager", lambda: adamw.adamw_reference_, "adamw_reference_"),
+        ours("torch.compile", lambda: compiled(adamw.adamw_reference_), "compiled(adamw_reference_)"),
+    ]
     if moments == "fp32":
         text = "AdamW([fp32 weight], fused=True).step(), its gradient from bf16, and a bf16 weight from it"
-        found.append(Peer("torch native", torch_adamw, False, "fused, casts", text))
+        found.append(Peer("torch native", torch_adamw, note="fused, casts", text=text))
     return found
 
 
-PEERS |= {f"adamw, {moments}": adamw_peers(moments) for moments in adamw.MOMENTS}
+# ----------------------------------------------------------------------------------------------------------- the table
+
+LIGER, QUACK, CUT = "Liger-Kernel", "quack", "cut-cross-entropy"
+CUTE = dict(note="CuTe DSL", needs="cutlass.cute")  # the compiler; without it these would be tried, and fail
+
+# fmt: off
+PEERS: dict[str, list[Peer]] = {
+    "rms_norm": [
+        Peer("halny", lambda: lambda x, weight: rms_norm.rms_norm(x, weight, EPS)),
+        Peer("PyTorch eager", lambda: lambda x, weight: rms_norm.rms_norm_reference(x, weight, EPS)),
+        Peer("torch.compile", lambda: compiled(lambda x, weight: rms_norm.rms_norm_reference(x, weight, EPS))),
+        Peer("torch native", lambda: lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, EPS)),
+        theirs(LIGER, "liger_kernel.ops.LigerRMSNormFunction",
+               lambda their: lambda x, weight: their.apply(x, weight, EPS, 0.0, "llama", True), ruins=True),
+        theirs(LIGER, "liger_kernel.functional.rms_norm",
+               lambda their: lambda x, weight: their(x, weight, EPS, impl="nvidia-cutedsl"), **CUTE),
+        theirs(QUACK, "quack.rmsnorm", lambda their: lambda x, weight: their(x, weight, eps=EPS)),
+    ],
+    "add_rms_norm": [
+        Peer("halny", lambda: lambda x, residual, weight: rms_norm.add_rms_norm(x, residual, weight, EPS)),
+        Peer("PyTorch eager", lambda: eager_add_rms_norm),
+        Peer("torch.compile", lambda: compiled(eager_add_rms_norm)),
+        Peer("torch native", lambda: native_add_rms_norm),
+        theirs(LIGER, "liger_kernel.ops.LigerFusedAddRMSNormFunction",
+               lambda their: lambda x, residual, weight: their.apply(x, residual, weight, EPS, 0.0, "llama", True),
+               ruins=True),
+        theirs(LIGER, "liger_kernel.functional.fused_add_rms_norm",
+               lambda their: lambda x, residual, weight: their(x, residual, weight, EPS, impl="nvidia-cutedsl"),
+               **CUTE),
+        theirs(QUACK, "quack.rmsnorm",
+               lambda their: lambda x, residual, weight: their(x, weight, residual=residual, eps=EPS, prenorm=True)),
+    ],
+    "rope": [
+        Peer("halny", lambda: rope.rope_split_qkv),
+        Peer("PyTorch eager", lambda: eager_rope),
+        Peer("torch.compile", lambda: compiled(eager_rope)),
+        absent("torch native", "PyTorch has no rotary embedding of its own"),
+        theirs(LIGER, "liger_kernel.ops.LigerRopeFunction",
+               lambda their: lambda *arguments: liger_rope(their.apply, *arguments), ruins=True, leaves_v=True),
+        theirs(QUACK, "quack.rotary.apply_rotary_emb",
+               lambda their: lambda *arguments: quack_rope(their, *arguments), leaves_v=True),
+        theirs(QUACK, "quack.rotary.apply_rotary_emb_qkv_",
+               lambda their: lambda *arguments: quack_rope_in_place(their, *arguments),
+               ruins=True, note="in place", leaves_v=True),
+    ],
+    "swiglu": [
+        Peer("halny", lambda: swiglu.swiglu),
+        Peer("PyTorch eager", lambda: swiglu.swiglu_reference),
+        Peer("torch.compile", lambda: compiled(swiglu.swiglu_reference)),
+        absent("torch native", "PyTorch has silu, but no SwiGLU of its own"),
+        theirs(LIGER, "liger_kernel.ops.LigerFusedGateUpSiLUMulFunction",
+               lambda their: lambda gate_up: their.apply(gate_up, False)),
+        absent(QUACK, "quack has SwiGLU only inside its matrix products (quack.mlp), not as an operation"),
+    ],
+    "cross_entropy": [
+        Peer("halny", lambda: ce.cross_entropy),
+        Peer("PyTorch eager", lambda: ce.cross_entropy_reference),
+        Peer("torch.compile", lambda: compiled(ce.cross_entropy_reference)),
+        Peer("torch native", lambda: lambda logits, labels: F.cross_entropy(logits, labels)),
+        # Liger's options are: no class weights, ignored label, no z-loss, no smoothing
+        theirs(LIGER, "liger_kernel.ops.LigerCrossEntropyFunction",
+               lambda their: lambda logits, labels: their.apply(logits, labels, None, -100, 0.0, 0.0, "mean")[0],
+               ruins=True),
+        theirs(LIGER, "liger_kernel.functional.cross_entropy",
+               lambda their: lambda logits, labels: their(logits, labels, impl="nvidia-cutedsl")[0],
+               ruins=True, **CUTE),
+        theirs(QUACK, "quack.cross_entropy",
+               lambda their: lambda logits, labels: their(logits, labels, inplace_backward=True),
+               ruins=True, note="in place"),
+        theirs(QUACK, "quack.cross_entropy", lambda their: lambda logits, labels: their(logits, labels)),
+    ],
+    "linear_cross_entropy": [
+        Peer("halny", lambda: lambda hidden, weight, labels: lce.linear_cross_entropy(hidden, weight, labels).loss),
+        Peer("PyTorch eager", lambda: eager_linear_cross_entropy),
+        Peer("torch.compile", lambda: compiled(eager_linear_cross_entropy, search=False)),
+        Peer("torch native", native_linear_cross_entropy(), text="F.linear_cross_entropy(hidden, weight, labels)"),
+        *(Peer("torch native", native_linear_cross_entropy(batch_chunk_size=n, chunking_method=None),
+               note=f"{n:,} rows", text=f"F.linear_cross_entropy(hidden, weight, labels), batch_chunk_size={n}")
+          for n in (2048, 4096)),
+        theirs(LIGER, "liger_kernel.transformers.functional.liger_fused_linear_cross_entropy",
+               lambda their: lambda hidden, weight, labels: their(hidden, weight, labels)),
+        theirs(LIGER, "liger_kernel.transformers.functional.liger_fused_linear_cross_entropy",
+               lambda their: lambda hidden, weight, labels: their(hidden, weight, labels, accum_dtype=torch.float32,
+                                                                  chunk_mem_const=4), note="fp32 sum, larger chunks"),
+        theirs(QUACK, "quack.linear_cross_entropy.chunked_linear_cross_entropy",
+               lambda their: lambda hidden, weight, labels: their(hidden, weight, labels)),
+        # on capability 9.0 the default never makes the logits' gradient, and tunes nothing
+        theirs(QUACK, "quack.linear_cross_entropy.chunked_linear_cross_entropy",
+               lambda their: lambda hidden, weight, labels: their(hidden, weight, labels, use_scaled_exp=False,
+                                                                  tuned=False), note="dlogits, untuned"),
+        theirs(CUT, "cut_cross_entropy.linear_cross_entropy",
+               lambda their: lambda hidden, weight, labels: their(hidden, weight, labels)),
+        theirs(CUT, "cut_cross_entropy.linear_cross_entropy",
+               lambda their: lambda hidden, weight, labels: their(hidden, weight, labels, filter_eps=None),
+               note="unfiltered"),
+    ],
+    **{f"adamw, {moments}": adamw_peers(moments) for moments in adamw.MOMENTS},
+}
+# fmt: on
