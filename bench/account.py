@@ -4,6 +4,7 @@
     python bench/account.py --ranks 256     the same as one rank of 256, FSDP2's copies and collectives included
     python bench/account.py --moments 8bit --accumulation 4     one rank that trains, four micro batches a step
     python bench/account.py --host          what Python and PyTorch's dispatcher take for a step, no kernel run
+    python bench/account.py --host operations       and for a row operation, forward and backward
 
 The step is train.py's own: ``build_model``, ``build_optimizer``, ``train_step``. Its tensors are on the meta device,
 where a tensor has a shape and a dtype and nothing else: 7 billion weights take no memory, a product no time, and
@@ -30,10 +31,14 @@ What is counted, and what not:
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import statistics
 import sys
 import time
+import timeit
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
@@ -41,6 +46,8 @@ from unittest.mock import patch
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+    if "operations" in sys.argv:
+        os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: CPU tensors take the kernels' path
 
 import torch
 import torch.distributed._tools.fake_collectives  # registers c10d's collectives for meta tensors
@@ -50,7 +57,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.lib.meta_step import HOPPER, Case, MetaMode, Step, on_hopper, world_of
 from bench.lib.results import write_json
-from halny.kernels import dispatch, rms_norm
+from halny.kernels import dispatch, rms_norm, rope, swiglu
 from halny.kernels.adamw import MOMENTS
 from halny.model.estimate import machines, roofline
 from halny.model.estimate.choices import recomputed
@@ -528,6 +535,44 @@ def host_lines(host: dict[str, float], case: Case, calls: list[Call], floor: flo
     ]
 
 
+class Bare(torch.autograd.Function):
+    """What torch.autograd.grad and a Function that only allocates cost on this machine: the part that is not ours."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return torch.empty_like(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return torch.empty_like(dy)
+
+
+def operation_lines(calls: int = 2000) -> Iterator[str]:
+    """Microseconds of the host for forward and backward of each row operation, the best of five rounds.
+
+    On small CPU tensors that take the kernels' path; every launch is replaced by nothing. A kernel that is shorter on
+    the GPU waits for the host.
+    """
+    torch.set_num_threads(1)
+    x, residual, gate_up = (torch.randn(2, 8, 64, requires_grad=True) for _ in range(3))
+    weight, qkv = torch.ones(64, requires_grad=True), torch.randn(2, 8, 8, 16, requires_grad=True)
+    cos, sin = rope.rope_tables(8, 16, 1e4)
+    cases = {
+        "bare Function": (lambda: Bare.apply(x), [x]),
+        "rms_norm": (lambda: rms_norm.rms_norm(x, weight, 1e-5), [x, weight]),
+        "add_rms_norm": (lambda: rms_norm.add_rms_norm(x, residual, weight, 1e-5), [x, residual, weight]),
+        "swiglu": (lambda: swiglu.swiglu(gate_up), [gate_up]),
+        "rope_split_qkv": (lambda: rope.rope_split_qkv(qkv, cos, sin, 4, 2), [qkv]),
+    }
+    with contextlib.ExitStack() as stack:
+        for module in (rms_norm, rope, swiglu):
+            stack.enter_context(patch.object(module, "launch", lambda *arguments, **constants: None))
+        for name, (forward, inputs) in cases.items():
+            upstream = [torch.ones_like(y) for y in tree_leaves(forward())]
+            run = lambda f=forward, i=inputs, u=upstream: torch.autograd.grad(f(), i, u)  # noqa: E731
+            yield f"{name:16} {min(timeit.repeat(run, number=calls)) / calls * 1e6:6.1f} us"
+
+
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
@@ -586,12 +631,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--gpu", default="NVIDIA H200", metavar="NAME",
         help=f"whose peaks the floors are of [NVIDIA H200]; one of {', '.join(gpu_names())}")  # fmt: skip
     add("--json", type=Path, metavar="FILE", help="write the tables there too")
-    add("--host", action="store_true", help="time the host instead; exit code 1 from a quarter of the floor on")
+    add("--host", nargs="?", const="step", choices=("step", "operations"),
+        help="time the host instead; of a step: exit code 1 from a quarter of the floor on [step]")  # fmt: skip
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str]) -> int:
     given = parse(arguments)
+    if given.host == "operations":
+        print(*operation_lines(), sep="\n")
+        return 0
     try:
         case = case_of(given)
         if given.json and not given.json.absolute().parent.is_dir():

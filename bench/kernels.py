@@ -3,6 +3,7 @@
     python bench/kernels.py [--set 7b] [--only swiglu] [--out DIR]     on a GPU: DIR/kernels.json
     python bench/kernels.py --warm-only --out DIR           compile everything, DIR/warm-kernels.json; then run as above
     python bench/kernels.py --smoke                         here: the same code at tiny sizes, no figures
+    python bench/kernels.py --loss-error [--smoke]          the loss and its gradients beside PyTorch's, against fp64
     pytest bench --benchmark-only                           the everyday interface (test_benchmarks.py)
 
 A row is an operation, a set of shapes, a mode and a provider (lib/peers.py). Before one is timed, its outputs and
@@ -44,6 +45,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -68,6 +70,7 @@ from bench.lib.operations import (
     cases,
     chosen_sets,
     excess,
+    largest,
     limits,
     random,
     tuple_of,
@@ -75,6 +78,7 @@ from bench.lib.operations import (
 from bench.lib.peers import Peer
 from bench.lib.process import CACHES, die_with_parent, line_of, nvidia_smi
 from bench.lib.results import new_result, results_folder, write_json, write_result
+from halny.kernels import dispatch
 from halny.model.exits import Refused
 
 # ----------------------------------------------------------------------------------------------------------- one case
@@ -310,6 +314,44 @@ def run_case(
 def allow_kept_graphs() -> None:
     """A compiled backward may otherwise overwrite what it was given, and refuses to run twice on one graph."""
     torch._functorch.config.donated_buffer = False
+
+
+# -------------------------------------------------------------------------------------------------- errors of the loss
+
+
+def loss_errors(bench: Bench, rows: int, dim: int, vocabulary: int) -> Iterator[str]:
+    """A line for each dtype, kind of target and form of the head and its loss, in chunks of a quarter of the rows.
+
+    Errors are the largest over a tensor, divided by the largest of the truth, which is made in fp64 of the same rounded
+    inputs. Triton's interpreter puts ours in bf16 at a disadvantage of up to one unit in the last place: it truncates
+    where a GPU rounds.
+    """
+    operation, chunk = OPERATIONS["linear_cross_entropy"], max(1, rows // 4)
+    native = peers.native_linear_cross_entropy(batch_chunk_size=chunk, chunking_method=None)
+    listed = [*peers.PEERS[operation.name][:2], Peer("torch native", native)]
+    yield f"torch {torch.__version__}, {bench.name}: {rows} rows x {dim} x {vocabulary}, mean; errors are relative"
+    yield f"{'dtype':10}{'targets':11}{'form':20}{'loss':>10}{'d_hidden':>10}{'d_weight':>10}"
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for kind, confidence in (("random", 0.0), ("confident", 12.0)):
+            torch.manual_seed(0)
+            weight, labels = torch.randn(vocabulary, dim), torch.randint(vocabulary, (rows,))
+            hidden = torch.randn(rows, dim) / dim**0.5
+            hidden += confidence * weight[labels] / weight[labels].square().sum(-1, keepdim=True)
+            labels[::5] = -100
+            inputs = [hidden.to(bench.device, dtype), weight.to(bench.device, dtype), labels.to(bench.device)]
+            truth = operation.expected(inputs, [], torch.float64)
+            for peer in listed:
+                function, state, _ = load(peer)
+                text = f"{str(dtype).removeprefix('torch.'):10}{kind:11}{peer.name:20}"
+                if function is None:
+                    yield f"{text}{state:>30}"
+                    continue
+                dispatch.launches.clear()
+                with patch.object(peers.lce, "chunk_rows", lambda *_: chunk):
+                    got = operation.results(function, inputs, [])
+                if bool(dispatch.launches) != (peer.package == "halny"):
+                    raise RuntimeError(f"{peer.name}: kernels ran where they should not, or did not where they should")
+                yield text + "".join(f"{largest(x, y) / largest(y):10.1e}" for x, y in zip(got, truth, strict=True))
 
 
 # ------------------------------------------------------------------------------------------------------------- warm-up
@@ -601,9 +643,17 @@ def options_of(doc: str) -> argparse.ArgumentParser:
 def main(arguments: list[str]) -> int:
     start = time.monotonic()
     parser = options_of(__doc__)
+    parser.add_argument("--loss-error", nargs="*", type=int, metavar="N",
+        help="errors of the head and its loss and no times; with sizes: ROWS DIM VOCABULARY [64 64 1000]")  # fmt: skip
     parser.add_argument("--set", action="append", choices=list(SETS), help="sets of shapes; may be repeated [all]")
     given = parser.parse_args(arguments)
     bench = bench_on(given.smoke)
+    if given.loss_error is not None:
+        if len(sizes := given.loss_error or [64, 64, 1000]) != 3:
+            raise Refused(f"--loss-error takes ROWS DIM VOCABULARY or nothing, got {sizes}")
+        for text in loss_errors(bench, *sizes):
+            print(text)
+        return 0
     sets = chosen_sets(SMOKE_SETS if given.smoke else SETS, given.set)
     if given.warm:
         die_with_parent()

@@ -270,6 +270,11 @@ def test_what_the_step_need_not_move_is_found(monkeypatch, capsys, tmp_path):
     assert line.split()[0] == "copies"
 
 
+def test_host_time_of_operations():
+    lines = list(account.operation_lines(calls=1))
+    assert len(lines) == 5 and lines[0].startswith("bare Function") and all(line.endswith(" us") for line in lines)
+
+
 @pytest.mark.parametrize(
     "arguments, said",
     [
