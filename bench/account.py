@@ -26,7 +26,6 @@ What is counted, and what not:
 - On several ranks the process group is PyTorch's fake one. What becomes of the gathered weights after the forward pass
   is decided by the trainer's rule for this GPU's memory and nodes of four, or by --reshard.
 """
-# ruff: noqa: E402  imports follow the change of sys.path
 
 from __future__ import annotations
 
@@ -43,9 +42,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/: see kernels.py
     if "operations" in sys.argv:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: CPU tensors take the kernels' path
 

@@ -16,7 +16,6 @@ as far as chance takes them: "fp32", whose arithmetic is AdamW's but for last bi
 The text is the built-in corpus with Mistral's tokenizer; ids that never occur in it are taken out of the vocabulary,
 which leaves the many rare tokens, whose embeddings see a gradient once in a while: the hard case for coarse moments.
 """
-# ruff: noqa: E402  imports follow the change of sys.path
 
 from __future__ import annotations
 
@@ -31,15 +30,15 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/: see kernels.py
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import train
+from bench import report
 from bench.lib.clocks import Bench, bench_on
 from bench.lib.command import at_least_one, command
 from bench.lib.process import ROOT
@@ -200,19 +199,6 @@ def summary(runs: list[dict]) -> list[dict]:
     return rows
 
 
-def table(rows: list[dict], n_weights: int) -> str:
-    lines = [f"{'optimizer':15}{'bytes a weight':>15}{'held-out loss':>15}{'+-':>9}{'difference':>12}{'+-':>9}"]
-    for row in rows:
-        name = row["optimizer"]
-        moments = adamw.moment_bytes(n_weights, name) / n_weights if name in adamw.MOMENTS else None
-        held = {"fp32 AdamW": 4 + 2 + 8, "bf16, nearest": 2 + 4}.get(name) or 4 + moments
-        lines.append(
-            f"{name:15}{held:15.2f}{row['held_out_loss']:15.4f}{row['spread']:9.4f}"
-            f"{row['difference']:12.4f}{row['spread_of_difference']:9.4f}"
-        )
-    return "\n".join(lines)
-
-
 def plot(result: dict, path: Path) -> None:
     """Training loss, smoothed, and the held-out loss less that of fp32 AdamW at the same seed."""
     from matplotlib import colormaps
@@ -310,7 +296,7 @@ def main(arguments: list[str]) -> int:
     png.parent.mkdir(parents=True, exist_ok=True)
     plot(result, png)
     print(f"{path} and {png}")
-    print(table(rows, n_weights))
+    print(report.convergence_table(result))
     return 0
 
 

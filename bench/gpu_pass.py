@@ -17,7 +17,6 @@ DIR/caches.tar.xz at the end of a call, and unpacked from --caches at the start 
 In DIR (or $OUT, or bench/results/DATE-DEVICE): pass.json says what ran and how it ended, with the tests' counts;
 log.txt is all that was printed; step.json, profile.json, trainer.json, kernels.json and attention.json are the parts'.
 """
-# ruff: noqa: E402  imports follow the change of sys.path
 
 from __future__ import annotations
 
@@ -34,21 +33,19 @@ import sys
 import tarfile
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/: see kernels.py
 
 import torch
 
 from bench import report
 from bench.lib.clocks import bench_on
 from bench.lib.command import command, parser_of
-from bench.lib.process import nvidia_smi
+from bench.lib.process import ROOT, nvidia_smi
 from bench.lib.results import BadResult, commit, new_result, results_folder, write_json, write_result
 from bench.merge import merge, read_folders
 from halny.model.exits import Refused
@@ -76,19 +73,14 @@ class Visit:
         options = ["--out", str(self.out), "--commit", self.commit, "--budget-s", budget]
         return [sys.executable, f"bench/{name}.py", *smoke, *options, *more]
 
-    def tests(self, part: str, which: str, beside: bool) -> list[str]:
+    def tests(self, which: str, beside: bool) -> list[str]:
         """pytest's command for the GPU's tests that ``which`` selects; side by side if pytest-xdist is there."""
         options = ["-vv", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--durations=10"]
-        # a line for each test as it ends, since the junit file is written at the end, and a compiler may outlast SIGINT
-        options += [f"--junitxml={self.file_of(part, 'xml')}", "-k", which]
+        options += ["-k", which]  # -vv: a line for each test as it ends, for ``test_counts``
         if beside and not self.smoke and importlib.util.find_spec("xdist"):
             memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
             options += ["-n", str(max(1, int(memory / TEST_BYTES)))]
         return [sys.executable, "-m", "pytest", "tests", "-m", "gpu", *options]
-
-    def file_of(self, part: str, kind: str) -> Path:
-        """What a part leaves for this script: its "log", and the "xml" of tests."""
-        return self.scratch / f"{part.replace(' ', '-')}.{kind}"
 
 
 @dataclass(frozen=True)
@@ -119,7 +111,7 @@ LAST = "flex or two_to_the_31"  # tests that compile for long, or need much of t
 PARTS = (
     Part("step", 210, lambda v, s: v.script("step", s, "--profile", "--moments", "best", "bf16"),
          reads=(*TRAINER, "bench/step.py", "bench/lib/emulated.py")),
-    Part("tests", 90, lambda v, s: v.tests("tests", f"not ({LAST})", True), timed=False, reads=TESTS),
+    Part("tests", 90, lambda v, s: v.tests(f"not ({LAST})", True), timed=False, reads=TESTS),
     Part("trainer", 75, lambda v, s: v.script("trainer", s, *(["--data", str(v.data)] if v.data else [])), timed=False,
          reads=(*TRAINER, "bench/trainer.py", "bench/lib/operations.py", "bench/lib/peers.py")),
     Part("warm kernels", 90, lambda v, s: v.script("kernels", s, *warm_up(v)), timed=False, ahead_of="kernels"),
@@ -131,7 +123,7 @@ PARTS = (
     Part("attention", 60, lambda v, s: v.script("attention", s),
          reads=("kernels/attention.py", "kernels/dispatch.py", *SHARED, *TIMED, "bench/attention.py")),
     Part("opponents", 110, lambda v, s: v.script("opponents", s), reads=(*SHARED, "bench/opponents.py")),
-    Part("last tests", 90, lambda v, s: v.tests("last tests", LAST, False), timed=False, reads=TESTS),
+    Part("last tests", 90, lambda v, s: v.tests(LAST, False), timed=False, reads=TESTS),
 )  # fmt: skip
 
 
@@ -180,28 +172,17 @@ def finish(processes: list[subprocess.Popen], seconds: float) -> list[tuple[int 
     return [(None if p in late else p.returncode, took.get(i, whole)) for i, p in enumerate(processes)]
 
 
-def test_counts(xml: Path, said: list[str]) -> dict:
-    """Counts and the failing names of a junit file; of the lines said if pytest did not get to write one."""
+def test_counts(said: list[str]) -> dict:
+    """Counts and the failing names, from the lines that pytest printed as each test ended, alone or side by side."""
     counts = {"passed": 0, "failed": 0, "errors": 0, "skipped": 0, "failing": []}
-    try:
-        found = list(ElementTree.parse(xml).getroot().iter("testcase"))
-    except (OSError, ElementTree.ParseError):
-        for line in said:
-            ended = re.match(r"(tests/\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", line)
-            beside = re.match(r"\[gw\d+\] \[[ \d]+%\] (PASSED|FAILED|ERROR|SKIPPED) (tests/\S+\.py::.+)", line)  # xdist
-            if not ended and not beside:
-                continue
-            name, outcome = (ended[1], ended[2]) if ended else (beside[2], beside[1])
+    for line in said:
+        alone = re.match(r"(tests/\S+\.py::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", line)
+        beside = re.match(r"\[gw\d+\] \[[ \d]+%\] (PASSED|FAILED|ERROR|SKIPPED) (tests/\S+\.py::.+)", line)  # xdist
+        if alone or beside:
+            name, outcome = (alone[1], alone[2]) if alone else (beside[2], beside[1])
             state = {"ERROR": "errors"}.get(outcome, outcome.lower())
             counts[state] += 1
             counts["failing"] += [name] if state in ("failed", "errors") else []
-        return counts
-    for test in found:
-        outcome = {"failure": "failed", "error": "errors", "skipped": "skipped"}
-        state = next((outcome[child.tag] for child in test if child.tag in outcome), "passed")
-        counts[state] += 1
-        if state in ("failed", "errors"):
-            counts["failing"].append(f"{test.get('classname', '').replace('.', '/')}.py::{test.get('name')}")
     return counts
 
 
@@ -244,9 +225,7 @@ def run_parts(visit: Visit, parts: list[Part], visit_s: float, result: dict, log
             )
             words = last_words(said) if not good else said[-1][:300] if said else ""
             entry = {"status": status, "seconds": seconds, "limit_s": limit, "exit_code": code, "said": words}
-            entry |= {"fingerprint": part.fingerprint()} | (
-                test_counts(visit.file_of(part.name, "xml"), said) if is_test else {}
-            )
+            entry |= {"fingerprint": part.fingerprint()} | (test_counts(said) if is_test else {})
             result["parts"][part.name] = entry
             write_json(visit.out / "pass.json", result)
             print(f"{part.name:15}{status:20}{seconds:6.0f} s   {words[:90]}", flush=True)
@@ -254,7 +233,7 @@ def run_parts(visit: Visit, parts: list[Part], visit_s: float, result: dict, log
 
 def run_group(visit: Visit, group: list[Part], limit: float, log) -> list[tuple[int | None, float, list[str]]]:
     """Parts side by side: each one's exit code, seconds and lines, which also go to the log, one part after another."""
-    paths = [visit.file_of(part.name, "log") for part in group]
+    paths = [visit.scratch / f"{part.name}.log" for part in group]
     try:
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(path.open("w", encoding="utf-8")) for path in paths]

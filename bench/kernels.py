@@ -12,9 +12,7 @@ gradients at the very shape are held against the operation's reference in fp64: 
 absent; one that is but cannot do the case, as without a GPU, cannot run here; one that was not compiled in time, not
 tried; one that raises, failed: never left out. How time is taken, short kernels in bursts: lib/clocks.py.
 
-**Ceilings.** of_ceiling is the share of a large copy's rate (2 GiB) or of cuBLAS's, and the figure that goals are
-stated in. Beside the providers of a mode a copy of as many bytes takes its turns, timed as they are:
-copy_same_bytes_gb_s and of_copy_same_bytes say what was left to gain at that size.
+**Ceilings.** of_ceiling is the share of a large copy's rate (2 GiB) or of cuBLAS's: the figure of the goals.
 
 **Warm-up.** What is compiled lies in caches on disk, so a plain run first compiles for all providers in processes
 beside one another, within half its budget; who hangs or crashes there is not tried again. --warm-only does just that
@@ -30,7 +28,6 @@ which hides what the host spends: only its kernel time says something), "both" (
 make the gradient in the forward pass, where a kept graph would measure nothing: they have "both", and "loss only"
 without gradients. AdamW has its "update".
 """
-# ruff: noqa: E402  imports follow the change of sys.path
 
 from __future__ import annotations
 
@@ -47,9 +44,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not bench/, where this very file would be taken for Hugging Face's package ``kernels``
+    sys.path[0] = str(
+        Path(__file__).resolve().parents[1]
+    )  # not bench/, where this very file would be taken for Hugging Face's package ``kernels``
     if "--smoke" in sys.argv:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: our kernels run, if slowly
 
@@ -58,7 +56,7 @@ import torch._functorch.config
 from torch import Tensor
 
 from bench.lib import peers
-from bench.lib.ceilings import ceilings, copy_call, copy_rate
+from bench.lib.ceilings import ceilings, copy_rate
 from bench.lib.clocks import Bench, Call, Clocks, bench_on, peak_bytes, sets_for
 from bench.lib.command import command, parser_of
 from bench.lib.operations import (
@@ -76,7 +74,7 @@ from bench.lib.operations import (
     tuple_of,
 )
 from bench.lib.peers import Peer
-from bench.lib.process import CACHES, die_with_parent, line_of, nvidia_smi
+from bench.lib.process import CACHES, ROOT, die_with_parent, line_of, nvidia_smi
 from bench.lib.results import new_result, results_folder, write_json, write_result
 from halny.kernels import dispatch
 from halny.model.exits import Refused
@@ -231,9 +229,6 @@ def judge(case: Case, providers: list[Peer], excluded: dict[str, str]) -> tuple[
     return functions, status, errors
 
 
-COPY = "a copy of as many bytes"  # takes its turns among the providers
-
-
 def row_of(operation: Operation, set_name: str, shape: dict, mode: str, dtype: torch.dtype, peer: Peer) -> dict:
     """A row before anything has run: what would be, and the bytes and FLOPs of it."""
     n_bytes, flops = operation.counts(mode, shape, dtype.itemsize)
@@ -248,16 +243,9 @@ def row_of(operation: Operation, set_name: str, shape: dict, mode: str, dtype: t
 
 
 def run_case(
-    bench: Bench,
-    operation: Operation,
-    set_name: str,
-    shape: dict,
-    providers: list[Peer],
-    ceilings: dict,
-    excluded: dict[str, str],
-    dtype: torch.dtype = torch.bfloat16,
-    clocks: Clocks | None = None,
-) -> Iterator[list[dict]]:
+    bench: Bench, operation: Operation, set_name: str, shape: dict, providers: list[Peer], ceilings: dict,
+    excluded: dict[str, str], dtype: torch.dtype = torch.bfloat16, clocks: Clocks | None = None,
+) -> Iterator[list[dict]]:  # fmt: skip
     """The rows of one case, a mode at a time. excluded: provider -> why it is not even tried."""
     clocks = clocks or Clocks(bench)
     torch._dynamo.reset()
@@ -266,7 +254,6 @@ def run_case(
     case.truth = None  # the largest tensors of all
     bench.release()
 
-    copies = {}  # mode -> milliseconds of a copy of as many bytes
     for mode in operation.modes:
         calls, results = {}, {}
         for peer in providers:
@@ -276,18 +263,10 @@ def run_case(
                 except Exception as error:
                     check_device(bench, peer.name, error)
                     results[peer.name] = error.with_traceback(None)  # whose frames hold tensors
-        n_bytes = operation.counts(mode, shape, dtype.itemsize)[0]
-        summed = mode == "both" and "forward" in operation.modes
-        if operation.ceiling == "copy_gb_s" and not summed and calls:
-            calls[COPY] = copy_call(bench, n_bytes)
         results |= clocks.time(calls)
         for name, result in results.items():
             if isinstance(result, Exception):
                 check_device(bench, name, result)
-        if isinstance(results.get(COPY), dict):
-            copies[mode] = results[COPY]["kernel_ms"]["median"]
-        elif summed and {"forward", "backward"} <= set(copies):
-            copies[mode] = copies["forward"] + copies["backward"]
         rows = []
         for peer in providers:
             (state, reason), result = status[peer.name], results.get(peer.name)
@@ -302,9 +281,6 @@ def run_case(
                     "of_ceiling": rate / ceilings[operation.ceiling], "errors": errors[peer.name],
                     "peak_bytes": peak_bytes(bench, calls[peer.name]),
                 }  # fmt: skip
-                if mode in copies:
-                    copy_gb_s = n_bytes / copies[mode] / 1e6
-                    row |= {"copy_same_bytes_gb_s": copy_gb_s, "of_copy_same_bytes": rate / copy_gb_s}
             rows.append(row)
         del calls, results
         bench.release()
@@ -415,14 +391,10 @@ def warm_bytes(operation: Operation, sets: dict[str, dict]) -> float:
 
 
 def warm_all(
-    script: str,
-    jobs: list[tuple[str, str]],
-    workers: int,
-    budget_s: float = float("inf"),
-    sizes: dict[str, float] | None = None,
-    more: tuple[str, ...] = (),
+    script: str, jobs: list[tuple[str, str]], workers: int, budget_s: float = float("inf"),
+    sizes: dict[str, float] | None = None, more: tuple[str, ...] = (),
     save: Callable[[dict], None] = lambda excluded: None,
-) -> dict[str, dict[str, str]]:
+) -> dict[str, dict[str, str]]:  # fmt: skip
     """``script --warm CASE PROVIDER`` of all jobs, in processes beside one another, within budget_s for all of them.
 
     sizes: case -> bytes of GPU memory that its process takes; no more run at once than WARM_BYTES hold. more: further
@@ -603,15 +575,9 @@ def left_out(providers: list[Peer], without: list[str]) -> dict[str, str]:
 
 
 def run_jobs(
-    bench: Bench,
-    given: argparse.Namespace,
-    script: str,
-    folder: Path,
-    jobs: list[tuple],
-    excluded: dict[str, dict[str, str]],
-    start: float,
-    dtype: torch.dtype,
-) -> int:
+    bench: Bench, given: argparse.Namespace, script: str, folder: Path, jobs: list[tuple],
+    excluded: dict[str, dict[str, str]], start: float, dtype: torch.dtype,
+) -> int:  # fmt: skip
     """``run_all`` of jobs (operation, set, shape, providers, key into excluded), from the beginning or where it was."""
     path = folder / f"{script}.json"
     if given.resume:

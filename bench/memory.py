@@ -14,7 +14,6 @@ Counted are bytes that tensors ask for. What a GPU holds besides is not: CUDA's 
 FlashAttention, NCCL's buffers, what the allocator rounds up and cannot use for its holes; roofline.RESERVED stands for
 these. A tensor is held until the last reference is gone; FSDP2's streams may free some of them some kernels later.
 """
-# ruff: noqa: E402  imports follow the change of sys.path
 
 from __future__ import annotations
 
@@ -28,9 +27,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from unittest.mock import patch
 
-ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/: see kernels.py
 
 import torch
 from torch import Tensor

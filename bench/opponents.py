@@ -15,7 +15,6 @@ layer compiled, down to where they get slower, then the best of these with the w
 checkpointing only where nothing fits without. The largest throughput counts, all that was tried is recorded. Each runs
 in a process of its own, within its share of the budget; what is not installed is named absent.
 """
-# ruff: noqa: E402  imports follow the change of sys.path
 
 from __future__ import annotations
 
@@ -29,9 +28,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/: see kernels.py
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch

@@ -11,7 +11,6 @@ file, and everything into RESULTS.md beside the folders. The plots are PNG files
 (bench/plots.py). A file that lacks a field, or holds another type in it, is refused by name. Rehearsals (--smoke) are
 never rendered.
 """
-# ruff: noqa: E402  imports follow the change of sys.path
 
 from __future__ import annotations
 
@@ -20,10 +19,10 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/: see kernels.py
 
+from bench.lib.process import ROOT
 from bench.lib.results import BadResult
 from bench.lib.steps import MODE_LABELS, memory_words
 from bench.merge import Device, Source, best_of_each, grouped, merge, read_folders, result_folders, sources_of

@@ -26,7 +26,6 @@ Before and after its steps the same process times the step's matrix products alo
 --profile it also records one more step after those that were timed, and says where the time goes (profiler.py);
 the trace of the first case is kept.
 """
-# ruff: noqa: E402  imports follow the change of sys.path
 
 from __future__ import annotations
 
@@ -38,9 +37,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/: see kernels.py
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as train.py, before torch
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.13's profiler announces itself on stderr below that
 

@@ -20,7 +20,6 @@ samples.
 ``halny.model.convert.load_hf``, in bf16 both: the error of halny's logits against transformers' in fp32 must be within
 twice that of transformers' own, and both continue a text greedily.
 """
-# ruff: noqa: E402  imports follow the change of sys.path
 
 from __future__ import annotations
 
@@ -38,9 +37,8 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # not bench/: see kernels.py
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/: see kernels.py
 
 import numpy as np
 import torch
@@ -48,7 +46,7 @@ import torch
 from bench.lib.clocks import bench_on
 from bench.lib.command import command, leave, parser_of
 from bench.lib.operations import excess, limits
-from bench.lib.process import die_with_parent, line_of, nvidia_smi
+from bench.lib.process import ROOT, die_with_parent, line_of, nvidia_smi
 from bench.lib.results import new_result, repeatable, results_folder, write_json, write_result
 from halny.model.data.writer import write_dataset
 from halny.model.exits import FAILED, FINISHED, STOPPED, Refused

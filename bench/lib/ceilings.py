@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from bench.lib.clocks import Bench, Call, Clocks, mark, milliseconds_between, sets_for
+from bench.lib.clocks import Bench, Call, Clocks, mark, milliseconds_between
 from halny.kernels.linear_cross_entropy import chunk_rows
 from halny.model.mistral import MistralConfig
 
@@ -27,14 +27,6 @@ HEAD_PRODUCTS = {
     "head, input gradient": (4096, 32000, 4096),
     "head, weight gradient": (32000, 4096, 4096),
 }
-
-
-def copy_call(bench: Bench, n_bytes: int) -> Call:
-    """A device-to-device copy that moves n_bytes, read plus written, under the clock as an operation is."""
-    n_sets, half = sets_for(bench, n_bytes), max(1, n_bytes // 2)
-    sources = [torch.randint(0, 255, (half,), dtype=torch.uint8, device=bench.device) for _ in range(n_sets)]
-    targets = [torch.empty_like(source) for source in sources]
-    return Call(lambda i: targets[i].copy_(sources[i]), n_sets)
 
 
 def copy_rate(bench: Bench) -> dict:
