@@ -6,8 +6,8 @@
 
 bench/VISIT.md is the recipe for a visit. The most valuable part comes first. Each is a process of its own, ended when
 its share of the time is over (what one leaves goes to those after it), and writes its file after every row, so neither
-a crash nor a clock takes more than what was not done yet. The last lines are a summary; the exit code is 1 if any part
-failed.
+a crash nor a clock takes more than what was not done yet. In the end report.py's short tables are printed, and how each
+part ended; the exit code is 1 if any failed.
 
 A visit may be several calls. A part that an earlier call did on this device is left out, as long as the files that it
 depends on are what they were then (``Part.reads``; the call's pass.json, found in bench/results/ or in DIR, holds their
@@ -39,8 +39,6 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/: see kernels.py
-
-import torch
 
 from bench import report
 from bench.lib.clocks import bench_on
@@ -78,8 +76,7 @@ class Visit:
         options = ["-vv", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--durations=10"]
         options += ["-k", which]  # -vv: a line for each test as it ends, for ``test_counts``
         if beside and not self.smoke and importlib.util.find_spec("xdist"):
-            memory = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-            options += ["-n", str(max(1, int(memory / TEST_BYTES)))]
+            options += ["-n", str(max(1, int(bench_on(smoke=False).memory_bytes / TEST_BYTES)))]
         return [sys.executable, "-m", "pytest", "tests", "-m", "gpu", *options]
 
 
@@ -121,7 +118,7 @@ PARTS = (
     Part("kernels", 100, lambda v, s: v.script("kernels", s, "--without", "CuTe DSL"),
          reads=(*KERNELS, *TIMED)),
     Part("attention", 60, lambda v, s: v.script("attention", s),
-         reads=("kernels/attention.py", "kernels/dispatch.py", *SHARED, *TIMED, "bench/attention.py")),
+         reads=("kernels/attention*.py", "kernels/dispatch.py", *SHARED, *TIMED, "bench/attention.py")),
     Part("opponents", 110, lambda v, s: v.script("opponents", s), reads=(*SHARED, "bench/opponents.py")),
     Part("last tests", 90, lambda v, s: v.tests(LAST, False), timed=False, reads=TESTS),
 )  # fmt: skip

@@ -119,10 +119,7 @@ def row(kind: str, /, base: type = object, also: str = "", ok=(), may=(), **need
 
     ``also`` names what is kept for whoever asks, and read by no table.
     """
-    defaults = [
-        *((name, of, OK) for name, of in dict(ok).items()),
-        *((name, of, MAY) for name, of in dict(may).items()),
-    ]
+    defaults = [(name, of, default) for some, default in ((ok, OK), (may, MAY)) for name, of in dict(some).items()]
     named = {"also": frozenset(also.split()) | getattr(base, "also", frozenset())}
     return make_dataclass(kind, [*needed.items(), *defaults], bases=(base,), namespace=named, kw_only=True)
 
@@ -244,10 +241,10 @@ def read_result(path: Path) -> dict:
         raise BadResult(f"{path.name} has {said}, which this code does not read")
     check_finite(value, path.name)
     check(value, FILES[value["kind"]], path.name)
-    for name in {"step": ["rows"], "profile": ["profiles"]}.get(value["kind"], []):
-        for i, row in enumerate(value[name]):
-            said = MODE_LABELS.get(row["mode"], "one that is known")
-            if said not in row["label"]:
-                raise BadResult(f"{path.name}.{name}[{i}] is of mode {row['mode']!r}, so its label must say {said!r}, "
-                                f"got {row['label']!r:.60}")  # fmt: skip
+    name = {"step": "rows", "profile": "profiles"}.get(value["kind"])
+    for i, one in enumerate(value[name] if name else []):
+        said = MODE_LABELS.get(one["mode"], "one that is known")
+        if said not in one["label"]:
+            where = f"{path.name}.{name}[{i}] is of mode {one['mode']!r}"
+            raise BadResult(f"{where}, so its label must say {said!r}, got {one['label']!r:.60}")
     return value
