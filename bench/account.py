@@ -38,7 +38,7 @@ import time
 import timeit
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -53,8 +53,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from bench.lib.command import at_least_one, command
 from bench.lib.meta_step import HOPPER, Case, MetaMode, Step, on_hopper, world_of
-from bench.lib.results import write_json
 from halny.kernels import dispatch, rms_norm, rope, swiglu
 from halny.kernels.adamw import MOMENTS
 from halny.model.estimate import machines, roofline
@@ -394,54 +394,34 @@ def weight_names(config: MistralConfig) -> dict[tuple[int, int], str]:
     return {shape: " or ".join(which) for shape, which in names.items()}
 
 
-def product_rows(calls: list[Call], config: MistralConfig) -> list[dict]:
+def product_lines(calls: list[Call], config: MistralConfig) -> list[str]:
     """The matrix products of a step, equal ones together."""
+    lines = [f"  {'product':20}{'M':>7}{'N':>7}{'K':>7}{'a step':>8}{'TFLOP':>9}{'share':>8}"]
     names, groups = weight_names(config), Counter(call.product for call in calls if call.product)
-    total = sum(product.flops * n for product, n in groups.items())
-    rows = [
-        {"name": f"{names[p.weight]} {p.kind}", "m": p.m, "n": p.n, "k": p.k, "count": n, "flops": p.flops * n}
-        for p, n in groups.items()
-    ]
-    return [row | {"share": row["flops"] / total} for row in sorted(rows, key=lambda row: row["name"])]
+    total, kinds = sum(p.flops * n for p, n in groups.items()), Counter()
+    for name, p in sorted(((f"{names[p.weight]} {p.kind}", p) for p in groups), key=lambda one: one[0]):
+        n, flops = groups[p], p.flops * groups[p]
+        kinds[p.kind] += flops
+        lines.append(f"  {name:20}{p.m:7}{p.n:7}{p.k:7}{n:8}{flops / 1e12:9.2f}{flops / total:8.2%}")
+    parts = ", ".join(f"{kind} {flops / 1e12:.2f}" for kind, flops in kinds.items())
+    return [*lines, f"  all {groups.total()}: {total / 1e12:.2f} TFLOP; {parts}"]
 
 
-def kernel_rows(calls: list[Call]) -> list[dict]:
-    """What is no matrix product, equal ones together, most bytes first."""
-    groups = defaultdict(list)
+def kernel_lines(calls: list[Call], least: float = 1e7) -> list[str]:
+    """What is no matrix product, equal ones together, most bytes first; below ``least`` bytes a step only how many."""
+    lines = [f"  {'kernel or operator':54}{'of':16}{'a step':>7}{'GB read':>10}{'written':>9}  category"]
+    groups, small = defaultdict(list), []
     for call in calls:
         if not call.product:
             groups[call.name, call.part, call.shape].append(call)
-    rows = [
-        {"name": name, "part": part, "shape": shape, "count": len(equal),
-         "read": sum(call.read for call in equal), "written": sum(call.written for call in equal)}
-        for (name, part, shape), equal in groups.items()
-    ]  # fmt: skip
-    return sorted(rows, key=lambda row: -row["read"] - row["written"])
-
-
-def product_lines(rows: list[dict]) -> list[str]:
-    lines = [f"  {'product':20}{'M':>7}{'N':>7}{'K':>7}{'a step':>8}{'TFLOP':>9}{'share':>8}"]
-    for row in rows:
-        sizes = f"{row['m']:7}{row['n']:7}{row['k']:7}{row['count']:8}"
-        lines.append(f"  {row['name']:20}{sizes}{row['flops'] / 1e12:9.2f}{row['share']:8.2%}")
-    kinds = defaultdict(int)
-    for row in rows:
-        kinds[row["name"].split()[-1]] += row["flops"]
-    total = sum(kinds.values())
-    parts = ", ".join(f"{kind} {flops / 1e12:.2f}" for kind, flops in kinds.items())
-    return [*lines, f"  all {sum(row['count'] for row in rows)}: {total / 1e12:.2f} TFLOP; {parts}"]
-
-
-def kernel_lines(rows: list[dict], least: float = 1e7) -> list[str]:
-    """Those that move ``least`` bytes a step, and how many do not."""
-    lines = [f"  {'kernel or operator':54}{'of':16}{'a step':>7}{'GB read':>10}{'written':>9}  category"]
-    small = [row for row in rows if row["read"] + row["written"] < least]
-    for row in rows[: len(rows) - len(small)]:
-        shape = "x".join(map(str, row["shape"]))
-        moved = f"{row['read'] / 1e9:10.3f}{row['written'] / 1e9:9.3f}"
-        lines.append(f"  {row['name']:54}{shape:16}{row['count']:7}{moved}  {row['part']}")
-    moved = sum(row["read"] + row["written"] for row in small)
-    return [*lines, f"  and {sum(row['count'] for row in small)} more, of {moved / 1e6:.1f} MB together"]
+    for (name, part, shape), equal in sorted(groups.items(), key=lambda item: -sum(call.bytes for call in item[1])):
+        read, written = sum(call.read for call in equal), sum(call.written for call in equal)
+        if read + written < least:
+            small += equal
+            continue
+        moved = f"{read / 1e9:10.3f}{written / 1e9:9.3f}"
+        lines.append(f"  {name:54}{'x'.join(map(str, shape)):16}{len(equal):7}{moved}  {part}")
+    return [*lines, f"  and {len(small)} more, of {sum(call.bytes for call in small) / 1e6:.1f} MB together"]
 
 
 def part_lines(parts: list[Part]) -> list[str]:
@@ -581,28 +561,28 @@ def gpu_names() -> dict[str, str]:
 
 
 def case_of(given: argparse.Namespace) -> Case:
-    """What the command line asks for; ValueError naming flag and value where that cannot be."""
-    for name in ("layers", "micro_batch", "seq_len", "accumulation", "ranks"):
-        value = getattr(given, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    """What the command line asks for; Refused, naming flag and value, where that cannot be."""
+    at_least_one(given, "layers", "micro_batch", "seq_len", "accumulation", "ranks")
     config = PRESETS[given.model]
     config = replace(config, n_layers=given.layers or config.n_layers)
     if given.seq_len > config.max_seq_len:
-        raise ValueError(f"--seq-len {given.seq_len} is beyond {given.model}'s limit of {config.max_seq_len} positions")
+        raise Refused(f"--seq-len {given.seq_len} is beyond {given.model}'s limit of {config.max_seq_len} positions")
     if given.moments != "fp32" and given.ranks > 1:
-        raise ValueError(f"--moments {given.moments} is for one rank, and --ranks is {given.ranks}; leave one out")
+        raise Refused(f"--moments {given.moments} is for one rank, and --ranks is {given.ranks}; leave one out")
     if given.accumulation > 1 and given.ranks > 1:
-        raise ValueError(f"--accumulation {given.accumulation} is counted on one rank only; leave out --ranks")
+        raise Refused(f"--accumulation {given.accumulation} is counted on one rank only; leave out --ranks")
     if given.reshard and given.ranks == 1:
-        raise ValueError(f"--reshard {given.reshard} is for several ranks, and --ranks is 1; leave it out")
+        raise Refused(f"--reshard {given.reshard} is for several ranks, and --ranks is 1; leave it out")
     if given.gpu not in gpu_names():
-        raise ValueError(f"--gpu {given.gpu} is not known; use one of {', '.join(gpu_names())}")
+        raise Refused(f"--gpu {given.gpu} is not known; use one of {', '.join(gpu_names())}")
     case = Case(
         config, given.micro_batch, given.seq_len, given.ranks, given.moments, given.accumulation, given.reshard,
         machines.GPUS[gpu_names()[given.gpu]].memory_bytes, given.recompute,
     )  # fmt: skip
-    case.layout  # noqa: B018  refuses what cannot be
+    try:
+        case.layout  # noqa: B018  refuses what cannot be
+    except ValueError as error:
+        raise Refused(str(error)) from None
     return case
 
 
@@ -619,33 +599,23 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--seq-len", type=int, default=4096, help="tokens of each [4096]")
     add("--ranks", type=int, default=1, help="1, or so many under FSDP2, of which rank 0 is counted [1]")
     add("--reshard", choices=("always", "never", "node"), help="what becomes of gathered weights [as train.py decides]")
-    add(
-        "--recompute",
-        choices=("auto", "always", "never"),
-        default="auto",
-        help="the outputs of norms and SwiGLU in the backward pass; auto: as train.py decides for this GPU [auto]",
-    )
+    add("--recompute", choices=("auto", "always", "never"), default="auto",
+        help="outputs of norms and SwiGLU in the backward pass; auto: as train.py for this GPU [auto]")  # fmt: skip
     add("--moments", choices=MOMENTS, default="fp32", help="AdamW's two moments, on one rank [fp32]")
     add("--gpu", default="NVIDIA H200", metavar="NAME",
         help=f"whose peaks the floors are of [NVIDIA H200]; one of {', '.join(gpu_names())}")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write the tables there too")
     add("--host", nargs="?", const="step", choices=("step", "operations"),
         help="time the host instead; of a step: exit code 1 from a quarter of the floor on [step]")  # fmt: skip
     return parser.parse_args(arguments)
 
 
+@command
 def main(arguments: list[str]) -> int:
     given = parse(arguments)
     if given.host == "operations":
         print(*operation_lines(), sep="\n")
         return 0
-    try:
-        case = case_of(given)
-        if given.json and not given.json.absolute().parent.is_dir():
-            raise ValueError(f"--json {given.json}: there is no folder {given.json.absolute().parent}")
-    except (ValueError, Refused) as error:
-        print(f"account.py: {error}", file=sys.stderr)
-        return 2
+    case = case_of(given)
     gpu_name = gpu_names()[given.gpu]
     calls = count_step(case)
     parts = parts_of(calls, case, machines.GPUS[gpu_name])
@@ -655,27 +625,15 @@ def main(arguments: list[str]) -> int:
     where += f", recomputed: {recomputed(case.work)}"
     tokens = f"{case.accumulation} x " * (case.accumulation > 1) + f"{case.micro_batch} x {case.seq_len} tokens"
     title = f"{given.model}, {case.config.n_layers} layers, {tokens}, bf16, {where}"
-    result = {
-        "format": 1, "kind": "account", "case": title, "gpu": gpu_name,
-        "note": "counted and calculated on the meta device; no measurement of a GPU",
-    }  # fmt: skip
     if given.host:
         host = host_ms(case, n_steps=7)
         fine = host["step"] < HOST_SHARE * floor_ms(parts)
-        result |= {"host_ms": host, "floor_ms": floor_ms(parts)}
         print(title, *host_lines(host, case, calls, floor_ms(parts), gpu_name), sep="\n")
     else:
         fine = not any(part.differs for part in parts)
-        products, kernels = product_rows(calls, case.config), kernel_rows(calls)
-        result |= {
-            "products": products, "kernels": kernels, "floor_ms": floor_ms(parts),
-            "parts": [asdict(part) | {"differs": part.differs} for part in parts],
-        }  # fmt: skip
-        print(f"{title}: counted, no GPU involved", "matrix products", *product_lines(products), sep="\n")
-        print("everything else", *kernel_lines(kernels), sep="\n")
+        print(f"{title}: counted, no GPU involved", "matrix products", *product_lines(calls, case.config), sep="\n")
+        print("everything else", *kernel_lines(calls), sep="\n")
         print("beside model/estimate/roofline.py", *part_lines(parts), *summary_lines(case, parts, gpu_name), sep="\n")
-    if given.json:
-        write_json(given.json, result)
     if not fine and not given.host:
         print("account.py: counted and calculated are more than 1% apart, see above", file=sys.stderr)
     return 0 if fine else 1

@@ -138,6 +138,13 @@ def plots(device: Device) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
+def save_figure(figure, png: Path, dpi: int) -> None:
+    """Whole or not at all."""
+    partial = png.with_name(f".{png.stem}.partial.png")
+    figure.savefig(partial, dpi=dpi)
+    partial.replace(png)
+
+
 def overlay(runs: list[Path], png: Path) -> None:
     """Loss, accuracy and speed of several runs of train.py over the tokens they have seen, in one picture.
 
@@ -176,6 +183,4 @@ def overlay(runs: list[Path], png: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False,
                   title="line: training, dots: held out")  # fmt: skip
-    partial = png.with_name(f".{png.stem}.partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(png)
+    save_figure(figure, png, dpi=120)

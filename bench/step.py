@@ -296,7 +296,6 @@ def measured(bench: Bench, case: Case, given: argparse.Namespace, save: Callable
         "ceiling_before": before, "copy_gb_s": copy_gb_s,
     }  # fmt: skip
     seconds = given.budget_s - (time.monotonic() - began) - START_S - AROUND_S - PROFILE_S * given.profile
-    smi = nvidia_smi() if bench.on_gpu else None
     with Watch() as watch:
         ms = steady_steps(bench, step.run, 3 if bench.smoke else given.steps, max(1.0, seconds))
     row |= {
@@ -305,9 +304,7 @@ def measured(bench: Bench, case: Case, given: argparse.Namespace, save: Callable
         **memory_figures(bench),
         "estimated_bytes": None if bench.smoke else step.estimated_bytes(),
         "loss": step.loss() if world.size == 1 else None,  # where weights are random values, it means nothing
-        "nvidia_smi_before": smi,
         "nvidia_smi_beside": watch.found,
-        "nvidia_smi_after": nvidia_smi() if bench.on_gpu else None,
     }
     save(row)  # without an "ok" yet, but what was measured is on disk
     if step.stand_in is not None:

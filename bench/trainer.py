@@ -162,9 +162,7 @@ class Process:
         self.stage, self.log = stage, stage.scratch / f"{name}.log"
         self.words = " ".join([Path(command[0]).name, *map(repeatable, command[1:])])
         environment = os.environ | {"PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1" if stage.smoke else "4"}
-        environment |= {
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "60"
-        }  # a save on a slow disk may take longer than torchrun's 30
+        environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "60"  # a save on a slow disk takes longer than torchrun's 30
         environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # for two kernels, not 16 processes in each of four runs
         environment.pop("TRITON_INTERPRET", None)
         if stage.smoke:

@@ -681,7 +681,7 @@ def test_convergence_runs_and_tells(tmp_path, capsys):
     assert math.isclose(rows["8bit"]["difference"], sum(final[0]) / 2 - sum(final[1]) / 2, abs_tol=1e-12)
     assert rows["fp32 AdamW"]["difference"] == 0
     table = capsys.readouterr().out
-    assert all(f"\n{name} " in table for name in convergence.OPTIMIZERS)
+    assert all(f"\n| {name} |" in table for name in convergence.OPTIMIZERS)
 
 
 @without_interpreter
