@@ -56,6 +56,7 @@ from halny.model.prepare_data import prepare_builtin
 SEQ_LEN, SAMPLES_A_STEP = 128, 8
 EVALUATIONS = 16  # over a run, the last of them at its end
 BETA1, EPS, WEIGHT_DECAY, CLIP = 0.9, 1e-8, 0.1, 1.0
+LR = 2e-3  # at its peak
 SIZES = dict(dim=64, n_layers=4, n_heads=4, n_kv_heads=2, head_dim=16, hidden_dim=192, window=64, max_seq_len=1024)
 
 # ---------------------------------------------------------------------------------------------------------------- data
@@ -159,9 +160,9 @@ def held_out_loss(model: Mistral, text: Text) -> float:
     return (sum(p.loss.double() for p in parts) / sum(p.n_tokens for p in parts)).item()
 
 
-def run(name: str, text: Text, steps: int, seed: int, beta2: float, lr: float) -> dict:
+def run(name: str, text: Text, steps: int, seed: int, beta2: float) -> dict:
     """Train one model: {"losses": of every step, "held_out": [[step, loss], ...]}."""
-    recipe = train.Recipe(steps=steps, lr=lr, min_lr=lr / 10, warmup_steps=max(1, steps // 10))
+    recipe = train.Recipe(steps=steps, lr=LR, min_lr=LR / 10, warmup_steps=max(1, steps // 10))
     model = Mistral(MistralConfig(vocab_size=text.vocab_size, **SIZES)).to(text.train[0].device)
     model.init_weights(seed)
     optimizer = OPTIMIZERS[name](model, beta2)
@@ -246,13 +247,12 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--steps", type=int, default=400, help="optimizer steps of each run [400]")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each optimizer [3]")
     parser.add_argument("--beta2", type=float, default=0.95, help="AdamW's; 0.999 is where coarse moments stall [0.95]")
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak learning rate [2e-3]")
     parser.add_argument("--out", type=Path, help="folder of the JSON file [bench/results/DATE-DEVICE]")
     parser.add_argument("--png", type=Path, metavar="FILE", help="the curves [beside the JSON file]")
     given = parser.parse_args(arguments)
     at_least_one(given, "steps", "seeds")
-    if not 0 <= given.beta2 < 1 or not 0 < given.lr < 1:
-        raise Refused(f"--beta2 must be in [0, 1) and --lr between 0 and 1, got {given.beta2} and {given.lr}")
+    if not 0 <= given.beta2 < 1:
+        raise Refused(f"--beta2 must be in [0, 1), got {given.beta2}")
 
     if torch.cuda.is_available():
         bench = bench_on(smoke=False)
@@ -268,7 +268,7 @@ def main(arguments: list[str]) -> int:
     model = MistralConfig(vocab_size=text.vocab_size, **SIZES)
     n_weights = sizes.parameters(model)
     setting = dict(
-        steps=given.steps, seeds=given.seeds, beta1=BETA1, beta2=given.beta2, eps=EPS, lr=given.lr, clip=CLIP,
+        steps=given.steps, seeds=given.seeds, beta1=BETA1, beta2=given.beta2, eps=EPS, lr=LR, clip=CLIP,
         weight_decay=WEIGHT_DECAY, seq_len=SEQ_LEN, samples_a_step=SAMPLES_A_STEP, model=asdict(model),
         weights=n_weights, train_tokens=text.train[0].numel(), held_out_tokens=text.held_out[0].numel(),
         threads=torch.get_num_threads(),
@@ -281,7 +281,7 @@ def main(arguments: list[str]) -> int:
     runs, started = [], time.monotonic()
     todo = [(seed, name) for seed in range(given.seeds) for name in OPTIMIZERS]
     for i, (seed, optimizer) in enumerate(todo, start=1):
-        runs.append(run(optimizer, text, given.steps, seed, given.beta2, given.lr))
+        runs.append(run(optimizer, text, given.steps, seed, given.beta2))
         minutes = (time.monotonic() - started) / i * (len(todo) - i) / 60
         print(
             f"{i:3} of {len(todo)}: {optimizer:15} seed {seed}: training loss "

@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
+ROUNDS, ALONE_S = 3, 8  # of both, one after the other; seconds of tokenizer alone in each
 N_TEXTS = 400  # of the pool that tokenizer alone goes round
 
 
@@ -182,8 +183,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mb", type=float, default=60, help="size of the generated corpus (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=8, help="for tokenizer alone (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of both, one after the other (default: %(default)s)")
     parser.add_argument("--memory", action="store_true", help="peak memory of each process instead")
     args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, {args.workers} processes, Python {platform.python_version()}")
@@ -201,8 +200,8 @@ def main() -> None:
         start_up, start_cpu, _ = run_prepare(small, Path(folder) / "start", args.workers, ["--val-fraction", "0"])
         print(f"start-up of prepare_data: {start_up:.1f} s, taken off below\n")
         best = {}
-        for i in range(args.rounds):
-            rates = {"tokenizer alone": throughput_alone(args.workers, args.seconds)}
+        for i in range(ROUNDS):
+            rates = {"tokenizer alone": throughput_alone(args.workers, ALONE_S)}
             seconds, cpu, _ = run_prepare(corpus, Path(folder) / f"out-{i}", args.workers, [])
             tokens = tokens_of(Path(folder) / f"out-{i}")
             seconds, cpu = seconds - start_up, cpu - start_cpu
@@ -220,7 +219,7 @@ def main() -> None:
         print(f"\n{'loader':32} {'M tokens/s':>12}")
         for name, sources in (("one source", [one]), ("a mixture", [f"{one}:0.7", f"{other}:0.3"])):
             for documents in (False, True):
-                rate = max(loader_tokens_per_second(sources, documents, 2) for _ in range(args.rounds))
+                rate = max(loader_tokens_per_second(sources, documents, 2) for _ in range(ROUNDS))
                 print(f"{name + (', --documents' if documents else ''):32} {rate / 1e6:12.1f}")
 
 

@@ -47,6 +47,7 @@ from halny.model.mistral import PRESETS, MistralConfig
 
 SEQ_LEN = 4096
 MICRO_BATCHES = (8, 4, 2, 1)
+LEAST_S = 6  # seconds of steps in each way, at least
 LAYERS, MODEL = "each layer", "the whole model"  # what torch.compile is given
 
 
@@ -245,10 +246,10 @@ def measured(bench: Bench, opponent: Opponent, given: argparse.Namespace, save: 
         return
     while (way := next_way(attempts, bench.smoke, given.micro_batch)) is not None:
         left = end - time.monotonic()
-        if attempts and left < max(2 * given.least_s, 0.1 * given.budget_s):
+        if attempts and left < max(2 * LEAST_S, 0.1 * given.budget_s):
             row["reason"] = "the budget ended before all was tried"
             break
-        seconds = min(max(given.least_s, left / 8), left)
+        seconds = min(max(LEAST_S, left / 8), left)
         attempts.append(attempt(bench, step, *way, 3 if bench.smoke else given.steps, seconds))
         bench.release()
         best = max((a for a in attempts if a["status"] == "ok"), key=lambda a: a["tokens_per_second"], default=None)
@@ -284,7 +285,6 @@ def main(arguments: list[str]) -> int:
     made.add_argument("--steps", type=int, default=50, help="steps timed in each way, at most [50]")
     made.add_argument("--layers", type=int, help="layers of the model [32]")
     made.add_argument("--micro-batch", type=int, help="sequences of 4096 [the best of 8, 4, 2 and 1]")
-    made.add_argument("--least-s", type=float, default=6, help="seconds of steps in each way, at least [6]")
     for name in ("--case", "--row"):  # of a process of its own: who, and where to
         made.add_argument(name, help=argparse.SUPPRESS)
     given = made.parse_args(arguments)
@@ -303,7 +303,7 @@ def main(arguments: list[str]) -> int:
     for i, opponent in enumerate(wanted):
         seconds = (given.budget_s - (time.monotonic() - started)) / (len(wanted) - i)
         asked = ["bench/opponents.py", "--case", opponent.name, "--budget-s", str(max(1.0, seconds - 15))]
-        asked += passed_on(given, "smoke", "steps", "least_s", "layers", "micro_batch")
+        asked += passed_on(given, "smoke", "steps", "layers", "micro_batch")
         row = in_its_own_process([*asked, "--row"], seconds)
         result["opponents"].append({"name": opponent.name, "label": opponent.label, "attempts": []} | row)
         write_json(path, result)

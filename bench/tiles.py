@@ -86,7 +86,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", help="tables whose name contains this [all]")
     parser.add_argument("--rows", type=int, default=16384, help="rows, or tokens [16384]")
     parser.add_argument("--columns", type=int, default=4096, help="model width [4096]")
-    parser.add_argument("--hidden", type=int, default=14336, help="MLP width [14336]")
     given = parser.parse_args(arguments)
     if not torch.cuda.is_available() or dispatch.INTERPRETED:
         print("tiles.py: needs a CUDA GPU, and TRITON_INTERPRET unset", file=sys.stderr)
@@ -94,7 +93,7 @@ def main(arguments: list[str]) -> int:
     device = torch.device("cuda", torch.cuda.current_device())
     generation = torch.cuda.get_device_capability(device)[0]
     print(f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, triton {triton.__version__}, bf16")
-    for s in searches(given.rows, given.columns, given.hidden, 32, 8, 128, device):
+    for s in searches(given.rows, given.columns, 14336, 32, 8, 128, device):
         if given.only not in s.name:
             continue
         now = triton.testing.do_bench(s.call, return_mode="median")
