@@ -208,7 +208,8 @@ class Count(MetaMode):
         self.calls: list[Call] = []
         self._inside: str | None = None  # the operator of ours that is being run
 
-    def launched(self, name: str, arguments: tuple, constants: dict) -> None:
+    def launched(self, kernel, arguments: tuple, constants: dict) -> None:
+        name = kernel.__name__
         if name not in TRAFFIC:
             raise KeyError(f"bench/account.py does not know what {name} reads and writes; add it to TRAFFIC")
         read, written = TRAFFIC[name](arguments, constants)

@@ -6,11 +6,11 @@ A memory-bound kernel is fast if it moves the minimum of bytes in 16-byte instru
 first two show in the machine code, and the third needs few registers and no spills; so a table of these, at the shapes
 of Mistral-7B, stands in for a stopwatch where there is no GPU, and catches the change that costs a kernel its width.
 
-A module of kernels/ takes part by a function ``aot_cases()`` that returns records (``dispatch.AotCase``) of:
-a name that says kernel, shape and dtype, the dtype last; the @triton.jit function; its signature, argument ->
-Triton type, with ":16" where a launch would find the pointer or integer divisible by 16 ("*bf16:16", "i32:16", "i32",
-"fp32"); its constexpr arguments; num_warps. Limits are in LIMITS below; a case without a row there fails, so that
-nothing slips in unmeasured.
+``operations`` lists the cases: a name, and a call of an operation on tensors of the meta device, which have shapes and
+no data. kernels/dispatch.py writes down each launch in place of making it, and Triton's own code then specialises it,
+as on a GPU: by dtypes, by integers that are 1, by integers and addresses that 16 divides. (Of a meta tensor's memory
+it always does, so an address is as aligned as the tensor's offset.) Limits are in LIMITS below. A case without a row
+there fails, and so does a launch that is no case's, so that nothing slips in unmeasured.
 
 The columns "load" and "store" count global memory instructions by width in bytes: 8x16 is eight of 16 bytes. They come
 from the machine code (SASS), not PTX: what the hardware runs. "occup" is theoretical occupancy, for sm_90: the share of
@@ -20,7 +20,6 @@ a multiprocessor's 64 warps that registers, shared memory and warps a program le
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import re
 import subprocess
@@ -28,11 +27,24 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-MODULES = ("rms_norm", "rope", "swiglu", "cross_entropy", "adamw", "gradient_norm", "chunk_cat")
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/: see kernels.py
+
+import torch
+from torch import Tensor
+
+from halny.kernels import adamw, dispatch, rms_norm, rope, swiglu
+from halny.kernels.chunk_cat import chunk_cat
+from halny.kernels.cross_entropy import cross_entropy, scale_gradient
+from halny.kernels.gradient_norm import gradient_norm
+from halny.kernels.lean_linear import add_rms_norm_linear, swiglu_linear
+from halny.kernels.linear_cross_entropy import linear_cross_entropy
+
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
 # Recorded on sm_90 with triton 3.9, held by 3.6: name -> (most registers, most bytes of shared memory, global memory
@@ -88,6 +100,173 @@ LIMITS: dict[str, tuple[int, int, int]] = {
 }
 
 
+# --------------------------------------------------------------------------------------------------------- the launches
+
+
+class Launch(NamedTuple):
+    """What dispatch.launch was given, but for the grid."""
+
+    kernel: Callable
+    arguments: tuple
+    constants: dict[str, object]  # num_warps among them
+
+
+def launches_of(operation: Callable[[], object]) -> list[Launch]:
+    """Those that an operation on meta tensors would make on a Hopper GPU, in order."""
+    found: list[Launch] = []
+    gpu = dispatch.StandIn((9, 0), 132, (), record=lambda *launch: found.append(Launch(*launch)))
+    with dispatch.stand_in(gpu):
+        operation()
+    return found
+
+
+def meta(*shape: int, dtype: torch.dtype, leaf: bool = False) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=leaf)
+
+
+def gradients(outputs: Tensor | tuple[Tensor, ...], *inputs: Tensor) -> None:
+    outputs = [outputs] if isinstance(outputs, Tensor) else [y for y in outputs if y.requires_grad]
+    torch.autograd.grad(outputs, inputs, [torch.empty_like(y) for y in outputs])
+
+
+# Mistral-7B, the published run's micro batch, and the ranks that share a gradient
+B, T, DIM, HIDDEN, HEADS, KV_HEADS, HEAD_DIM, VOCABULARY, RANKS = 4, 4096, 4096, 14336, 32, 8, 128, 32_000, 256
+BF16 = torch.bfloat16
+DTYPES = {"bf16": BF16, "fp32": torch.float32}
+
+
+# The cases: a name, the dtype last, and an operation whose last launch is what the name stands for
+Operations = Iterator[tuple[str, Callable[[], object]]]
+
+
+def operations() -> Operations:
+    for part in (norms, rotations, mlps):
+        for name, dtype in DTYPES.items():
+            yield from part(name, dtype)
+    for vocab_size in (32_000, 32_001, 131_072):
+        yield from losses(vocab_size)
+    yield from scalings()
+    for moments in adamw.MOMENTS:
+        yield update(moments)
+    yield from sums()
+    for part in (gradient_norms, chunk_cats):
+        for name, dtype in DTYPES.items():
+            yield part(name, dtype)
+
+
+def norms(name: str, dtype: torch.dtype) -> Operations:
+    x, r = (meta(B * T, DIM, dtype=dtype, leaf=True) for _ in range(2))
+    n, w = meta(DIM, dtype=dtype, leaf=True), meta(2 * HIDDEN, DIM, dtype=dtype, leaf=True)
+    rstd, of, eps = meta(B * T, dtype=torch.float32), f"{DIM} {name}", 1e-5
+    yield f"rms_norm forward {of}", lambda: rms_norm.rms_norm(x, n, eps)
+    yield f"add_rms_norm forward {of}", lambda: rms_norm.add_rms_norm(x, r, n, eps)
+    yield f"rms_norm remake {of}", lambda: rms_norm.rms_norm_remake(x, n, rstd)
+    yield f"rms_norm backward {of}", lambda: gradients(rms_norm.rms_norm(x, n, eps), x, n)
+    yield f"add_rms_norm backward {of}", lambda: gradients(rms_norm.add_rms_norm(x, r, n, eps), x, r, n)
+    yield f"add_rms_norm backward and y {of}", lambda: gradients(add_rms_norm_linear(x, r, n, w, eps), x, r, n, w)
+
+
+def rotations(name: str, dtype: torch.dtype) -> Operations:
+    qkv, positions = meta(B, T, HEADS + 2 * KV_HEADS, HEAD_DIM, dtype=dtype), meta(B, T, dtype=torch.int64)
+    leaf = qkv.detach().requires_grad_()
+    rest = (*(meta(T, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2)), HEADS, KV_HEADS)
+    of = f"{HEADS}/{KV_HEADS}x{HEAD_DIM} {name}"
+    yield f"rope forward {of}", lambda: rope.rope_split_qkv(qkv, *rest)
+    yield f"rope forward, positions {of}", lambda: rope.rope_split_qkv(qkv, *rest, positions)
+    yield f"rope in place {of}", lambda: rope.rope_qkv_(qkv, *rest)
+    yield f"rope backward {of}", lambda: gradients(rope.rope_split_qkv(leaf, *rest), leaf)
+
+
+def mlps(name: str, dtype: torch.dtype) -> Operations:
+    x, w = meta(B * T, 2 * HIDDEN, dtype=dtype, leaf=True), meta(DIM, HIDDEN, dtype=dtype, leaf=True)
+    yield f"swiglu forward {HIDDEN} {name}", lambda: swiglu.swiglu(x)
+    yield f"swiglu backward {HIDDEN} {name}", lambda: gradients(swiglu.swiglu(x), x)
+    yield f"swiglu backward and h {HIDDEN} {name}", lambda: gradients(swiglu_linear(x, w), x, w)
+
+
+def losses(vocab_size: int) -> Operations:
+    """With the head where the vocabulary is odd: its buffer pads the rows."""
+    labels = meta(T, dtype=torch.int64)
+    if vocab_size % 16 == 0:
+        operation, inputs = cross_entropy, (meta(T, vocab_size, dtype=BF16, leaf=True),)
+    else:  # in one chunk: torch 2.11 has no sum over several on the meta device, see account.MetaMode
+        operation, inputs = linear_cross_entropy, tuple(meta(n, DIM, dtype=BF16, leaf=True) for n in (T, vocab_size))
+    yield f"cross_entropy {vocab_size} bf16", lambda: operation(*inputs, labels)
+    constants = (x.detach() for x in inputs)
+    yield f"cross_entropy, loss only {vocab_size} bf16", lambda: operation(*constants, labels)
+
+
+def scalings() -> Operations:
+    """Of a gradient that the forward pass has made: of logits, and of a head's weight, summed over chunks in fp32."""
+    logits, labels = meta(T, VOCABULARY, dtype=BF16, leaf=True), meta(T, dtype=torch.int64)
+    summed, upstream = meta(VOCABULARY, DIM, dtype=torch.float32), meta(dtype=torch.float32)
+    yield "scale_gradient in place bf16", lambda: gradients(cross_entropy(logits, labels), logits)
+    yield "scale_gradient fp32", lambda: scale_gradient(summed, upstream, BF16)
+
+
+def update(moments: str) -> tuple[str, Callable[[], None]]:
+    weight, low = (meta(HIDDEN, DIM, dtype=dtype) for dtype in (BF16, torch.int16))
+    state, scalars = adamw.new_moments(weight, moments), meta(5, dtype=torch.float32)
+    settings = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, seed=0)
+    return f"adamw, {moments} moments bf16", lambda: adamw.adamw_(weight, low, weight, state, scalars, **settings)
+
+
+def sums() -> Operations:
+    x, y = (meta(HIDDEN, DIM, dtype=dtype) for dtype in (BF16, torch.float32))
+    yield "add_rounded bf16", lambda: adamw.add_rounded_(x, x, seed=0)
+    yield "add_rounded fp32", lambda: adamw.add_rounded_(x, y, seed=0)
+    yield "add_wide bf16", lambda: adamw.add_wide(x, x)
+
+
+def gradient_norms(name: str, dtype: torch.dtype) -> tuple[str, Callable[[], Tensor]]:
+    x = meta(HIDDEN, DIM, dtype=dtype)
+    return f"gradient_norm {name}", lambda: gradient_norm([x, x])
+
+
+def chunk_cats(name: str, dtype: torch.dtype) -> tuple[str, Callable[[], None]]:
+    x, out = meta(HIDDEN, DIM, dtype=dtype), meta(RANKS, 2 * HIDDEN * DIM // RANKS, dtype=torch.float32)
+    return f"chunk_cat {name}", lambda: chunk_cat([x, x], 0, RANKS, out=out)
+
+
+def cases(only: str | None = None) -> dict[str, list[Launch]]:
+    """By name, those that contain ``only``: what the operation launches before, and last the case."""
+    return {name: launches_of(operation) for name, operation in operations() if only is None or only in name}
+
+
+def specialised(launch: Launch, arch: str):
+    """(signature, constants, attributes, options, target): what Triton compiles a launch's kernel for.
+
+    The steps of its JITFunction.run before it compiles, which asks the GPU's driver for the target.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, arguments, constants = launch
+    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
+    backend = make_backend(target)
+    bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        *arguments, **constants
+    )
+    options, *rest = kernel._pack_args(backend, constants, bound, specialization, options)
+    return *rest, options, target
+
+
+def described(launch: Launch) -> str:
+    """The same for what Triton compiles once."""
+    signature, constants, attributes, options, _ = specialised(launch, "sm_90")
+    return f"{launch.kernel.__name__} {signature} {constants} {attributes}, {options.num_warps} warps"
+
+
+def of_no_case(launches: list[Launch], named: list[Launch]) -> list[str]:
+    """Descriptions of the launches for which Triton would compile something that it does not compile for a case."""
+    known = {described(launch) for launch in named}
+    return sorted({described(launch) for launch in launches} - known)
+
+
+# ---------------------------------------------------------------------------------------------------- the machine code
+
+
 class Compiled(NamedTuple):
     registers: int
     spills: int  # bytes of local memory and the instructions that touch it
@@ -121,25 +300,13 @@ def binary(name: str) -> Path:
     return Path(nvidia.__path__[0]) / "bin" / name
 
 
-def compile_case(case, arch: str) -> Compiled:
+def compile_launch(launch: Launch, arch: str) -> Compiled:
     """One kernel for one GPU generation. Raises what Triton or ptxas raises."""
     import triton
-    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    _, kernel, types, constants, num_warps = case
-    names = kernel.arg_names
-    unknown = [name for name in (*types, *constants) if name not in names]
-    if unknown or set(names) - set(types) - set(constants):
-        raise ValueError(f"{case[0]}: arguments do not match the kernel's {names}")
-    source = ASTSource(
-        kernel,
-        {name: types[name].partition(":")[0] if name in types else "constexpr" for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").endswith(":16")},
-    )
-    target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    *source, options, target = specialised(launch, arch)
+    compiled = triton.compile(ASTSource(launch.kernel, *source), target=target, options=options.__dict__)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -163,15 +330,6 @@ def _width(modifiers: str) -> int:
     return 4 if bits is None else int(bits[1] or bits[2]) // 8
 
 
-def cases(only: str | None = None) -> list:
-    """The records of every kernel module that has some."""
-    found = []
-    for module in MODULES:
-        listed = importlib.import_module(f"halny.kernels.{module}").aot_cases()
-        found += [case for case in listed if only is None or only in case.name]
-    return found
-
-
 def complaints(name: str, arch: str, result: Compiled) -> list[str]:
     """What is beyond the limits: spills anywhere; registers, shared memory and widths where they were recorded."""
     found = [f"{result.spills} bytes of spills"] if result.spills else []
@@ -189,8 +347,6 @@ def complaints(name: str, arch: str, result: Compiled) -> list[str]:
 
 def write_rows(path: Path, rows: list[dict]) -> None:
     """A result file that says the same wherever it was made: nothing in it was measured."""
-    import torch
-
     from bench.lib.clocks import Bench
     from bench.lib.results import machine, write_json
 
@@ -220,24 +376,31 @@ def main(arguments: list[str]) -> int:
         "  load / store"
     )
     failures, rows = 0, []
-    jobs = [(case, arch) for case in cases(given.only) for arch in archs]
+    launches = cases(given.only)
+    jobs = [(name, found[-1], arch) for name, found in launches.items() for arch in archs]
     with ThreadPoolExecutor(2) as pool:  # ptxas and cuobjdump are processes of their own
-        results = list(pool.map(lambda job: compile_case(*job), jobs))
-    for (case, arch), result in zip(jobs, results, strict=True):
+        results = list(pool.map(lambda job: compile_launch(*job[1:]), jobs))
+    for (name, launch, arch), result in zip(jobs, results, strict=True):
         widths = [
             " ".join(f"{n}x{width}" for width, n in sorted(x.items(), reverse=True))
             for x in (result.loads, result.stores)
         ]
-        warps, share = case[4], occupancy(result.registers, result.shared_bytes, case[4]) if arch == "sm_90" else None
-        row = f"{case[0]:42} {arch:7} {warps:5} {result.registers:5} {result.spills:6} {result.shared_bytes:6} "
+        warps = launch.constants["num_warps"]
+        share = occupancy(result.registers, result.shared_bytes, warps) if arch == "sm_90" else None
+        row = f"{name:42} {arch:7} {warps:5} {result.registers:5} {result.spills:6} {result.shared_bytes:6} "
         row += f"{share:5.0%}" if share is not None else f"{'':5}"
-        wrong = complaints(case[0], arch, result)
+        wrong = complaints(name, arch, result)
         failures += bool(wrong)
         print(f"{row}  {' / '.join(widths)}{'  <- ' + '; '.join(wrong) if wrong else ''}")
         rows.append({
-            "kernel": case[0], "arch": arch, "warps": warps, "registers": result.registers, "spills": result.spills,
+            "kernel": name, "arch": arch, "warps": warps, "registers": result.registers, "spills": result.spills,
             "shared_bytes": result.shared_bytes, "occupancy": share, "loads": result.loads, "stores": result.stores,
         })  # fmt: skip
+    if given.only is None:
+        found = launches.values()
+        unmeasured = of_no_case([launch for some in found for launch in some], [some[-1] for some in found])
+        failures += len(unmeasured)
+        print(*(f"a launch of no case: {launch}\n" for launch in unmeasured), sep="", end="")
     if given.json:
         write_rows(given.json, rows)
     print(f"{len(jobs)} kernels compiled, {failures} beyond their limits")
@@ -245,5 +408,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/: see kernels.py
     sys.exit(main(sys.argv[1:]))

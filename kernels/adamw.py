@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halny.kernels.dispatch import AotCase, cdiv, check_same_device, launch, runs_kernel
+from halny.kernels.dispatch import cdiv, check_same_device, launch, runs_kernel
 
 MOMENTS = ("fp32", "bf16", "8bit")
 GROUP = 256  # elements that share one exponent in 8bit
@@ -431,29 +431,6 @@ def add_wide_kernel(p_a, p_b, p_out, n, BLOCK: tl.constexpr):
     b_sum = tl.load(p_a + start + offsets, mask=mask, other=0.0).to(tl.float32)
     b_sum += tl.load(p_b + start + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(p_out + start + offsets, b_sum, mask=mask)
-
-
-def aot_cases() -> list[AotCase]:
-    """Every format of the moments with a bf16 gradient, and the sums of gradients."""
-    cases = []
-    for moments, dtype in (("fp32", "fp32"), ("bf16", "bf16"), ("8bit", "u8")):
-        signature = dict.fromkeys(("p_high", "p_gradient"), "*bf16:16") | {"p_low": "*i16:16", "p_scalars": "*fp32:16"}
-        signature |= dict.fromkeys(("p_m", "p_v", "p_m_exponents", "p_v_exponents"), f"*{dtype}:16")
-        signature |= {"n": "i32:16", "first_key": "i32", "second_key": "i32"}
-        signature |= dict.fromkeys(
-            ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "square_factor", "eps", "weight_decay"), "fp32"
-        )
-        signature |= {"smallest_root": "fp32"}
-        constants = {"EIGHT_BITS": moments == "8bit", "VECTOR": 4 if moments == "fp32" else 8, "BLOCK": BLOCK}
-        num_warps = NUM_WARPS_FP32 if moments == "fp32" else NUM_WARPS
-        cases.append(AotCase(f"adamw, {moments} moments bf16", adamw_kernel, signature, constants, num_warps))
-    for dtype in ("bf16", "fp32"):
-        signature = {"p_total": "*bf16:16", "p_x": f"*{dtype}:16", "n": "i32:16"}
-        signature |= {"first_key": "i32", "second_key": "i32"}
-        cases.append(AotCase(f"add_rounded {dtype}", add_rounded_kernel, signature, {"BLOCK": BLOCK}, NUM_WARPS))
-    signature = dict.fromkeys(("p_a", "p_b"), "*bf16:16") | {"p_out": "*fp32:16", "n": "i32:16"}
-    cases.append(AotCase("add_wide bf16", add_wide_kernel, signature, {"BLOCK": BLOCK}, NUM_WARPS))
-    return cases
 
 
 # ----------------------------------------------------------------------------------------------------- public functions

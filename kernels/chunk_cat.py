@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from halny.kernels import dispatch
-from halny.kernels.dispatch import INTERPRETED, AotCase, cdiv, launch, runs_kernel
+from halny.kernels.dispatch import INTERPRETED, cdiv, launch, runs_kernel
 
 
 def chunk_cat_reference(tensors: Sequence[Tensor], dim: int, num_chunks: int, *, out: Tensor) -> None:
@@ -51,15 +51,6 @@ def chunk_cat_kernel(
     m = i < n
     b_x = tl.load(x_ptr + i_row * n + i, mask=m, other=0.0).to(tl.float32)
     tl.store(out_ptr + i_row * out_stride + i, b_x, mask=m)
-
-
-def aot_cases() -> list[AotCase]:
-    """Any of Mistral-7B's gradients on 256 ranks: all of their sizes are divisible by 16."""
-    cases = []
-    for dtype in ("bf16", "fp32"):
-        signature = {"x_ptr": f"*{dtype}:16", "out_ptr": "*fp32:16", "n": "i32:16", "out_stride": "i32:16"}
-        cases.append(AotCase(f"chunk_cat {dtype}", chunk_cat_kernel, signature, {"BLOCK": BLOCK}, NUM_WARPS))
-    return cases
 
 
 # ----------------------------------------------------------------------------------------------------- public functions

@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from halny.kernels.dispatch import (
-    AotCase,
     can_check_values,
     cdiv,
     check_floating,
@@ -540,30 +539,3 @@ def check_labels(labels: Tensor, shape: tuple[int, ...], vocab_size: int, ignore
             raise ValueError(
                 f"labels must lie in 0 .. {vocab_size - 1} or equal ignore_index {ignore_index}, got {int(wrong[0])}"
             )
-
-
-def aot_cases() -> list[AotCase]:
-    """A row of 32,000, of 32,001 in a padded buffer and of 131,072 bf16 logits, and the scaling of a gradient."""
-    cases = []
-    for vocab_size in (32_000, 32_001, 131_072):
-        padded = vocab_size % 16 != 0
-        for with_gradient in (True, False):
-            kernel, block, num_warps = _tile(vocab_size, with_gradient)
-            signature = dict(
-                p_logits="*bf16:16", p_labels="*i64:16", p_scale="*fp32:16", p_loss="*fp32:16", p_correct="*i32:16",
-                p_gradient="*bf16:16", n_columns="i32" if padded else "i32:16", n_touchable="i32:16",
-                ignore_index="i32",
-                logits_stride="i32:16", gradient_stride="i32:16", scale_stride="i32:16",
-            )  # fmt: skip
-            name = f"cross_entropy{'' if with_gradient else ', loss only'} {vocab_size} bf16"
-            constants = {"WITH_GRADIENT": with_gradient, "PADDED": padded, "BLOCK": block}
-            cases.append(AotCase(name, kernel, signature, constants, num_warps))
-    for dtype, in_place in (("bf16", True), ("fp32", False)):
-        signature = dict(
-            p_gradient=f"*{dtype}:16", p_upstream="*fp32:16", p_out="*bf16:16", n_rows="i32:16", n_columns="i32:16",
-            gradient_stride="i32:16", out_stride="i32:16", upstream_stride="i32:16",
-        )  # fmt: skip
-        constants = {"IN_PLACE": in_place, "BLOCK": SCALE_BLOCK}
-        name = f"scale_gradient{' in place' if in_place else ''} {dtype}"
-        cases.append(AotCase(name, scale_kernel, signature, constants, SCALE_WARPS))
-    return cases

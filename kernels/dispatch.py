@@ -38,7 +38,7 @@ class StandIn(NamedTuple):
     capability: tuple[int, int]
     multiprocessors: int
     packages: tuple[str, ...]  # those of attention.PACKAGES that it has
-    record: Callable[[str, tuple, dict], None]  # called in place of a launch: kernel's name, arguments, constants
+    record: Callable[[Callable, tuple, dict], None]  # called in place of a launch: kernel, arguments, constants
 
 
 _stand_in: StandIn | None = None
@@ -46,7 +46,7 @@ _stand_in: StandIn | None = None
 
 @contextmanager
 def stand_in(gpu: StandIn):
-    """Let meta tensors go the way of that GPU's tensors, up to the launches: for bench/account.py, which counts."""
+    """Let meta tensors go the way of that GPU's tensors, up to the launches: for bench/account.py and bench/aot.py."""
     global _stand_in
     before, _stand_in = _stand_in, gpu
     try:
@@ -81,7 +81,7 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     launches[named.__name__] += 1
     device = args[0].device
     if gpu := stands_for(device):
-        gpu.record(named.__name__, args, constants)
+        gpu.record(named, args, constants)
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constants)
@@ -268,13 +268,3 @@ def multiprocessors(device: torch.device) -> int:
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-class AotCase(NamedTuple):
-    """A kernel as bench/aot.py compiles it ahead of time; every kernel module lists its own in ``aot_cases()``."""
-
-    name: str  # what it is and its shape: "rms_norm forward 4096"
-    kernel: Callable
-    signature: dict[str, str]  # argument -> Triton type, ":16" where a launch would find it divisible by 16
-    constants: dict[str, object]
-    num_warps: int

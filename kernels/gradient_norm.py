@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halny.kernels.dispatch import AotCase, cdiv, launch, runs_kernel
+from halny.kernels.dispatch import cdiv, launch, runs_kernel
 
 # Reading alone is a matter of bytes in flight: 256 threads with eight loads of 16 bytes each, in 32 registers, so that
 # an SM has 2,048 threads with some on their way. Short programs also end together: none runs last and alone.
@@ -32,15 +32,6 @@ def block_norms_kernel(p_x, p_norms, n, first, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     b_x = tl.load(p_x + start + offsets, mask=start + offsets < n, other=0.0).to(tl.float32)
     tl.store(p_norms + first + tl.program_id(0), tl.sqrt(tl.sum(b_x * b_x)))
-
-
-def aot_cases() -> list[AotCase]:
-    cases = []
-    for dtype, itemsize in (("bf16", 2), ("fp32", 4)):
-        signature = {"p_x": f"*{dtype}:16", "p_norms": "*fp32:16", "n": "i32:16", "first": "i32"}
-        constants = {"BLOCK": BLOCK_BYTES // itemsize}
-        cases.append(AotCase(f"gradient_norm {dtype}", block_norms_kernel, signature, constants, NUM_WARPS))
-    return cases
 
 
 @torch.no_grad()

@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from halny.kernels.dispatch import (
-    AotCase,
     TileTable,
     as_rows,
     cdiv,
@@ -298,37 +297,6 @@ class AddRMSNorm(torch.autograd.Function):
             return ds if needs_dx else None, ds if needs_dresidual else None, None, None
         dx, dw, _ = rms_norm_backward(dy, ds, *ctx.saved_tensors, needs_dx or needs_dresidual, needs_dw)
         return dx if needs_dx else None, dx if needs_dresidual else None, dw if needs_dw else None, None
-
-
-def aot_cases(N: int = 4096) -> list[AotCase]:
-    """Every kernel at Mistral-7B's width, as a training step launches it."""
-
-    def case(name, dtype, kernel, pointers, others, table, flags):
-        signature = dict.fromkeys(pointers, f"*{dtype}:16") | others | {"rstd_ptr": "*fp32:16", "n_rows": "i32"}
-        constants = {"N": N, "BLOCK_N": next_power_of_2(N)} | flags | tile(table, N, 9)
-        constants.pop("PROGRAMS", None)
-        return AotCase(f"{name} {N} {dtype}", kernel, signature, constants, constants.pop("num_warps"))
-
-    pointers = ("x_ptr", "residual_ptr", "weight_ptr", "y_ptr", "s_ptr")
-    others = {"x_stride": "i32:16", "residual_stride": "i32:16", "eps": "fp32"}
-    forward = (rms_norm_forward_kernel, pointers, others, FORWARD_TILES)
-    pointers = ("dy_ptr", "ds_ptr", "x_ptr", "weight_ptr", "dx_ptr", "y_ptr")
-    others = {"dw_ptr": "*fp32:16", "dy_stride": "i32:16", "ds_stride": "i32:16", "x_stride": "i32:16"}
-    backward = (rms_norm_backward_kernel, pointers, others, BACKWARD_TILES)
-    backward_and_y = (rms_norm_backward_kernel, pointers, others, BACKWARD_AND_Y_TILES)
-    both = {"NEEDS_DX": True, "NEEDS_DW": True, "REMAKE": False}
-    return [
-        case(name, dtype, *launched, flags)
-        for dtype in ("bf16", "fp32")
-        for name, launched, flags in (
-            ("rms_norm forward", forward, {"ADD": False, "REMAKE": False}),
-            ("add_rms_norm forward", forward, {"ADD": True, "REMAKE": False}),
-            ("rms_norm remake", forward, {"ADD": False, "REMAKE": True}),
-            ("rms_norm backward", backward, {"HAS_DS": False} | both),
-            ("add_rms_norm backward", backward, {"HAS_DS": True} | both),
-            ("add_rms_norm backward and y", backward_and_y, {"HAS_DS": True} | both | {"REMAKE": True}),
-        )
-    ]
 
 
 # ----------------------------------------------------------------------------------------------------- public functions

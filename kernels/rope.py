@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 
 from halny.kernels.dispatch import (
-    AotCase,
     TileTable,
     can_check_values,
     cdiv,
@@ -238,34 +237,6 @@ class RopeSplit(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dq, dk, dv):
         return rope_rotate(dq, dk, dv, *ctx.saved_tensors, True), None, None, None, None, None
-
-
-def aot_cases(n_heads: int = 32, n_kv_heads: int = 8, head_dim: int = 128) -> list[AotCase]:
-    """The kernel at Mistral-7B's heads, as a training step launches it."""
-    cases = []
-    for dtype in ("bf16", "fp32"):
-        pointers = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "packed_ptr"), f"*{dtype}:16")
-        pointers |= {"cos_ptr": "*fp32:16", "sin_ptr": "*fp32:16", "positions_ptr": "*i64:16"}
-        kinds = ("batch", "position", "head")
-        strides = {f"{x}_{kind}_stride": "i32:16" for x in ("q", "k", "v", "packed") for kind in kinds}
-        strides |= {"positions_batch_stride": "i32:16", "positions_position_stride": "i32"}
-        constants = dict(tile(TILES, head_dim, 9))
-        num_warps = constants.pop("num_warps")
-        shape = {
-            "N_HEADS": n_heads, "N_KV_HEADS": n_kv_heads,
-            "HALF": head_dim // 2, "BLOCK_HALF": next_power_of_2(head_dim // 2),
-        }  # fmt: skip
-        for name, with_v, has_positions, conjugate in (
-            ("rope forward", True, False, False),
-            ("rope forward, positions", True, True, False),
-            ("rope in place", False, False, False),
-            ("rope backward", True, False, True),
-        ):
-            flags = {"WITH_V": with_v, "HAS_POSITIONS": has_positions, "CONJUGATE": conjugate}
-            signature = pointers | {"n_positions": "i32"} | strides
-            name = f"{name} {n_heads}/{n_kv_heads}x{head_dim} {dtype}"
-            cases.append(AotCase(name, rope_kernel, signature, shape | flags | constants, num_warps))
-    return cases
 
 
 # ----------------------------------------------------------------------------------------------------- public functions

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from halny.kernels.dispatch import (
-    AotCase,
     TileTable,
     as_rows,
     cdiv,
@@ -147,24 +146,6 @@ class SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dh):
         return swiglu_backward(dh, *ctx.saved_tensors, False)[0]
-
-
-def aot_cases(F: int = 14336) -> list[AotCase]:
-    """Every kernel at Mistral-7B's width, as a training step launches it."""
-    cases = []
-    for dtype in ("bf16", "fp32"):
-        t, constants = f"*{dtype}:16", dict(tile(TILES, F, 9))
-        num_warps = constants.pop("num_warps")
-        forward = {"gate_up_ptr": t, "h_ptr": t, "gate_up_stride": "i32:16"}
-        backward = dict.fromkeys(("dh_ptr", "gate_up_ptr", "d_gate_up_ptr", "h_ptr"), t)
-        backward |= {"dh_stride": "i32:16", "gate_up_stride": "i32:16"}
-        cases.append(
-            AotCase(f"swiglu forward {F} {dtype}", swiglu_forward_kernel, forward, {"F": F} | constants, num_warps)
-        )
-        for name, emit_h in (("swiglu backward", False), ("swiglu backward and h", True)):
-            flags = {"F": F, "EMIT_H": emit_h}
-            cases.append(AotCase(f"{name} {F} {dtype}", swiglu_backward_kernel, backward, flags | constants, num_warps))
-    return cases
 
 
 # ------------------------------------------------------------------------------------------------------ public function

@@ -14,16 +14,18 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import aot, gpu_pass, kernels, merge, report, step
+from bench import account, aot, gpu_pass, kernels, merge, report, step
 from bench import attention as bench_attention
 from bench.lib import operations, peers, results
 from bench.lib.clocks import Bench, Call, Clocks, quantiles
 from bench.lib.process import ROOT
 from bench.lib.results import BadResult, read_result, repeatable, write_json
 from bench.lib.steps import MODE_LABELS
+from halny.kernels import dispatch
 from halny.kernels.adamw import new_moments, split
 from halny.kernels.attention import attention_mask
-from halny.kernels.swiglu import swiglu_reference
+from halny.kernels.rope import rope_qkv
+from halny.kernels.swiglu import swiglu, swiglu_reference
 from halny.model.record import breakdown
 
 CPU = Bench(torch.device("cpu"), True, 2**16)
@@ -294,6 +296,54 @@ def test_occupancy_by_hand(registers, shared, warps, expected):
     assert aot.occupancy(registers, shared, warps) == expected
 
 
+def test_every_kernel_is_compiled_ahead_of_time():
+    """Those that account.py knows, which stops at others; and each limit is some case's."""
+    cases = aot.cases()
+    assert {launches[-1].kernel.__name__ for launches in cases.values()} == account.TRAFFIC.keys()
+    assert aot.LIMITS.keys() == cases.keys()
+
+
+def swiglu_specialised(start: int, width: int) -> tuple[dict, dict, dict]:
+    """Of the forward kernel's launch on columns start .. of a wider bf16 tensor: types, constants, divisible by 16."""
+    x = aot.meta(8, width, dtype=torch.bfloat16)
+    (launch,) = aot.launches_of(lambda: swiglu(x[:, start : start + 64]))
+    signature, constants, attributes, options, _ = aot.specialised(launch, "sm_90")
+    assert options.num_warps == launch.constants["num_warps"]
+    names = list(signature)
+    return signature, constants, {names[i] for (i,), found in attributes.items() if ["tt.divisibility", 16] in found}
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="interpreted kernels are not specialised")
+def test_launches_are_specialised_as_on_a_gpu():
+    signature, constants, divisible = swiglu_specialised(0, 128)
+    pointers = [name for name, kind in signature.items() if kind == "*bf16"]
+    (stride,) = [name for name, kind in signature.items() if kind == "i32"]
+    assert len(pointers) == 2 and sorted(constants.values()) == [32, 256]  # F, BLOCK_F
+    assert divisible == {*pointers, stride}
+    assert swiglu_specialised(8, 128)[2] == divisible  # 16 bytes on
+    assert swiglu_specialised(4, 128)[2] == divisible - {pointers[0]}  # 8 bytes on
+    assert swiglu_specialised(0, 120)[2] == divisible - {stride}
+
+    x, cos = aot.meta(1, 2, 3, 16, dtype=torch.float32), aot.meta(2, 8, dtype=torch.float32)
+    positions = aot.meta(1, 2, dtype=torch.int64)
+    (launch,) = aot.launches_of(lambda: rope_qkv(x, cos, cos, 1, 1, positions))
+    signature, constants, *_ = aot.specialised(launch, "sm_90")
+    place = list(signature).index("positions_position_stride")
+    assert signature["positions_position_stride"] == "constexpr" and constants[(place,)] == 1
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="interpreted kernels are not specialised")
+def test_a_launch_of_no_case_is_reported():
+    def launches(n: int, dtype: torch.dtype = torch.bfloat16):
+        return aot.launches_of(lambda: swiglu(aot.meta(4, n, dtype=dtype)))
+
+    case = launches(4096)
+    assert aot.of_no_case(launches(4096), case) == []
+    for other in (launches(8192), launches(4096, torch.float32)):
+        (found,) = aot.of_no_case([*case, *other], case)
+        assert found.startswith("swiglu_forward_kernel")
+
+
 @pytest.mark.parametrize(
     "kernel, expected",
     [
@@ -334,8 +384,8 @@ def test_kernels_are_assigned_by_name(kernel, expected):
 
 def test_our_kernels_have_a_category():
     """Each kernel of kernels/ has one, so a new one is not lost in "other"."""
-    for case in aot.cases():
-        assert breakdown.category(case.kernel.__name__) != "other", case.name
+    for name, launches in aot.cases().items():
+        assert breakdown.category(launches[-1].kernel.__name__) != "other", name
 
 
 def test_breakdown_counts_idle_once_and_names_the_rest():

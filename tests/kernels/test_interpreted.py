@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from bench.aot import LIMITS, Compiled, complaints
 from halny.kernels import dispatch
 from halny.model.data.writer import write_dataset
 
@@ -50,11 +51,6 @@ def test_ahead_of_time_compiles_for_other_generations():
 
 def test_ahead_of_time_limits_can_fail():
     """The gate notices a spill, a register, a byte of shared memory, a narrow access and an unknown kernel."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        from aot import LIMITS, Compiled, complaints
-    finally:
-        sys.path.pop(0)
     name = "rms_norm forward 4096 bf16"
     registers, shared, narrow = LIMITS[name]
     fine = Compiled(registers, 0, shared, {16: 8}, {16: 4, 4: narrow})
