@@ -42,7 +42,7 @@ from halny.kernels import adamw, dispatch, rms_norm, rope, swiglu
 from halny.kernels.chunk_cat import chunk_cat
 from halny.kernels.cross_entropy import cross_entropy, scale_gradient
 from halny.kernels.gradient_norm import gradient_norm
-from halny.kernels.lean_linear import add_rms_norm_linear, swiglu_linear
+from halny.kernels.lean_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
@@ -61,6 +61,8 @@ LIMITS: dict[str, tuple[int, int, int]] = {
     "rms_norm backward 4096 fp32": (80, 32, 1),
     "add_rms_norm backward 4096 bf16": (80, 8192, 1),
     "add_rms_norm backward 4096 fp32": (80, 32, 1),
+    "rms_norm backward and y 4096 bf16": (64, 16384, 1),
+    "rms_norm backward and y 4096 fp32": (64, 64, 1),
     "add_rms_norm backward and y 4096 bf16": (64, 16384, 1),  # 64 are the most for 2 programs of 16 warps an SM
     "add_rms_norm backward and y 4096 fp32": (64, 64, 1),
     "rope forward 32/8x128 bf16": (56, 0, 0),
@@ -89,6 +91,8 @@ LIMITS: dict[str, tuple[int, int, int]] = {
     # five scalars; of four elements a thread, bf16 is 8 bytes, and of eight a code is; a group's exponents
     "adamw, fp32 moments bf16": (32, 0, 10),
     "adamw, bf16 moments bf16": (48, 0, 5),
+    "adamw, fp32 moments fp32": (32, 0, 9),
+    "adamw, bf16 moments fp32": (48, 0, 5),
     "adamw, 8bit moments bf16": (56, 64, 13),
     "add_rounded bf16": (32, 0, 0),
     "add_rounded fp32": (32, 0, 0),
@@ -147,7 +151,9 @@ def operations() -> Operations:
         yield from losses(vocab_size)
     yield from scalings()
     for moments in adamw.MOMENTS:
-        yield update(moments)
+        yield update(moments, "bf16")
+    for moments in ("fp32", "bf16"):  # of several micro batches
+        yield update(moments, "fp32")
     yield from sums()
     for part in (gradient_norms, chunk_cats):
         for name, dtype in DTYPES.items():
@@ -163,6 +169,7 @@ def norms(name: str, dtype: torch.dtype) -> Operations:
     yield f"rms_norm remake {of}", lambda: rms_norm.rms_norm_remake(x, n, rstd)
     yield f"rms_norm backward {of}", lambda: gradients(rms_norm.rms_norm(x, n, eps), x, n)
     yield f"add_rms_norm backward {of}", lambda: gradients(rms_norm.add_rms_norm(x, r, n, eps), x, r, n)
+    yield f"rms_norm backward and y {of}", lambda: gradients(rms_norm_linear(x, n, w, eps), x, n, w)
     yield f"add_rms_norm backward and y {of}", lambda: gradients(add_rms_norm_linear(x, r, n, w, eps), x, r, n, w)
 
 
@@ -204,11 +211,11 @@ def scalings() -> Operations:
     yield "scale_gradient fp32", lambda: scale_gradient(summed, upstream, BF16)
 
 
-def update(moments: str) -> tuple[str, Callable[[], None]]:
-    weight, low = (meta(HIDDEN, DIM, dtype=dtype) for dtype in (BF16, torch.int16))
+def update(moments: str, gradient: str) -> tuple[str, Callable[[], None]]:
+    weight, low, g = (meta(HIDDEN, DIM, dtype=dtype) for dtype in (BF16, torch.int16, DTYPES[gradient]))
     state, scalars = adamw.new_moments(weight, moments), meta(5, dtype=torch.float32)
     settings = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, seed=0)
-    return f"adamw, {moments} moments bf16", lambda: adamw.adamw_(weight, low, weight, state, scalars, **settings)
+    return f"adamw, {moments} moments {gradient}", lambda: adamw.adamw_(weight, low, g, state, scalars, **settings)
 
 
 def sums() -> Operations:

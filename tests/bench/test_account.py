@@ -20,11 +20,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from bench import account
+from bench import account, aot
 from bench.account import Call, Count, Product, count_step, size
 from bench.lib import meta_step
 from bench.lib.meta_step import META, Case, Step, on_hopper, world_of
 from halny.kernels import dispatch, rms_norm, rope, swiglu
+from halny.kernels.adamw import MOMENTS
 from halny.kernels.attention import attention_mask
 from halny.kernels.cross_entropy import cross_entropy
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
@@ -143,6 +144,28 @@ def test_categories_are_the_profilers():
     for kernel in account.TRAFFIC:
         part = account.PART_OF.get(kernel, account.ROWS).partition(":")[0]
         assert breakdown.category(kernel) in (part, "other"), kernel
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="interpreted kernels are not specialised")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
+def test_the_machine_code_of_a_step_is_looked_at(monkeypatch):
+    """Whatever a step launches is, to the specialisation, a case of bench/aot.py: at the 7B width, in bf16."""
+    launches = []
+
+    class Launches(Count):
+        def launched(self, *launch):
+            launches.append(aot.Launch(*launch))
+            super().launched(*launch)
+
+    monkeypatch.setattr(account, "Count", Launches)
+    case = Case(replace(MISTRAL_7B, n_layers=2), 4, 4096, 1)
+    count_step(replace(case, ranks=256))
+    for recompute in ("always", "never"):
+        for moments in MOMENTS:
+            for accumulation in (1, 3):
+                count_step(replace(case, moments=moments, accumulation=accumulation, recompute=recompute))
+    assert {launch.kernel.__name__ for launch in launches} == account.TRAFFIC.keys() - {"online_kernel"}
+    assert aot.of_no_case(launches, [found[-1] for found in aot.cases().values()]) == []
 
 
 def test_the_switch_restores_itself(launches):
