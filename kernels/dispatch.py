@@ -37,7 +37,7 @@ class StandIn(NamedTuple):
 
     capability: tuple[int, int]
     multiprocessors: int
-    packages: tuple[str, ...]  # those of attention.PACKAGES that it has
+    packages: tuple[str, ...]  # those of attention_backends.PACKAGES that it has
     record: Callable[[Callable, tuple, dict], None]  # called in place of a launch: kernel, arguments, constants
 
 
