@@ -40,10 +40,12 @@ from torch import Tensor
 
 from halny.kernels import adamw, dispatch, rms_norm, rope, swiglu
 from halny.kernels.chunk_cat import chunk_cat
-from halny.kernels.cross_entropy import cross_entropy, scale_gradient
+from halny.kernels.cross_entropy import cross_entropy
 from halny.kernels.gradient_norm import gradient_norm
 from halny.kernels.lean_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
+from halny.kernels.scale_gradient import scale_gradient
+from halny.kernels.stochastic_rounding import add_rounded_, add_wide
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
@@ -220,9 +222,9 @@ def update(moments: str, gradient: str) -> tuple[str, Callable[[], None]]:
 
 def sums() -> Operations:
     x, y = (meta(HIDDEN, DIM, dtype=dtype) for dtype in (BF16, torch.float32))
-    yield "add_rounded bf16", lambda: adamw.add_rounded_(x, x, seed=0)
-    yield "add_rounded fp32", lambda: adamw.add_rounded_(x, y, seed=0)
-    yield "add_wide bf16", lambda: adamw.add_wide(x, x)
+    yield "add_rounded bf16", lambda: add_rounded_(x, x, seed=0)
+    yield "add_rounded fp32", lambda: add_rounded_(x, y, seed=0)
+    yield "add_wide bf16", lambda: add_wide(x, x)
 
 
 def gradient_norms(name: str, dtype: torch.dtype) -> tuple[str, Callable[[], Tensor]]:

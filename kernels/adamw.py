@@ -12,10 +12,8 @@ approximated. (Split SGD cuts the bits in two as well, but its model sees the tr
 https://arxiv.org/abs/2005.04680.)
 
 **Stochastic rounding.** In a step v changes by at most a few times 1 - b2 of itself, 0.05 or 0.001, while neighbours in
-bf16 lie 0.004 to 0.008 apart: rounded to nearest, v would hardly ever fall. So 16 random bits are added below the last
-bit that is kept, and the sum is truncated: up with the probability of the remainder, right on average. The bits are a
-hash of the element's index with two keys made of the seed. There is no state, and equal inputs give equal bits. One
-hash serves four elements: eight products of it are the words whose upper bits round their m and v.
+bf16 lie 0.004 to 0.008 apart: rounded to nearest, v would hardly ever fall. So narrow moments are rounded up or down at
+random, right on average (stochastic_rounding.py): of an element's two random words one is for m, the other for v.
 
 **Instructions.** With 8-bit moments a weight is 14 bytes, for which an H200 has time for 90 instructions or so: the
 kernel was as slow as its instructions, not its bytes. Hence what looks roundabout: codes are moved to their bits'
@@ -41,7 +39,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halny.kernels.dispatch import cdiv, check_same_device, launch, runs_kernel
+from halny.kernels.dispatch import cdiv, check_same_device, check_tensor, launch, runs_kernel
+from halny.kernels.stochastic_rounding import (
+    LARGEST_BF16,
+    check_seed,
+    keys_of,
+    random_words,
+    random_words_reference,
+    round_to_bf16,
+    to_bf16,
+    upper_bits,
+)
 
 MOMENTS = ("fp32", "bf16", "8bit")
 GROUP = 256  # elements that share one exponent in 8bit
@@ -49,9 +57,7 @@ GROUP = 256  # elements that share one exponent in 8bit
 # Biased, of a group: 2^-95, beneath which the smallest number is 2^-113, no denormal of fp32; and what says that the
 # largest is 2^127 or more, inf or NaN: all of such a group reads as NaN, so that it is noticed
 LOWEST_EXPONENT, NAN_EXPONENT = 32, 255
-LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
-FACTORS = tuple(0x846CA68B * 747796405**k % 2**32 for k in range(8))
 
 
 # ----------------------------------------------------------------------------------------------------------- two halves
@@ -115,52 +121,6 @@ def _dtype_of(moments: str) -> torch.dtype:
 # int32 stands for uint32: sums and products wrap alike, and >> needs a mask.
 
 
-def keys_of(seed: int) -> tuple[int, int]:
-    """Two int32 from a seed: SplitMix64's finalizer (Steele et al. 2014), so that neighbouring seeds share nothing."""
-    z = (seed + 0x9E3779B97F4A7C15) % 2**64
-    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
-    z ^= z >> 31
-    return _signed(z), _signed(z >> 32)
-
-
-def _signed(x: int) -> int:
-    return (x & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
-
-
-def random_words_reference(index: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Two random words for each of the elements that index, int64, numbers: int32 of its shape, to be read from above.
-
-    The hash lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/), with a key before its first product and
-    another after its second, of index // 4. The second product makes eight words of it, by powers of a multiplier (that
-    of PCG, O'Neill 2014). Any two of them are a lattice in the plane, whose shortest vector is 0.31 to 0.94 of the
-    longest that there can be: their upper bits are as good as independent. The lower ones are not, and the last step of
-    the hash, which would make them so, is left out.
-    """
-    first, second = keys_of(seed)
-    x = index >> 2
-    x = x.int() ^ (x >> 32).int() * _signed(0x9E3779B9) ^ first
-    x = (x ^ x >> 16 & 0xFFFF) * 0x7FEB352D
-    x = x ^ x >> 15 & 0x1FFFF
-    factors = torch.tensor([_signed(factor) for factor in FACTORS], dtype=torch.int32, device=index.device)
-    which = index & 3
-    return x * factors[which] + second, x * factors[which + 4] + second
-
-
-def _upper(word: Tensor, bits: int) -> Tensor:
-    """That many bits of a word, from its highest: 0 .. 2^bits - 1."""
-    return word >> 32 - bits & (1 << bits) - 1
-
-
-def _to_bf16(x: Tensor, random: Tensor) -> Tensor:
-    """fp32 that arithmetic has made, rounded to bf16: up with the probability of the remainder; random is 0 .. 65535.
-
-    From bf16's largest on it truncates, so that finite stays finite, inf inf and NaN (quiet, out of arithmetic) NaN.
-    """
-    bits = x.view(torch.int32) + torch.where(x.abs() < LARGEST_BF16, random, 0)
-    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
-
-
 def _encode(x: Tensor, largest: Tensor, random: Tensor, mantissa_bits: int) -> tuple[Tensor, Tensor]:
     """fp32 x [groups, GROUP], largest [groups] -> int32 codes, their sign in bit 11, and exponents [groups]."""
     dropped = 23 - mantissa_bits
@@ -170,7 +130,7 @@ def _encode(x: Tensor, largest: Tensor, random: Tensor, mantissa_bits: int) -> t
     power = (254 - exponents << 23).view(torch.float32)[:, None]
     # The second product brings the exponent to 15 .. 0 in fp32, where 0 is that of denormals, evenly spaced
     bits = (x * power * 2.0**-112).view(torch.int32)
-    return _upper(bits + random, 32 - dropped), exponents
+    return upper_bits(bits + random, 32 - dropped), exponents
 
 
 def _parts(moments: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
@@ -198,9 +158,9 @@ def _in_8_bits(m: Tensor, root: Tensor, random_m: Tensor, random_v: Tensor) -> d
         torch.nn.functional.pad(x, (0, -n % GROUP)).view(-1, GROUP) for x in (m, root, random_m, random_v)
     )
     largest_m = m.abs().nan_to_num(0.0, torch.inf).amax(1)  # where m is NaN, so is the root
-    m_codes, m_exponents = _encode(m, largest_m, _upper(random_m, 20), 3)
+    m_codes, m_exponents = _encode(m, largest_m, upper_bits(random_m, 20), 3)
     m_codes = m_codes | m_codes >> 4 & 0x80
-    v_codes, v_exponents = _encode(root, root.abs().amax(1), _upper(random_v, 19), 4)
+    v_codes, v_exponents = _encode(root, root.abs().amax(1), upper_bits(random_v, 19), 4)
     # Never 0 for what is more: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
     v_codes = torch.maximum(v_codes, root.view(torch.int32).clamp(max=1))
     m_exponents = torch.where(root.isnan().any(1), NAN_EXPONENT, m_exponents)
@@ -250,7 +210,7 @@ def adamw_reference_(
     if dtype == torch.uint8:
         new |= _in_8_bits(m, root, random_m, random_v)
     elif dtype == torch.bfloat16:
-        new |= {"exp_avg": _to_bf16(m, _upper(random_m, 16)), "exp_avg_sq": _to_bf16(v, _upper(random_v, 16))}
+        new |= {"exp_avg": to_bf16(m, upper_bits(random_m, 16)), "exp_avg_sq": to_bf16(v, upper_bits(random_v, 16))}
     else:
         new |= {"exp_avg": m, "exp_avg_sq": v}
     skip = found_inf != 0
@@ -266,13 +226,6 @@ def smallest_root(beta1: float, beta2: float) -> float:
     return max(0.0, (1 - beta2) * (1 - beta1**2 / beta2)) ** 0.5 / (1 - beta1) if beta2 else 0.0
 
 
-@torch.no_grad()
-def add_rounded_reference_(total: Tensor, x: Tensor, *, seed: int) -> None:
-    """The definition of ``add_rounded_``, in plain PyTorch."""
-    random, _ = random_words_reference(torch.arange(total.numel(), device=total.device), seed)
-    total.copy_(_to_bf16(total.float() + x.float(), _upper(random, 16).view(total.shape)))
-
-
 # -------------------------------------------------------------------------------------------------------------- kernels
 # A program takes BLOCK consecutive elements, as [256 / VECTOR, BLOCK / 256, VECTOR]. Each of 128 threads has VECTOR = 8
 # in a row, 16 bytes of bf16, and a group is one warp's: its largest is found among a thread's own, then the warp's.
@@ -282,27 +235,6 @@ def add_rounded_reference_(total: Tensor, x: Tensor, *, seed: int) -> None:
 BLOCK, NUM_WARPS, NUM_WARPS_FP32 = 1024, 4, 8
 _LOWEST_EXPONENT, _NAN_EXPONENT = tl.constexpr(LOWEST_EXPONENT), tl.constexpr(NAN_EXPONENT)
 _LARGEST_BF16, _SMALLEST_NORMAL = tl.constexpr(LARGEST_BF16), tl.constexpr(SMALLEST_NORMAL)
-_F0, _F1, _F2, _F3, _F4, _F5, _F6, _F7 = (tl.constexpr(factor) for factor in FACTORS)
-
-
-@triton.jit
-def _random_words(start, offsets, first, second):
-    """The four elements of a hash are one thread's, which makes it once and knows their factors when compiled."""
-    x = (offsets >> 2).to(tl.uint32) + (start >> 2).to(tl.uint32)
-    x = x ^ ((start >> 34).to(tl.uint32) * 0x9E3779B9) ^ first.to(tl.uint32, bitcast=True)
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = x ^ (x >> 15)
-    is_odd, is_late = (offsets & 1) == 1, (offsets & 2) == 2
-    one = tl.where(is_late, tl.where(is_odd, _F3, _F2), tl.where(is_odd, _F1, _F0)).to(tl.uint32)
-    other = tl.where(is_late, tl.where(is_odd, _F7, _F6), tl.where(is_odd, _F5, _F4)).to(tl.uint32)
-    second = second.to(tl.uint32, bitcast=True)
-    return x * one + second, x * other + second
-
-
-@triton.jit
-def _round_to_bf16(x, random):
-    bits = x.to(tl.int32, bitcast=True) + tl.where(tl.abs(x) < _LARGEST_BF16, random, 0)
-    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit
@@ -388,7 +320,7 @@ def adamw_kernel(
     high = (bits + 0x8000) >> 16
     tl.store(p_high + start + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=store)
     tl.store(p_low + start + offsets, bits.to(tl.int16), mask=store)
-    b_random_m, b_random_v = _random_words(start, offsets, first_key, second_key)
+    b_random_m, b_random_v = random_words(start, offsets, first_key, second_key)
     if EIGHT_BITS:
         # As integers, the largest root is NaN if there is one. The largest m is found among floats, whose sign is
         # dropped at no cost; that may pass over a NaN, but there the root is NaN too
@@ -408,29 +340,8 @@ def adamw_kernel(
         tl.store(p_m + start + offsets, b_m, mask=store)
         tl.store(p_v + start + offsets, b_v, mask=store)
     else:
-        tl.store(p_m + start + offsets, _round_to_bf16(b_m, (b_random_m >> 16).to(tl.int32)), mask=store)
-        tl.store(p_v + start + offsets, _round_to_bf16(b_v, (b_random_v >> 16).to(tl.int32)), mask=store)
-
-
-@triton.jit(do_not_specialize=["first_key", "second_key"])
-def add_rounded_kernel(p_total, p_x, n, first_key, second_key, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = tl.arange(0, BLOCK)
-    mask = start + offsets < n
-    b_random, _ = _random_words(start, offsets, first_key, second_key)
-    b_sum = tl.load(p_total + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    b_sum += tl.load(p_x + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(p_total + start + offsets, _round_to_bf16(b_sum, (b_random >> 16).to(tl.int32)), mask=mask)
-
-
-@triton.jit
-def add_wide_kernel(p_a, p_b, p_out, n, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = tl.arange(0, BLOCK)
-    mask = start + offsets < n
-    b_sum = tl.load(p_a + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    b_sum += tl.load(p_b + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(p_out + start + offsets, b_sum, mask=mask)
+        tl.store(p_m + start + offsets, round_to_bf16(b_m, (b_random_m >> 16).to(tl.int32)), mask=store)
+        tl.store(p_v + start + offsets, round_to_bf16(b_v, (b_random_v >> 16).to(tl.int32)), mask=store)
 
 
 # ----------------------------------------------------------------------------------------------------- public functions
@@ -471,42 +382,6 @@ def adamw_(
     )  # fmt: skip
 
 
-def add_rounded_(total: Tensor, x: Tensor, *, seed: int) -> None:
-    """``total += x`` in fp32, rounded stochastically to total's bf16: on average nothing is lost, however small x is.
-
-    For gradients over micro batches. total bf16, x bf16 or fp32, contiguous and of one shape; seed as for ``adamw_``.
-    6 bytes an element with a bf16 x. Raises TypeError for other dtypes, ValueError for shapes, strides or devices that
-    do not fit.
-    """
-    _check_tensor("total", total, (torch.bfloat16,))
-    _check_tensor("x", x, (torch.bfloat16, torch.float32), total.shape)
-    check_same_device(total=total, x=x)
-    _check_seed(seed)
-    if total.numel() == 0:
-        return
-    if not runs_kernel(total):
-        return add_rounded_reference_(total, x, seed=seed)
-    grid = (cdiv(total.numel(), BLOCK),)
-    launch(add_rounded_kernel, grid, total, x, total.numel(), *keys_of(seed), BLOCK=BLOCK, num_warps=NUM_WARPS)
-
-
-def add_wide(a: Tensor, b: Tensor) -> Tensor:
-    """``a.float() + b.float()`` in one pass, which PyTorch has not: the fp32 sum of the gradients of two micro batches.
-
-    a, b: bf16, contiguous and of one shape. 8 bytes an element. Raises as ``add_rounded_``.
-    """
-    _check_tensor("a", a, (torch.bfloat16,))
-    _check_tensor("b", b, (torch.bfloat16,), a.shape)
-    check_same_device(a=a, b=b)
-    if not runs_kernel(a):
-        return a.float() + b.float()
-    out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
-    if a.numel():
-        grid = (cdiv(a.numel(), BLOCK),)
-        launch(add_wide_kernel, grid, a, b, out, a.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS)
-    return out
-
-
 def _check_halves(high: Tensor, low: Tensor) -> None:
     for name, x, dtype in (("high", high, torch.bfloat16), ("low", low, torch.int16)):
         if not isinstance(x, Tensor) or x.dtype != dtype:
@@ -516,37 +391,22 @@ def _check_halves(high: Tensor, low: Tensor) -> None:
     check_same_device(high=high, low=low)
 
 
-def _check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], shape: torch.Size | None = None) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in dtypes:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} must be a tensor of {' or '.join(str(d) for d in dtypes)}, got {got}")
-    if shape is not None and x.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
-    if not x.is_contiguous():
-        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
-
-
-def _check_seed(seed: int) -> None:
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an integer, got {seed!r}")
-
-
 def _check(high, low, gradient, moments, scalars, beta1, beta2, eps, weight_decay, seed) -> None:
-    _check_tensor("high", high, (torch.bfloat16,))
-    _check_tensor("low", low, (torch.int16,), high.shape)
-    _check_tensor("gradient", gradient, (torch.bfloat16, torch.float32), high.shape)
-    _check_tensor("scalars", scalars, (torch.float32,), torch.Size([5]))
+    check_tensor("high", high, (torch.bfloat16,))
+    check_tensor("low", low, (torch.int16,), high.shape)
+    check_tensor("gradient", gradient, (torch.bfloat16, torch.float32), high.shape)
+    check_tensor("scalars", scalars, (torch.float32,), torch.Size([5]))
     if not isinstance(moments, dict) or not {"exp_avg", "exp_avg_sq"} <= moments.keys():
         raise TypeError("moments must be a dict with exp_avg and exp_avg_sq, as new_moments makes it")
     dtype = moments["exp_avg"].dtype
     for name in ("exp_avg", "exp_avg_sq"):
-        _check_tensor(f"moments[{name!r}]", moments[name], (torch.float32, torch.bfloat16, torch.uint8), high.shape)
+        check_tensor(f"moments[{name!r}]", moments[name], (torch.float32, torch.bfloat16, torch.uint8), high.shape)
         if moments[name].dtype != dtype:
             raise TypeError(f"moments must all have one dtype, got {dtype} and {moments[name].dtype}")
     if dtype == torch.uint8:
         for name in ("exp_avg_exponents", "exp_avg_sq_exponents"):
             shape = torch.Size([cdiv(high.numel(), GROUP)])
-            _check_tensor(f"moments[{name!r}]", moments.get(name), (torch.uint8,), shape)
+            check_tensor(f"moments[{name!r}]", moments.get(name), (torch.uint8,), shape)
     check_same_device(high=high, low=low, gradient=gradient, scalars=scalars, **moments)
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
         if not 0 <= beta < 1:
@@ -555,4 +415,4 @@ def _check(high, low, gradient, moments, scalars, beta1, beta2, eps, weight_deca
         raise ValueError(f"eps must be above 0, got {eps!r}")
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay must be at least 0, got {weight_decay!r}")
-    _check_seed(seed)
+    check_seed(seed)

@@ -20,10 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from halny.kernels.dispatch import (
-    can_check_values,
-    cdiv,
     check_floating,
-    check_integer,
     check_same_device,
     launch,
     next_power_of_2,
@@ -32,8 +29,8 @@ from halny.kernels.dispatch import (
     runs_kernel,
     upcast,
 )
-
-REDUCTIONS = ("mean", "sum", "none")
+from halny.kernels.loss_reduction import check_labels, mean_scale, reduce_rows
+from halny.kernels.scale_gradient import scaled_gradient
 
 
 def cross_entropy_reference(
@@ -221,29 +218,6 @@ def online_kernel(
                 start += BLOCK
 
 
-@triton.jit
-def scale_kernel(
-    p_gradient, p_upstream, p_out,
-    n_rows, n_columns,
-    gradient_stride, out_stride, upstream_stride,
-    IN_PLACE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """out = gradient * upstream, row by row; in place it leaves alone what would be multiplied by 1."""
-    n_blocks = tl.cdiv(n_columns, BLOCK)
-    tile = tl.program_id(0)
-    while tile < n_rows * n_blocks:
-        row = tl.cast(tile // n_blocks, tl.int64)
-        upstream = tl.load(p_upstream + row * upstream_stride).to(tl.float32)
-        if not IN_PLACE or upstream != 1.0:
-            columns = tl.cast(tile % n_blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            mask = columns < n_columns
-            b_x = tl.load(p_gradient + row * gradient_stride + columns, mask=mask).to(tl.float32)
-            # 0 stays 0 even if upstream is infinite: the rows of ignored labels have no gradient
-            b_x = tl.where(b_x == 0.0, 0.0, b_x * upstream)
-            tl.store(p_out + row * out_stride + columns, b_x.to(p_out.dtype.element_ty), mask=mask)
-        tile += tl.num_programs(0)
-
-
 # ------------------------------------------------------------------------------------------------ launchers, operators
 
 # Up to here a row fits the registers of one program: 32 fp32 values for each of 1024 threads, which have 64 registers.
@@ -251,7 +225,6 @@ def scale_kernel(
 ONE_BLOCK = 32_768
 ONLINE_BLOCK, ONLINE_WARPS = 16_384, 32  # one program an SM, so that the rows in flight stay in L2 for the second pass
 LOSS_BLOCK, LOSS_WARPS = 4_096, 8  # without a second pass, several programs an SM
-SCALE_BLOCK, SCALE_WARPS, SCALE_PROGRAMS = 4_096, 8, 1_056  # 8 programs on each of 132 SMs
 
 
 def _tile(vocab_size: int, with_gradient: bool):
@@ -313,31 +286,6 @@ def _rows_(logits: Tensor, labels: Tensor, scale: Tensor, ignore_index: int):
     return loss, correct
 
 
-def _launch_scale(gradient: Tensor, upstream: Tensor, out: Tensor) -> None:
-    in_place = out is gradient
-    if upstream.ndim == 0 and gradient.is_contiguous():  # out too: it is new, or the gradient
-        gradient, out = gradient.view(1, gradient.numel()), out.view(1, gradient.numel())
-    n_rows, n_columns = gradient.shape
-    launch(
-        scale_kernel,
-        (min(n_rows * cdiv(n_columns, SCALE_BLOCK), SCALE_PROGRAMS),),
-        gradient, upstream, out,
-        n_rows, n_columns,
-        gradient.stride(0), out.stride(0), upstream.stride(0) if upstream.ndim else 0,
-        IN_PLACE=in_place, BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS,
-    )  # fmt: skip
-
-
-def _scaled(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    out = torch.empty(gradient.shape, dtype=dtype, device=gradient.device)
-    _launch_scale(gradient, upstream, out)
-    return out
-
-
-def _scale_(gradient: Tensor, upstream: Tensor) -> None:
-    _launch_scale(gradient, upstream, gradient)
-
-
 cross_entropy_rows = register_operator(
     "cross_entropy_rows(Tensor logits, Tensor labels, Tensor scale, int ignore_index, bool with_gradient)"
     " -> (Tensor loss, Tensor correct, Tensor gradient)",
@@ -353,45 +301,6 @@ cross_entropy_rows_ = register_operator(
     _rows_,
     lambda logits, labels, scale, ignore_index: _rows_outputs(logits),
 )
-scale_gradient = register_operator(
-    "scale_gradient(Tensor gradient, Tensor upstream, ScalarType dtype) -> Tensor",
-    _scaled,
-    lambda gradient, upstream, dtype: torch.empty(gradient.shape, dtype=dtype, device=gradient.device),
-)
-scale_gradient_ = register_operator(
-    "scale_gradient_(Tensor(a!) gradient, Tensor upstream) -> ()", _scale_, lambda gradient, upstream: None
-)
-
-
-def scaled_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
-    """gradient (2-D, private to the node that calls this in its backward) times upstream, in dtype.
-
-    If this backward pass frees the graph, nobody can ask for the gradient again, and the buffer itself is handed out:
-    multiplied in place, which the device skips where upstream is 1. If the graph is kept, the buffer stays as it is and
-    a new tensor is returned. Which of the two the engine knows; it tells torch's own compiled backward by this name.
-    """
-    if (
-        gradient.dtype == dtype
-        and not torch.compiler.is_compiling()
-        and not torch._C._autograd._get_current_graph_task_keep_graph()
-    ):
-        scale_gradient_(gradient, upstream)
-        return gradient
-    return scale_gradient(gradient, upstream, dtype)
-
-
-def mean_scale(labels: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor]:
-    """(number of labels that count, int64; what each row's gradient is multiplied by, fp32), scalars on the device."""
-    n_tokens = (labels != ignore_index).sum()
-    if reduction == "mean":
-        return n_tokens, n_tokens.float().reciprocal()
-    return n_tokens, torch.ones((), dtype=torch.float32, device=labels.device)
-
-
-def reduce_rows(loss: Tensor, n_tokens: Tensor, reduction: str) -> Tensor:
-    if reduction == "none":
-        return loss
-    return loss.sum() / n_tokens if reduction == "mean" else loss.sum()
 
 
 # ------------------------------------------------------------------------------------------------------------- autograd
@@ -519,23 +428,3 @@ def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) ->
         raise ValueError(f"logits must be [..., V] with V at least 1, got {tuple(logits.shape)}")
     check_labels(labels, logits.shape[:-1], logits.shape[-1], ignore_index, reduction)
     check_same_device(logits=logits, labels=labels)
-
-
-def check_labels(labels: Tensor, shape: tuple[int, ...], vocab_size: int, ignore_index: int, reduction: str) -> None:
-    """What both cross-entropies ask of labels, ignore_index and reduction."""
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
-    if not -(2**63) <= ignore_index < 2**63:
-        raise ValueError(f"ignore_index must fit an int64, got {ignore_index}")
-    check_integer("labels", labels)
-    if labels.shape != shape:
-        raise ValueError(f"labels must have shape {tuple(shape)}, got {tuple(labels.shape)}")
-    if can_check_values(labels):
-        labels = labels.long()
-        wrong = labels[((labels < 0) | (labels >= vocab_size)) & (labels != ignore_index)]
-        if wrong.numel():
-            raise ValueError(
-                f"labels must lie in 0 .. {vocab_size - 1} or equal ignore_index {ignore_index}, got {int(wrong[0])}"
-            )

@@ -204,6 +204,17 @@ def check_integer(name: str, x: Tensor) -> None:
         raise TypeError(f"{name} must be an integer tensor, got {x.dtype}")
 
 
+def check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], shape: torch.Size | None = None) -> None:
+    """TypeError unless ``x`` is of one of the dtypes, ValueError unless it is of that shape and contiguous."""
+    if not isinstance(x, Tensor) or x.dtype not in dtypes:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a tensor of {' or '.join(str(d) for d in dtypes)}, got {got}")
+    if shape is not None and x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if not x.is_contiguous():
+        raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+
+
 def check_same_device(**tensors: Tensor) -> None:
     """ValueError unless all tensors are on one device; names the first that is elsewhere."""
     (first_name, first), *rest = tensors.items()

@@ -20,14 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from halny.kernels.cross_entropy import (
-    check_labels,
-    cross_entropy_reference,
-    launch_rows,
-    mean_scale,
-    reduce_rows,
-    scaled_gradient,
-)
+from halny.kernels.cross_entropy import cross_entropy_reference, launch_rows
 from halny.kernels.dispatch import (
     autocast_dtype,
     check_floating,
@@ -37,6 +30,8 @@ from halny.kernels.dispatch import (
     register_operator,
     runs_kernel,
 )
+from halny.kernels.loss_reduction import check_labels, mean_scale, reduce_rows
+from halny.kernels.scale_gradient import scaled_gradient
 
 
 class LinearCrossEntropy(NamedTuple):

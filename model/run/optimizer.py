@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from halny.kernels.adamw import adamw_, add_rounded_, add_wide, join, new_moments, split
+from halny.kernels.adamw import adamw_, join, new_moments, split
 from halny.kernels.gradient_norm import gradient_norm
+from halny.kernels.stochastic_rounding import add_rounded_, add_wide
 
 APPLIED, NOT_FINITE, SPIKE, SPIKE_SKIPPED = range(4)  # a Guard's verdict on an update
 

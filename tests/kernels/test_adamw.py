@@ -13,8 +13,16 @@ from helpers import assert_close_to_truth, assert_passes_in_the_interpreter
 from torch import Tensor
 
 from bench import convergence
-from halny.kernels import adamw, dispatch
-from halny.kernels.adamw import GROUP, MOMENTS, adamw_, add_rounded_, join, moment_bytes, new_moments, split
+from halny.kernels import adamw, dispatch, stochastic_rounding
+from halny.kernels.adamw import GROUP, MOMENTS, adamw_, join, moment_bytes, new_moments, split
+from halny.kernels.stochastic_rounding import (
+    add_rounded_,
+    add_wide,
+    keys_of,
+    random_words_reference,
+    to_bf16,
+    upper_bits,
+)
 
 SETTINGS = dict(beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 DTYPES = [torch.bfloat16, torch.float32]  # of gradients
@@ -193,7 +201,7 @@ def test_random_bits():
     n = 2**20
     index = torch.arange(n)
     (m, v), other_seed, far = (
-        adamw.random_words_reference(index + start, seed) for start, seed in ((0, 7), (0, 8), (2**34, 7))
+        random_words_reference(index + start, seed) for start, seed in ((0, 7), (0, 8), (2**34, 7))
     )
     sigma = 0.5 / (n / 4) ** 0.5
 
@@ -207,7 +215,7 @@ def test_random_bits():
         halves = (word >> 10 & 0x3FF000) | (word << 10)  # the 20 bits, turned by 10
         for other in (*other_seed, *far, *neighbours, v if word is m else m, halves):
             assert farthest(word ^ other) < 5 * sigma
-    assert len({adamw.keys_of(seed) for seed in (-1, 0, 1, 2**31, 2**63, 2**64 - 2)}) == 6
+    assert len({keys_of(seed) for seed in (-1, 0, 1, 2**31, 2**63, 2**64 - 2)}) == 6
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.3, 0.5, 0.9])
@@ -486,11 +494,11 @@ def test_the_sum_is_the_reference(dtype, n, launches):
     total, x = buffer[:n], torch.randn(n).to(dtype)
     expected = total.clone()
     add_rounded_(total, x, seed=9)
-    adamw.add_rounded_reference_(expected, x, seed=9)
+    stochastic_rounding.add_rounded_reference_(expected, x, seed=9)
     assert torch.equal(total, expected) and (buffer[n:] == 77).all()
     assert launches["add_rounded_kernel"] == (1 if dispatch.INTERPRETED else 0)
     if dtype == torch.bfloat16:
-        wide = adamw.add_wide(total, x)
+        wide = add_wide(total, x)
         assert wide.dtype == torch.float32 and torch.equal(wide, total.float() + x.float())
         assert launches["add_wide_kernel"] == (1 if dispatch.INTERPRETED else 0)
 
@@ -574,8 +582,8 @@ def test_bad_arguments_of_the_others_are_refused():
         (lambda: add_rounded_(torch.zeros(4), bf16, seed=0), TypeError, "total must be a tensor of torch.bfloat16"),
         (lambda: add_rounded_(bf16, torch.zeros(5), seed=0), ValueError, "x must have shape"),
         (lambda: add_rounded_(bf16, torch.zeros(4), seed=None), TypeError, "seed must be an integer"),
-        (lambda: adamw.add_wide(bf16, torch.zeros(4)), TypeError, "b must be a tensor of torch.bfloat16"),
-        (lambda: adamw.add_wide(bf16, bf16[:3]), ValueError, "b must have shape"),
+        (lambda: add_wide(bf16, torch.zeros(4)), TypeError, "b must be a tensor of torch.bfloat16"),
+        (lambda: add_wide(bf16, bf16[:3]), ValueError, "b must have shape"),
     ):
         with pytest.raises(error, match=message):
             call()
@@ -586,10 +594,10 @@ def test_bad_arguments_of_the_others_are_refused():
 
 @without_interpreter
 def test_a_new_seed_compiles_nothing():
-    for kernel in (adamw.adamw_kernel, adamw.add_rounded_kernel):
+    for kernel in (adamw.adamw_kernel, stochastic_rounding.add_rounded_kernel):
         by_name = {p.name: p for p in kernel.params}
         assert by_name["first_key"].do_not_specialize and by_name["second_key"].do_not_specialize
-    assert all(-(2**31) <= key < 2**31 for seed in range(1000) for key in adamw.keys_of(seed))  # always an int32
+    assert all(-(2**31) <= key < 2**31 for seed in range(1000) for key in keys_of(seed))  # always an int32
 
 
 @pytest.mark.gpu
@@ -639,8 +647,8 @@ def test_beyond_two_to_the_31_elements():
     x[-tail:] = torch.randn(tail, device="cuda")
     total[-tail:] = torch.randn(tail, device="cuda")
     index = torch.arange(n - tail, n, device="cuda")
-    random, _ = adamw.random_words_reference(index, 3)
-    expected = adamw._to_bf16(total[-tail:].float() + x[-tail:].float(), adamw._upper(random, 16))
+    random, _ = random_words_reference(index, 3)
+    expected = to_bf16(total[-tail:].float() + x[-tail:].float(), upper_bits(random, 16))
     add_rounded_(total, x, seed=3)
     assert torch.equal(total[-tail:], expected) and not total[: 2**20].any()
 

@@ -25,6 +25,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from halny.kernels import cross_entropy as ce
 from halny.kernels import dispatch
 from halny.kernels import linear_cross_entropy as lce
+from halny.kernels import scale_gradient as sg
 from halny.kernels.cross_entropy import cross_entropy, cross_entropy_
 from halny.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
@@ -260,8 +261,8 @@ def test_a_tie_is_looked_for_all_along_the_row(first):
 @pytest.mark.parametrize("reduction", ["sum", "none"])
 def test_a_program_scales_several_tiles(reduction, monkeypatch):
     """Of a gradient with more tiles than there are programs, into a new tensor and in place."""
-    monkeypatch.setattr(ce, "SCALE_PROGRAMS", 3)
-    monkeypatch.setattr(ce, "SCALE_BLOCK", 32)
+    monkeypatch.setattr(sg, "PROGRAMS", 3)
+    monkeypatch.setattr(sg, "BLOCK", 32)
     leaf, labels = randn(7, 41).requires_grad_(), some_labels(7, 41)
     upstream = torch.randn(7 if reduction == "none" else (), device=DEVICE)
     (want,) = torch.autograd.grad(plain(leaf, labels, reduction=reduction), leaf, upstream)
@@ -609,8 +610,8 @@ def test_operators():
         (ce.cross_entropy_rows, (x, labels, scale, -100, True)),
         (ce.cross_entropy_rows, (x, labels, scale, -100, False)),
         (ce.cross_entropy_rows_, (x.clone(), labels, scale, -100)),
-        (ce.scale_gradient, (x, scale, torch.bfloat16)),
-        (ce.scale_gradient_, (x.clone(), randn(3))),
+        (sg.scale_gradient, (x, scale, torch.bfloat16)),
+        (sg.scale_gradient_, (x.clone(), randn(3))),
         (lce.linear_cross_entropy_rows, (randn(3, 8), randn(41, 8), labels, scale, -100, True, True)),
         (lce.linear_cross_entropy_rows, (randn(3, 8), randn(41, 8), labels, randn(3), -100, False, True)),
     ):

@@ -1,0 +1,170 @@
+"""Stochastic rounding to bf16, and the sum of gradients that needs it.
+
+    total <- bf16(total + x),   up with the probability of the remainder
+
+Neighbours in bf16 lie 2^-8 to 2^-7 of a number apart. What is added again and again and is smaller than half of that,
+as a micro batch's gradient to a sum or a step's change to a moment, would be lost each time if rounded to nearest. So
+16 random bits are added below the last bit that is kept, and the sum is truncated: right on average. The bits are a
+hash of the element's index with two keys made of the seed. There is no state, and equal inputs give equal bits. One
+hash serves four elements: eight products of it are two words for each of them, whose upper bits are used (by AdamW to
+round m and v).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from halny.kernels.dispatch import cdiv, check_same_device, check_tensor, launch, runs_kernel
+
+LARGEST_BF16 = torch.finfo(torch.bfloat16).max
+FACTORS = tuple(0x846CA68B * 747796405**k % 2**32 for k in range(8))
+
+
+# ------------------------------------------------------------------------------------------------------------ reference
+# int32 stands for uint32: sums and products wrap alike, and >> needs a mask.
+
+
+def keys_of(seed: int) -> tuple[int, int]:
+    """Two int32 from a seed: SplitMix64's finalizer (Steele et al. 2014), so that neighbouring seeds share nothing."""
+    z = (seed + 0x9E3779B97F4A7C15) % 2**64
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+    z ^= z >> 31
+    return _signed(z), _signed(z >> 32)
+
+
+def _signed(x: int) -> int:
+    return (x & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
+
+
+def random_words_reference(index: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Two random words for each of the elements that index, int64, numbers: int32 of its shape, to be read from above.
+
+    The hash lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/), with a key before its first product and
+    another after its second, of index // 4. The second product makes eight words of it, by powers of a multiplier (that
+    of PCG, O'Neill 2014). Any two of them are a lattice in the plane, whose shortest vector is 0.31 to 0.94 of the
+    longest that there can be: their upper bits are as good as independent. The lower ones are not, and the last step of
+    the hash, which would make them so, is left out.
+    """
+    first, second = keys_of(seed)
+    x = index >> 2
+    x = x.int() ^ (x >> 32).int() * _signed(0x9E3779B9) ^ first
+    x = (x ^ x >> 16 & 0xFFFF) * 0x7FEB352D
+    x = x ^ x >> 15 & 0x1FFFF
+    factors = torch.tensor([_signed(factor) for factor in FACTORS], dtype=torch.int32, device=index.device)
+    which = index & 3
+    return x * factors[which] + second, x * factors[which + 4] + second
+
+
+def upper_bits(word: Tensor, bits: int) -> Tensor:
+    """That many bits of a word, from its highest: 0 .. 2^bits - 1."""
+    return word >> 32 - bits & (1 << bits) - 1
+
+
+def to_bf16(x: Tensor, random: Tensor) -> Tensor:
+    """fp32 that arithmetic has made, rounded to bf16: up with the probability of the remainder; random is 0 .. 65535.
+
+    From bf16's largest on it truncates, so that finite stays finite, inf inf and NaN (quiet, out of arithmetic) NaN.
+    """
+    bits = x.view(torch.int32) + torch.where(x.abs() < LARGEST_BF16, random, 0)
+    return (bits >> 16).to(torch.int16).view(torch.bfloat16)
+
+
+@torch.no_grad()
+def add_rounded_reference_(total: Tensor, x: Tensor, *, seed: int) -> None:
+    """The definition of ``add_rounded_``, in plain PyTorch."""
+    random, _ = random_words_reference(torch.arange(total.numel(), device=total.device), seed)
+    total.copy_(to_bf16(total.float() + x.float(), upper_bits(random, 16).view(total.shape)))
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+BLOCK, NUM_WARPS = 1024, 4  # eight elements a thread, 16 bytes of bf16
+_LARGEST_BF16 = tl.constexpr(LARGEST_BF16)
+_F0, _F1, _F2, _F3, _F4, _F5, _F6, _F7 = (tl.constexpr(factor) for factor in FACTORS)
+
+
+@triton.jit
+def random_words(start, offsets, first, second):
+    """The four elements of a hash are one thread's, which makes it once and knows their factors when compiled."""
+    x = (offsets >> 2).to(tl.uint32) + (start >> 2).to(tl.uint32)
+    x = x ^ ((start >> 34).to(tl.uint32) * 0x9E3779B9) ^ first.to(tl.uint32, bitcast=True)
+    x = (x ^ (x >> 16)) * 0x7FEB352D
+    x = x ^ (x >> 15)
+    is_odd, is_late = (offsets & 1) == 1, (offsets & 2) == 2
+    one = tl.where(is_late, tl.where(is_odd, _F3, _F2), tl.where(is_odd, _F1, _F0)).to(tl.uint32)
+    other = tl.where(is_late, tl.where(is_odd, _F7, _F6), tl.where(is_odd, _F5, _F4)).to(tl.uint32)
+    second = second.to(tl.uint32, bitcast=True)
+    return x * one + second, x * other + second
+
+
+@triton.jit
+def round_to_bf16(x, random):
+    bits = x.to(tl.int32, bitcast=True) + tl.where(tl.abs(x) < _LARGEST_BF16, random, 0)
+    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit(do_not_specialize=["first_key", "second_key"])
+def add_rounded_kernel(p_total, p_x, n, first_key, second_key, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    mask = start + offsets < n
+    b_random, _ = random_words(start, offsets, first_key, second_key)
+    b_sum = tl.load(p_total + start + offsets, mask=mask, other=0.0).to(tl.float32)
+    b_sum += tl.load(p_x + start + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(p_total + start + offsets, round_to_bf16(b_sum, (b_random >> 16).to(tl.int32)), mask=mask)
+
+
+@triton.jit
+def add_wide_kernel(p_a, p_b, p_out, n, BLOCK: tl.constexpr):
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = tl.arange(0, BLOCK)
+    mask = start + offsets < n
+    b_sum = tl.load(p_a + start + offsets, mask=mask, other=0.0).to(tl.float32)
+    b_sum += tl.load(p_b + start + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(p_out + start + offsets, b_sum, mask=mask)
+
+
+# ----------------------------------------------------------------------------------------------------- public functions
+
+
+def add_rounded_(total: Tensor, x: Tensor, *, seed: int) -> None:
+    """``total += x`` in fp32, rounded stochastically to total's bf16: on average nothing is lost, however small x is.
+
+    For gradients over micro batches. total bf16, x bf16 or fp32, contiguous and of one shape; seed as for ``adamw_``.
+    6 bytes an element with a bf16 x. Raises TypeError for other dtypes, ValueError for shapes, strides or devices that
+    do not fit.
+    """
+    check_tensor("total", total, (torch.bfloat16,))
+    check_tensor("x", x, (torch.bfloat16, torch.float32), total.shape)
+    check_same_device(total=total, x=x)
+    check_seed(seed)
+    if total.numel() == 0:
+        return
+    if not runs_kernel(total):
+        return add_rounded_reference_(total, x, seed=seed)
+    grid = (cdiv(total.numel(), BLOCK),)
+    launch(add_rounded_kernel, grid, total, x, total.numel(), *keys_of(seed), BLOCK=BLOCK, num_warps=NUM_WARPS)
+
+
+def add_wide(a: Tensor, b: Tensor) -> Tensor:
+    """``a.float() + b.float()`` in one pass, which PyTorch has not: the fp32 sum of the gradients of two micro batches.
+
+    a, b: bf16, contiguous and of one shape. 8 bytes an element. Raises as ``add_rounded_``.
+    """
+    check_tensor("a", a, (torch.bfloat16,))
+    check_tensor("b", b, (torch.bfloat16,), a.shape)
+    check_same_device(a=a, b=b)
+    if not runs_kernel(a):
+        return a.float() + b.float()
+    out = torch.empty(a.shape, dtype=torch.float32, device=a.device)
+    if a.numel():
+        grid = (cdiv(a.numel(), BLOCK),)
+        launch(add_wide_kernel, grid, a, b, out, a.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS)
+    return out
+
+
+def check_seed(seed: int) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r}")
