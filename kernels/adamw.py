@@ -53,6 +53,7 @@ from halny.kernels.stochastic_rounding import (
 
 MOMENTS = ("fp32", "bf16", "8bit")
 GROUP = 256  # elements that share one exponent in 8bit
+CODE_TO_FP32, FP32_TO_CODE = 2.0**112, 2.0**-112  # the bias of fp32's exponents is 127, that of a code's 15
 
 # Biased, of a group: 2^-95, beneath which the smallest number is 2^-113, no denormal of fp32; and what says that the
 # largest is 2^127 or more, inf or NaN: all of such a group reads as NaN, so that it is noticed
@@ -129,7 +130,7 @@ def _encode(x: Tensor, largest: Tensor, random: Tensor, mantissa_bits: int) -> t
     exponents = torch.where(exponents >= NAN_EXPONENT - 1, NAN_EXPONENT, exponents.clamp(min=LOWEST_EXPONENT))
     power = (254 - exponents << 23).view(torch.float32)[:, None]
     # The second product brings the exponent to 15 .. 0 in fp32, where 0 is that of denormals, evenly spaced
-    bits = (x * power * 2.0**-112).view(torch.int32)
+    bits = (x * power * FP32_TO_CODE).view(torch.int32)
     return upper_bits(bits + random, 32 - dropped), exponents
 
 
@@ -142,7 +143,7 @@ def _parts(moments: dict[str, Tensor], name: str) -> tuple[Tensor, Tensor]:
     bits = codes << 19 if name == "exp_avg_sq" else (codes & 0x7F) << 20 | (codes & 0x80) << 24
     exponents = moments[f"{name}_exponents"].int().clamp(min=LOWEST_EXPONENT)
     power = torch.where(exponents == NAN_EXPONENT, float("nan"), (exponents << 23).view(torch.float32))
-    return bits.view(torch.float32) * 2.0**112, power.repeat_interleave(GROUP)[: stored.numel()]
+    return bits.view(torch.float32) * CODE_TO_FP32, power.repeat_interleave(GROUP)[: stored.numel()]
 
 
 def _read(moments: dict[str, Tensor], name: str) -> Tensor:
@@ -227,31 +228,32 @@ def smallest_root(beta1: float, beta2: float) -> float:
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
-# A program takes BLOCK consecutive elements, as [256 / VECTOR, BLOCK / 256, VECTOR]. Each of 128 threads has VECTOR = 8
-# in a row, 16 bytes of bf16, and a group is one warp's: its largest is found among a thread's own, then the warp's.
+# A program takes BLOCK consecutive elements, as [GROUP / VECTOR, BLOCK / GROUP, VECTOR]. Each of 128 threads has VECTOR
+# = 8 in a row, 16 bytes of bf16, and a group is one warp's: its largest is found among a thread's own, then the warp's.
 # With fp32 moments each of 256 threads has 4, 16 bytes of those: with 8, values would pass through shared memory from
 # the layout of one width to that of the other.
 
 BLOCK, NUM_WARPS, NUM_WARPS_FP32 = 1024, 4, 8
+_GROUP, _CODE_TO_FP32, _FP32_TO_CODE = (tl.constexpr(x) for x in (GROUP, CODE_TO_FP32, FP32_TO_CODE))
 _LOWEST_EXPONENT, _NAN_EXPONENT = tl.constexpr(LOWEST_EXPONENT), tl.constexpr(NAN_EXPONENT)
 _LARGEST_BF16, _SMALLEST_NORMAL = tl.constexpr(LARGEST_BF16), tl.constexpr(SMALLEST_NORMAL)
 
 
 @triton.jit
-def _power_of(exponents):
-    exponents = tl.maximum(exponents.to(tl.int32), _LOWEST_EXPONENT)
-    power = (exponents << 23) | tl.where(exponents == _NAN_EXPONENT, 1, 0)
-    return power.to(tl.float32, bitcast=True)[None, :, None]
+def _power_of(b_exponents):
+    b_exponents = tl.maximum(b_exponents.to(tl.int32), _LOWEST_EXPONENT)
+    b_power = (b_exponents << 23) | tl.where(b_exponents == _NAN_EXPONENT, 1, 0)
+    return b_power.to(tl.float32, bitcast=True)[None, :, None]
 
 
 @triton.jit
-def _encoded(x, largest, random, MANTISSA_BITS: tl.constexpr):
+def _encoded(b_x, b_largest, b_random, MANTISSA_BITS: tl.constexpr):
     DROPPED: tl.constexpr = 23 - MANTISSA_BITS
-    exponents = ((largest + ((1 << DROPPED) - 1)) >> 23).to(tl.int32)
-    exponents = tl.where(exponents >= _NAN_EXPONENT - 1, _NAN_EXPONENT, tl.maximum(exponents, _LOWEST_EXPONENT))
-    power = ((254 - exponents) << 23).to(tl.float32, bitcast=True)[None, :, None]
-    bits = (x * power * 1.925929944387236e-34).to(tl.uint32, bitcast=True)  # 2^-112
-    return bits + (random >> (32 - DROPPED)), exponents
+    b_exponents = ((b_largest + ((1 << DROPPED) - 1)) >> 23).to(tl.int32)
+    b_exponents = tl.where(b_exponents >= _NAN_EXPONENT - 1, _NAN_EXPONENT, tl.maximum(b_exponents, _LOWEST_EXPONENT))
+    b_power = ((254 - b_exponents) << 23).to(tl.float32, bitcast=True)[None, :, None]
+    b_bits = (b_x * b_power * _FP32_TO_CODE).to(tl.uint32, bitcast=True)
+    return b_bits + (b_random >> (32 - DROPPED)), b_exponents
 
 
 @triton.jit(do_not_specialize=["first_key", "second_key"])
@@ -267,26 +269,26 @@ def adamw_kernel(
     gradient_scale = tl.load(p_scalars + 3)
     found_inf = tl.load(p_scalars + 4)
 
-    ROWS: tl.constexpr = BLOCK // 256
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = tl.arange(0, 256 // VECTOR)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-    offsets = tl.arange(0, ROWS)[None, :, None] * 256 + offsets
-    mask = start + offsets < n
-    b_high = tl.load(p_high + start + offsets, mask=mask, other=0.0)
-    b_low = tl.load(p_low + start + offsets, mask=mask, other=0)
-    b_gradient = tl.load(p_gradient + start + offsets, mask=mask, other=0.0)
-    b_old_m = tl.load(p_m + start + offsets, mask=mask, other=0)
-    b_old_v = tl.load(p_v + start + offsets, mask=mask, other=0)
+    ROWS: tl.constexpr = BLOCK // _GROUP
+    i_start = tl.program_id(0).to(tl.int64) * BLOCK
+    o_block = tl.arange(0, _GROUP // VECTOR)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
+    o_block = tl.arange(0, ROWS)[None, :, None] * _GROUP + o_block
+    m = i_start + o_block < n
+    b_high = tl.load(p_high + i_start + o_block, mask=m, other=0.0)
+    b_low = tl.load(p_low + i_start + o_block, mask=m, other=0)
+    b_gradient = tl.load(p_gradient + i_start + o_block, mask=m, other=0.0)
+    b_old_m = tl.load(p_m + i_start + o_block, mask=m, other=0)
+    b_old_v = tl.load(p_v + i_start + o_block, mask=m, other=0)
     if EIGHT_BITS:
-        groups = start // 256 + tl.arange(0, ROWS)
-        group_mask = groups * 256 < n
-        old_m_exponents = tl.load(p_m_exponents + groups, mask=group_mask, other=0)
-        old_v_exponents = tl.load(p_v_exponents + groups, mask=group_mask, other=0)
-        group_store = group_mask & (tl.zeros_like(groups) + found_inf == 0.0)
+        i_group = i_start // _GROUP + tl.arange(0, ROWS)
+        m_group = i_group * _GROUP < n
+        b_old_m_exponents = tl.load(p_m_exponents + i_group, mask=m_group, other=0)
+        b_old_v_exponents = tl.load(p_v_exponents + i_group, mask=m_group, other=0)
+        m_group_store = m_group & (tl.zeros_like(i_group) + found_inf == 0.0)
 
     # A mask and no branch, so that all loads are under way at once. Added to zeros, because a scalar condition is no
     # mask in the interpreter (triton 3.9: "ufunc 'bitwise_and' not supported")
-    store = mask & (tl.zeros_like(offsets) + found_inf == 0.0)
+    m_store = m & (tl.zeros_like(o_block) + found_inf == 0.0)
     b_w = ((b_high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + b_low.to(tl.int32)).to(tl.float32, bitcast=True)
     if p_gradient.dtype.element_ty == tl.bfloat16:  # of two in a register this is one instruction each
         b_g = (b_gradient.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -295,12 +297,12 @@ def adamw_kernel(
     if EIGHT_BITS:
         # the codes' bits in their places of fp32, times 2^112; the groups' powers go with the betas
         b_m = (b_old_m.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78000001
-        b_m = b_m.to(tl.float32, bitcast=True) * 5192296858534827628530496329220096.0
-        b_root = (b_old_v.to(tl.int32) << 19).to(tl.float32, bitcast=True) * 5192296858534827628530496329220096.0
-        power = _power_of(old_v_exponents)  # its square is inf from 2^64 on, as v itself
+        b_m = b_m.to(tl.float32, bitcast=True) * _CODE_TO_FP32
+        b_root = (b_old_v.to(tl.int32) << 19).to(tl.float32, bitcast=True) * _CODE_TO_FP32
+        b_power = _power_of(b_old_v_exponents)  # its square is inf from 2^64 on, as v itself
         b_g = b_g * (gradient_scale * one_minus_beta1)
-        b_m = b_m * (beta1 * _power_of(old_m_exponents)) + b_g
-        b_v = b_root * b_root * (beta2 * (power * power)) + b_g * b_g * square_factor
+        b_m = b_m * (beta1 * _power_of(b_old_m_exponents)) + b_g
+        b_v = b_root * b_root * (beta2 * (b_power * b_power)) + b_g * b_g * square_factor
     else:
         b_m, b_v, b_g = b_old_m.to(tl.float32), b_old_v.to(tl.float32), b_g * gradient_scale
         b_m = b_m + one_minus_beta1 * (b_g - b_m)
@@ -316,32 +318,32 @@ def adamw_kernel(
     b_w = b_w - b_m * b_y * b_y
 
     # A GPU's NaN is 0x7FFFFFFF, which rounds to -0
-    bits = tl.minimum(b_w.to(tl.int32, bitcast=True), 0x7FC00000)
-    high = (bits + 0x8000) >> 16
-    tl.store(p_high + start + offsets, high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=store)
-    tl.store(p_low + start + offsets, bits.to(tl.int16), mask=store)
-    b_random_m, b_random_v = random_words(start, offsets, first_key, second_key)
+    b_bits = tl.minimum(b_w.to(tl.int32, bitcast=True), 0x7FC00000)
+    b_new_high = (b_bits + 0x8000) >> 16
+    tl.store(p_high + i_start + o_block, b_new_high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=m_store)
+    tl.store(p_low + i_start + o_block, b_bits.to(tl.int16), mask=m_store)
+    b_random_m, b_random_v = random_words(i_start, o_block, first_key, second_key)
     if EIGHT_BITS:
         # As integers, the largest root is NaN if there is one. The largest m is found among floats, whose sign is
         # dropped at no cost; that may pass over a NaN, but there the root is NaN too
-        largest_root = tl.max(tl.max(b_root.to(tl.uint32, bitcast=True), 2), 0)
-        largest_root = tl.minimum(largest_root, 0x7FFFFFFF)  # a CPU's NaN may have a sign
-        bits, v_exponents = _encoded(b_root, largest_root, b_random_v, 4)
+        b_largest_root = tl.max(tl.max(b_root.to(tl.uint32, bitcast=True), 2), 0)
+        b_largest_root = tl.minimum(b_largest_root, 0x7FFFFFFF)  # a CPU's NaN may have a sign
+        b_bits, b_v_exponents = _encoded(b_root, b_largest_root, b_random_v, 4)
         # Never 0 for what is more: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
-        b_codes = tl.maximum((bits >> 19).to(tl.int32), tl.minimum(b_root.to(tl.int32, bitcast=True), 1))
-        tl.store(p_v + start + offsets, b_codes.to(tl.uint8), mask=store)
-        largest = tl.max(tl.max(tl.abs(b_m), 2).to(tl.uint32, bitcast=True), 0)
-        bits, m_exponents = _encoded(b_m, largest, b_random_m, 3)
-        tl.store(p_m + start + offsets, ((bits >> 20) | ((bits >> 24) & 0x80)).to(tl.uint8), mask=store)
-        m_exponents = tl.where(largest_root > 0x7F800000, _NAN_EXPONENT, m_exponents)
-        tl.store(p_v_exponents + groups, v_exponents.to(tl.uint8), mask=group_store)
-        tl.store(p_m_exponents + groups, m_exponents.to(tl.uint8), mask=group_store)
+        b_codes = tl.maximum((b_bits >> 19).to(tl.int32), tl.minimum(b_root.to(tl.int32, bitcast=True), 1))
+        tl.store(p_v + i_start + o_block, b_codes.to(tl.uint8), mask=m_store)
+        b_largest = tl.max(tl.max(tl.abs(b_m), 2).to(tl.uint32, bitcast=True), 0)
+        b_bits, b_m_exponents = _encoded(b_m, b_largest, b_random_m, 3)
+        tl.store(p_m + i_start + o_block, ((b_bits >> 20) | ((b_bits >> 24) & 0x80)).to(tl.uint8), mask=m_store)
+        b_m_exponents = tl.where(b_largest_root > 0x7F800000, _NAN_EXPONENT, b_m_exponents)
+        tl.store(p_v_exponents + i_group, b_v_exponents.to(tl.uint8), mask=m_group_store)
+        tl.store(p_m_exponents + i_group, b_m_exponents.to(tl.uint8), mask=m_group_store)
     elif p_m.dtype.element_ty == tl.float32:
-        tl.store(p_m + start + offsets, b_m, mask=store)
-        tl.store(p_v + start + offsets, b_v, mask=store)
+        tl.store(p_m + i_start + o_block, b_m, mask=m_store)
+        tl.store(p_v + i_start + o_block, b_v, mask=m_store)
     else:
-        tl.store(p_m + start + offsets, round_to_bf16(b_m, (b_random_m >> 16).to(tl.int32)), mask=store)
-        tl.store(p_v + start + offsets, round_to_bf16(b_v, (b_random_v >> 16).to(tl.int32)), mask=store)
+        tl.store(p_m + i_start + o_block, round_to_bf16(b_m, (b_random_m >> 16).to(tl.int32)), mask=m_store)
+        tl.store(p_v + i_start + o_block, round_to_bf16(b_v, (b_random_v >> 16).to(tl.int32)), mask=m_store)
 
 
 # ----------------------------------------------------------------------------------------------------- public functions

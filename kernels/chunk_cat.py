@@ -40,17 +40,17 @@ BLOCK, NUM_WARPS = 2048, 4  # two 16-byte loads of bf16 and four stores a thread
 
 @triton.jit
 def chunk_cat_kernel(
-    x_ptr, out_ptr,
+    p_x, p_out,
     n,
     out_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     pieces = tl.cdiv(n, BLOCK)  # of a row
     i_row = (tl.program_id(0) // pieces).to(tl.int64)
-    i = tl.program_id(0) % pieces * BLOCK + tl.arange(0, BLOCK)
-    m = i < n
-    b_x = tl.load(x_ptr + i_row * n + i, mask=m, other=0.0).to(tl.float32)
-    tl.store(out_ptr + i_row * out_stride + i, b_x, mask=m)
+    i_column = tl.program_id(0) % pieces * BLOCK + tl.arange(0, BLOCK)
+    m = i_column < n
+    b_x = tl.load(p_x + i_row * n + i_column, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_out + i_row * out_stride + i_column, b_x, mask=m)
 
 
 # ----------------------------------------------------------------------------------------------------- public functions

@@ -44,9 +44,9 @@ def cross_entropy_reference(
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
-# One program a row. b_ marks a block of values, p_ a pointer; the rest are scalars of the row. Columns n_columns ..
-# n_touchable - 1 are padding that may be read and overwritten but does not count: with n_touchable a multiple of 16 the
-# masks do not forbid 16-byte accesses where the vocabulary is odd. PADDED says that there is some.
+# One program a row; values without a prefix are scalars of the row. Columns n_columns .. n_touchable - 1 are padding
+# that may be read and overwritten but does not count: with n_touchable a multiple of 16 the masks do not forbid 16-byte
+# accesses where the vocabulary is odd. PADDED says that there is some.
 #
 # Instructions count as bytes do: in a cycle an H200 moves 18.6 bytes for each SM (4.3 TB/s, 132 SMs at 1.75 GHz), which
 # can issue 128 instructions meanwhile: 27 for a logit's 4 bytes. exp2 is one and flushes denormals; exp is four.
@@ -62,8 +62,8 @@ def _label_and_target(p_row, label, n_columns):
     A label outside the vocabulary becomes -1, reads nothing and makes loss and gradient of its row NaN.
     """
     in_range = (label >= 0) & (label < n_columns)
-    column = tl.where(in_range, label, -1).to(tl.int32)
-    return column, tl.load(p_row + column, mask=in_range, other=float("nan")).to(tl.float32)
+    i_target = tl.where(in_range, label, -1).to(tl.int32)
+    return i_target, tl.load(p_row + i_target, mask=in_range, other=float("nan")).to(tl.float32)
 
 
 @triton.jit
@@ -78,16 +78,16 @@ def _loss_of_row(target, largest, others):
 
 
 @triton.jit
-def _is_first(p_row, largest, column, n_touchable, BLOCK: tl.constexpr):
-    """Whether no column before ``column`` has the largest logit too; the row is read again, being in a cache."""
-    first = column
-    start = 0
-    while start < first:
-        columns = start + tl.arange(0, BLOCK)
-        b_x = tl.load(p_row + columns, mask=columns < n_touchable, other=-float("inf")).to(tl.float32)
-        first = tl.min(tl.where((b_x == largest) & (columns < column), columns, first), 0)
-        start += BLOCK
-    return first == column
+def _is_first(p_row, largest, i_target, n_touchable, BLOCK: tl.constexpr):
+    """Whether no column before ``i_target`` has the largest logit too; the row is read again, being in a cache."""
+    i_first = i_target
+    i_start = 0
+    while i_start < i_first:
+        i_column = i_start + tl.arange(0, BLOCK)
+        b_x = tl.load(p_row + i_column, mask=i_column < n_touchable, other=-float("inf")).to(tl.float32)
+        i_first = tl.min(tl.where((b_x == largest) & (i_column < i_target), i_column, i_first), 0)
+        i_start += BLOCK
+    return i_first == i_target
 
 
 @triton.jit
@@ -102,44 +102,44 @@ def one_block_kernel(
     One program fills an SM, and nothing runs there while it waits: what it reads is asked for at once, an ignored row
     with it, and what is rare, a tie with the largest logit, reads again instead of costing every element.
     """
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    p_row, p_row_gradient = p_logits + row * logits_stride, p_gradient + row * gradient_stride
-    b_x = tl.load(p_row + columns, mask=columns < n_touchable, other=-float("inf")).to(tl.float32)
-    label = tl.load(p_labels + row)
+    i_row = tl.program_id(0).to(tl.int64)
+    i_column = tl.arange(0, BLOCK)
+    p_row, p_row_gradient = p_logits + i_row * logits_stride, p_gradient + i_row * gradient_stride
+    b_x = tl.load(p_row + i_column, mask=i_column < n_touchable, other=-float("inf")).to(tl.float32)
+    label = tl.load(p_labels + i_row)
     if WITH_GRADIENT:
-        scale = tl.load(p_scale + row * scale_stride)
+        scale = tl.load(p_scale + i_row * scale_stride)
     if label == ignore_index:
-        tl.store(p_loss + row, 0.0)
-        tl.store(p_correct + row, 0)
+        tl.store(p_loss + i_row, 0.0)
+        tl.store(p_correct + i_row, 0)
         if WITH_GRADIENT:
             tl.store(
-                p_row_gradient + columns, tl.zeros([BLOCK], p_gradient.dtype.element_ty), mask=columns < n_touchable
+                p_row_gradient + i_column, tl.zeros([BLOCK], p_gradient.dtype.element_ty), mask=i_column < n_touchable
             )
     else:
         # In place, this load is ordered before the stores by the barriers of the reductions between them.
-        column, target = _label_and_target(p_row, label, n_columns)
+        i_target, target = _label_and_target(p_row, label, n_columns)
         if PADDED:
-            b_x = tl.where(columns < n_columns, b_x, -float("inf"))
-        b_x = tl.where(columns == column, -float("inf"), b_x)
+            b_x = tl.where(i_column < n_columns, b_x, -float("inf"))
+        b_x = tl.where(i_column == i_target, -float("inf"), b_x)
         rival = tl.max(b_x, 0)
         correct = target > rival
         if target == rival:
-            correct = _is_first(p_row, rival, column, n_touchable, TIE_BLOCK if BLOCK > TIE_BLOCK else BLOCK)
+            correct = _is_first(p_row, rival, i_target, n_touchable, TIE_BLOCK if BLOCK > TIE_BLOCK else BLOCK)
         largest = tl.maximum(target, rival)
         b_e = tl.exp2((b_x - largest) * LOG2_E)
         others = tl.sum(b_e, 0)
         loss, total = _loss_of_row(target, largest, others)
-        tl.store(p_loss + row, loss)
-        tl.store(p_correct + row, correct.to(tl.int32))
+        tl.store(p_loss + i_row, loss)
+        tl.store(p_correct + i_row, correct.to(tl.int32))
         if WITH_GRADIENT:
             factor = scale / total
             b_gradient = (b_e * factor).to(p_gradient.dtype.element_ty)
-            tl.store(p_row_gradient + columns, b_gradient, mask=columns < n_touchable)
+            tl.store(p_row_gradient + i_column, b_gradient, mask=i_column < n_touchable)
             # The target's own, over the 0 stored there: as a select in the block it costs 8 registers and so a spill
             tl.debug_barrier()
             at_target = (-others * factor).to(p_gradient.dtype.element_ty)
-            tl.store(p_row_gradient + column, at_target, mask=column >= 0)
+            tl.store(p_row_gradient + i_target, at_target, mask=i_target >= 0)
 
 
 @triton.jit
@@ -155,67 +155,67 @@ def online_kernel(
     The second pass reads what the first left in L2: 132 rows of 128,256 in bf16 are 34 MB.
     No loop is a range, for triton 3.6's interpreter: see rms_norm_backward_kernel.
     """
-    row = tl.program_id(0).to(tl.int64)
-    label = tl.load(p_labels + row)
-    p_row_gradient = p_gradient + row * gradient_stride
+    i_row = tl.program_id(0).to(tl.int64)
+    label = tl.load(p_labels + i_row)
+    p_row_gradient = p_gradient + i_row * gradient_stride
     if label == ignore_index:
-        tl.store(p_loss + row, 0.0)
-        tl.store(p_correct + row, 0)
+        tl.store(p_loss + i_row, 0.0)
+        tl.store(p_correct + i_row, 0)
         if WITH_GRADIENT:
             b_zero = tl.zeros([BLOCK], p_gradient.dtype.element_ty)
-            start = 0
-            while start < n_touchable:
-                columns = start + tl.arange(0, BLOCK)
-                tl.store(p_row_gradient + columns, b_zero, mask=columns < n_touchable)
-                start += BLOCK
+            i_start = 0
+            while i_start < n_touchable:
+                i_column = i_start + tl.arange(0, BLOCK)
+                tl.store(p_row_gradient + i_column, b_zero, mask=i_column < n_touchable)
+                i_start += BLOCK
     else:
-        p_row = p_logits + row * logits_stride
-        column, target = _label_and_target(p_row, label, n_columns)
+        p_row = p_logits + i_row * logits_stride
+        i_target, target = _label_and_target(p_row, label, n_columns)
 
         rival = -float("inf")
         others = 0.0
-        start = 0
-        while start < n_columns:
-            columns = start + tl.arange(0, BLOCK)
+        i_start = 0
+        while i_start < n_columns:
+            i_column = i_start + tl.arange(0, BLOCK)
             b_x = tl.load(
-                p_row + columns,
-                mask=columns < n_touchable,
+                p_row + i_column,
+                mask=i_column < n_touchable,
                 other=-float("inf"),
                 eviction_policy="evict_last" if WITH_GRADIENT else "evict_first",
             ).to(tl.float32)
             if PADDED:
-                b_x = tl.where(columns < n_columns, b_x, -float("inf"))
-            b_x = tl.where(columns == column, -float("inf"), b_x)
+                b_x = tl.where(i_column < n_columns, b_x, -float("inf"))
+            b_x = tl.where(i_column == i_target, -float("inf"), b_x)
             new_rival = tl.maximum(rival, tl.max(b_x, 0))
             shift = tl.where(new_rival == -float("inf"), 0.0, new_rival)  # -inf - -inf is NaN
             others = others * tl.exp2((rival - shift) * LOG2_E) + tl.sum(tl.exp2((b_x - shift) * LOG2_E), 0)
             rival = new_rival
-            start += BLOCK
+            i_start += BLOCK
         correct = target > rival
         if target == rival:
-            correct = _is_first(p_row, rival, column, n_touchable, BLOCK)
+            correct = _is_first(p_row, rival, i_target, n_touchable, BLOCK)
         largest = tl.maximum(target, rival)
         others *= tl.where(rival == largest, 1.0, tl.exp2((rival - largest) * LOG2_E))
         loss, total = _loss_of_row(target, largest, others)
-        tl.store(p_loss + row, loss)
-        tl.store(p_correct + row, correct.to(tl.int32))
+        tl.store(p_loss + i_row, loss)
+        tl.store(p_correct + i_row, correct.to(tl.int32))
         if WITH_GRADIENT:
-            factor = tl.load(p_scale + row * scale_stride) / total
-            start = 0
-            while start < n_touchable:
-                columns = start + tl.arange(0, BLOCK)
+            factor = tl.load(p_scale + i_row * scale_stride) / total
+            i_start = 0
+            while i_start < n_touchable:
+                i_column = i_start + tl.arange(0, BLOCK)
                 b_x = tl.load(
-                    p_row + columns, mask=columns < n_touchable, other=-float("inf"), eviction_policy="evict_first"
+                    p_row + i_column, mask=i_column < n_touchable, other=-float("inf"), eviction_policy="evict_first"
                 ).to(tl.float32)
                 if PADDED:
-                    b_x = tl.where(columns < n_columns, b_x, -float("inf"))
-                b_gradient = tl.where(columns == column, -others, tl.exp2((b_x - largest) * LOG2_E)) * factor
+                    b_x = tl.where(i_column < n_columns, b_x, -float("inf"))
+                b_gradient = tl.where(i_column == i_target, -others, tl.exp2((b_x - largest) * LOG2_E)) * factor
                 tl.store(
-                    p_row_gradient + columns,
+                    p_row_gradient + i_column,
                     b_gradient.to(p_gradient.dtype.element_ty),
-                    mask=columns < n_touchable,
+                    mask=i_column < n_touchable,
                 )
-                start += BLOCK
+                i_start += BLOCK
 
 
 # ------------------------------------------------------------------------------------------------ launchers, operators

@@ -11,6 +11,10 @@ tensors on meta, inside ``stand_in``    the Triton kernel's path, each launch wr
 An operation's public function checks its arguments, asks ``runs_kernel``, and calls one or the other. Kernels start
 through ``launch``, which counts them: a test that compares a kernel with its reference asserts the count, so it cannot
 pass on the reference alone.
+
+Kernels name by prefixes: p_ is a pointer, i_ an index (of a row, a column, a program's first element), o_ an offset, an
+index in elements of memory, m_ or m alone a mask, b_ a block of values. What has none is a scalar or a size. Upper case
+is known when a kernel is compiled. Arguments are pointers, sizes and numbers, strides, constants, in this order.
 """
 
 import functools

@@ -28,9 +28,9 @@ def gradient_norm_reference(tensors: list[Tensor]) -> Tensor:
 
 @triton.jit(do_not_specialize=["first"])
 def block_norms_kernel(p_x, p_norms, n, first, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = tl.arange(0, BLOCK)
-    b_x = tl.load(p_x + start + offsets, mask=start + offsets < n, other=0.0).to(tl.float32)
+    i_start = tl.program_id(0).to(tl.int64) * BLOCK
+    o_block = tl.arange(0, BLOCK)
+    b_x = tl.load(p_x + i_start + o_block, mask=i_start + o_block < n, other=0.0).to(tl.float32)
     tl.store(p_norms + first + tl.program_id(0), tl.sqrt(tl.sum(b_x * b_x)))
 
 

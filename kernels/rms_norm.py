@@ -94,7 +94,7 @@ BACKWARD_AND_Y_TILES: TileTable = {
 
 @triton.jit(do_not_specialize=["n_rows"])
 def rms_norm_forward_kernel(
-    x_ptr, residual_ptr, weight_ptr, y_ptr, s_ptr, rstd_ptr,
+    p_x, p_residual, p_weight, p_y, p_s, p_rstd,
     n_rows, x_stride, residual_stride, eps,
     N: tl.constexpr, ADD: tl.constexpr, REMAKE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -105,26 +105,26 @@ def rms_norm_forward_kernel(
     m = m_row[:, None] & (i_column < N)[None, :]
     o_out = i_row[:, None] * N + i_column[None, :]
 
-    b_x = tl.load(x_ptr + i_row[:, None] * x_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
+    b_x = tl.load(p_x + i_row[:, None] * x_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
     if ADD:
-        p_residual = residual_ptr + i_row[:, None] * residual_stride + i_column[None, :]
-        b_s = (b_x + tl.load(p_residual, mask=m, other=0.0).to(tl.float32)).to(s_ptr.dtype.element_ty)
-        tl.store(s_ptr + o_out, b_s, mask=m)
+        p_residual_rows = p_residual + i_row[:, None] * residual_stride + i_column[None, :]
+        b_s = (b_x + tl.load(p_residual_rows, mask=m, other=0.0).to(tl.float32)).to(p_s.dtype.element_ty)
+        tl.store(p_s + o_out, b_s, mask=m)
         b_x = b_s.to(tl.float32)  # what is normalised is what the next layer reads, rounding included
     if REMAKE:
-        b_rstd = tl.load(rstd_ptr + i_row, mask=m_row, other=0.0)
+        b_rstd = tl.load(p_rstd + i_row, mask=m_row, other=0.0)
     else:
         b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) / N + eps)
-        tl.store(rstd_ptr + i_row, b_rstd, mask=m_row)
+        tl.store(p_rstd + i_row, b_rstd, mask=m_row)
 
-    b_weight = tl.load(weight_ptr + i_column, mask=i_column < N, other=0.0).to(tl.float32)
-    b_x_hat = (b_x * b_rstd[:, None]).to(y_ptr.dtype.element_ty).to(tl.float32)
-    tl.store(y_ptr + o_out, (b_x_hat * b_weight[None, :]).to(y_ptr.dtype.element_ty), mask=m)
+    b_weight = tl.load(p_weight + i_column, mask=i_column < N, other=0.0).to(tl.float32)
+    b_x_hat = (b_x * b_rstd[:, None]).to(p_y.dtype.element_ty).to(tl.float32)
+    tl.store(p_y + o_out, (b_x_hat * b_weight[None, :]).to(p_y.dtype.element_ty), mask=m)
 
 
 @triton.jit(do_not_specialize=["n_rows"])
 def rms_norm_backward_kernel(
-    dy_ptr, ds_ptr, x_ptr, weight_ptr, rstd_ptr, dx_ptr, dw_ptr, y_ptr,
+    p_dy, p_ds, p_x, p_weight, p_rstd, p_dx, p_dw, p_y,
     n_rows, dy_stride, ds_stride, x_stride,
     N: tl.constexpr, HAS_DS: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr, REMAKE: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -133,7 +133,7 @@ def rms_norm_backward_kernel(
     i_program = tl.program_id(0)
     i_column = tl.arange(0, BLOCK_N)
     m_column = i_column < N
-    b_weight = tl.load(weight_ptr + i_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
+    b_weight = tl.load(p_weight + i_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
     b_dw = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
     i_tile = i_program  # 32 bits: rows are fewer than 2^31, and 64 would cost registers for three programs an SM
     # not a range: triton 3.6's interpreter cannot take its bounds from numpy >= 2.4; delete when 3.9 is the least
@@ -141,15 +141,15 @@ def rms_norm_backward_kernel(
         i_row = i_tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
         m_row = i_row < n_rows
         m = m_row[:, None] & m_column[None, :]
-        b_x = tl.load(x_ptr + i_row[:, None] * x_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
-        b_dy = tl.load(dy_ptr + i_row[:, None] * dy_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
-        b_rstd = tl.load(rstd_ptr + i_row, mask=m_row, other=0.0)[:, None]
+        b_x = tl.load(p_x + i_row[:, None] * x_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
+        b_dy = tl.load(p_dy + i_row[:, None] * dy_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
+        b_rstd = tl.load(p_rstd + i_row, mask=m_row, other=0.0)[:, None]
         if NEEDS_DW:
             b_dw += b_dy * (b_x * b_rstd)
         if REMAKE:  # here: above dw or below dx it costs registers, in triton 3.6 or 3.9
-            b_x_hat = (b_x * b_rstd).to(y_ptr.dtype.element_ty).to(tl.float32)
-            p_y = y_ptr + i_row[:, None] * N + i_column[None, :]
-            tl.store(p_y, (b_x_hat * b_weight).to(y_ptr.dtype.element_ty), mask=m)
+            b_x_hat = (b_x * b_rstd).to(p_y.dtype.element_ty).to(tl.float32)
+            p_y_rows = p_y + i_row[:, None] * N + i_column[None, :]
+            tl.store(p_y_rows, (b_x_hat * b_weight).to(p_y.dtype.element_ty), mask=m)
         if NEEDS_DX:
             b_g = b_dy * b_weight
             # mean(g x-hat) rstd^2, multiplied in the order that keeps rows of 1e18 and of 1e-18 in range
@@ -157,13 +157,13 @@ def rms_norm_backward_kernel(
             b_dx = b_g * b_rstd - b_x * b_c
             if HAS_DS:
                 # s feeds the norm and the residual stream: the stream's gradient joins after the norm's backward
-                p_ds = ds_ptr + i_row[:, None] * ds_stride + i_column[None, :]
-                b_dx += tl.load(p_ds, mask=m, other=0.0).to(tl.float32)
-            p_dx = dx_ptr + i_row[:, None] * N + i_column[None, :]
-            tl.store(p_dx, b_dx.to(dx_ptr.dtype.element_ty), mask=m)
+                p_ds_rows = p_ds + i_row[:, None] * ds_stride + i_column[None, :]
+                b_dx += tl.load(p_ds_rows, mask=m, other=0.0).to(tl.float32)
+            p_dx_rows = p_dx + i_row[:, None] * N + i_column[None, :]
+            tl.store(p_dx_rows, b_dx.to(p_dx.dtype.element_ty), mask=m)
         i_tile += tl.num_programs(0)
     if NEEDS_DW:
-        tl.store(dw_ptr + i_program.to(tl.int64) * N + i_column, tl.sum(b_dw, axis=0), mask=m_column)
+        tl.store(p_dw + i_program.to(tl.int64) * N + i_column, tl.sum(b_dw, axis=0), mask=m_column)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators

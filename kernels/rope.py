@@ -85,7 +85,7 @@ TILES: TileTable = {
 
 @triton.jit(do_not_specialize=["n_positions"])
 def rope_kernel(
-    q_ptr, k_ptr, v_ptr, packed_ptr, cos_ptr, sin_ptr, positions_ptr,
+    p_q, p_k, p_v, p_packed, p_cos, p_sin, p_positions,
     n_positions,
     q_batch_stride, q_position_stride, q_head_stride, k_batch_stride, k_position_stride, k_head_stride,
     v_batch_stride, v_position_stride, v_head_stride, packed_batch_stride, packed_position_stride, packed_head_stride,
@@ -106,10 +106,10 @@ def rope_kernel(
 
     i_angle = i_position
     if HAS_POSITIONS:
-        p_position = positions_ptr + i_batch * positions_batch_stride + i_position * positions_position_stride
+        p_position = p_positions + i_batch * positions_batch_stride + i_position * positions_position_stride
         i_angle = tl.load(p_position).to(tl.int64)
-    b_cos = tl.load(cos_ptr + i_angle * HALF + i_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
-    b_sin = tl.load(sin_ptr + i_angle * HALF + i_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
+    b_cos = tl.load(p_cos + i_angle * HALF + i_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
+    b_sin = tl.load(p_sin + i_angle * HALF + i_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
     if CONJUGATE:
         b_sin = 0.0 - b_sin
 
@@ -118,24 +118,24 @@ def rope_kernel(
     i_k, i_v = i_head - N_HEADS, i_head - N_ROTATED
     m_q, m_v = (i_head < N_HEADS)[:, None] & m, (i_head >= N_ROTATED)[:, None] & m
     m_k = (i_head >= N_HEADS)[:, None] & (i_head < N_ROTATED)[:, None] & m
-    p_q = q_ptr + i_batch * q_batch_stride + i_position * q_position_stride
-    p_k = k_ptr + i_batch * k_batch_stride + i_position * k_position_stride
-    p_q += (i_head * q_head_stride)[:, None] + i_half[None, :]
-    p_k += (i_k * k_head_stride)[:, None] + i_half[None, :]
-    b_x1 = tl.where(m_q, tl.load(p_q, mask=m_q, other=0.0), tl.load(p_k, mask=m_k, other=0.0)).to(tl.float32)
-    b_x2 = tl.where(m_q, tl.load(p_q + HALF, mask=m_q, other=0.0), tl.load(p_k + HALF, mask=m_k, other=0.0))
+    p_q_head = p_q + i_batch * q_batch_stride + i_position * q_position_stride
+    p_k_head = p_k + i_batch * k_batch_stride + i_position * k_position_stride
+    p_q_head += (i_head * q_head_stride)[:, None] + i_half[None, :]
+    p_k_head += (i_k * k_head_stride)[:, None] + i_half[None, :]
+    b_x1 = tl.where(m_q, tl.load(p_q_head, mask=m_q, other=0.0), tl.load(p_k_head, mask=m_k, other=0.0)).to(tl.float32)
+    b_x2 = tl.where(m_q, tl.load(p_q_head + HALF, mask=m_q, other=0.0), tl.load(p_k_head + HALF, mask=m_k, other=0.0))
     b_x2 = b_x2.to(tl.float32)
     b_y1, b_y2 = b_x1 * b_cos - b_x2 * b_sin, b_x2 * b_cos + b_x1 * b_sin
     if WITH_V:
-        p_v = v_ptr + i_batch * v_batch_stride + i_position * v_position_stride
-        p_v += (i_v * v_head_stride)[:, None] + i_half[None, :]
-        b_y1 = tl.where(m_v, tl.load(p_v, mask=m_v, other=0.0).to(tl.float32), b_y1)
-        b_y2 = tl.where(m_v, tl.load(p_v + HALF, mask=m_v, other=0.0).to(tl.float32), b_y2)
+        p_v_head = p_v + i_batch * v_batch_stride + i_position * v_position_stride
+        p_v_head += (i_v * v_head_stride)[:, None] + i_half[None, :]
+        b_y1 = tl.where(m_v, tl.load(p_v_head, mask=m_v, other=0.0).to(tl.float32), b_y1)
+        b_y2 = tl.where(m_v, tl.load(p_v_head + HALF, mask=m_v, other=0.0).to(tl.float32), b_y2)
 
-    p_token = packed_ptr + i_batch * packed_batch_stride + i_position * packed_position_stride
-    p_to = p_token + i_head[:, None] * packed_head_stride + i_half[None, :]
-    tl.store(p_to, b_y1.to(packed_ptr.dtype.element_ty), mask=m)
-    tl.store(p_to + HALF, b_y2.to(packed_ptr.dtype.element_ty), mask=m)
+    p_packed_token = p_packed + i_batch * packed_batch_stride + i_position * packed_position_stride
+    p_packed_head = p_packed_token + i_head[:, None] * packed_head_stride + i_half[None, :]
+    tl.store(p_packed_head, b_y1.to(p_packed.dtype.element_ty), mask=m)
+    tl.store(p_packed_head + HALF, b_y2.to(p_packed.dtype.element_ty), mask=m)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators

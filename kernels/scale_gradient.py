@@ -28,18 +28,18 @@ def scale_kernel(
 ):  # fmt: skip
     """out = gradient * upstream, row by row; in place it leaves alone what would be multiplied by 1."""
     n_blocks = tl.cdiv(n_columns, BLOCK)
-    tile = tl.program_id(0)
-    while tile < n_rows * n_blocks:
-        row = tl.cast(tile // n_blocks, tl.int64)
-        upstream = tl.load(p_upstream + row * upstream_stride).to(tl.float32)
+    i_tile = tl.program_id(0)
+    while i_tile < n_rows * n_blocks:
+        i_row = tl.cast(i_tile // n_blocks, tl.int64)
+        upstream = tl.load(p_upstream + i_row * upstream_stride).to(tl.float32)
         if not IN_PLACE or upstream != 1.0:
-            columns = tl.cast(tile % n_blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
-            mask = columns < n_columns
-            b_x = tl.load(p_gradient + row * gradient_stride + columns, mask=mask).to(tl.float32)
+            i_column = tl.cast(i_tile % n_blocks, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            m = i_column < n_columns
+            b_x = tl.load(p_gradient + i_row * gradient_stride + i_column, mask=m).to(tl.float32)
             # 0 stays 0 even if upstream is infinite: the rows of ignored labels have no gradient
             b_x = tl.where(b_x == 0.0, 0.0, b_x * upstream)
-            tl.store(p_out + row * out_stride + columns, b_x.to(p_out.dtype.element_ty), mask=mask)
-        tile += tl.num_programs(0)
+            tl.store(p_out + i_row * out_stride + i_column, b_x.to(p_out.dtype.element_ty), mask=m)
+        i_tile += tl.num_programs(0)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators

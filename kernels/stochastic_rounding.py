@@ -86,44 +86,44 @@ _F0, _F1, _F2, _F3, _F4, _F5, _F6, _F7 = (tl.constexpr(factor) for factor in FAC
 
 
 @triton.jit
-def random_words(start, offsets, first, second):
+def random_words(i_start, o_block, first, second):
     """The four elements of a hash are one thread's, which makes it once and knows their factors when compiled."""
-    x = (offsets >> 2).to(tl.uint32) + (start >> 2).to(tl.uint32)
-    x = x ^ ((start >> 34).to(tl.uint32) * 0x9E3779B9) ^ first.to(tl.uint32, bitcast=True)
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = x ^ (x >> 15)
-    is_odd, is_late = (offsets & 1) == 1, (offsets & 2) == 2
-    one = tl.where(is_late, tl.where(is_odd, _F3, _F2), tl.where(is_odd, _F1, _F0)).to(tl.uint32)
-    other = tl.where(is_late, tl.where(is_odd, _F7, _F6), tl.where(is_odd, _F5, _F4)).to(tl.uint32)
+    b_x = (o_block >> 2).to(tl.uint32) + (i_start >> 2).to(tl.uint32)
+    b_x = b_x ^ ((i_start >> 34).to(tl.uint32) * 0x9E3779B9) ^ first.to(tl.uint32, bitcast=True)
+    b_x = (b_x ^ (b_x >> 16)) * 0x7FEB352D
+    b_x = b_x ^ (b_x >> 15)
+    m_odd, m_late = (o_block & 1) == 1, (o_block & 2) == 2
+    b_one = tl.where(m_late, tl.where(m_odd, _F3, _F2), tl.where(m_odd, _F1, _F0)).to(tl.uint32)
+    b_other = tl.where(m_late, tl.where(m_odd, _F7, _F6), tl.where(m_odd, _F5, _F4)).to(tl.uint32)
     second = second.to(tl.uint32, bitcast=True)
-    return x * one + second, x * other + second
+    return b_x * b_one + second, b_x * b_other + second
 
 
 @triton.jit
-def round_to_bf16(x, random):
-    bits = x.to(tl.int32, bitcast=True) + tl.where(tl.abs(x) < _LARGEST_BF16, random, 0)
-    return (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+def round_to_bf16(b_x, b_random):
+    b_bits = b_x.to(tl.int32, bitcast=True) + tl.where(tl.abs(b_x) < _LARGEST_BF16, b_random, 0)
+    return (b_bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit(do_not_specialize=["first_key", "second_key"])
 def add_rounded_kernel(p_total, p_x, n, first_key, second_key, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = tl.arange(0, BLOCK)
-    mask = start + offsets < n
-    b_random, _ = random_words(start, offsets, first_key, second_key)
-    b_sum = tl.load(p_total + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    b_sum += tl.load(p_x + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(p_total + start + offsets, round_to_bf16(b_sum, (b_random >> 16).to(tl.int32)), mask=mask)
+    i_start = tl.program_id(0).to(tl.int64) * BLOCK
+    o_block = tl.arange(0, BLOCK)
+    m = i_start + o_block < n
+    b_random, _ = random_words(i_start, o_block, first_key, second_key)
+    b_sum = tl.load(p_total + i_start + o_block, mask=m, other=0.0).to(tl.float32)
+    b_sum += tl.load(p_x + i_start + o_block, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_total + i_start + o_block, round_to_bf16(b_sum, (b_random >> 16).to(tl.int32)), mask=m)
 
 
 @triton.jit
 def add_wide_kernel(p_a, p_b, p_out, n, BLOCK: tl.constexpr):
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    offsets = tl.arange(0, BLOCK)
-    mask = start + offsets < n
-    b_sum = tl.load(p_a + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    b_sum += tl.load(p_b + start + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(p_out + start + offsets, b_sum, mask=mask)
+    i_start = tl.program_id(0).to(tl.int64) * BLOCK
+    o_block = tl.arange(0, BLOCK)
+    m = i_start + o_block < n
+    b_sum = tl.load(p_a + i_start + o_block, mask=m, other=0.0).to(tl.float32)
+    b_sum += tl.load(p_b + i_start + o_block, mask=m, other=0.0).to(tl.float32)
+    tl.store(p_out + i_start + o_block, b_sum, mask=m)
 
 
 # ----------------------------------------------------------------------------------------------------- public functions

@@ -53,7 +53,7 @@ TILES: TileTable = {
 
 @triton.jit
 def swiglu_forward_kernel(
-    gate_up_ptr, h_ptr,
+    p_gate_up, p_h,
     gate_up_stride,
     F: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -61,17 +61,17 @@ def swiglu_forward_kernel(
     i_row = (tl.program_id(0) // PIECES).to(tl.int64)
     i_column = tl.program_id(0) % PIECES * BLOCK_F + tl.arange(0, BLOCK_F)
     m = i_column < F
-    p_gate = gate_up_ptr + i_row * gate_up_stride + i_column
+    p_gate = p_gate_up + i_row * gate_up_stride + i_column
     b_gate = tl.load(p_gate, mask=m, other=0.0).to(tl.float32)
     b_up = tl.load(p_gate + F, mask=m, other=0.0).to(tl.float32)
     # exp may overflow to inf, and the quotient is then the right -0.0
     b_h = b_gate / (1.0 + tl.exp(-b_gate)) * b_up
-    tl.store(h_ptr + i_row * F + i_column, b_h.to(h_ptr.dtype.element_ty), mask=m)
+    tl.store(p_h + i_row * F + i_column, b_h.to(p_h.dtype.element_ty), mask=m)
 
 
 @triton.jit
 def swiglu_backward_kernel(
-    dh_ptr, gate_up_ptr, d_gate_up_ptr, h_ptr,
+    p_dh, p_gate_up, p_d_gate_up, p_h,
     dh_stride, gate_up_stride,
     F: tl.constexpr, EMIT_H: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
@@ -79,19 +79,19 @@ def swiglu_backward_kernel(
     i_row = (tl.program_id(0) // PIECES).to(tl.int64)
     i_column = tl.program_id(0) % PIECES * BLOCK_F + tl.arange(0, BLOCK_F)
     m = i_column < F
-    p_gate = gate_up_ptr + i_row * gate_up_stride + i_column
+    p_gate = p_gate_up + i_row * gate_up_stride + i_column
     b_gate = tl.load(p_gate, mask=m, other=0.0).to(tl.float32)
     b_up = tl.load(p_gate + F, mask=m, other=0.0).to(tl.float32)
-    b_dh = tl.load(dh_ptr + i_row * dh_stride + i_column, mask=m, other=0.0).to(tl.float32)
+    b_dh = tl.load(p_dh + i_row * dh_stride + i_column, mask=m, other=0.0).to(tl.float32)
 
     b_sigmoid = 1.0 / (1.0 + tl.exp(-b_gate))
     b_silu = b_gate / (1.0 + tl.exp(-b_gate))  # the forward's expression, for the forward's bits in h
     b_d_gate = b_dh * b_up * b_sigmoid * (1.0 + b_gate * (1.0 - b_sigmoid))
-    p_d_gate = d_gate_up_ptr + i_row * (2 * F) + i_column
-    tl.store(p_d_gate, b_d_gate.to(d_gate_up_ptr.dtype.element_ty), mask=m)
-    tl.store(p_d_gate + F, (b_dh * b_silu).to(d_gate_up_ptr.dtype.element_ty), mask=m)
+    p_d_gate = p_d_gate_up + i_row * (2 * F) + i_column
+    tl.store(p_d_gate, b_d_gate.to(p_d_gate_up.dtype.element_ty), mask=m)
+    tl.store(p_d_gate + F, (b_dh * b_silu).to(p_d_gate_up.dtype.element_ty), mask=m)
     if EMIT_H:
-        tl.store(h_ptr + i_row * F + i_column, (b_silu * b_up).to(h_ptr.dtype.element_ty), mask=m)
+        tl.store(p_h + i_row * F + i_column, (b_silu * b_up).to(p_h.dtype.element_ty), mask=m)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators

@@ -275,9 +275,9 @@ import torch, triton, triton.language as tl
 from halny.kernels import dispatch
 
 @triton.jit
-def double_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr):
+def double_kernel(p_x, p_y, n, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(y_ptr + i, 2 * tl.load(x_ptr + i, mask=i < n), mask=i < n)
+    tl.store(p_y + i, 2 * tl.load(p_x + i, mask=i < n), mask=i < n)
 
 def double(x):
     if not dispatch.runs_kernel(x):
