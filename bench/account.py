@@ -135,19 +135,19 @@ def size(*tensors: Tensor) -> int:
 # here stops the count: state its traffic.
 TRAFFIC = {
     "rms_norm_forward_kernel": lambda a, c: (
-        [a[0], a[2], *[a[1]] * c["ADD"], *[a[5]] * c["REMAKE"]],
-        [a[3], *[a[4]] * c["ADD"], *[a[5]] * (not c["REMAKE"])],
+        [a[0], a[2], *[a[1]] * c["ADD"], *[a[5]] * c["RECOMPUTE"]],
+        [a[3], *[a[4]] * c["ADD"], *[a[5]] * (not c["RECOMPUTE"])],
     ),
     "rms_norm_backward_kernel": lambda a, c: (
         [a[0], a[2], a[3], a[4], *[a[1]] * c["HAS_DS"]],
-        [*[a[5]] * c["NEEDS_DX"], *[a[6]] * c["NEEDS_DW"], *[a[7]] * c["REMAKE"]],
+        [*[a[5]] * c["NEEDS_DX"], *[a[6]] * c["NEEDS_DW"], *[a[7]] * c["RECOMPUTE_Y"]],
     ),
     "rope_kernel": lambda a, c: (  # of the tables the rows of positions 0 .. T - 1
         [a[0], a[1], a[4][: a[7]], a[5][: a[7]], *[a[2]] * c["WITH_V"], *[a[6]] * c["HAS_POSITIONS"]],
         [a[3] if c["WITH_V"] else a[3][:, :, : c["N_HEADS"] + c["N_KV_HEADS"]]],
     ),
     "swiglu_forward_kernel": lambda a, c: ([a[0]], [a[1]]),
-    "swiglu_backward_kernel": lambda a, c: ([a[0], a[1]], [a[2], *[a[3]] * c["EMIT_H"]]),
+    "swiglu_backward_kernel": lambda a, c: ([a[0], a[1]], [a[2], *[a[3]] * c["RECOMPUTE_H"]]),
     "one_block_kernel": lambda a, c: (a[:3], [a[3], a[4], *[a[5]] * c["WITH_GRADIENT"]]),
     "online_kernel": lambda a, c: (a[:3], [a[3], a[4], *[a[5]] * c["WITH_GRADIENT"]]),  # its second pass is from L2
     "scale_kernel": lambda a, c: (a[:2], [a[2]]),

@@ -42,8 +42,8 @@ from halny.kernels import adamw, dispatch, rms_norm, rope, swiglu
 from halny.kernels.chunk_cat import chunk_cat
 from halny.kernels.cross_entropy import cross_entropy
 from halny.kernels.gradient_norm import gradient_norm
-from halny.kernels.lean_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
+from halny.kernels.recompute_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.scale_gradient import scale_gradient
 from halny.kernels.stochastic_rounding import add_rounded_, add_wide
 
@@ -57,8 +57,8 @@ LIMITS: dict[str, tuple[int, int, int]] = {
     "rms_norm forward 4096 fp32": (72, 32, 1),
     "add_rms_norm forward 4096 bf16": (64, 32, 1),
     "add_rms_norm forward 4096 fp32": (72, 32, 1),
-    "rms_norm remake 4096 bf16": (40, 0, 1),  # loads rstd
-    "rms_norm remake 4096 fp32": (56, 0, 1),
+    "rms_norm recompute 4096 bf16": (40, 0, 1),  # loads rstd
+    "rms_norm recompute 4096 fp32": (56, 0, 1),
     "rms_norm backward 4096 bf16": (80, 8192, 1),  # loads rstd; 80 registers are the most for 3 programs an SM
     "rms_norm backward 4096 fp32": (80, 32, 1),
     "add_rms_norm backward 4096 bf16": (80, 8192, 1),
@@ -168,7 +168,7 @@ def norms(name: str, dtype: torch.dtype) -> Operations:
     rstd, of, eps = meta(B * T, dtype=torch.float32), f"{DIM} {name}", 1e-5
     yield f"rms_norm forward {of}", lambda: rms_norm.rms_norm(x, n, eps)
     yield f"add_rms_norm forward {of}", lambda: rms_norm.add_rms_norm(x, r, n, eps)
-    yield f"rms_norm remake {of}", lambda: rms_norm.rms_norm_remake(x, n, rstd)
+    yield f"rms_norm recompute {of}", lambda: rms_norm.rms_norm_recompute(x, n, rstd)
     yield f"rms_norm backward {of}", lambda: gradients(rms_norm.rms_norm(x, n, eps), x, n)
     yield f"add_rms_norm backward {of}", lambda: gradients(rms_norm.add_rms_norm(x, r, n, eps), x, r, n)
     yield f"rms_norm backward and y {of}", lambda: gradients(rms_norm_linear(x, n, w, eps), x, n, w)

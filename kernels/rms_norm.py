@@ -96,9 +96,9 @@ BACKWARD_AND_Y_TILES: TileTable = {
 def rms_norm_forward_kernel(
     p_x, p_residual, p_weight, p_y, p_s, p_rstd,
     n_rows, x_stride, residual_stride, eps,
-    N: tl.constexpr, ADD: tl.constexpr, REMAKE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    N: tl.constexpr, ADD: tl.constexpr, RECOMPUTE: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """REMAKE: y once more from x and the rstd of an earlier launch, which is read instead of written."""
+    """RECOMPUTE: y once more from x and the rstd of an earlier launch, which is read instead of written."""
     i_row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     i_column = tl.arange(0, BLOCK_N)
     m_row = i_row < n_rows
@@ -111,7 +111,7 @@ def rms_norm_forward_kernel(
         b_s = (b_x + tl.load(p_residual_rows, mask=m, other=0.0).to(tl.float32)).to(p_s.dtype.element_ty)
         tl.store(p_s + o_out, b_s, mask=m)
         b_x = b_s.to(tl.float32)  # what is normalised is what the next layer reads, rounding included
-    if REMAKE:
+    if RECOMPUTE:
         b_rstd = tl.load(p_rstd + i_row, mask=m_row, other=0.0)
     else:
         b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) / N + eps)
@@ -126,10 +126,10 @@ def rms_norm_forward_kernel(
 def rms_norm_backward_kernel(
     p_dy, p_ds, p_x, p_weight, p_rstd, p_dx, p_dw, p_y,
     n_rows, dy_stride, ds_stride, x_stride,
-    N: tl.constexpr, HAS_DS: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr, REMAKE: tl.constexpr,
+    N: tl.constexpr, HAS_DS: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr, RECOMPUTE_Y: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """REMAKE: the forward's y once more, to the bit, since x is here."""
+    """RECOMPUTE_Y: the forward's y once more, to the bit, since x is here."""
     i_program = tl.program_id(0)
     i_column = tl.arange(0, BLOCK_N)
     m_column = i_column < N
@@ -146,7 +146,7 @@ def rms_norm_backward_kernel(
         b_rstd = tl.load(p_rstd + i_row, mask=m_row, other=0.0)[:, None]
         if NEEDS_DW:
             b_dw += b_dy * (b_x * b_rstd)
-        if REMAKE:  # here: above dw or below dx it costs registers, in triton 3.6 or 3.9
+        if RECOMPUTE_Y:  # here: above dw or below dx it costs registers, in triton 3.6 or 3.9
             b_x_hat = (b_x * b_rstd).to(p_y.dtype.element_ty).to(tl.float32)
             p_y_rows = p_y + i_row[:, None] * N + i_column[None, :]
             tl.store(p_y_rows, (b_x_hat * b_weight).to(p_y.dtype.element_ty), mask=m)
@@ -178,10 +178,10 @@ def _rstd_like(x: Tensor) -> Tensor:
 
 
 def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, rstd: Tensor | None, eps: float):
-    """(y, s or None, rstd); with rstd given, y is remade from it."""
-    remake = rstd is not None
+    """(y, s or None, rstd); with rstd given, y is recomputed from it."""
+    recompute = rstd is not None
     y, s = _contiguous_like(x), None if residual is None else _contiguous_like(x)
-    rstd = rstd if remake else _rstd_like(x)
+    rstd = rstd if recompute else _rstd_like(x)
     if x.numel():
         rows, N = as_rows(x), x.shape[-1]
         residual_rows = rows if residual is None else as_rows(residual)
@@ -190,7 +190,7 @@ def _launch_forward(x: Tensor, residual: Tensor | None, weight: Tensor, rstd: Te
             rms_norm_forward_kernel, (cdiv(rows.shape[0], constants["ROWS"]),),
             rows, residual_rows, weight.contiguous(), y, y if s is None else s, rstd,
             rows.shape[0], rows.stride(0), residual_rows.stride(0), eps,
-            N=N, ADD=residual is not None, REMAKE=remake, BLOCK_N=next_power_of_2(N), **constants,
+            N=N, ADD=residual is not None, RECOMPUTE=recompute, BLOCK_N=next_power_of_2(N), **constants,
         )  # fmt: skip
     return y, s, rstd
 
@@ -204,8 +204,13 @@ def _add_forward(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return _launch_forward(x, residual, weight, None, eps)
 
 
-def _remake(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
+def _recompute(x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:
     return _launch_forward(x, None, weight, rstd, 0.0)[0]
+
+
+def _dx_and_y(x: Tensor, needs_dx: bool, recompute_y: bool) -> tuple[Tensor, Tensor]:
+    dx, y = (torch.empty(x.shape if w else (0,), dtype=x.dtype, device=x.device) for w in (needs_dx, recompute_y))
+    return dx, y
 
 
 def _backward(
@@ -216,30 +221,30 @@ def _backward(
     rstd: Tensor,
     needs_dx: bool,
     needs_dw: bool,
-    remake: bool = False,
+    recompute_y: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, y = (torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device) for wanted in (needs_dx, remake))
+    dx, y = _dx_and_y(x, needs_dx, recompute_y)
     if not x.numel():
         return dx, torch.zeros(weight.shape if needs_dw else (0,), dtype=weight.dtype, device=x.device), y
     rows, N = as_rows(x), x.shape[-1]
     dy_rows = as_rows(dy)
     ds_rows = dy_rows if ds is None else as_rows(ds)
-    constants = dict(tile(BACKWARD_AND_Y_TILES if remake else BACKWARD_TILES, N, generation_of(x)))
+    constants = dict(tile(BACKWARD_AND_Y_TILES if recompute_y else BACKWARD_TILES, N, generation_of(x)))
     n_programs = min(constants.pop("PROGRAMS") * multiprocessors(x.device), cdiv(rows.shape[0], constants["ROWS"]))
     partials = torch.empty((n_programs if needs_dw else 0, N), dtype=torch.float32, device=x.device)
     launch(
         rms_norm_backward_kernel, (n_programs,),
         dy_rows, ds_rows, rows, weight.contiguous(), rstd, dx, partials, y,
         rows.shape[0], dy_rows.stride(0), ds_rows.stride(0), rows.stride(0),
-        N=N, HAS_DS=ds is not None, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw, REMAKE=remake,
+        N=N, HAS_DS=ds is not None, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw, RECOMPUTE_Y=recompute_y,
         BLOCK_N=next_power_of_2(N), **constants,
     )  # fmt: skip
     dw = partials.sum(0) if needs_dw else partials.flatten()
     return dx, dw.to(weight.dtype), y
 
 
-def _backward_fake(dy, ds, x, weight, rstd, needs_dx, needs_dw, remake=False):
-    dx, y = (torch.empty(x.shape if wanted else (0,), dtype=x.dtype, device=x.device) for wanted in (needs_dx, remake))
+def _backward_fake(dy, ds, x, weight, rstd, needs_dx, needs_dw, recompute_y=False):
+    dx, y = _dx_and_y(x, needs_dx, recompute_y)
     return dx, torch.empty(weight.shape if needs_dw else (0,), dtype=weight.dtype, device=x.device), y
 
 
@@ -253,14 +258,14 @@ add_rms_norm_forward = register_operator(
     _add_forward,
     lambda x, residual, weight, eps: (_contiguous_like(x), _contiguous_like(x), _rstd_like(x)),
 )
-rms_norm_remake = register_operator(
-    "rms_norm_remake(Tensor x, Tensor weight, Tensor rstd) -> Tensor",
-    _remake,
+rms_norm_recompute = register_operator(
+    "rms_norm_recompute(Tensor x, Tensor weight, Tensor rstd) -> Tensor",
+    _recompute,
     lambda x, weight, rstd: _contiguous_like(x),
 )
 rms_norm_backward = register_operator(  # (dx, dweight, y): what is not asked for comes back empty
     "rms_norm_backward(Tensor dy, Tensor? ds, Tensor x, Tensor weight, Tensor rstd, bool needs_dx, bool needs_dw,"
-    " bool remake=False) -> (Tensor, Tensor, Tensor)",
+    " bool recompute_y=False) -> (Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

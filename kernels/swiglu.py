@@ -8,7 +8,7 @@ gate and up are the two halves of one matrix product, so they lie side by side i
 
 **Bytes.** For M rows of N = F elements of b bytes: forward 3MNb (gate, up, h), backward 5MNb (dh, gate, up, dgate,
 dup). Saved for the backward: the input only; s is cheaper to compute again than to read. On request the backward also
-writes h, 6MNb: for the weight gradient of the projection after it, which then need not have kept h.
+writes h, 6MNb, recomputed for the weight gradient of the projection after it, which then need not have kept h.
 
 Arithmetic is fp32 with one rounding at the end, where PyTorch rounds silu(gate) on the way: nearer to the truth.
 """
@@ -73,7 +73,7 @@ def swiglu_forward_kernel(
 def swiglu_backward_kernel(
     p_dh, p_gate_up, p_d_gate_up, p_h,
     dh_stride, gate_up_stride,
-    F: tl.constexpr, EMIT_H: tl.constexpr, BLOCK_F: tl.constexpr,
+    F: tl.constexpr, RECOMPUTE_H: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
     PIECES: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     i_row = (tl.program_id(0) // PIECES).to(tl.int64)
@@ -90,7 +90,7 @@ def swiglu_backward_kernel(
     p_d_gate = p_d_gate_up + i_row * (2 * F) + i_column
     tl.store(p_d_gate, b_d_gate.to(p_d_gate_up.dtype.element_ty), mask=m)
     tl.store(p_d_gate + F, (b_dh * b_silu).to(p_d_gate_up.dtype.element_ty), mask=m)
-    if EMIT_H:
+    if RECOMPUTE_H:
         tl.store(p_h + i_row * F + i_column, (b_silu * b_up).to(p_h.dtype.element_ty), mask=m)
 
 
@@ -113,26 +113,26 @@ def _forward_fake(gate_up: Tensor) -> Tensor:
     return torch.empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2), dtype=gate_up.dtype, device=gate_up.device)
 
 
-def _backward(dh: Tensor, gate_up: Tensor, emit_h: bool) -> tuple[Tensor, Tensor]:
-    d_gate_up, h = _backward_fake(dh, gate_up, emit_h)
+def _backward(dh: Tensor, gate_up: Tensor, recompute_h: bool) -> tuple[Tensor, Tensor]:
+    d_gate_up, h = _backward_fake(dh, gate_up, recompute_h)
     if dh.numel():
         rows, dh_rows, F = as_rows(gate_up), as_rows(dh), dh.shape[-1]
         constants = tile(TILES, F, generation_of(gate_up))
         launch(
             swiglu_backward_kernel, (rows.shape[0] * cdiv(F, constants["BLOCK_F"]),),
-            dh_rows, rows, d_gate_up, h, dh_rows.stride(0), rows.stride(0), F=F, EMIT_H=emit_h, **constants,
+            dh_rows, rows, d_gate_up, h, dh_rows.stride(0), rows.stride(0), F=F, RECOMPUTE_H=recompute_h, **constants,
         )  # fmt: skip
     return d_gate_up, h
 
 
-def _backward_fake(dh: Tensor, gate_up: Tensor, emit_h: bool) -> tuple[Tensor, Tensor]:
+def _backward_fake(dh: Tensor, gate_up: Tensor, recompute_h: bool) -> tuple[Tensor, Tensor]:
     d_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
-    return d_gate_up, torch.empty(dh.shape if emit_h else (0,), dtype=gate_up.dtype, device=gate_up.device)
+    return d_gate_up, torch.empty(dh.shape if recompute_h else (0,), dtype=gate_up.dtype, device=gate_up.device)
 
 
 swiglu_forward = register_operator("swiglu_forward(Tensor gate_up) -> Tensor", _forward, _forward_fake)
 swiglu_backward = register_operator(  # (d_gate_up, h), h empty unless it is asked for
-    "swiglu_backward(Tensor dh, Tensor gate_up, bool emit_h) -> (Tensor, Tensor)", _backward, _backward_fake
+    "swiglu_backward(Tensor dh, Tensor gate_up, bool recompute_h) -> (Tensor, Tensor)", _backward, _backward_fake
 )
 
 

@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from halny.kernels.attention import check_documents, document_ids, plan_attention, planned_attention
 from halny.kernels.dispatch import autocast_dtype, can_check_values, check_integer
-from halny.kernels.lean_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
+from halny.kernels.recompute_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.rms_norm import add_rms_norm, rms_norm
 from halny.kernels.rope import rope_split_qkv, rope_tables
 from halny.kernels.swiglu import swiglu
@@ -123,9 +123,9 @@ class MLP(nn.Module):
         self.gate_up = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
         self.down = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
-    def forward(self, gate_up_btf, lean: bool):
+    def forward(self, gate_up_btf, recompute: bool):
         """From the packed projection on: Block joins it to the norm before it."""
-        if lean:
+        if recompute:
             return swiglu_linear(gate_up_btf, self.down.weight)
         return self.down(swiglu(gate_up_btf))
 
@@ -142,22 +142,22 @@ class RMSNorm(nn.Module):
         """norm(x + residual)"""
         return add_rms_norm(x_btd, residual_btd, self.weight, self.eps)[0]
 
-    def linear(self, x_btd, residual_btd, linear: nn.Linear, lean: bool):
+    def linear(self, x_btd, residual_btd, linear: nn.Linear, recompute: bool):
         """(linear(norm(x + residual)), x + residual); residual None stands for zero."""
         if residual_btd is None:
-            if lean:
+            if recompute:
                 return rms_norm_linear(x_btd, self.weight, linear.weight, self.eps), x_btd
             return linear(rms_norm(x_btd, self.weight, self.eps)), x_btd
-        if lean:
+        if recompute:
             return add_rms_norm_linear(x_btd, residual_btd, self.weight, linear.weight, self.eps)
         normed_btd, s_btd = add_rms_norm(x_btd, residual_btd, self.weight, self.eps)
         return linear(normed_btd), s_btd
 
 
 class Block(nn.Module):
-    def __init__(self, config: MistralConfig, lean: bool):
+    def __init__(self, config: MistralConfig, recompute: bool):
         super().__init__()
-        self.lean = lean
+        self.recompute = recompute
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
@@ -168,27 +168,27 @@ class Block(nn.Module):
 
         So each addition is made by the norm that follows it, in the same pass over memory, the last in the next layer.
         """
-        qkv_btz, residual_btd = self.attention_norm.linear(x_btd, residual_btd, self.attention.qkv, self.lean)
+        qkv_btz, residual_btd = self.attention_norm.linear(x_btd, residual_btd, self.attention.qkv, self.recompute)
         attended_btd = self.attention(qkv_btz, cos, sin, positions_bt, plan)
         attended_btd = attended_btd.to(residual_btd.dtype)  # they differ under autocast only
-        gate_up_btf, residual_btd = self.mlp_norm.linear(attended_btd, residual_btd, self.mlp.gate_up, self.lean)
-        return self.mlp(gate_up_btf, self.lean).to(residual_btd.dtype), residual_btd
+        gate_up_btf, residual_btd = self.mlp_norm.linear(attended_btd, residual_btd, self.mlp.gate_up, self.recompute)
+        return self.mlp(gate_up_btf, self.recompute).to(residual_btd.dtype), residual_btd
 
 
 class Mistral(nn.Module):
     """The model. Built under ``torch.device("meta")`` it holds no memory: shard it, ``to_empty``, ``init_weights``.
 
-    lean: make the outputs of norms and SwiGLU again in the backward instead of keeping them (lean_linear.py), where
-    kernels run: the same loss, 94 kB instead of 139 kB a token a layer at 7B in bf16. The default, because a third less
-    memory costs only 45 kB more traffic a token a layer (at an H200's copy bandwidth 10 ns of some 3.4 us), and no
-    matrix product.
+    recompute: the backward recomputes the outputs of norms and SwiGLU instead of keeping them (recompute_linear.py),
+    where kernels run: the same loss, 94 kB instead of 139 kB a token a layer at 7B in bf16. The default, because a
+    third less memory costs only 45 kB more traffic a token a layer (at an H200's copy bandwidth 10 ns of some 3.4 us),
+    and no matrix product.
     """
 
-    def __init__(self, config: MistralConfig, lean: bool = True):
+    def __init__(self, config: MistralConfig, recompute: bool = True):
         super().__init__()
         self.config = config
         self.embed = Embedding(config.vocab_size, config.dim)
-        self.layers = nn.ModuleList(Block(config, lean) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
         table = (config.max_seq_len, config.head_dim // 2)

@@ -22,7 +22,8 @@ def activations(
     """The work with ``lean`` as --recompute has it, and why: by default all is kept that there is memory for.
 
     Making the outputs of norms and SwiGLU again costs a pass over memory, at 7B and 4 x 4096 23.6 GB a step, 0.5% of it
-    (kernels/lean_linear.py). Weights that are kept gathered and whole gradients save more for less, and come first.
+    (kernels/recompute_linear.py). Weights that are kept gathered and whole gradients save more for less, and come
+    first.
     """
     lean, keeping = replace(work, lean=True), replace(work, lean=False)
     if recompute != "auto":

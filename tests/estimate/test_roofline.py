@@ -180,7 +180,7 @@ def test_memory_bound_bytes():
     assert forward == norms + rope + swiglu
     assert backward == norms + rope + 2 * 5 * 14_336
     lean = roofline.memory_bound_bytes(MISTRAL_7B)
-    assert lean == (forward, backward + 45_056)  # the 45 kB of kernels/lean_linear.py
+    assert lean == (forward, backward + 45_056)  # the 45 kB of kernels/recompute_linear.py
     apart = 2 * 4096 * 3  # if the MLP's residual were not added by the norm after it: 3d and a norm of 2d, 3d back
     assert 32 * 16_384 * (forward + backward + apart) == pytest.approx(225e9, rel=0.02)
 

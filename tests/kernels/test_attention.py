@@ -280,9 +280,9 @@ def test_the_plan_is_for_the_dtype_that_attention_sees(monkeypatch):
     ))  # fmt: skip
     monkeypatch.setattr(mistral, "planned_attention", lambda q, k, v, p: dtypes.append(q.dtype) or run(q, k, v, p))
     tokens, _ = tiny_batch(config)
-    for lean, enabled in itertools.product((True, False), (True, False)):
+    for recompute, enabled in itertools.product((True, False), (True, False)):
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            Mistral(config, lean)(tokens)
+            Mistral(config, recompute)(tokens)
         assert set(dtypes) == {torch.bfloat16 if enabled else torch.float32} and len(dtypes) == 1 + config.n_layers
         dtypes.clear()
 

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from halny.kernels import dispatch, lean_linear, rms_norm, rope, swiglu
+from halny.kernels import dispatch, recompute_linear, rms_norm, rope, swiglu
 from halny.kernels.attention import plan_attention
 from halny.kernels.rms_norm import add_rms_norm, rms_norm_reference
 from halny.kernels.rope import rope_qkv, rope_qkv_, rope_split_qkv, rope_tables
@@ -251,10 +251,10 @@ def test_offsets_are_64_bit_rms_norm_rope_swiglu(launches):
 
 @on_the_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm_is_remade_bit_for_bit(dtype, launches):
+def test_rms_norm_is_recomputed_bit_for_bit(dtype, launches):
     x, w = torch.randn(7, 123, dtype=dtype), torch.randn(123, dtype=dtype)
     y, rstd = rms_norm.rms_norm_forward(x, w, EPS)
-    assert torch.equal(rms_norm.rms_norm_remake(x, w, rstd), y)
+    assert torch.equal(rms_norm.rms_norm_recompute(x, w, rstd), y)
     assert rstd.dtype == torch.float32 and rstd.shape == (7,) and launches == {"rms_norm_forward_kernel": 2}
     apart = rms_norm.rms_norm_backward(x, x, x, w, rstd, True, True)
     for needs in ((True, True), (False, True), (True, False)):  # by the backward too, which does nothing else otherwise
@@ -352,7 +352,7 @@ def test_rope_split_with_an_output_that_has_no_gradient(unused):
 
 @on_the_cpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu_backward_remakes_h_bit_for_bit(dtype, launches):
+def test_swiglu_backward_recomputes_h_bit_for_bit(dtype, launches):
     gate_up, dh = 3 * torch.randn(5, 246, dtype=dtype), torch.randn(5, 123, dtype=dtype)
     d_gate_up, h = swiglu.swiglu_backward(dh, gate_up, True)
     assert torch.equal(h, swiglu.swiglu_forward(gate_up))
@@ -391,7 +391,7 @@ def test_opcheck_of_every_rms_norm_rope_and_swiglu_operator():
         (rms_norm.rms_norm_forward, (x, w, EPS)),
         (rms_norm.rms_norm_forward, (x[:0], w, EPS)),
         (rms_norm.add_rms_norm_forward, (x.bfloat16(), x.bfloat16(), w, EPS)),
-        (rms_norm.rms_norm_remake, (x.T.contiguous().T, w, rstd)),
+        (rms_norm.rms_norm_recompute, (x.T.contiguous().T, w, rstd)),
         (rms_norm.rms_norm_backward, (x, None, x, w, rstd, True, True)),
         (rms_norm.rms_norm_backward, (x, x, x, w.half(), rstd, False, True)),
         (rms_norm.rms_norm_backward, (x, x, x, w, rstd, True, False)),
@@ -434,26 +434,26 @@ def test_activation_checkpointing(name, launches):
     assert sum(launches.values()) == 5  # forward, backward; forward, again, backward
 
 
-# ----------------------------------------------------------------------------------------------------- the lean linears
+# ----------------------------------------------------------------------------------------------- linears that recompute
 
 
-def lean_operations(dtype=torch.float32):
+def recompute_operations(dtype=torch.float32):
     x, w = torch.randn(5, 123, dtype=dtype), torch.randn(123, dtype=dtype)
     return {
         "rms_norm_linear": (
-            lambda x, n, w: lean_linear.rms_norm_linear(x, n, w, EPS),
+            lambda x, n, w: recompute_linear.rms_norm_linear(x, n, w, EPS),
             lambda x, n, w: F.linear(torch_norm(x, n), w),
             [x, w, torch.randn(7, 123, dtype=dtype)],
             [(5,), (5, 123), (123,), (7, 123)],
         ),
         "add_rms_norm_linear": (
-            lambda x, r, n, w: lean_linear.add_rms_norm_linear(x, r, n, w, EPS),
+            lambda x, r, n, w: recompute_linear.add_rms_norm_linear(x, r, n, w, EPS),
             lambda x, r, n, w: (lambda y, s: (F.linear(y, w), s))(*torch_add_rms_norm(x, r, n)),
             [x, torch.randn_like(x), w, torch.randn(7, 123, dtype=dtype)],
             [(5,), (5, 123), (123,), (7, 123)],
         ),
         "swiglu_linear": (
-            lean_linear.swiglu_linear,
+            recompute_linear.swiglu_linear,
             lambda x, w: F.linear(hf_swiglu(x), w),
             [torch.randn(5, 246, dtype=dtype), torch.randn(7, 123, dtype=dtype)],
             [(5, 246), (7, 123)],
@@ -461,25 +461,25 @@ def lean_operations(dtype=torch.float32):
     }
 
 
-each_lean = pytest.mark.parametrize("name", lean_operations())
+each_recompute = pytest.mark.parametrize("name", recompute_operations())
 
 
 @on_the_cpu
-@each_lean
+@each_recompute
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lean_numerics(name, dtype, launches):
-    ours, theirs, inputs, _ = lean_operations(dtype)[name]
+    ours, theirs, inputs, _ = recompute_operations(dtype)[name]
     # a matrix product rounds its input and sums in another order than the one of another process
     compare(ours, theirs, *inputs, roundings=4)
     compare(ours, theirs, *inputs, roundings=4, layout=LAYOUTS[1])
-    assert sum(launches.values()) == 6  # what is remade costs no launch
+    assert sum(launches.values()) == 6  # what is recomputed costs no launch
 
 
 @on_the_cpu
-@each_lean
+@each_recompute
 def test_lean_equals_the_composition_and_any_input_may_be_frozen(name):
-    ours, _, inputs, _ = lean_operations()[name]
-    plain = getattr(lean_linear, f"{name}_reference")
+    ours, _, inputs, _ = recompute_operations()[name]
+    plain = getattr(recompute_linear, f"{name}_reference")
     arguments = () if name == "swiglu_linear" else (EPS,)
 
     def gradients(f, wanted):
@@ -500,9 +500,9 @@ def test_lean_equals_the_composition_and_any_input_may_be_frozen(name):
 
 
 @on_the_cpu
-@each_lean
+@each_recompute
 def test_lean_saves_what_it_says(name):
-    ours, _, inputs, want = lean_operations()[name]
+    ours, _, inputs, want = recompute_operations()[name]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         ours(*(x.requires_grad_() for x in inputs))
@@ -510,9 +510,9 @@ def test_lean_saves_what_it_says(name):
 
 
 @on_the_cpu
-@each_lean
+@each_recompute
 def test_lean_compiles_without_a_graph_break(name):
-    ours, _, inputs, _ = lean_operations()[name]
+    ours, _, inputs, _ = recompute_operations()[name]
     inputs = [x.requires_grad_() for x in inputs]
     torch._dynamo.reset()
     results = []
@@ -525,11 +525,11 @@ def test_lean_compiles_without_a_graph_break(name):
 
 
 @on_the_cpu
-@each_lean
+@each_recompute
 def test_lean_under_autocast_and_checkpointing(name):
     """Autocast runs the product in bf16 and leaves weights and their gradients fp32, as for the plain composition."""
-    ours, _, inputs, _ = lean_operations()[name]
-    plain = getattr(lean_linear, f"{name}_reference")
+    ours, _, inputs, _ = recompute_operations()[name]
+    plain = getattr(recompute_linear, f"{name}_reference")
     arguments = () if name == "swiglu_linear" else (EPS,)
     inputs = [x.requires_grad_() for x in inputs]
     results = []
@@ -550,12 +550,12 @@ def test_lean_under_autocast_and_checkpointing(name):
 
 
 @pytest.mark.parametrize("wrong", [torch.randn(7, 122), torch.randn(123), torch.ones(7, 123, dtype=torch.int32)])
-def test_lean_linears_refuse_a_weight_that_does_not_fit_rms_norm_swiglu(wrong):
+def test_recompute_linears_refuse_a_weight_that_does_not_fit_rms_norm_swiglu(wrong):
     x, n = torch.randn(5, 123), torch.randn(123)
     for call in (
-        lambda: lean_linear.rms_norm_linear(x, n, wrong, EPS),
-        lambda: lean_linear.add_rms_norm_linear(x, x, n, wrong, EPS),
-        lambda: lean_linear.swiglu_linear(torch.randn(5, 246), wrong),
+        lambda: recompute_linear.rms_norm_linear(x, n, wrong, EPS),
+        lambda: recompute_linear.add_rms_norm_linear(x, x, n, wrong, EPS),
+        lambda: recompute_linear.swiglu_linear(torch.randn(5, 246), wrong),
     ):
         with pytest.raises((ValueError, TypeError), match="weight"):
             call()
@@ -574,14 +574,14 @@ class CountedAttention(torch.autograd.Function):
         return out
 
 
-def kept_bytes(config, lean: bool, B: int = 1, T: int = 4096) -> tuple[int, int]:
+def kept_bytes(config, recompute: bool, B: int = 1, T: int = 4096) -> tuple[int, int]:
     """Bytes a token that one layer keeps for its backward in bf16, and attention's own share (output, log-sum-exp).
 
     Fake tensors have shapes and storages but no memory, so the shapes are the real ones. Each storage is counted once,
     weights and tables left out; the sum of its two inputs counts, that of its outputs (the next layer's) does not.
     """
     with FakeTensorMode():
-        layer = mistral.Block(config, lean)
+        layer = mistral.Block(config, recompute)
         tables = [torch.empty(T, config.head_dim // 2, dtype=torch.float32) for _ in range(2)]
         x, residual = (torch.empty(B, T, config.dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
         not_counted = {y.untyped_storage()._cdata for y in (*layer.parameters(), *tables)}
@@ -600,26 +600,26 @@ def kept_bytes(config, lean: bool, B: int = 1, T: int = 4096) -> tuple[int, int]
 
 
 @on_the_cpu
-@pytest.mark.parametrize("lean, most", [(True, 95_000), (False, 140_000)])
-def test_bytes_kept_a_token_a_layer_at_7b_rms_norm_rope_swiglu(lean, most, monkeypatch):
+@pytest.mark.parametrize("recompute, most", [(True, 95_000), (False, 140_000)])
+def test_bytes_kept_a_token_a_layer_at_7b_rms_norm_rope_swiglu(recompute, most, monkeypatch):
     monkeypatch.setattr(mistral, "planned_attention", lambda q, k, v, plan: CountedAttention.apply(q, k, v))
     config = mistral.PRESETS["mistral-7b"]
     torch.set_default_dtype(torch.bfloat16)
     try:
-        kept, attention = kept_bytes(config, lean)
+        kept, attention = kept_bytes(config, recompute)
     finally:
         torch.set_default_dtype(torch.float32)
-    print(f"7B, bf16, lean={lean}: {kept:,} B a token a layer; {attention:,} B of it attention's (out, log-sum-exp)")
+    print(f"7B, bf16, {recompute=}: {kept:,} B a token a layer; {attention:,} B of it attention's (out, log-sum-exp)")
     assert kept <= most
-    assert kept == memory.activation_bytes_per_token(config, lean=lean) // config.n_layers
+    assert kept == memory.activation_bytes_per_token(config, lean=recompute) // config.n_layers
 
 
 @on_the_cpu
-@pytest.mark.parametrize("lean", [True, False])
-def test_the_model_equals_its_reference_rms_norm_rope_swiglu(lean, launches):
+@pytest.mark.parametrize("recompute", [True, False])
+def test_the_model_equals_its_reference_rms_norm_rope_swiglu(recompute, launches):
     """Loss and every gradient, with and without documents, at twice the error of the reference against fp64."""
     config = mistral.PRESETS["test"]
-    model = mistral.Mistral(config, lean)
+    model = mistral.Mistral(config, recompute)
     model.init_weights(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -645,11 +645,11 @@ def test_the_model_equals_its_reference_rms_norm_rope_swiglu(lean, launches):
 
 
 @on_the_cpu
-@pytest.mark.parametrize("lean", [True, False])
-def test_a_checkpointed_block_rms_norm_rope_swiglu(lean, launches):
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_checkpointed_block_rms_norm_rope_swiglu(recompute, launches):
     """Whole, and selectively: the norms' operators saved by name, so that they are not launched again."""
     config = mistral.PRESETS["test"]
-    block = mistral.Block(config, lean)
+    block = mistral.Block(config, recompute)
     x, residual = (torch.randn(1, 6, config.dim, requires_grad=True) for _ in range(2))
     tables = rope_tables(6, config.head_dim, 1e4)
     plan = plan_attention(1, 6, config.head_dim, x.dtype, x.device, window=config.window)

@@ -1,18 +1,18 @@
-"""Linear layers that do not keep their input for the backward, where one pass over memory makes it again.
+"""Linear layers that do not keep their input for the backward, which recomputes it in a pass over memory.
 
     rms_norm_linear(x)          = linear(rms_norm(x))
     add_rms_norm_linear(x, r)   = linear(rms_norm(x + r)), x + r
     swiglu_linear(gate_up)      = linear(swiglu(gate_up))
 
 A linear layer keeps its input for its weight's gradient, and a norm or SwiGLU keeps its own input: the same information
-twice. Remaking the output of these row operations costs MNb bytes, since their backward has everything in registers
+twice. To recompute the output of these row operations costs MNb bytes, since their backward has everything in registers
 and writes it as well, and no matrix product. At Mistral-7B's sizes in bf16 this is 94 kB a token a layer instead of
 139 kB (roofline.saved_activations), for 45 kB more moved: 10 ns at an H200's copy bandwidth, of the 3.4 us that a token
 takes a layer at 9,200 tokens/s.
 
-Chosen over selective checkpointing of the operators, which would remake the same tensors: that needs a policy far from
-the place it is about, runs every operation through a dispatch mode, and cannot let a backward kernel write what it
-remakes on the way. An autograd.Function owns both halves of each pair instead, and one reads here what is kept.
+Chosen over selective checkpointing of the operators, which would recompute the same tensors: that needs a policy far
+from the place it is about, runs every operation through a dispatch mode, and cannot let a backward kernel write what
+it recomputes on the way. An autograd.Function owns both halves of each pair instead, and one reads here what is kept.
 
 A weight arrives as the plain tensor that FSDP2 has gathered: saved as itself, it is freed after the forward and
 gathered again before the backward, as it is for torch.nn.functional.linear.
@@ -32,7 +32,7 @@ from halny.kernels.rms_norm import (
     rms_norm,
     rms_norm_backward,
     rms_norm_forward,
-    rms_norm_remake,
+    rms_norm_recompute,
 )
 from halny.kernels.swiglu import check_swiglu, swiglu, swiglu_backward, swiglu_forward, swiglu_runs_kernel
 
@@ -92,7 +92,7 @@ class NormLinear(torch.autograd.Function):
                 dy, ds, s, norm_weight, rstd, needs_dx, needs_norm_weight, needs_weight
             )
         elif needs_weight:
-            y = rms_norm_remake(s, norm_weight, rstd)
+            y = rms_norm_recompute(s, norm_weight, rstd)
         d_weight = _weight_gradient(d_out, y, weight) if needs_weight else None
         return (
             dx if needs_x else None,
