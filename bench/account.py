@@ -62,7 +62,6 @@ from halny.model.estimate.choices import recomputed
 from halny.model.estimate.machines import MACHINES
 from halny.model.estimate.sizes import layer_shapes, matmul_parameters, shard_numel
 from halny.model.estimate.step_time import RATES
-from halny.model.estimate.work import Sharding
 from halny.model.exits import Refused
 from halny.model.mistral import PRESETS, MistralConfig
 
@@ -337,12 +336,12 @@ def apart(counted: int, expected: int) -> bool:
 
 def expected(case: Case) -> dict[str, tuple[int, int]]:
     """Executed FLOPs and bytes of a step by roofline.py, of each of PARTS."""
-    config, T, micro, lean = case.config, case.n_tokens, case.accumulation, case.work.lean
-    tiles = rms_norm.BACKWARD_AND_Y_TILES if lean else rms_norm.BACKWARD_TILES
+    config, T, micro, recompute = case.config, case.n_tokens, case.accumulation, case.work.recompute
+    tiles = rms_norm.BACKWARD_AND_Y_TILES if recompute else rms_norm.BACKWARD_TILES
     tile = dispatch.tile(tiles, config.dim, HOPPER["capability"][0])
     programs = min(HOPPER["multiprocessors"] * tile["PROGRAMS"], dispatch.cdiv(T, tile["ROWS"]))
     if case.ranks > 1:
-        again = Sharding.of(case.layout).gathered_again
+        again = case.layout.gathered_again
         sent = sum(c.count * c.bytes for c in roofline.collectives(config, case.ranks, gathered_again=again))
         copied = roofline.fsdp_copy_bytes(config, case.ranks, again)
         updated = roofline.sharded_update_bytes(shard_numel(config, case.ranks))
@@ -352,7 +351,7 @@ def expected(case: Case) -> dict[str, tuple[int, int]]:
     return {
         "matmul": (micro * 6 * matmul_parameters(config) * T, micro * roofline.matmul_bytes(config, T)),
         "attention": (micro * attended, micro * roofline.attention_bytes(config, T)),
-        ROWS: (0, micro * roofline.row_kernel_bytes(config, T, programs, lean=lean)),
+        ROWS: (0, micro * roofline.row_kernel_bytes(config, T, programs, recompute=recompute)),
         "loss": (0, micro * roofline.loss_bytes(config, T)),
         "optimizer": (0, updated),
         SUMS: (0, roofline.gradient_sum_bytes(config, case.moments, micro)),

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from halny.model.durable import in_words
-from halny.model.estimate.memory import checkpoint_bytes, checkpoint_stall_s
+from halny.model.estimate.memory import checkpoint_bytes
 from halny.model.mistral import PRESETS, Mistral
 from halny.model.run.ranks import start_distributed
 from halny.model.run.saver import Saver, training_state
@@ -58,7 +58,8 @@ def calculate() -> None:
     print("\ncalculated from stated bandwidths, not measured")
     print(f"{'case':<16} {'a rank':>9} {'every':>7} {'copy at':>11} {'stalled':>9} {'share':>9} {'first':>8}  source")
     for what, ranks, every, bandwidth, source in CASES:
-        size, stall = checkpoint_bytes(config, ranks), checkpoint_stall_s(config, ranks, bandwidth)
+        size = checkpoint_bytes(config, shards=ranks)
+        stall = size / bandwidth
         print(f"{what:<16} {in_words(size):>9} {every // 60:>3} min {in_words(bandwidth) + '/s':>11} {stall:>7.3f} s "
             f"{stall / every:>9.4%} {stall + size / PINNING:>6.1f} s  {source}")  # fmt: skip
 

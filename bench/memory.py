@@ -35,13 +35,14 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-import train
 from bench.lib.meta_step import Case, MetaMode, Step, on_hopper, world_of
 from halny.model.estimate import choices, machines, memory
+from halny.model.estimate.choices import decide
 from halny.model.estimate.sizes import parameters
-from halny.model.estimate.work import Sharding, Work
+from halny.model.estimate.work import ALONE, Layout, Work
 from halny.model.mistral import PRESETS, MistralConfig
 from halny.model.run import fsdp
+from halny.model.run.recipe import PRESETS as RECIPES
 
 BOUND = 0.01  # of the peak, that a part or the sum may differ from the prediction
 OTHER = "not predicted"  # RoPE tables, the batch, metrics
@@ -193,10 +194,7 @@ def state(step: Step) -> dict[str, list[Tensor]]:
 
 
 def predicted(case: Case) -> dict[str, memory.MemoryEstimate]:
-    sizes = case.config, case.micro_batch, case.seq_len
-    if case.ranks == 1:
-        return memory.one_rank_moments(*sizes, case.moments, case.accumulation, case.work.lean)
-    return memory.memory_moments(sizes[0], case.ranks, *sizes[1:], lean=case.work.lean)
+    return memory.memory_moments(case.work, case.layout)
 
 
 @dataclass(frozen=True)
@@ -259,9 +257,9 @@ MICRO_BATCHES = (1, 2, 4, 8)
 RANKS = 256
 
 
-def card_lines(model: MistralConfig, name: str = "mistral-7b-1gpu") -> Iterator[str]:
+def card_lines(model: MistralConfig, recompute: str = "auto", name: str = "mistral-7b-1gpu") -> Iterator[str]:
     """What roofline.py predicts that a step needs, what that leaves of each card, and what the preset takes there."""
-    recipe = train.PRESETS[name]
+    recipe = RECIPES[name]
     seq_len, share = recipe["seq_len"], recipe["batch_tokens"] // recipe["seq_len"]
     rooms = {card: machines.GPUS[card].memory_bytes * (1 - memory.RESERVED) for card in CARDS}
     yield (
@@ -287,25 +285,24 @@ def card_lines(model: MistralConfig, name: str = "mistral-7b-1gpu") -> Iterator[
             for n in MICRO_BATCHES:
                 accumulation = share // n if accumulates else 1
                 what = f"one rank, moments in {moments}, {f'{accumulation} x ' * accumulates}{n} x {seq_len}"
-                yield line(what, memory.one_rank_memory(model, n, seq_len, moments, accumulation))
+                yield line(what, memory.memory_estimate(Work(model, n, seq_len, accumulation, moments=moments), ALONE))
     for n in MICRO_BATCHES:
-        estimate = memory.memory_estimate(model, RANKS, n, seq_len, lean=True)
+        estimate = memory.memory_estimate(Work(model, n, seq_len), Layout(RANKS))
         yield line(f"one rank of {RANKS}, {n} x {seq_len}", estimate)
 
     yield f"\n{name}: {recipe['batch_tokens']:,} tokens a step, moments in {recipe['moments']}, takes on"
     for card in CARDS:
-        memory_bytes = machines.GPUS[card].memory_bytes
-        n = choices.most_micro_batch(model, memory_bytes, seq_len, recipe["moments"], divides=share)
-        if not n:
+        found = decide(
+            model, ranks=1, node=1, memory_bytes=machines.GPUS[card].memory_bytes, seq_len=seq_len, share=share,
+            moments=recipe["moments"], recompute=recompute,
+        )  # fmt: skip
+        work, needed = found.work, sum(found.memory.values())
+        if needed > rooms[card]:
             yield f"  {card:<24} nothing: one sequence does not fit"
             continue
-        alone = Sharding("", 1, 1)
-        work = Work(model, n, seq_len, share // n, moments=recipe["moments"])
-        work, _ = choices.activations(work, alone, 1, memory_bytes)
-        parts = memory.rank_memory(work, alone, 1)
-        listed = ", ".join(f"{part} {x / 1e9:.1f}" for part, x in parts.items())
+        listed = ", ".join(f"{part} {x / 1e9:.1f}" for part, x in found.memory.items())
         yield (
-            f"  {card:<24} {share // n:>2} x {n} x {seq_len}: {sum(parts.values()) / 1e9:.1f} GB: {listed}; "
+            f"  {card:<24} {work.accumulation:>2} x {work.micro_batch} x {seq_len}: {needed / 1e9:.1f} GB: {listed}; "
             f"recomputed: {choices.recomputed(work)}"
         )
 
@@ -320,10 +317,13 @@ CASES = [
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cards", action="store_true", help="the prediction alone, for GPUs of 80, 96 and 141 GB")
+    parser.add_argument(
+        "--recompute", choices=("auto", "always", "never"), default="auto", help="with --cards: as train.py has it"
+    )
     given = parser.parse_args(arguments)
     model = PRESETS["mistral-7b"]
     if given.cards:
-        print("\n".join(card_lines(model)))
+        print("\n".join(card_lines(model, given.recompute)))
         return 0
     print("counted: tensors of train.py's step on the meta device; predicted: memory.py. No GPU, nothing measured")
     fine = [print_tables(Case(model, 4, 4096, **case)) for case in CASES]

@@ -157,7 +157,7 @@ def least_bytes(opponent: Opponent, config: MistralConfig, micro_batch: int, che
     if checkpointing:
         kept = 2 * config.dim * config.n_layers * tokens
     else:
-        kept = activation_bytes_per_token(config, 2, lean=True) * tokens
+        kept = activation_bytes_per_token(config, 2, recompute=True) * tokens
     return opponent.state_bytes * parameters(config) + kept
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from halny.model.estimate import machines, sizes, step_time
 from halny.model.estimate.step_time import Cluster, Rates
-from halny.model.estimate.work import Sharding, Work
+from halny.model.estimate.work import Layout, Work
 from halny.model.mistral import MistralConfig
 
 H100 = machines.GPUS["NVIDIA H100 80GB HBM3"]
@@ -60,16 +60,16 @@ class Run:
 
     def predict(self, rates: Rates) -> float:
         cluster = Cluster(self.gpu, self.gpus, self.gpus_per_node, 450e9, self.nic_gbs * 1e9)
-        sharding = Sharding("", self.shards or self.gpus)
+        layout = Layout(self.shards or self.gpus, self.gpus // (self.shards or self.gpus))
         return step_time.tokens_per_second(
-            self.work, step_time.step(self.work, cluster, sharding, rates, communicators=1)
+            self.work, step_time.step(self.work, cluster, layout, rates, communicators=1)
         )
 
 
 def mpt(gpus: int, published: float) -> Run:
     return Run(
         "llm-foundry", f"MPT-7B, 6 x 2048, {gpus} H100", published,
-        Work(MPT_7B, 6, 2048, lean=False), gpus, LLM_FOUNDRY,
+        Work(MPT_7B, 6, 2048, recompute=False), gpus, LLM_FOUNDRY,
         "50 GB/s a GPU between nodes; fp32 reductions",
     )  # fmt: skip
 
@@ -81,7 +81,7 @@ def llama3(gpus: int, published: float) -> Run:
     share = again / sizes.layer_matmul_parameters(config)
     return Run(
         "torchtitan", f"Llama 3.1 8B, 2 x 8192, {gpus} H100", published,
-        Work(config, 2, 8192, lean=False, recomputed=share), gpus, TORCHTITAN,
+        Work(config, 2, 8192, recompute=False, recomputed_matmuls=share), gpus, TORCHTITAN,
         f"selective recompute is every second product, {share:.0%} of a forward; its 2.4 TB/s are in the model, its "
         "limit of 500 W is not",
         gpu=H100_HBM2E,
@@ -94,17 +94,18 @@ RUNS = [
     mpt(256, 10119),
     mpt(512, 9670),
     Run("llm-foundry", "MPT-7B, 16 x 4096, 8 H100", 8611, Work(replace(MPT_7B, max_seq_len=4096), 16, 4096, 2,
-        lean=False, recomputed=1.0, recomputes_attention=True), 8, LLM_FOUNDRY, "activation checkpointing is full"),
+        recompute=False, recomputed_matmuls=1.0, recomputes_attention=True), 8, LLM_FOUNDRY,
+        "activation checkpointing is full"),
     Run("fms-fsdp", "Llama 2 7B, 2 x 4096, 96 H100", 9600,
-        Work(LLAMA2_7B, 2, 4096, lean=False, reduce_bytes=2), 96, FMS_FSDP,
+        Work(LLAMA2_7B, 2, 4096, recompute=False, reduce_bytes=2), 96, FMS_FSDP,
         "HSDP 8 x 12; 800 Gb/s a node, 12.5 GB/s a GPU; bf16 reductions, its mixed-precision policy",
         nic_gbs=12.5, shards=8),
     llama3(8, 6667),
     llama3(128, 6514),
-    Run("OLMo-core", "OLMo 2 7B, 2 x 4096, 64 H100", 9850, Work(OLMO2_7B, 2, 4096, lean=False), 64,
+    Run("OLMo-core", "OLMo 2 7B, 2 x 4096, 64 H100", 9850, Work(OLMO2_7B, 2, 4096, recompute=False), 64,
         "its team's figure of about 9,700 to 10,000, 47 to 48% MFU; the middle is taken",
         "number of GPUs, micro batch and sharding, which are not published with it; no recompute"),
-    Run("ALLaMo", "Bielik-7B-v0.1, 4 x 4096, 256 GH200", 9200, Work(MISTRAL_7B, 4, 4096, lean=False), 256,
+    Run("ALLaMo", "Bielik-7B-v0.1, 4 x 4096, 256 GH200", 9200, Work(MISTRAL_7B, 4, 4096, recompute=False), 256,
         BIELIK + " (\"exceeding 9200\")",
         "25 GB/s a GPU; no recompute of matrix products, with which this rate would be above all published ones",
         gpu=GH200, gpus_per_node=4, nic_gbs=25),

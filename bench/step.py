@@ -55,12 +55,15 @@ from bench.lib.results import new_result, results_folder, write_json, write_resu
 from bench.lib.steps import MODE_LABELS, SIZES, memory_figures, random_tokens, steady_steps, step_figures, step_words
 from halny.model.data.batches import Batch
 from halny.model.estimate import choices, machines, plan, roofline, step_time
-from halny.model.estimate.memory import RESERVED, memory_estimate, one_rank_memory
+from halny.model.estimate.memory import RESERVED, memory_estimate
 from halny.model.estimate.sizes import parameters
-from halny.model.estimate.work import Sharding, Work
+from halny.model.estimate.work import ALONE, Layout, Work
 from halny.model.exits import Refused
 from halny.model.mistral import PRESETS, MistralConfig
 from halny.model.record import breakdown
+from halny.model.run.optimizer import Guard
+from halny.model.run.ranks import World, start_distributed
+from halny.model.run.resolve import DTYPES, resolve
 
 SEQ_LEN = 4096
 TRACE_BYTES = 15 * 2**20
@@ -158,10 +161,10 @@ def sizes(bench: Bench, case: Case, layers: int | None, micro_batch: int | None)
 
 
 def estimated_bytes(case: Case, model: MistralConfig, micro_batch: int) -> int:
-    """The least that a rank needs at the peak, everything gathered or made again, and the stand-in's buffers."""
+    """The least that a rank needs at the peak, everything gathered again or recomputed, and the stand-in's buffers."""
     if case.mode == "one-gpu":
-        return one_rank_memory(model, micro_batch, SEQ_LEN, case.moments, case.accumulation).total
-    total = memory_estimate(model, RANKS, micro_batch, SEQ_LEN, compute_bytes=2, lean=True).total
+        return memory_estimate(Work(model, micro_batch, SEQ_LEN, case.accumulation, moments=case.moments), ALONE).total
+    total = memory_estimate(Work(model, micro_batch, SEQ_LEN), Layout(RANKS)).total
     return total + StandIn.bytes_for(model, RANKS, 2)
 
 
@@ -175,7 +178,7 @@ class Step:
     """Model, optimizer and a few batches of random tokens, made by train.py's own functions."""
 
     def __init__(
-        self, bench: Bench, world: train.World, case: Case, model: MistralConfig, micro_batch: int,
+        self, bench: Bench, world: World, case: Case, model: MistralConfig, micro_batch: int,
         reshard: str | None = None,
     ):  # fmt: skip
         self.config, self.micro_batch, self.world, self.accumulation = model, micro_batch, world, case.accumulation
@@ -186,11 +189,12 @@ class Step:
             moments=case.moments,
             dtype="bf16" if case.mode == "one-gpu" else None,  # on a CPU too: its path is another than fp32's
         )  # fmt: skip
-        resolved = train.resolve(recipe, world)
-        self.plan = replace(resolved, model=model, work=replace(resolved.work, config=model))
-        self.recipe, self.layout, self.whole = self.plan.recipe, self.plan.layout, self.plan.whole
+        resolved = resolve(recipe, world)
+        decision = replace(resolved.decision, work=replace(resolved.work, config=model))
+        self.plan = replace(resolved, model=model, decision=decision)
+        self.recipe, self.layout = self.plan.recipe, self.plan.layout
         self.model = train.build_model(self.plan, world)
-        dtype = train.DTYPES[self.recipe.dtype]
+        dtype = DTYPES[self.recipe.dtype]
         self.stand_in = StandIn(model, world.size, dtype, world.device).on(self.model) if world.size > 1 else None
         with torch.no_grad():  # much as train.fill_model, which draws on the CPU, at 7B for a while
             for name, parameter in self.model.named_parameters():
@@ -199,7 +203,7 @@ class Step:
             self.model.init_buffers()
         self.optimizer = train.build_optimizer(self.model, self.recipe)
         train.begin_computing(self.model, self.optimizer)
-        self.guard, self.n_steps = train.Guard(self.recipe.spike, self.recipe.skip_spikes, world.device), 0
+        self.guard, self.n_steps = Guard(self.recipe.spike, self.recipe.skip_spikes, world.device), 0
         shape = (4, micro_batch, self.seq_len + 1)
         self.batches = [
             Batch(rows[:, :-1].contiguous(), rows[:, 1:].contiguous(), lengths=[self.seq_len] * micro_batch)
@@ -219,7 +223,7 @@ class Step:
     def loss(self) -> float:
         """Of the last step. Raises RuntimeError if its update was skipped: a step that trains nothing is no step."""
         loss_sum, n_targets, *_, verdict, _ = self.totals.tolist()
-        if verdict % 2:  # as train.Guard counts
+        if verdict % 2:  # as the guard counts
             raise RuntimeError("the last update was skipped, as a loss or norm was not finite: what ran is no training")
         return loss_sum / n_targets
 
@@ -229,7 +233,7 @@ class Step:
 
     def estimated_bytes(self) -> int:
         """The trainer's estimate for what this step keeps and gathers, and the stand-in's buffers."""
-        estimate = sum(self.plan.memory.values())
+        estimate = sum(self.plan.decision.memory.values())
         return estimate + (self.stand_in.source.nbytes + self.stand_in.target.nbytes if self.stand_in else 0)
 
     def floors(self, ceiling: dict, copy_gb_s: float, attention_flops: float) -> breakdown.Floors:
@@ -239,11 +243,10 @@ class Step:
             f"measured beside it: matmuls at {ceiling['tflop_s']:,.0f} TFLOP/s (cuBLAS, these shapes), all else at "
             f"{copy_gb_s:,.0f} GB/s (copy); assumed: attention at {attention_flops / 1e12:,.0f} TFLOP/s",
         )  # fmt: skip
-        sharding = None if self.whole else Sharding.of(self.layout)
-        return breakdown.floors(self.plan.work, speeds, sharding, stand_in=self.stand_in is not None)
+        return breakdown.floors(self.plan.work, speeds, self.layout, stand_in=self.stand_in is not None)
 
 
-def build(bench: Bench, world: train.World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:
+def build(bench: Bench, world: World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:
     """The first of the candidates whose first two steps fit the memory, and what was tried before it."""
     tried: list[str] = []
     for i, (model, micro_batch) in enumerate(candidates):
@@ -275,7 +278,7 @@ def measured(bench: Bench, case: Case, given: argparse.Namespace, save: Callable
             torch.cuda.set_device(bench.device)
         world = one_of(RANKS, bench.device, NODE)
     else:
-        world = train.start_distributed(deadline=600)
+        world = start_distributed(deadline=600)
     candidates = sizes(bench, case, given.layers, given.micro_batch)
     row = {"case": case.name, "mode": case.mode, "moments": case.moments, "status": "failed", "reason": ""}
     row["label"] = label(case, *candidates[0], SEQ_LEN, bench.smoke)
@@ -291,7 +294,7 @@ def measured(bench: Bench, case: Case, given: argparse.Namespace, save: Callable
         "label": label(case, step.config, step.micro_batch, step.seq_len, bench.smoke),
         "n_layers": step.config.n_layers, "micro_batch": step.micro_batch, "seq_len": step.seq_len,
         "accumulation": step.accumulation, "n_parameters": parameters(step.config), "tried": tried,
-        "sharding": "none" if step.whole else Sharding.of(step.layout).name,
+        "sharding": step.layout.name,
         "recomputed": choices.recomputed(step.plan.work),
         "ceiling_before": before, "copy_gb_s": copy_gb_s,
     }  # fmt: skip
@@ -386,7 +389,7 @@ def calculated(device: str) -> list[dict]:
             chosen = plan.choose(work, cluster)
             work = chosen.work
             steps = [
-                step_time.step(work, cluster, chosen.sharding, step_time.RATES[rates]) for rates in ("good", "leading")
+                step_time.step(work, cluster, chosen.layout, step_time.RATES[rates]) for rates in ("good", "leading")
             ]
             rates = [step_time.tokens_per_second(work, step) for step in steps]
             flops = roofline.flops_per_token(work.config, SEQ_LEN), roofline.palm_flops_per_token(work.config, SEQ_LEN)
@@ -394,9 +397,9 @@ def calculated(device: str) -> list[dict]:
             rows.append({
                 "case": f"model-of-256 {name} {nic:g}", "mode": "model-of-256", "moments": "fp32", "status": "ok",
                 "reason": "", "label": f"{MODE_LABELS['model-of-256']}, {stated}: Mistral-7B, 4 x {SEQ_LEN}, "
-                f"{chosen.sharding.name}, rates from good to leading",
+                f"{chosen.name}, rates from good to leading",
                 "n_layers": work.config.n_layers, "micro_batch": 4, "seq_len": SEQ_LEN,
-                "sharding": chosen.sharding.name,
+                "sharding": chosen.name,
                 "range": {
                     "tokens_per_second": rates,
                     "step_ms": [1e3 * step.total for step in steps],

@@ -13,7 +13,7 @@ resumed by the same command, it must come to the losses of a second run that nob
 does not repeat itself to the bit, the steps before the stop show that, and those after it may not differ by more than
 ``FACTOR`` times as much. In it are --profile, a checkpoint on the way, evaluations, export, curves and sample.txt.
 
-**FSDP** does the same over NCCL, on one rank: that takes fp32 (sharding.is_whole), so two narrower layers and shorter
+**FSDP** does the same over NCCL, on one rank: that takes fp32 (estimate/choices.py), so two narrower layers and shorter
 samples.
 
 **preflight** may say go or no-go; both are answers. **The export** is read by transformers and by

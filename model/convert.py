@@ -11,16 +11,12 @@ Saving. Which tensor goes into which file follows from the shapes, so rank 0 kno
 one file's tensors at a time; parameters are gathered one by one, and the other ranks drop what they gather. When rank 0
 fails it goes on gathering, because the others would wait for it forever, and all raise together at the end.
 
-A save is whole or absent. It grows under ``.NAME.partial-HOST-PID`` beside its target, is synced to disk and then
-renamed into place. An older export is renamed to ``.NAME.replaced-HOST-PID`` first and deleted last; a process killed
-between the two renames leaves the old one under that name, and the next save puts it back before it begins.
+A save is whole or absent (durable.py), and replaces nothing but an earlier export.
 """
 
-import json
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -38,8 +34,20 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from halny.model.durable import sync
+from halny.model.durable import move_into_place, partial_folder, sync, write_json
+from halny.model.hf_folder import (
+    CONFIG,
+    GENERATION_CONFIG,
+    INDEX,
+    SINGLE,
+    check_replaceable,
+    few,
+    hf_config,
+    read_hf_config,
+    read_json,
+)
 from halny.model.mistral import Mistral, MistralConfig, local_rows
+from halny.model.tokenizer_files import tokenizer_files
 
 # Ours: Hugging Face's, whose rows follow one another in ours, each with its shape. v vocabulary, d model width,
 # q channels of all query heads, k channels of all key (or value) heads, f MLP width.
@@ -63,45 +71,9 @@ TABLE: dict[str, dict[str, str]] = {
 }
 IGNORED = re.compile(r".*\.rotary_emb\.inv_freq")  # a buffer that old versions of transformers exported
 
-# MistralConfig's fields: the key of config.json, and what transformers takes where it is absent.
-FIELDS: dict[str, tuple[str, int | float | None]] = {
-    "vocab_size": ("vocab_size", 32000),
-    "dim": ("hidden_size", 4096),
-    "n_layers": ("num_hidden_layers", 32),
-    "n_heads": ("num_attention_heads", 32),
-    "n_kv_heads": ("num_key_value_heads", 8),  # null: n_heads
-    "head_dim": ("head_dim", None),  # null: dim // n_heads
-    "hidden_dim": ("intermediate_size", 14336),
-    "window": ("sliding_window", 4096),
-    "max_seq_len": ("max_position_embeddings", 131072),
-    "norm_eps": ("rms_norm_eps", 1e-6),
-    "bos_id": ("bos_token_id", 1),
-    "eos_id": ("eos_token_id", 2),
-    "rope_theta": ("rope_theta", 10000.0),  # in transformers 5 inside rope_parameters
-}
-# Keys of config.json under which the computation is Mistral's for these values only. Absent is fine.
-ONLY = {
-    "hidden_act": ("silu",),
-    "tie_word_embeddings": (False, None),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "attention_dropout": (0, None),
-    "rope_scaling": (None, {}),
-    "partial_rotary_factor": (1, None),
-    "quantization_config": (None,),
-}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # either is a tokenizer; the rest below only accompany one
-TOKENIZER_FILES = (
-    *TOKENIZERS,
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-)
 MAX_SHARD_BYTES = 5_000_000_000
-EXPORT_FILES = {SINGLE, INDEX, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES}  # and SHARD: all that save_hf ever writes
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
 class Piece(NamedTuple):
@@ -131,61 +103,6 @@ def pieces(config: MistralConfig) -> Iterator[tuple[str, list[Piece]]]:
 
 
 # ---- loading
-
-
-def read_hf_config(path: str | Path) -> MistralConfig:
-    """``transformers.MistralConfig.from_pretrained(path)`` as a MistralConfig, without transformers.
-
-    Reads the old top-level ``rope_theta`` and transformers 5's ``rope_parameters``; absent keys take transformers'
-    defaults. Of several end-of-sequence ids the first is kept.
-
-    Raises ValueError, naming the file, key and value, for a folder or config.json that is missing or not JSON, and for
-    what is not plain Mistral: another model type, architecture or activation, RoPE scaling, tied embeddings, biases,
-    attention dropout, layers of differing kinds, quantisation.
-    """
-    if not Path(path).is_dir():
-        raise ValueError(f"{path} is not a folder")
-    file = Path(path) / CONFIG
-    if not file.is_file():
-        raise ValueError(f"{path} has no {CONFIG}, so it is not a Hugging Face model folder")
-    hf = _read_json(file)
-
-    def refuse(key: str, why: str = "halny does not support that"):
-        raise ValueError(f"{file}: {key} is {hf.get(key)!r}; {why}")
-
-    if hf.get("model_type") != "mistral":
-        refuse("model_type", "it must be 'mistral'")
-    if hf.get("architectures") not in (None, ["MistralForCausalLM"]):
-        refuse("architectures", "it must be ['MistralForCausalLM']")
-    for key, allowed in ONLY.items():
-        if key in hf and hf[key] not in allowed:
-            refuse(key)
-    rope = hf.get("rope_parameters") or {}
-    plain = isinstance(rope, dict) and rope.keys() <= {"rope_type", "rope_theta"}
-    if not plain or rope.get("rope_type", "default") != "default":
-        refuse("rope_parameters", "halny has no RoPE scaling: only rope_type 'default' with a rope_theta")
-
-    fields = {ours: hf.get(key, default) for ours, (key, default) in FIELDS.items()}
-    if rope.get("rope_theta") is not None:
-        if "rope_theta" in hf and hf["rope_theta"] != rope["rope_theta"]:
-            refuse("rope_theta", f"but in rope_parameters it is {rope['rope_theta']!r}")
-        fields["rope_theta"] = rope["rope_theta"]
-    dim, n_heads = fields["dim"], fields["n_heads"]
-    if fields["n_kv_heads"] is None:
-        fields["n_kv_heads"] = n_heads
-    if fields["head_dim"] is None and isinstance(dim, int) and isinstance(n_heads, int) and n_heads:
-        fields["head_dim"] = dim // n_heads
-    if isinstance(fields["eos_id"], list) and fields["eos_id"]:
-        fields["eos_id"] = fields["eos_id"][0]
-    try:
-        config = MistralConfig(**fields)
-    except ValueError as error:  # with the file's own names
-        message = re.sub(r"\w+", lambda word: FIELDS.get(word[0], word)[0], str(error))
-        raise ValueError(f"{file}: {message}") from None
-    kind = "full_attention" if config.window is None else "sliding_attention"
-    if hf.get("layer_types") not in (None, [kind] * config.n_layers):
-        refuse("layer_types", f"with sliding_window {config.window} each of {config.n_layers} must be {kind!r}")
-    return config
 
 
 def load_hf(path: str | Path, dtype: torch.dtype | None = None) -> Mistral:
@@ -256,7 +173,7 @@ def _read_headers(path: str | Path, config: MistralConfig) -> dict[str, _Header]
         with _opened(file) as opened:
             held = {name for name in opened.keys() if not IGNORED.fullmatch(name)}  # noqa: SIM118, it is no dict
             if indexed is not None and held != indexed:
-                wrong = _few(indexed - held) if indexed - held else _few(held - indexed)
+                wrong = few(indexed - held) if indexed - held else few(held - indexed)
                 verb = "lacks" if indexed - held else "holds"
                 raise ValueError(f"{file} {verb} {wrong}, against what {INDEX} says")
             for name in sorted(held):
@@ -269,15 +186,15 @@ def _read_headers(path: str | Path, config: MistralConfig) -> dict[str, _Header]
 
     expected = {piece.hf_name: piece.shape for _, placed in pieces(config) for piece in placed}
     if missing := expected.keys() - headers.keys():
-        problems.append(f"missing {_few(missing)}")
+        problems.append(f"missing {few(missing)}")
     if extra := headers.keys() - expected.keys():
-        problems.append(f"unexpected {_few(extra)}")
+        problems.append(f"unexpected {few(extra)}")
     if wrong := {
         f"{name} is {list(headers[name].shape)} and not {list(shape)}"
         for name, shape in expected.items()
         if name in headers and headers[name].shape != shape
     }:
-        problems.append(f"misshapen {_few(wrong)}")
+        problems.append(f"misshapen {few(wrong)}")
     if problems:
         raise ValueError(f"{path} does not hold the tensors that its {CONFIG} describes: {'; '.join(problems)}")
     return headers
@@ -294,7 +211,7 @@ def _list_files(folder: Path) -> dict[Path, set[str] | None]:
                 "convert it to safetensors first (transformers' save_pretrained does)"
             )
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
-    weight_map = _read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map")
     files: dict[Path, set[str]] = {}
@@ -305,7 +222,7 @@ def _list_files(folder: Path) -> dict[Path, set[str] | None]:
         if not IGNORED.fullmatch(name):
             files[folder / file].add(name)
     if absent := {file.name for file in files if not file.is_file()}:
-        raise ValueError(f"{folder / INDEX} names files that are not there: {_few(absent)}")
+        raise ValueError(f"{folder / INDEX} names files that are not there: {few(absent)}")
     return files
 
 
@@ -339,16 +256,6 @@ def _opened(file: Path):
             yield opened
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated, corrupt or not a safetensors file ({error})") from None
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON and of UTF-8 alike
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
-    return content
 
 
 # ---- saving
@@ -400,7 +307,8 @@ def save_hf(
         if writes:
             stored = {name: dtype or parameter.dtype for name, parameter in model.named_parameters()}
             _write(model.config, stored, tensors, partial, tokenizer, max_shard_bytes)
-            _move_into_place(partial, target)
+            check_replaceable(target)  # again: writing took a while
+            move_into_place(partial, target)
     except Exception as caught:
         error = caught
     finally:
@@ -437,7 +345,8 @@ def write_hf(
     )
     try:
         _write(config, {name: dtype for name, _ in pieces(config)}, tensors, partial, tokenizer, max_shard_bytes)
-        _move_into_place(partial, target)
+        check_replaceable(target)  # again: writing took a while
+        move_into_place(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # renamed away by now, if all went well
 
@@ -486,9 +395,9 @@ def _write(
     def file_of(hf_name: str) -> str:
         return SINGLE if n_files == 1 else f"model-{numbers[hf_name]:05}-of-{n_files:05}.safetensors"
 
-    _write_json(partial / CONFIG, _hf_config(config, reduce(torch.promote_types, stored.values())))
+    write_json(partial / CONFIG, hf_config(config, reduce(torch.promote_types, stored.values())))
     ids = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id}
-    _write_json(partial / GENERATION_CONFIG, {"_from_model_config": True, **ids})
+    write_json(partial / GENERATION_CONFIG, {"_from_model_config": True, **ids})
     for file, in_file in groupby(tensors, key=lambda item: file_of(item[0])):
         # transformers refuses a file whose metadata does not name the format
         held = {hf_name: tensor.cpu().contiguous() for hf_name, tensor in in_file}
@@ -498,115 +407,21 @@ def _write(
         del held  # before the next file's are gathered
     if n_files > 1:
         weight_map = {hf_name: file_of(hf_name) for hf_name in sorted(numbers)}
-        _write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for name in _tokenizer_files(tokenizer):
+        write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for name in [] if tokenizer is None else tokenizer_files(Path(tokenizer)):
         shutil.copyfile(Path(tokenizer) / name, partial / name)
         sync(partial / name)
     sync(partial)
 
 
-def _hf_config(config: MistralConfig, dtype: torch.dtype) -> dict:
-    """config.json, with the keys of transformers 4 (rope_theta, torch_dtype) and 5 (rope_parameters, dtype)."""
-    name = str(dtype).removeprefix("torch.")
-    return {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        **{key: getattr(config, ours) for ours, (key, _) in FIELDS.items()},
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "hidden_act": "silu",
-        "attention_dropout": 0.0,
-        "tie_word_embeddings": False,
-        "initializer_range": 0.02,
-        "use_cache": True,
-        "dtype": name,
-        "torch_dtype": name,
-    }
-
-
 def _begin(target: Path, tokenizer: str | Path | None) -> Path:
-    """Check that target may be written, tidy up after dead processes, and make the partial folder."""
-    _tokenizer_files(tokenizer)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    leftover = re.compile(re.escape(f".{target.name}.") + r"(partial|replaced)-(.+)-(\d+)")
-    for entry in sorted(target.parent.iterdir()):
-        match = leftover.fullmatch(entry.name)
-        if match is None or _is_alive(match[2], int(match[3])):
-            continue
-        if match[1] == "replaced" and not target.exists():
-            os.rename(entry, target)
-        else:
-            shutil.rmtree(entry, ignore_errors=True)
+    """Check the tokenizer and that target may be written, and make the partial folder."""
+    if tokenizer is not None:
+        tokenizer_files(Path(tokenizer))
+    partial = partial_folder(target)  # first: it may put an older export back
     check_replaceable(target)
-    partial = _sibling(target, "partial")
     partial.mkdir()
     return partial
-
-
-def _move_into_place(partial: Path, target: Path) -> None:
-    if target.exists():
-        check_replaceable(target)  # again: writing took a while
-        replaced = _sibling(target, "replaced")
-        os.rename(target, replaced)
-        try:
-            os.rename(partial, target)
-        except BaseException:
-            os.rename(replaced, target)
-            raise
-        sync(target.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
-    else:
-        os.rename(partial, target)
-        sync(target.parent)
-
-
-def _sibling(target: Path, kind: str) -> Path:
-    return target.with_name(f".{target.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
-
-
-def _is_alive(host: str, pid: int) -> bool:
-    """Whether another process may still be at work; of other hosts' we cannot tell."""
-    if host != socket.gethostname():
-        return True
-    if pid == os.getpid():
-        return False  # an earlier process that had our number, as in a restarted container
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def check_replaceable(target: Path) -> None:
-    """ValueError unless ``save_hf`` may write there: nothing, an empty folder, or an earlier export and no more."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise ValueError(f"{target} is a file, so no export can be written there")
-    with os.scandir(target) as entries:
-        strangers = {
-            entry.name
-            for entry in entries
-            if not (entry.name in EXPORT_FILES or SHARD.fullmatch(entry.name))
-            or not entry.is_file(follow_symlinks=False)
-        }
-    if strangers:
-        raise ValueError(f"{target} is not replaced: it holds {_few(strangers)}, which is no part of an export")
-
-
-def _tokenizer_files(tokenizer: str | Path | None) -> list[str]:
-    if tokenizer is None:
-        return []
-    found = [name for name in TOKENIZER_FILES if (Path(tokenizer) / name).is_file()]
-    if not set(found) & set(TOKENIZERS):
-        raise ValueError(f"tokenizer {tokenizer} is not a folder with a {' or a '.join(TOKENIZERS)}")
-    return found
-
-
-def _write_json(file: Path, content: dict) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sync(file)
 
 
 # ---- both
@@ -632,9 +447,3 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 def _check_shard_bytes(n: int) -> None:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"max_shard_bytes must be a positive integer, got {n!r}")
-
-
-def _few(names: set[str]) -> str:
-    """At most three names, and how many more."""
-    first, rest = sorted(names)[:3], len(names) - 3
-    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")

@@ -3,6 +3,11 @@
 import hashlib
 import json
 import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -29,16 +34,78 @@ def in_words(n_bytes: float) -> str:
     return f"{n_bytes / 1e3:.0f} kB"
 
 
-def write_json(path: Path, value) -> None:
-    """Replace a JSON file in one step: a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+@contextmanager
+def replacing(path: Path, synced: bool = False) -> Iterator[Path]:
+    """A path beside ``path`` to write to. It takes that name when the block ends well, and goes away when it does not.
+
+    A reader sees the old file or the new one, never half of it; ``synced`` holds that through a power cut.
+    """
+    partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
     try:
-        with partial.open("w") as file:
-            json.dump(value, file, indent=2, default=str)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
+        if synced:
+            sync(partial)
         partial.replace(path)
-    except BaseException:
+    finally:
         partial.unlink(missing_ok=True)
-        raise
+
+
+def write_json(path: Path, value) -> None:
+    """Replace a JSON file in one step, through a power cut too."""
+    with replacing(path, synced=True) as partial:
+        partial.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def partial_folder(target: Path) -> Path:
+    """The path of a folder beside ``target`` to grow in, ``.NAME.partial-HOST-PID``; tidies up after dead processes.
+
+    One killed between the two renames of ``move_into_place`` leaves the old folder as ``.NAME.replaced-HOST-PID``; it
+    gets its name back.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    leftover = re.compile(re.escape(f".{target.name}.") + r"(partial|replaced)-(.+)-(\d+)")
+    for entry in sorted(target.parent.iterdir()):
+        match = leftover.fullmatch(entry.name)
+        if match is None or _is_alive(match[2], int(match[3])):
+            continue
+        if match[1] == "replaced" and not target.exists():
+            os.rename(entry, target)
+        else:
+            shutil.rmtree(entry, ignore_errors=True)
+    return _sibling(target, "partial")
+
+
+def move_into_place(partial: Path, target: Path) -> None:
+    """Give a folder its final name, in place of an older one."""
+    if target.exists():
+        replaced = _sibling(target, "replaced")
+        os.rename(target, replaced)
+        try:
+            os.rename(partial, target)
+        except BaseException:
+            os.rename(replaced, target)
+            raise
+        sync(target.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    else:
+        os.rename(partial, target)
+        sync(target.parent)
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.with_name(f".{target.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
+
+
+def _is_alive(host: str, pid: int) -> bool:
+    """Whether another process may still be at work; of other hosts' we cannot tell."""
+    if host != socket.gethostname():
+        return True
+    if pid == os.getpid():
+        return False  # an earlier process that had our number, as in a restarted container
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

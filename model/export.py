@@ -20,14 +20,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from halny.model.convert import TOKENIZERS, check_replaceable, pieces, write_hf
+from halny.model.convert import pieces, write_hf
 from halny.model.data.batches import parse_sources
 from halny.model.data.dataset import DataError
 from halny.model.durable import in_words
 from halny.model.estimate import sizes
 from halny.model.exits import FAILED, FINISHED, REFUSED, Failed, Refused
+from halny.model.hf_folder import check_replaceable
 from halny.model.mistral import MistralConfig
 from halny.model.run import checkpoint
+from halny.model.tokenizer_files import TOKENIZERS, has_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -79,10 +81,6 @@ def newest(source: Path) -> Path:
     if not found:
         raise Refused(f"{source} has no checkpoint yet")
     return found[-1]
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def find_tokenizer(path: Path, recipe: dict) -> Path | None:

@@ -34,15 +34,14 @@ from halny.model.data.documents import (
     ENDINGS,
     MAX_DOCUMENT_BYTES,
     Block,
-    Condition,
     Part,
     check_packages,
     ending,
     find_files,
-    parse_conditions,
     read_blocks,
 )
 from halny.model.data.encode import Encoded, Job, encoder_of_blocks
+from halny.model.data.keep import Condition, parse_conditions
 from halny.model.data.tokenizer import MISTRAL, Tokenizer, load_tokenizer
 from halny.model.data.workers import WorkerDied, ordered_map
 from halny.model.data.writer import SHARD_TOKENS, Writer, check_out, check_shard_tokens, new_folder

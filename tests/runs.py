@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 import train
+from halny.model.exits import REFUSED
 
 TESTS = Path(__file__).parent
 REPO = TESTS.parent
@@ -130,7 +131,7 @@ class Ranks:
         deadline = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.1, deadline - time.monotonic()))
-            if process.exitcode == train.REFUSED:  # torchrun then ends the others, who wait for it
+            if process.exitcode == REFUSED:  # torchrun then ends the others, who wait for it
                 for other in self.processes:
                     other.terminate()
         alive = [rank for rank, process in enumerate(self.processes) if process.is_alive()]

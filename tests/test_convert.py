@@ -15,8 +15,9 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from halny.model import convert
-from halny.model.convert import load_hf, load_hf_weights, read_hf_config, save_hf
+from halny.model import convert, hf_folder
+from halny.model.convert import load_hf, load_hf_weights, save_hf
+from halny.model.hf_folder import read_hf_config
 from halny.model.mistral import PRESETS, Mistral, MistralConfig
 
 SIZES = {
@@ -224,7 +225,7 @@ def test_config_of_mistral_7b(tmp_path):
 def test_absent_and_null_keys_mean_what_they_mean_to_transformers(tmp_path, given):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mistral", **given}))
     ours, theirs = read_hf_config(tmp_path), transformers.AutoConfig.from_pretrained(tmp_path)
-    for name, (key, _) in convert.FIELDS.items():
+    for name, (key, _) in hf_folder.FIELDS.items():
         want = theirs.rope_parameters["rope_theta"] if name == "rope_theta" else getattr(theirs, key)
         assert getattr(ours, name) == want, key
     edit_config(tmp_path, num_key_value_heads=None)  # transformers 4 only: as many as query heads
@@ -534,6 +535,7 @@ WORKER = """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     from halny.model import convert
+    from halny.model.hf_folder import read_hf_config
     from halny.model.mistral import Mistral, local_rows
 
     source, out = sys.argv[1], Path(sys.argv[2])
@@ -545,7 +547,7 @@ WORKER = """
         "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16),
     }
     with torch.device("meta"):
-        model = Mistral(convert.read_hf_config(source))
+        model = Mistral(read_hf_config(source))
     for layer in model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **options)

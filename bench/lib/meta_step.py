@@ -21,9 +21,10 @@ import train
 from halny.kernels import dispatch
 from halny.model.data.batches import Batch
 from halny.model.estimate import choices
-from halny.model.estimate.choices import activations
-from halny.model.estimate.work import Layout, Sharding, Work
+from halny.model.estimate.choices import Decision
+from halny.model.estimate.work import Layout, Work
 from halny.model.mistral import MistralConfig
+from halny.model.run.optimizer import Guard
 from halny.model.run.ranks import World
 
 META = torch.device("meta")
@@ -123,17 +124,20 @@ class Case:
         return [self.seq_len] * self.micro_batch
 
     @property
-    def layout(self) -> Layout:
-        return choices.choose_layout(
-            self.config, size=self.ranks, node_size=min(NODE, self.ranks), reshard=self.reshard,
-            micro_batch=self.micro_batch, seq_len=self.seq_len, lean=self.recompute != "never",
-            memory_bytes=self.memory_bytes,
+    def decision(self) -> Decision:
+        return choices.decide(
+            self.config, ranks=self.ranks, node=min(NODE, self.ranks), memory_bytes=self.memory_bytes,
+            seq_len=self.seq_len, share=self.micro_batch * self.accumulation, micro_batch=self.micro_batch,
+            reshard=self.reshard, recompute=self.recompute, moments=self.moments,
         )  # fmt: skip
 
     @property
+    def layout(self) -> Layout:
+        return self.decision.layout
+
+    @property
     def work(self) -> Work:
-        work = Work(self.config, self.micro_batch, self.seq_len, self.accumulation, moments=self.moments)
-        return activations(work, Sharding.of(self.layout), self.ranks, self.memory_bytes, self.recompute)[0]
+        return self.decision.work
 
     @property
     def window_hides(self) -> bool:
@@ -149,7 +153,7 @@ class Step:
         self.model = train.build_model(plan, world)
         self.optimizer = train.build_optimizer(self.model, self.recipe)
         train.begin_computing(self.model, self.optimizer)
-        self.guard = train.Guard(self.recipe.spike, self.recipe.skip_spikes, META)
+        self.guard = Guard(self.recipe.spike, self.recipe.skip_spikes, META)
         tokens = torch.empty(case.micro_batch, case.seq_len, dtype=torch.int64, device=META)
         self.batches = case.accumulation * [Batch(tokens, tokens, lengths=case.lengths)]
 

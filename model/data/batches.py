@@ -1,16 +1,10 @@
 """From token shards to the GPU: which tokens a step trains on, in which order, packed and mixed how.
 
     sample number -> (source, number within the source) -> row of that source -> tokens, labels, documents -> GPU
+      order.py         order.py: mixtures by weight            rows.py                  here
 
-Every arrow but the last is a pure function of (seed, sample number). There is no state to save and no world size in
-it: the whole position of a run in its data is its step number, so a resumed run reads what it would have read, on any
-number of ranks that divides the batch. The file reads in the order of the arrows:
-
-    the order of samples    a permutation an epoch, of which nothing is stored
-    mixtures                several sources, each by its weight
-    rows                    seq_len positions: windows of the concatenated stream, or whole documents packed best-fit
-    the corpus              what --data names, opened: sources, their weights and rows
-    batches                 rows as tensors, and a thread that makes them ahead
+Every arrow but the last is a pure function of (seed, sample number). Here are the corpus (what --data names, opened:
+sources, their weights and rows) and the batches: rows as tensors, and a thread that makes them ahead.
 """
 
 import hashlib

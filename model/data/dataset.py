@@ -10,10 +10,6 @@ A data folder holds, for each split ("train", and "val" where documents were hel
 A shard holds whole documents only: one that does not fit starts the next shard, one longer than a shard gets a larger
 shard of its own. Nothing in the folder depends on time, place or machine: the same input gives the same bytes.
 
-The folder is written beside its final name as ``.NAME.partial``, each file synced, the manifest last, and then renamed:
-under the final name it is complete or absent. The partial folder is locked while its process lives (flock on the
-directory itself, so that there is no lock file to leave behind); a dead one's is emptied and used.
-
 Read as well, by `open_dataset`: raw .bin files of token ids, as nanoGPT and ALLaMo (ids alone) and llm.c (behind a
 header of 256 int32: a magic number, a version, the number of ids) write them.
 """
@@ -32,10 +28,10 @@ from typing import NamedTuple
 import numpy as np
 
 from halny.model.durable import sha256
+from halny.model.tokenizer_files import TOKENIZER_FILES
 
 FORMAT, VERSION = "halny-tokens", 1
 SPLITS = ("train", "val")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 CHUNK = 1 << 22  # tokens looked at in one go
 AGAIN = "prepare it again with python -m halny.model.prepare_data"
 RESTORE = "restore it as it was, and the same command continues the run"
@@ -45,7 +41,7 @@ class DataError(ValueError):
     """Input, output or a data folder that cannot be used: one line that names the file and what to do."""
 
 
-def tokenizer_files(folder: Path) -> dict[str, bytes]:
+def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
     return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
 
 
@@ -59,9 +55,6 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def to_json(value: dict, indent: int | None = None) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=indent).encode() + b"\n"
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def is_dataset(path: Path) -> bool:

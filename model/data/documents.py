@@ -14,22 +14,18 @@ before it. Refused always: what is wrong with a file as a whole (none of that na
 with a flag.
 """
 
-import datetime
-import decimal
 import gzip
 import json
-import math
-import operator
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from halny.model.data.dataset import DataError, one_line
+from halny.model.data.keep import Condition, Dropped, first_failed
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 BOM = b"\xef\xbb\xbf"
@@ -143,7 +139,7 @@ def check_packages(files: Iterable[tuple[int, Path]]) -> None:
 # --- main process: blocks ---------------------------------------------------------------------------------------------
 
 
-def read_blocks(files: Iterable[tuple[int, Path]], text_key: str, keep: "list[Condition]") -> Iterator[Block]:
+def read_blocks(files: Iterable[tuple[int, Path]], text_key: str, keep: list[Condition]) -> Iterator[Block]:
     """The blocks of all files in order; DataError where the disk or the network fails."""
     together, source_before, size_together = [], 0, 0  # small .txt files share a block
 
@@ -240,7 +236,7 @@ def _reader(raw, kind: str) -> tuple[Callable[[int], bytes], int]:
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd").read, min(BLOCK_BYTES, 1 << 16)
 
 
-def _read_rows(file: Path, text_key: str, keep: "list[Condition]") -> Iterator[tuple[Part, int]]:
+def _read_rows(file: Path, text_key: str, keep: list[Condition]) -> Iterator[tuple[Part, int]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -291,7 +287,7 @@ def _is_text(kind) -> bool:
 # --- workers: documents -----------------------------------------------------------------------------------------------
 
 
-def documents(part: Part, text_key: str, keep: "list[Condition]") -> Iterator["str | Fault | Dropped"]:
+def documents(part: Part, text_key: str, keep: list[Condition]) -> Iterator[str | Fault | Dropped]:
     """What a part holds, one after the other: texts, faults, and documents that --keep drops."""
     if isinstance(part.data, Fault):
         yield part.data
@@ -306,7 +302,7 @@ def documents(part: Part, text_key: str, keep: "list[Condition]") -> Iterator["s
                 yield _guarded(_text_of_line, line, text_key, f"{part.file}:{number}", keep)
 
 
-def _guarded(make, *arguments) -> "str | Fault | Dropped":
+def _guarded(make, *arguments) -> str | Fault | Dropped:
     try:
         return make(*arguments)
     except Fault as fault:
@@ -329,7 +325,7 @@ def _text_of_file(raw: bytes, file: str) -> str:
     return _not_empty(_decode(raw, file, 1), f"{file}:1")
 
 
-def _text_of_line(raw: bytes, text_key: str, where: str, keep: "list[Condition]") -> "str | Dropped":
+def _text_of_line(raw: bytes, text_key: str, where: str, keep: list[Condition]) -> str | Dropped:
     mend = "mend or remove the line"
     try:
         record = json.loads(_decode(raw, where))
@@ -355,7 +351,7 @@ def _text_of_line(raw: bytes, text_key: str, where: str, keep: "list[Condition]"
     return first_failed(keep, record) or _not_empty(text, where)
 
 
-def _text_of_row(raw: bytes | None, record: dict, where: str, keep: "list[Condition]") -> "str | Dropped":
+def _text_of_row(raw: bytes | None, record: dict, where: str, keep: list[Condition]) -> str | Dropped:
     if raw is None:
         raise Fault("null", f"{where}: the text of this row is null; remove the row")
     if len(raw) > MAX_DOCUMENT_BYTES:
@@ -367,87 +363,3 @@ def _not_empty(text: str, where: str) -> str:
     if not text:
         raise Fault("empty", f"{where}: an empty document; remove it")
     return text
-
-
-# --- --keep -----------------------------------------------------------------------------------------------------------
-
-
-class Dropped(NamedTuple):
-    reason: str
-
-
-@dataclass(frozen=True)
-class Condition:
-    """`--keep KEY=VALUE`: documents whose metadata fulfil it stay. Operators: = != > >= < <=.
-
-    = and != compare strings, or numbers with a JSON number, or JSON as it is written ("true"); the others compare
-    numbers. KEY is a key or column, or leads into nested objects by dots. A document without the key, or with null
-    there, is dropped.
-    """
-
-    text: str
-    key: str
-    operator: str
-    value: str
-
-    def column(self, names: list[str]) -> str | None:
-        """The column of a table that holds the key."""
-        return next((name for name in (self.key, self.key.split(".")[0]) if name in names), None)
-
-    def find(self, record: dict) -> Any:
-        if self.key in record:
-            return record[self.key]
-        value = record
-        for name in self.key.split("."):
-            value = value.get(name) if isinstance(value, dict) else None
-        return value
-
-    def holds(self, found: Any) -> bool:
-        if isinstance(found, bytes | datetime.date):  # of parquet: binary text, dates and times as they are written
-            found = found.decode("utf-8", "replace") if isinstance(found, bytes) else str(found)
-        left, right = _number(found), _number(self.value)
-        if self.operator in ("=", "!="):
-            if isinstance(found, str):
-                equal = found == self.value
-            elif left is not None and right is not None:
-                equal = left == right
-            else:
-                equal = json.dumps(found, ensure_ascii=False, default=str) == self.value
-            return equal == (self.operator == "=")
-        compare = {">": operator.gt, ">=": operator.ge, "<": operator.lt, "<=": operator.le}[self.operator]
-        return left is not None and compare(left, right)
-
-
-def parse_conditions(texts: Iterable[str]) -> list[Condition]:
-    conditions = []
-    for text in texts:
-        example = "write KEY=VALUE, for example quality=HIGH or 'quality_prob>0.9'"
-        match = re.fullmatch(r"\s*([^=!<>]*[^=!<>\s])\s*(!=|>=|<=|=|>|<)\s*([^=!<>].*?|)\s*", text, re.DOTALL)
-        if not match:
-            raise DataError(f"--keep {text!r}: not a condition; {example}")
-        if match[2] not in ("=", "!=") and _number(match[3]) is None:
-            raise DataError(f"--keep {text!r}: {match[2]} compares numbers, and {match[3]!r} is none; {example}")
-        conditions.append(Condition(f"{match[1]}{match[2]}{match[3]}", *match.groups()))
-    return conditions
-
-
-def first_failed(keep: list[Condition], record: dict) -> Dropped | None:
-    for condition in keep:
-        if (found := condition.find(record)) is None:
-            return Dropped(f"no {condition.key}")
-        if not condition.holds(found):
-            return Dropped(f"not {condition.text}")
-    return None
-
-
-def _number(value: Any) -> float | int | None:
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError:
-            return None
-    if isinstance(value, decimal.Decimal):
-        value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        return None
-    return value

@@ -8,7 +8,8 @@ from functools import partial
 
 import numpy as np
 
-from halny.model.data.documents import Block, Condition, Dropped, Fault, documents
+from halny.model.data.documents import Block, Fault, documents
+from halny.model.data.keep import Condition, Dropped
 from halny.model.data.tokenizer import Encoder, Tokenizer
 
 

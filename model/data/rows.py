@@ -4,8 +4,6 @@ import numpy as np
 
 from halny.model.data.dataset import AGAIN, DataError, TokenStream
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
 
 class Windows:
     """The rows of a stream, cut every seq_len positions: row i predicts tokens i seq_len + 1 .. (i + 1) seq_len.

@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from halny.model.data.dataset import DataError, one_line, to_json, token_dtype, tokenizer_files
+from halny.model.data.dataset import DataError, one_line, read_tokenizer_files, to_json, token_dtype
 from halny.model.durable import sha256
 
 MISTRAL = "mistral-v0.1"
@@ -203,7 +203,7 @@ def load_tokenizer(tokenizer: str | Path) -> Tokenizer:
         loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         with tempfile.TemporaryDirectory() as saved:
             loaded.save_pretrained(saved)
-            files = tokenizer_files(Path(saved))
+            files = read_tokenizer_files(Path(saved))
     except Exception as error:  # a broken file makes transformers and tokenizers raise nearly anything
         raise DataError(
             f"--tokenizer {tokenizer}: cannot be read ({one_line(error)}); save it again or name another"
@@ -263,3 +263,10 @@ def mistral_tokenizer() -> Tokenizer:
     }
     files = {"tokenizer.json": fast.to_str().encode(), "tokenizer_config.json": to_json(config)}
     return Tokenizer(MISTRAL, files, len(pieces), sp.bos_id(), sp.eos_id())
+
+
+def decode(tokenizer: Path, ids: list[int]) -> str:
+    """The text of these ids, by the tokenizer.json in a folder."""
+    from tokenizers import Tokenizer as Backend
+
+    return Backend.from_file(str(tokenizer / "tokenizer.json")).decode(ids)

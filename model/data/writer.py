@@ -1,6 +1,8 @@
-"""Writing a folder of token shards: all of it appears at once under its name, or nothing does.
+"""Writing a folder of token shards, in dataset.py's format: all of it appears at once under its name, or nothing does.
 
-The format is dataset.py's.
+The folder is written beside its final name as ``.NAME.partial``, each file synced, the manifest last, and then renamed.
+The partial folder is locked while its process lives (flock on the directory itself, so that there is no lock file to
+leave behind); a dead one's is emptied and used.
 """
 
 import fcntl
@@ -16,13 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from halny.model.data.dataset import FORMAT, SPLITS, VERSION, DataError, to_json, token_dtype, tokenizer_files
+from halny.model.data.dataset import FORMAT, SPLITS, VERSION, DataError, read_tokenizer_files, to_json, token_dtype
 from halny.model.durable import sha256, sync
 
 SHARD_TOKENS = 2**27
-
-
-# --- writing ----------------------------------------------------------------------------------------------------------
 
 
 def write_dataset(
@@ -40,7 +39,7 @@ def write_dataset(
     `tokenizer` is a folder whose files are copied along. Raises DataError on ids outside the vocabulary.
     """
     out, shard_tokens = check_out(out), check_shard_tokens(shard_tokens)
-    files = {} if tokenizer is None else tokenizer_files(Path(tokenizer))
+    files = {} if tokenizer is None else read_tokenizer_files(Path(tokenizer))
     if tokenizer is not None and "tokenizer.json" not in files:
         raise DataError(f"{tokenizer}: no tokenizer.json in it; name a folder that holds a fast tokenizer")
     empty = 0

@@ -6,34 +6,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Machine:
-    name: str  # in roofline.GPUS
-    nvlink: float  # bytes/s a GPU and direction inside the node
-    watts: float  # the board's limit
-    host_copy: float  # bytes/s into pinned host memory, a rank
-
-    @property
-    def gpu(self) -> GPU:
-        return GPUS[self.name]
-
-
-# NVLink and watts are the data sheets' (half of the bidirectional total; of GH200, the whole module with its CPU).
-# Copies: PCIe 4 and 5 x16 with two GPUs sharing one are assumed, and two thirds of a GH200's 450 GB/s of NVLink-C2C.
-MACHINES = {
-    "a100-40": Machine("NVIDIA A100-SXM4-40GB", 300e9, 400, 12e9),
-    "a100-80": Machine("NVIDIA A100-SXM4-80GB", 300e9, 400, 12e9),
-    "h100-80": Machine("NVIDIA H100 80GB HBM3", 450e9, 700, 25e9),
-    "h200-141": Machine("NVIDIA H200", 450e9, 700, 25e9),
-    "gh200-96": Machine("NVIDIA GH200 480GB", 450e9, 1000, 300e9),
-    "gh200-144": Machine("NVIDIA GH200 144G HBM3e", 450e9, 1000, 300e9),
-    "b200-180": Machine("NVIDIA B200", 900e9, 1000, 25e9),
-}
-
-
-# ------------------------------------------------------------------------------------------------------------- machines
-
-
-@dataclass(frozen=True)
 class GPU:
     bf16_flops: float  # dense tensor-core peak, FLOP/s
     hbm_bytes_per_second: float
@@ -67,6 +39,31 @@ GPUS: dict[str, GPU] = {
     "NVIDIA GH200 144G HBM3e": _gpu(989.5, 4900, 146831),
     # Blackwell architecture brief, HGX B200 at 1,000 W: 4,500 sparse, 8 TB/s
     "NVIDIA B200": _gpu(2250, 8000, 183359),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    name: str  # in GPUS
+    nvlink: float  # bytes/s a GPU and direction inside the node
+    watts: float  # the board's limit
+    host_copy: float  # bytes/s into pinned host memory, a rank
+
+    @property
+    def gpu(self) -> GPU:
+        return GPUS[self.name]
+
+
+# NVLink and watts are the data sheets' (half of the bidirectional total; of GH200, the whole module with its CPU).
+# Copies: PCIe 4 and 5 x16 with two GPUs sharing one are assumed, and two thirds of a GH200's 450 GB/s of NVLink-C2C.
+MACHINES = {
+    "a100-40": Machine("NVIDIA A100-SXM4-40GB", 300e9, 400, 12e9),
+    "a100-80": Machine("NVIDIA A100-SXM4-80GB", 300e9, 400, 12e9),
+    "h100-80": Machine("NVIDIA H100 80GB HBM3", 450e9, 700, 25e9),
+    "h200-141": Machine("NVIDIA H200", 450e9, 700, 25e9),
+    "gh200-96": Machine("NVIDIA GH200 480GB", 450e9, 1000, 300e9),
+    "gh200-144": Machine("NVIDIA GH200 144G HBM3e", 450e9, 1000, 300e9),
+    "b200-180": Machine("NVIDIA B200", 900e9, 1000, 25e9),
 }
 
 

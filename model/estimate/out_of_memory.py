@@ -20,7 +20,7 @@ from halny.model.durable import in_words
 from halny.model.estimate import memory
 from halny.model.estimate.choices import divisors
 from halny.model.estimate.memory import rank_memory
-from halny.model.estimate.work import Sharding, Work
+from halny.model.estimate.work import ALONE, Layout, Work
 
 UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 SIZE = r"([\d.]+) (bytes|[KMGT]iB)"
@@ -69,22 +69,19 @@ class Shortage:
 def explain(
     error: BaseException | str,
     work: Work,
-    sharding: Sharding,
-    ranks: int,
+    layout: Layout,
     *,
-    compute_bytes: int = 2,
     free: int | None = None,
     total: int | None = None,
     reserved: int | None = None,
 ) -> str:
     """The message for a torch.OutOfMemoryError in training: some lines, for the log and for status.json.
 
-    work, sharding: what a rank computes and holds, as --plan has it: ``Work(config, micro_batch, seq_len, accumulation,
-    lean, moments=moments)`` and ``Sharding.of(layout)``. compute_bytes: of the compute dtype. free and total are
-    torch.cuda.mem_get_info()'s, reserved is torch.cuda.memory_reserved(): for what the error's text leaves out.
+    free and total are torch.cuda.mem_get_info()'s, reserved is torch.cuda.memory_reserved(): for what the error's text
+    leaves out.
     """
     short = Shortage.of(str(error), free, total, reserved)
-    parts = rank_memory(work, sharding, ranks, compute_bytes)
+    parts = rank_memory(work, layout)
     needs, room = sum(parts.values()), short.room
     listed = ", ".join(f"{name} {size / 1e9:.1f}" for name, size in parts.items() if size >= 5e7)
     lines = [f"out of GPU memory{opening(short)}", f"estimated  {in_words(needs)} at the peak: {listed}"]
@@ -99,7 +96,7 @@ def explain(
             f"fragments  {in_words(short.holes)} were reserved and in no tensor; PYTORCH_CUDA_ALLOC_CONF="
             "expandable_segments:True, the default here, makes them fewer"
         )
-    changes = list(remedies(work, sharding, ranks, short, compute_bytes))
+    changes = list(remedies(work, layout, short))
     for i, (what, then) in enumerate(changes):
         verdict = "" if room is None else ", which fits" if then <= room else ", still too much"
         lines.append(
@@ -119,23 +116,21 @@ def opening(short: Shortage) -> str:
     return text + (f"; this process had {in_words(short.own)}" if short.own is not None else "")
 
 
-def remedies(
-    work: Work, sharding: Sharding, ranks: int, short: Shortage, compute_bytes: int
-) -> Iterator[tuple[str, int]]:
+def remedies(work: Work, layout: Layout, short: Shortage) -> Iterator[tuple[str, int]]:
     """(what to change, bytes that a rank then needs at the peak), those that change least first.
 
     Of each kind the smallest change that fits, or of micro batch and moments the largest there is; where the GPU's
     memory is not known, the smallest. "For a new run" stands at what a run cannot go on with.
     """
-    alone, share, room = ranks == 1 and compute_bytes == 2, work.micro_batch * work.accumulation, short.room
+    share, room, ranks = work.micro_batch * work.accumulation, short.room, layout.ranks
 
-    def needs(work: Work, sharding: Sharding = sharding, ranks: int = ranks, compute_bytes: int = compute_bytes) -> int:
+    def needs(work: Work, layout: Layout = layout) -> int:
         """As the trainer would then choose: whole gradients only where by the estimate there is room for them."""
         limit = short.total and short.total * (1 - memory.RESERVED)
-        held = sum(rank_memory(work, replace(sharding, holds_gradients=True), ranks, compute_bytes).values())
+        held = sum(rank_memory(work, replace(layout, holds_gradients=True)).values())
         if limit is not None and held <= limit:
             return held
-        return sum(rank_memory(work, replace(sharding, holds_gradients=False), ranks, compute_bytes).values())
+        return sum(rank_memory(work, replace(layout, holds_gradients=False)).values())
 
     def in_micro_batches(micro_batch: int, share: int = share) -> Work:
         return replace(work, micro_batch=micro_batch, accumulation=share // micro_batch)
@@ -145,18 +140,18 @@ def remedies(
         fit = [choice for choice in choices if room is None or choice[1] <= room]
         return fit[:1] or (choices[-1:] if or_last else [])
 
-    now = sum(rank_memory(work, sharding, ranks, compute_bytes).values())
+    now = sum(rank_memory(work, layout).values())
     smaller = [n for n in reversed(divisors(share)) if n < work.micro_batch]
     kinds = [first_that_fits(
         [(f"--micro-batch {n} instead of {work.micro_batch}", needs(in_micro_batches(n))) for n in smaller], True
     )]  # fmt: skip
-    if not (work.lean or work.whole_logits):
-        kinds.insert(0, first_that_fits([("--recompute always", needs(replace(work, lean=True)))], True))
-    dropped = replace(sharding, gathered_again=0)
-    if sharding.gathered_again and not alone:
+    if not (work.recompute or work.whole_logits):
+        kinds.insert(0, first_that_fits([("--recompute always", needs(replace(work, recompute=True)))], True))
+    dropped = replace(layout, gathered_again=0)
+    if layout.gathered_again and layout.fsdp:
         kinds.append(first_that_fits([("--reshard always", needs(work, dropped))], True))
     names = list(memory.MOMENT_BYTES)
-    moments = names[names.index(work.moments) + 1 :] if alone else []
+    moments = names[names.index(work.moments) + 1 :] if not layout.fsdp else []
     kinds.append(first_that_fits(
         [(f"--moments {name}, for a new run", needs(replace(work, moments=name))) for name in moments], True
     ))  # fmt: skip
@@ -164,10 +159,11 @@ def remedies(
     yield from found
     if room is not None and len(found) > 1 and all(then > room for _, then in found):
         least = replace(in_micro_batches(1), moments=moments[-1] if moments else work.moments)
-        least = least if work.whole_logits else replace(least, lean=True)
+        least = least if work.whole_logits else replace(least, recompute=True)
         yield "these together", needs(least, dropped)
-    if compute_bytes == 4:
-        yield "--dtype bf16, for a new run", needs(work, sharding, ranks, 2)
+    if work.compute_bytes == 4:
+        in_bf16 = ALONE if ranks == 1 else layout
+        yield "--dtype bf16, for a new run", needs(replace(work, compute_bytes=2), in_bf16)
     lengths = [work.seq_len >> i for i in range(1, 20) if work.seq_len >> i >= 128]
     yield from first_that_fits([(f"--seq-len {n}, for a new run", needs(replace(work, seq_len=n))) for n in lengths])
     more = []
@@ -176,5 +172,5 @@ def remedies(
         micro_batch = max(m for m in divisors(share_of_n) if m <= work.micro_batch)
         note = ", --moments fp32, for a new run" if work.moments != "fp32" else ""
         spread = replace(in_micro_batches(micro_batch, share_of_n), moments="fp32")
-        more.append((f"{n} GPUs{note}", needs(spread, Sharding("", n), n)))
+        more.append((f"{n} GPUs{note}", needs(spread, Layout(n))))
     yield from first_that_fits(more)

@@ -1,39 +1,31 @@
-"""What a run will do, calculated before it is queued: a model of one training step on N GPUs, no GPU needed.
+"""What a run will do, calculated before it is queued: the answer to train.py --plan, in tables. No GPU is needed.
 
     python train.py bielik-7b --plan --gpus 256 --gpu gh200-96 --nic-gbs 25 --gpus-per-node 4
     python train.py bielik-7b --plan --gpus 8..2048        a table and plan.png: where it stops scaling
     python train.py mistral-7b-1gpu --plan --gpus 1 --gpu h100-80       what fits on one GPU, by --moments
 
-Everything here is a model, never a measurement. A step is its matrix products and attention at a share of the tensor
-cores' peak, its other kernels at a share of the memory bandwidth, and FSDP's collectives, layer by layer, beside them:
-forward, layer l + 1 is gathered while layer l computes; backward, layer l - 1 is gathered and layer l + 1 reduced. What
-does not fit into these windows is exposed, and so are always the first gather and the last reduction. FLOPs, bytes and
-messages are roofline.py's, exactly; what is assumed are the constants below, and bench/published.py says how far the
-model is from published runs that had no part in choosing them.
+Everything here is calculated, never measured: micro batch, layout and recompute are what the trainer itself would
+decide (choices.py), memory is memory.py's, and a step's time step_time.py's, from rates that are stated there.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halny.model.durable import in_words
+from halny.model.durable import in_words, replacing
 from halny.model.estimate import machines, roofline, sizes
-from halny.model.estimate.choices import activations, choose_layout, divisors, most_micro_batch, recomputed
+from halny.model.estimate.choices import Decision, decide, divisors, recomputed
 from halny.model.estimate.machines import MACHINES, Machine
 from halny.model.estimate.memory import (
     MOMENT_BYTES,
     RESERVED,
     checkpoint_bytes,
-    moment_bytes,
-    parameter_bytes,
-    rank_memory,
 )
-from halny.model.estimate.step_time import RATES, Cluster, Step, collective_s, step, tokens_per_second
-from halny.model.estimate.work import Sharding, Work
+from halny.model.estimate.step_time import RATES, Cluster, StepTime, collective_s, step, tokens_per_second
+from halny.model.estimate.work import Layout, Work
 from halny.model.exits import Refused, unknown
 
 if TYPE_CHECKING:
@@ -43,18 +35,30 @@ if TYPE_CHECKING:
 POWER_SHARE = 0.9  # of the board's limit, drawn on average while training
 
 
-# -------------------------------------------------------------------------------------------------- sharding and memory
+# ------------------------------------------------------------------------------------------------- layouts side by side
 
 
 @dataclass(frozen=True)
 class Choice:
-    work: Work
-    sharding: Sharding
-    step: Step  # at the rates called good
+    """A decision on one machine, with its step at the rates called good."""
+
+    decision: Decision
+    step: StepTime
     memory: dict[str, int]  # bytes on the fullest rank at the peak, by part
     fits: bool
-    why: str  # the weights are gathered again, or not
-    why_lean: str
+
+    @property
+    def work(self) -> Work:
+        return self.decision.work
+
+    @property
+    def layout(self) -> Layout:
+        return self.decision.layout
+
+    @property
+    def name(self) -> str:
+        """Of the layout, and where that has none, of AdamW's moments."""
+        return self.layout.name if self.layout.fsdp else f"none, moments in {self.work.moments}"
 
     @property
     def bytes(self) -> int:
@@ -62,19 +66,15 @@ class Choice:
 
 
 def choose(work: Work, cluster: Cluster, recompute: str = "auto", **asked) -> Choice:
-    """A layout as the trainer would choose it on this machine, where ``asked`` (shard, reshard) leaves it open."""
-    layout = choose_layout(
-        work.config, size=cluster.gpus, node_size=cluster.node, micro_batch=work.micro_batch, seq_len=work.seq_len,
-        accumulation=work.accumulation, lean=recompute != "never", memory_bytes=cluster.gpu.memory_bytes, **asked,
+    """What the trainer decides for these micro batches on this machine, where ``asked`` (shard, reshard) leaves it."""
+    decision = decide(
+        work.config, ranks=cluster.gpus, node=cluster.node, memory_bytes=cluster.gpu.memory_bytes, seq_len=work.seq_len,
+        share=work.micro_batch * work.accumulation, micro_batch=work.micro_batch, recompute=recompute,
+        moments=work.moments, **asked,
     )  # fmt: skip
-    sharding, why = Sharding.of(layout), layout.reshard_why
-    if cluster.gpus == 1:
-        sharding = Sharding(f"none, moments in {work.moments}", 1, gathered_again=1)
-        why = "one GPU has nothing to gather or to reduce"
-    work, why_lean = activations(work, sharding, cluster.gpus, cluster.gpu.memory_bytes, recompute)
-    parts = memory(work, cluster, sharding)
+    parts = decision.memory | {"reserved, assumed": int(RESERVED * cluster.gpu.memory_bytes)}
     fits = sum(parts.values()) <= cluster.gpu.memory_bytes
-    return Choice(work, sharding, step(work, cluster, sharding, RATES["good"]), parts, fits, why, why_lean)
+    return Choice(decision, step(decision.work, cluster, decision.layout, RATES["good"]), parts, fits)
 
 
 def compare(work: Work, cluster: Cluster, recompute: str = "auto") -> list[Choice]:
@@ -89,12 +89,6 @@ def compare(work: Work, cluster: Cluster, recompute: str = "auto") -> list[Choic
         del asked[1]  # it is the first again
     asked += [{"shard": n * cluster.node} for n in (8, 1) if n < cluster.nodes and cluster.nodes % n == 0]
     return [choose(work, cluster, recompute, **options) for options in asked]
-
-
-def memory(work: Work, cluster: Cluster, sharding: Sharding) -> dict[str, int]:
-    """Bytes on the fullest rank at the peak, by part."""
-    reserved = {"reserved, assumed": int(RESERVED * cluster.gpu.memory_bytes)}
-    return rank_memory(work, sharding, cluster.gpus) | reserved
 
 
 # --------------------------------------------------------------------------------------------------- the command's part
@@ -170,11 +164,14 @@ def work_of(request: Request, gpus: int) -> Work:
             f"--gpus {gpus} do not divide the {samples} samples of --batch-tokens {r.batch_tokens} and --seq-len "
             f"{r.seq_len}; {', '.join(map(str, near))} would, or another --batch-tokens"
         )
-    share, most = samples // gpus, r.micro_batch or 8
-    if gpus == 1 and r.micro_batch is None:
-        most = max(1, most_micro_batch(r.config, machine(r.gpu).gpu.memory_bytes, r.seq_len, r.moments, share))
-    micro_batch = max(n for n in divisors(share) if n <= most)
-    return Work(r.config, micro_batch, r.seq_len, share // micro_batch, moments=r.moments)
+    share, micro_batch = samples // gpus, None
+    if r.micro_batch is not None:
+        micro_batch = max(n for n in divisors(share) if n <= r.micro_batch)
+    cluster = cluster_of(r, gpus)
+    return decide(
+        r.config, ranks=gpus, node=cluster.node, memory_bytes=cluster.gpu.memory_bytes, seq_len=r.seq_len, share=share,
+        micro_batch=micro_batch, recompute=r.recompute, moments=r.moments, **r.asked,
+    ).work  # fmt: skip
 
 
 def answer(request: Request, plot: Path | None = None) -> str:
@@ -184,13 +181,6 @@ def answer(request: Request, plot: Path | None = None) -> str:
             f"--seq-len {request.seq_len} is beyond the model's limit of {request.config.max_seq_len} positions"
         )
     counts = gpu_counts(request.gpus)
-    if request.moments not in MOMENT_BYTES:
-        raise unknown("--moments", request.moments, MOMENT_BYTES)
-    if request.moments != "fp32" and counts != [1]:
-        raise Refused(
-            f"--moments {request.moments} is for one GPU, and --gpus is {request.gpus}; with more take --moments fp32: "
-            "shards are small"
-        )
     clusters = [cluster_of(request, n) for n in counts]
     if len(counts) == 1:
         return one(request, work_of(request, counts[0]), clusters[0])
@@ -202,7 +192,7 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
     r, m, config = request, machine(request.gpu), request.config
     chosen = choose(work, cluster, r.recompute, **r.asked)
     work, choices = chosen.work, compare(work, cluster, r.recompute)
-    if all(c.sharding != chosen.sharding for c in choices):
+    if all(c.name != chosen.name for c in choices):
         choices.append(chosen)
     per_token = roofline.flops_per_token(config, r.seq_len)
     lines = [
@@ -227,13 +217,13 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
     for c in choices:
         s = c.step
         lines.append(
-            f"{c.sharding.name:<36}{in_words(c.bytes):>9}{'yes' if c.fits else 'no':>6}{s.total * 1e3:>8,.0f} ms"
+            f"{c.name:<36}{in_words(c.bytes):>9}{'yes' if c.fits else 'no':>6}{s.total * 1e3:>8,.0f} ms"
             f"{(s.hidden + s.exposed) * 1e3:>7,.0f} ms{s.hidden * 1e3:>7,.0f} ms{s.exposed * 1e3:>7,.0f} ms"
             f"{s.exposed / s.total:>7.1%}{tokens_per_second(work, s):>14,.0f}"
-            + ("  <- " + ("asked for" if asked else "default") if c.sharding == chosen.sharding else "")
+            + ("  <- " + ("asked for" if asked else "default") if c.name == chosen.name else "")
         )
-    lines.append(f"chosen     {chosen.sharding.name}: {chosen.why}")
-    lines.append(f"recompute  {recomputed(work)}: {chosen.why_lean}")
+    lines.append(f"chosen     {chosen.name}: {chosen.layout.reshard_why}")
+    lines.append(f"recompute  {recomputed(work)}: {chosen.decision.recompute_why}")
     if not chosen.fits:
         smaller = "" if cluster.gpus > 1 or work.moments == "8bit" else "--moments 8bit, "
         lines.append(
@@ -247,7 +237,7 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
     if cluster.gpus > 1:
         lines += communication_lines(work, cluster, chosen)
 
-    steps = {name: step(work, cluster, chosen.sharding, rates) for name, rates in RATES.items()}
+    steps = {name: step(work, cluster, chosen.layout, rates) for name, rates in RATES.items()}
     rate = {name: tokens_per_second(work, x) for name, x in steps.items()}
     peak, palm = m.gpu.bf16_flops, roofline.palm_flops_per_token(config, r.seq_len)
 
@@ -271,9 +261,7 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
         f"{rate['published']:,.0f} at the rates of published runs",
     ]
 
-    whole = size = parameter_bytes(config) + moment_bytes(config, work.moments)
-    if cluster.gpus > 1:
-        whole, size = checkpoint_bytes(config), checkpoint_bytes(config, chosen.sharding.shards)
+    whole, size = (checkpoint_bytes(config, work.moments, shards) for shards in (1, chosen.layout.shard))
     stall = size / m.host_copy
     hours = {name: (r.steps * x.total + r.steps // r.save_every * stall) / 3600 for name, x in steps.items()}
     mwh = {name: cluster.gpus * m.watts * POWER_SHARE * h / 1e6 for name, h in hours.items()}
@@ -293,8 +281,8 @@ def communication_lines(work: Work, cluster: Cluster, chosen: Choice) -> list[st
     """Every collective of a step, and what of them hides."""
     lines = [f"{'communication of a step':<34}{'times':>7}{'bytes each':>12}{'ranks':>7}{'each':>10}{'all':>11}"]
     for c in roofline.collectives(
-        work.config, chosen.sharding.shards, cluster.gpus // chosen.sharding.shards, chosen.sharding.gathered_again,
-        work.accumulation, holds_gradients=chosen.sharding.holds_gradients,
+        work.config, chosen.layout.shard, cluster.gpus // chosen.layout.shard, chosen.layout.gathered_again,
+        work.accumulation, holds_gradients=chosen.layout.holds_gradients,
     ):  # fmt: skip
         each = collective_s(c, cluster)
         lines.append(
@@ -320,7 +308,7 @@ def in_days(hours: float) -> str:
 def sweep(request: Request, clusters: list[Cluster], plot: Path | None) -> str:
     """A line a number of GPUs, with the recipe's batch and with one that grows with the GPUs; what moves the limit."""
     r = request
-    grown = Work(r.config, r.micro_batch or 4, r.seq_len)
+    grown = Work(r.config, r.micro_batch or 4, r.seq_len, moments=r.moments)
     lines = [
         "a model, calculated from stated constants (plan.py), at the rates called good: nothing here is measured",
         f"{r.gpu}, {r.nic_gbs:g} GB/s a NIC, {r.gpus_per_node} a node, sharding as the trainer chooses it. Left the "
@@ -344,7 +332,7 @@ def sweep(request: Request, clusters: list[Cluster], plot: Path | None) -> str:
             work, chosen = fixed[n]
             batch = f"{work.accumulation} x {work.micro_batch}"
             memory = in_words(chosen.bytes) + ("" if chosen.fits else "!")
-            left = f"{batch:>11}  {chosen.sharding.name.removeprefix('FSDP, '):<25}{memory:>9}{columns(fixed, n)}"
+            left = f"{batch:>11}  {chosen.name.removeprefix('FSDP, '):<25}{memory:>9}{columns(fixed, n)}"
         else:
             left = f"{'-':>11}  {'not divisible':<66}"
         work, chosen = growing[n]
@@ -384,7 +372,7 @@ def limit(request: Request, last: Cluster, grown: Work, fixed: Series, growing: 
     plain = choose(base, last, **asked)
     cases = [("one sequence a GPU", base, last, plain)]
     compared = compare(base, last, request.recompute)
-    cases += [("  HSDP", base, last, c) for c in compared if c.sharding.shards < last.gpus]
+    cases += [("  HSDP", base, last, c) for c in compared if c.layout.shard < last.gpus]
     cases += [("  kept gathered", base, last, choose(base, last, request.recompute, reshard="never"))]
     for name, work, cluster in (
         ("  NICs twice as fast", base, replace(last, nic=2 * last.nic)),
@@ -396,7 +384,7 @@ def limit(request: Request, last: Cluster, grown: Work, fixed: Series, growing: 
     lines += ["", f"{f'what moves the limit, at {last.gpus} GPUs':<40}{'exposed':>9}{'tokens/s/GPU':>14}  sharding"]
     for name, work, _, c in cases:
         lines.append(f"{name:<40}{c.step.exposed / c.step.total:>9.1%}{tokens_per_second(work, c.step):>14,.0f}  "
-            f"{c.sharding.name}{'' if c.fits else ', does not fit'}")  # fmt: skip
+            f"{c.name}{'' if c.fits else ', does not fit'}")  # fmt: skip
     return lines
 
 
@@ -430,10 +418,9 @@ def draw(request: Request, fixed: Series, growing: Series, path: Path) -> None:
         f"{request.nic_gbs:g} GB/s a NIC, {request.gpus_per_node} a node",
         fontsize=10,
     )
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(partial, dpi=120, format="png")
-        partial.replace(path)
+        with replacing(path) as partial:
+            figure.savefig(partial, dpi=120)
     except OSError as error:
         raise Refused(f"cannot write the plot {path}: {error.strerror}; name another --run-dir") from None

@@ -1,9 +1,9 @@
-"""The arithmetic of a training step: parameters, FLOPs, bytes, memory, and the peaks of the machines that run it.
+"""What a step computes and moves: FLOPs, bytes by kind of kernel, collectives. bench/account.py counts the real one.
 
-Everything that quotes such a number (the trainer's start-up print, its MFU, the benches) takes it from here. Pure
-Python; ``config`` is a ``halny.model.mistral.MistralConfig``. In the formulas: L layers, d model width, H query heads,
-K key/value heads, c channels of a head, f MLP width, V vocabulary, s sequence length, b bytes of the compute dtype.
-One FLOP is one addition or one multiplication, so a matrix product of [m, k] by [k, n] is 2 m k n of them.
+Everything that quotes such a number (the trainer's MFU, --plan, floors, the benches) takes it from here. Pure Python;
+``config`` is a ``halny.model.mistral.MistralConfig``. In the formulas: L layers, d model width, H query heads, K
+key/value heads, c channels of a head, f MLP width, V vocabulary, s sequence length, b bytes of the compute dtype. One
+FLOP is one addition or one multiplication, so a matrix product of [m, k] by [k, n] is 2 m k n of them.
 """
 
 from __future__ import annotations
@@ -69,16 +69,6 @@ def batch_flops(config: MistralConfig, lengths: Iterable[int]) -> int:
     return step_flops(config, int(sum(lengths)), attention_keys(lengths, config.window))
 
 
-def keys_per_query(seq_len: int, window: int | None) -> float:
-    """Mean number of keys that a query of one causal sequence sees through a window."""
-    return attention_keys([seq_len], window) / seq_len
-
-
-def attention_flops_per_token(config: MistralConfig, seq_len: int) -> float:
-    """``attention_flops`` a token, where every sequence is one document."""
-    return attention_flops(config, [seq_len]) / seq_len
-
-
 def flops_per_token(config: MistralConfig, seq_len: int) -> float:
     """``batch_flops`` a token, where every sequence is one document. 7B at 4096: 45.88e9."""
     return batch_flops(config, [seq_len]) / seq_len
@@ -125,19 +115,19 @@ def attention_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2
 
 
 def row_kernel_bytes(
-    config: MistralConfig, n_tokens: int, programs: int, compute_bytes: int = 2, lean: bool = True
+    config: MistralConfig, n_tokens: int, programs: int, compute_bytes: int = 2, recompute: bool = True
 ) -> int:
     """Norms, RoPE and SwiGLU of a micro batch, forward and backward; q, kv and f elements a token.
 
     A norm with the addition before it is 4d each way, and a layer has two; the first of all has nothing to add, 2d and
     3d, and the last's sum goes nowhere else, 4d and 3d. RoPE moves q, k and the v that it copies along, 2 (q + 2kv)
-    each way, SwiGLU 3f and 5f, and lean the backward also writes the outputs of norms and SwiGLU, 2d + f. Each
+    each way, SwiGLU 3f and 5f, and recomputing, the backward also writes the outputs of norms and SwiGLU, 2d + f. Each
     norm's fp32 rstd is written and read, its weight read twice, and of the weight's gradient each of ``programs``
     writes an fp32 row; their sum is rounded.
     """
     b, d, T = compute_bytes, config.dim, n_tokens
     q, kv, f = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.hidden_dim
-    layer = 16 * d + 4 * (q + 2 * kv) + 8 * f + (2 * d + f if lean else 0)
+    layer = 16 * d + 4 * (q + 2 * kv) + 8 * f + (2 * d + f if recompute else 0)
     norms = 2 * config.n_layers + 1
     rows = b * (config.n_layers * layer + 4 * d) + 2 * FP32_BYTES * norms
     return T * rows + norms * d * (2 * b + FP32_BYTES * (2 * programs + 2) + b)
@@ -226,17 +216,17 @@ def fsdp_copy_bytes(config: MistralConfig, shards: int, gathered_again: int = 0,
     return total
 
 
-def memory_bound_bytes(config: MistralConfig, compute_bytes: int = 2, lean: bool = True) -> tuple[int, int]:
-    """Bytes a token that one layer's kernels without matrix products move: (forward, backward). 7B lean: 446,464 B.
+def memory_bound_bytes(config: MistralConfig, compute_bytes: int = 2, recompute: bool = True) -> tuple[int, int]:
+    """Bytes a token that one layer's kernels without matrix products move: (forward, backward). 7B: 446,464 B.
 
     What a fused kernel must read and write (b bytes an element; d, q and kv, f elements a token): residual add with
-    RMSNorm 4d each way, twice; RoPE twice q and k each way; SwiGLU 3f and 5f. Lean, the backward also writes the
+    RMSNorm 4d each way, twice; RoPE twice q and k each way; SwiGLU 3f and 5f. Recomputing, the backward also writes the
     outputs of both norms and of SwiGLU (2d + f).
     """
     d, f = config.dim, config.hidden_dim
     rope = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
     forward = 8 * d + rope + 3 * f
-    backward = 8 * d + rope + 5 * f + (2 * d + f if lean else 0)
+    backward = 8 * d + rope + 5 * f + (2 * d + f if recompute else 0)
     return compute_bytes * forward, compute_bytes * backward
 
 

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
 FP32_BYTES = 4
 
-# ------------------------------------------------------------------------------------------------ parameters and FLOPs
-
 
 def layer_matmul_parameters(config: MistralConfig) -> int:
     """Weights of one layer's matrices: qkv d (H + 2K) c, out H c d, gate_up 2 d f, down f d."""
@@ -39,9 +37,6 @@ def parameters(config: MistralConfig) -> int:
 def matmul_parameters(config: MistralConfig) -> int:
     """The weights that are multiplied: the layers' matrices and the head, no embedding, no norms. 7B: 7,110,393,856."""
     return config.n_layers * layer_matmul_parameters(config) + config.vocab_size * config.dim
-
-
-# --------------------------------------------------------------------------------------------------------------- memory
 
 
 def layer_shapes(config: MistralConfig) -> list[tuple[int, int]]:

@@ -1,4 +1,12 @@
-"""The time of an optimizer step, from stated rates: FSDP's order of work, played through."""
+"""The time of an optimizer step on N GPUs, from stated rates: FSDP's order of work, played through.
+
+A step is its matrix products and attention at a share of the tensor cores' peak, its other kernels at a share of the
+memory bandwidth, and FSDP's collectives, layer by layer, beside them: forward, layer l + 1 is gathered while layer l
+computes; backward, layer l - 1 is gathered and layer l + 1 reduced. What does not fit into these windows is exposed,
+and so are always the first gather and the last reduction. FLOPs, bytes and messages are roofline.py's, exactly; what is
+assumed are the constants below, and bench/published.py says how far the model is from published runs that had no part
+in choosing them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 from halny.model.estimate import machines, roofline, sizes
 from halny.model.estimate.machines import MACHINES
-from halny.model.estimate.work import Sharding, Work
+from halny.model.estimate.work import Layout, Work
 
 # ---------------------------------------------------------------------------------------------------- stated constants
 
@@ -65,7 +73,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepTime:
     """The parts of an optimizer step in seconds, one after another; ``total`` is their sum."""
 
     matmul: float
@@ -147,13 +155,13 @@ def cluster_of_run(gpu_name: str, gpus: int, gpus_per_node: int) -> Cluster | No
     return Cluster(known[0].gpu, gpus, gpus_per_node, known[0].nvlink, NIC)
 
 
-def update_bytes(work: Work, sharding: Sharding | None) -> int:
-    """That clipping and update move in a step; sharding None: on one GPU without FSDP, gradients' sums included."""
+def update_bytes(work: Work, layout: Layout) -> int:
+    """That clipping and update move in a step; without FSDP gradients' sums included."""
     config, micro = work.config, work.accumulation
-    if sharding is None:
+    if not layout.fsdp:
         sums = roofline.gradient_sum_bytes(config, work.moments, micro)
         return roofline.split_update_bytes(config, work.moments, micro) + sums
-    return roofline.sharded_update_bytes(sizes.shard_numel(config, sharding.shards))
+    return roofline.sharded_update_bytes(sizes.shard_numel(config, layout.shard))
 
 
 def copied_again(ranks: int) -> float:
@@ -166,7 +174,7 @@ def copied_again(ranks: int) -> float:
     return 0 if ranks == 1 else 4 + 12 / ranks
 
 
-def step(work: Work, cluster: Cluster, sharding: Sharding, rates: Rates, communicators: int = 2) -> Step:
+def step(work: Work, cluster: Cluster, layout: Layout, rates: Rates, communicators: int = 2) -> StepTime:
     """The model of one optimizer step."""
     config, gpu, tokens = work.config, cluster.gpu, work.tokens
     n_layers, n_micro = config.n_layers, work.accumulation
@@ -175,32 +183,32 @@ def step(work: Work, cluster: Cluster, sharding: Sharding, rates: Rates, communi
     attention_s = roofline.attention_flops(config, [work.seq_len] * work.micro_batch) / n_layers
     attention_s = attention_s / 3 / (flops * rates.attention)  # forward; the backward is two such
     bandwidth = gpu.hbm_bytes_per_second * rates.memory
-    alone = cluster.gpus == 1
-    copied = 0 if alone else sizes.padded_numel(sizes.layer_shapes(config), sharding.shards)
-    forward_bytes, backward_bytes = (n * tokens for n in roofline.memory_bound_bytes(config, 2, work.lean))
+    alone = not layout.fsdp
+    copied = 0 if alone else sizes.padded_numel(sizes.layer_shapes(config), layout.shard)
+    forward_bytes, backward_bytes = (n * tokens for n in roofline.memory_bound_bytes(config, 2, work.recompute))
     forward_bytes += 4 * copied  # bf16 out of the gather's buffer: read and written
-    backward_bytes += (copied_again(sharding.gathered_again) + 6) * copied  # and bf16 into fp32 to be reduced
+    backward_bytes += (copied_again(layout.gathered_again) + 6) * copied  # and bf16 into fp32 to be reduced
     head_matmul_s = 6 * config.vocab_size * config.dim * tokens / (flops * rates.matmul)
     head_s = head_matmul_s + roofline.head_bytes(config, tokens, 2) / bandwidth
 
-    again_matmul_s = work.recomputed * matmul_s
+    again_matmul_s = work.recomputed_matmuls * matmul_s
     again_attention_s = attention_s if work.recomputes_attention else 0.0
-    again_bytes = work.recomputed * forward_bytes
+    again_bytes = work.recomputed_matmuls * forward_bytes
     forward_s = matmul_s + attention_s + forward_bytes / bandwidth + rates.layer_gap_s / 3
     backward_s = 2 * (matmul_s + attention_s) + again_matmul_s + again_attention_s
     backward_s += (backward_bytes + again_bytes) / bandwidth + rates.layer_gap_s * 2 / 3
 
-    replicas = cluster.gpus // sharding.shards
+    replicas = cluster.gpus // layout.shard
     each = dict.fromkeys(("gather", "gather_again", "gather_root", "reduce", "reduce_root"), 0.0)
     between = {"reduce": 0.0, "reduce_root": 0.0}  # replicas: the last micro step only
     for c in roofline.collectives(
-        config, sharding.shards, replicas, sharding.gathered_again, reduce_bytes=work.reduce_bytes
+        config, layout.shard, replicas, layout.gathered_again, reduce_bytes=work.reduce_bytes
     ):
         name = "gather" if c.kind == "all-gather" else "reduce"
         name += "_root" if c.group == "root" else "_again" if name == "gather" and c.when == "backward" else ""
         (between if c.kind == "all-reduce" else each)[name] += collective_s(c, cluster)
     last = each | {name: each[name] + s for name, s in between.items()}
-    earlier = each | dict.fromkeys(between, 0.0) if sharding.holds_gradients else each
+    earlier = each | dict.fromkeys(between, 0.0) if layout.holds_gradients else each
     compute_s = n_layers * (forward_s + backward_s) + head_s
     elapsed_s = network_s = 0.0
     for times, seconds in ((1, last), (n_micro - 1, earlier)):
@@ -210,9 +218,9 @@ def step(work: Work, cluster: Cluster, sharding: Sharding, rates: Rates, communi
         network_s += times * sum(s * (1 if name.endswith("root") else n_layers) for name, s in seconds.items())
     exposed = 0.0 if alone else elapsed_s - n_micro * compute_s
 
-    optimizer_s = update_bytes(work, None if alone else sharding) / bandwidth
+    optimizer_s = update_bytes(work, layout) / bandwidth
     busy = n_micro * compute_s + optimizer_s + exposed
-    return Step(
+    return StepTime(
         matmul=n_micro * (n_layers * (3 * matmul_s + again_matmul_s) + head_matmul_s),
         attention=n_micro * n_layers * (3 * attention_s + again_attention_s),
         memory_bound=n_micro
@@ -225,6 +233,6 @@ def step(work: Work, cluster: Cluster, sharding: Sharding, rates: Rates, communi
     )
 
 
-def tokens_per_second(work: Work, step: Step) -> float:
+def tokens_per_second(work: Work, step: StepTime) -> float:
     """Tokens/s a GPU."""
     return work.accumulation * work.tokens / step.total

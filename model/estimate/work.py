@@ -1,8 +1,9 @@
-"""What a rank computes in an optimizer step, and how the model is spread over the ranks."""
+"""What a rank computes in an optimizer step (Work), and how the ranks share the model (Layout): all that the
+arithmetic of this folder is about."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,57 +11,69 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Sharding:
-    """Weights cut into ``shards`` on neighbouring GPUs; gpus / shards replicas of them."""
-
-    name: str
-    shards: int
-    gathered_again: int = 0  # for the backward, among so many ranks (roofline.collectives); 0 all, 1 kept: not at all
-    holds_gradients: bool = True  # whole ones over the micro batches, reduced once
-
-    @classmethod
-    def of(cls, layout: Layout) -> Sharding:
-        """The trainer's layout, in this module's words."""
-        again = (
-            {"always": 0, "never": 1}.get(layout.reshard_name) if isinstance(layout.reshard, bool) else layout.reshard
-        )
-        kept = {0: "gathered again", 1: "kept gathered"}.get(again, f"gathered again among {again}")
-        name = f"HSDP {layout.shard} x {layout.replicate}" if layout.replicate > 1 else "FSDP"
-        return cls(f"{name}, {kept}", layout.shard, again, layout.holds_gradients)
-
-
-@dataclass(frozen=True)
 class Work:
-    """What one GPU computes in an optimizer step."""
+    """What one rank computes in an optimizer step."""
 
     config: MistralConfig
-    micro_batch: int
+    micro_batch: int  # sequences computed at once
     seq_len: int
-    accumulation: int = 1
-    lean: bool = True  # the backward makes the outputs of norms and SwiGLU again, instead of keeping them
-    whole_logits: bool = False  # the loss is PyTorch's
-    moments: str = "fp32"  # AdamW's, where there is one GPU: that does without FSDP (model/optimizer.py)
-    recomputed: float = 0.0  # share of the layers' forward matrix products that the backward computes again
+    accumulation: int = 1  # micro batches in a step
+    recompute: bool = True  # the backward recomputes the outputs of norms and SwiGLU, instead of keeping them
+    whole_logits: bool = False  # the loss is PyTorch's, on all logits at once
+    moments: str = "fp32"  # AdamW's
+    compute_bytes: int = 2  # of the dtype of the computation
+    # other programs' steps, in bench/published.py:
+    recomputed_matmuls: float = 0.0  # share of the layers' forward matrix products that the backward recomputes
     recomputes_attention: bool = False
     reduce_bytes: int = 4  # of a gradient on the network
 
     @property
     def tokens(self) -> int:
+        """Of a micro batch."""
         return self.micro_batch * self.seq_len
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Shards and replicas, and the two choices, each with its reason."""
+    """Weights cut into ``shard`` pieces on neighbouring ranks, in ``replicate`` copies; what is gathered, reduced when.
 
-    shard: int
-    replicate: int
-    reshard: bool | int  # as fully_shard's reshard_after_forward takes it, for the layers
-    reshard_why: str
-    holds_gradients: bool  # sums whole gradients over the micro batches
-    gradients_why: str
+    gathered_again   ranks among which the backward gathers a layer's weights again: 0 all that have a shard, 1 none, as
+                     they were kept, n those of a node
+    holds_gradients  each rank sums whole gradients over its micro batches and reduces them once a step
+    fsdp             False where one rank in bf16 holds the whole model and does without (run/optimizer.py)
+    """
+
+    shard: int = 1
+    replicate: int = 1
+    gathered_again: int = 0
+    holds_gradients: bool = True
+    fsdp: bool = True
+    reshard_why: str = field(default="", compare=False)
+    gradients_why: str = field(default="", compare=False)
 
     @property
-    def reshard_name(self) -> str:
-        """As --reshard takes it."""
-        return {True: "always", False: "never"}[self.reshard] if isinstance(self.reshard, bool) else str(self.reshard)
+    def ranks(self) -> int:
+        return self.shard * self.replicate
+
+    @property
+    def reshard(self) -> str:
+        """What becomes of gathered weights after the forward pass, as --reshard takes it."""
+        return {0: "always", 1: "never"}.get(self.gathered_again, str(self.gathered_again))
+
+    @property
+    def reshard_after_forward(self) -> bool | int:
+        """The same as fully_shard takes it."""
+        return {0: True, 1: False}.get(self.gathered_again, self.gathered_again)
+
+    @property
+    def name(self) -> str:
+        """In a table."""
+        if not self.fsdp:
+            return "none"
+        kept = {0: "gathered again", 1: "kept gathered"}.get(
+            self.gathered_again, f"gathered again among {self.gathered_again}"
+        )
+        return f"HSDP {self.shard} x {self.replicate}, {kept}" if self.replicate > 1 else f"FSDP, {kept}"
+
+
+ALONE = Layout(gathered_again=1, fsdp=False)  # one rank in bf16

@@ -1,4 +1,11 @@
-"""Where a step's time went: a trace's kernels by category, held against what each must take."""
+"""Where a step's time went, of a trace: kernels by category, held against what each must take, and the model's parts.
+
+    tables          kernels by name -> categories -> time of each, and what is idle
+    floors          the least time that each category can take, and the gaps to it
+    regions         the parts of the model, named spans in the trace
+
+profiler.py and bench/step.py --profile record the traces.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +21,9 @@ import torch
 from torch.profiler import profile
 
 from halny.model.estimate import machines, roofline, sizes, step_time
-from halny.model.estimate.work import Sharding, Work
-from halny.model.run.fsdp import is_whole
+from halny.model.estimate.work import Layout, Work
 
 if TYPE_CHECKING:
-    from halny.model.estimate.work import Layout
     from halny.model.run.ranks import World
 
 
@@ -164,7 +169,7 @@ class Speeds:
 
 
 def ideal_speeds(gpu: machines.GPU) -> Speeds:
-    """model/plan.py's rates called ideal, on this GPU."""
+    """estimate/step_time.py's rates called ideal, on this GPU."""
     ideal = step_time.RATES["ideal"]
     matmul, attention = ideal.matmul * gpu.bf16_flops, ideal.attention * gpu.bf16_flops
     memory = ideal.memory * gpu.hbm_bytes_per_second
@@ -183,13 +188,11 @@ class Floors:
     basis: str
 
 
-def floors(
-    work: Work, speeds: Speeds, sharding: Sharding | None, exposed_s: float = 0.0, stand_in: bool = False
-) -> Floors:
-    """What a step must take at least: FLOPs and bytes of model/roofline.py over these speeds.
+def floors(work: Work, speeds: Speeds, layout: Layout, exposed_s: float = 0.0, stand_in: bool = False) -> Floors:
+    """What a step must take at least: FLOPs and bytes of estimate/roofline.py over these speeds.
 
-    sharding            None where nothing is gathered or reduced; else FSDP's copies of the layers' weights and
-                        gradients have a floor too: bf16 out of the buffer of a gather, and into fp32 to be reduced
+    layout              under FSDP its copies of the layers' weights and gradients have a floor too: bf16 out of the
+                        buffer of a gather, and into fp32 to be reduced
     exposed_s           communication that no computation can hide
     stand_in            whether copies take the place of collectives (``STAND_IN``): their bytes, read once and written
                         once, as if nothing hid them; where matrix products do, the gap is below zero
@@ -198,14 +201,14 @@ def floors(
     config, tokens, n_layers = work.config, work.accumulation * work.tokens, work.config.n_layers
     matmul_flops = 6 * sizes.matmul_parameters(config) * tokens
     attention_flops = work.accumulation * roofline.attention_flops(config, [work.seq_len] * work.micro_batch)
-    rows = sum(roofline.memory_bound_bytes(config, 2, work.lean)) * n_layers * tokens
+    rows = sum(roofline.memory_bound_bytes(config, 2, work.recompute)) * n_layers * tokens
     copied = 0
-    if sharding is not None:
-        layer = sizes.padded_numel(sizes.layer_shapes(config), sharding.shards)
-        copied = work.accumulation * n_layers * (4 + step_time.copied_again(sharding.gathered_again) + 6) * layer
-    if sharding is not None and stand_in:
+    if layout.fsdp:
+        layer = sizes.padded_numel(sizes.layer_shapes(config), layout.shard)
+        copied = work.accumulation * n_layers * (4 + step_time.copied_again(layout.gathered_again) + 6) * layer
+    if layout.fsdp and stand_in:
         replaced = roofline.collectives(
-            config, sharding.shards, gathered_again=sharding.gathered_again, accumulation=work.accumulation
+            config, layout.shard, gathered_again=layout.gathered_again, accumulation=work.accumulation
         )
         exposed_s += 2 * sum(c.count * c.bytes for c in replaced) / speeds.memory
     loss = work.accumulation * roofline.head_bytes(config, work.tokens)
@@ -214,7 +217,7 @@ def floors(
         "attention": attention_flops / speeds.attention,
         "norm, RoPE, SwiGLU": rows / speeds.memory,
         "loss": loss / speeds.memory,
-        "optimizer": step_time.update_bytes(work, sharding) / speeds.memory,
+        "optimizer": step_time.update_bytes(work, layout) / speeds.memory,
         "other": 0.0,
         "copies": copied / speeds.memory,
         "communication": exposed_s,
@@ -223,17 +226,14 @@ def floors(
     return Floors({name: 1e3 * s for name, s in seconds.items()}, speeds.basis)
 
 
-def floors_of_run(work: Work, layout: Layout, dtype: torch.dtype, world: World) -> Floors | None:
-    """The floors of a run's step on a GPU that model/plan.py knows, in bf16, at the rates called ideal; else None."""
+def floors_of_run(work: Work, layout: Layout, world: World) -> Floors | None:
+    """The floors of a run's bf16 step on a GPU that machines.py knows, at the rates called ideal; else None."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     cluster = step_time.cluster_of_run(name, world.size, world.node_size)
-    if cluster is None or dtype != torch.bfloat16:
+    if cluster is None or work.compute_bytes != 2:
         return None
-    if is_whole(world, dtype):
-        return floors(work, ideal_speeds(cluster.gpu), None)
-    sharding = Sharding.of(layout)
-    exposed_s = step_time.step(work, cluster, sharding, step_time.RATES["ideal"]).exposed
-    return floors(work, ideal_speeds(cluster.gpu), sharding, exposed_s)
+    exposed_s = step_time.step(work, cluster, layout, step_time.RATES["ideal"]).exposed
+    return floors(work, ideal_speeds(cluster.gpu), layout, exposed_s)
 
 
 def gaps(found: dict, least: Floors, n_steps: int = 1) -> list[dict]:

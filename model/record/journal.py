@@ -1,24 +1,150 @@
-"""What a person sees of a run while it goes: rank 0's lines, a bar on a terminal, and where the time goes that
-the plan did not expect.
+"""What a person sees of a run while it goes: its steps, a bar on a terminal, where time goes that nobody expected.
 
-Nothing is measured for the latter and nothing waited for: the loop knows how long a step took, what it waited for data
-and spent on checkpoints and evaluation, and the watch knows the time of a fixed matrix product on each rank. What these
-do not explain is communication that nothing hides, or kernels slower than expected; ``--preflight`` and a profile tell.
+The last needs no measuring and no waiting: the loop knows how long a step took, what it waited for data and spent on
+checkpoints and evaluation, and the watch knows the time of a fixed matrix product on each rank. What these do not
+explain is communication that nothing hides, or kernels slower than expected; --preflight and a profile tell.
 """
 
 from __future__ import annotations
 
 import contextlib
+import resource
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from halny.model.estimate import step_time
-from halny.model.estimate.work import Layout, Sharding, Work
+from halny.model.data.order import step_numbers
+from halny.model.estimate import machines, roofline, step_time
+from halny.model.estimate.work import Layout, Work
+from halny.model.exits import Failed
+from halny.model.record.run_folder import RunFolder
+from halny.model.run.evaluation import loss_metrics
+from halny.model.run.optimizer import NOT_FINITE, SPIKE, SPIKE_SKIPPED
 from halny.model.run.ranks import World, say
-from halny.model.run.watch import Probe
+from halny.model.run.resolve import Plan
+from halny.model.run.watch import Probe, Watch
+
+
+class Journal:
+    """Writes down the steps of a run, each one step late: it owns the step in flight.
+
+    skips   updates skipped in a row up to the last step written down
+    step_s  how long that step took
+    """
+
+    def __init__(self, plan: Plan, world: World, folder: RunFolder, watch: Watch, spent: dict[str, float]):
+        self.plan, self.world, self.folder, self.watch, self.spent = plan, world, folder, watch, spent
+        self.skips, self.step_s = 0, 0.0
+        self._in_flight: InFlight | None = None
+
+    def begin(self, first: int) -> None:
+        """The loop begins, with step ``first``."""
+        self.progress = Progress(self.world, first, self.plan.recipe.steps)
+        self.gap = Gap.of_run(self.plan.work, self.plan.layout, self.world)
+        self.probe = Probe(self.world.device)
+        self._clock = time.perf_counter()
+
+    def add(self, step: int, values: Tensor, lr: float, data_wait_s: float) -> None:
+        """A step that the device has been given: ``values`` as train_step returns them. The one before is settled."""
+        self.settle()
+        self._in_flight = InFlight.after(step, values, lr, data_wait_s)
+        if self._in_flight.ready is None:  # on the CPU there is nothing to wait for
+            self.settle()
+
+    def settle(self) -> None:
+        """Write down the step in flight. Raises Failed if too many updates were skipped."""
+        if self._in_flight is None:
+            return
+        (line, remark), self._in_flight = self._in_flight.line(self.plan, self.world, self._seconds_since), None
+        self.skips = self.skips + 1 if "skipped" in line else 0
+        self.watch.probe(self.probe.seconds())
+        self.gap.add(self.step_s, line["data_wait_s"])
+        self.spent["waiting for data"] = self.spent.get("waiting for data", 0.0) + line["data_wait_s"]
+        if self.world.is_main:
+            self.folder.log(line)
+            self.progress.show(line)
+            self.progress.complain(self.watch.slowest)
+            if line["step"] % self.progress.every == 0 and (text := self.gap.words(self.watch.slowest)):
+                say(self.world, text)
+        most = self.plan.recipe.max_skips
+        if self.skips > most:
+            samples = step_numbers(line["step"], self.plan.samples_a_step)
+            raise Failed(f"{remark}, {self.skips} in a row now (--max-skips {most}). Its samples have the numbers "
+                f"{samples[0]} to {samples[-1]}; --replay-step {line['step']} looks into them")  # fmt: skip
+        if remark:
+            say(self.world, remark)
+
+    def _seconds_since(self) -> float:
+        before, self._clock = self._clock, time.perf_counter()
+        self.step_s = self._clock - before
+        return self.step_s
+
+    def close(self) -> None:
+        self.progress.close()
+
+
+@dataclass
+class InFlight:
+    """A step whose metrics are still on the device: read one step late, so that the host never waits for the device."""
+
+    step: int
+    values: Tensor  # as train_step returns them
+    ready: torch.cuda.Event | None
+    lr: float
+    data_wait_s: float
+
+    @classmethod
+    def after(cls, step: int, values: Tensor, lr: float, data_wait_s: float) -> InFlight:
+        if not values.is_cuda:
+            return cls(step, values, None, lr, data_wait_s)
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+        return cls(step, host, ready, lr, data_wait_s)
+
+    def line(self, plan: Plan, world: World, since: Callable[[], float]) -> tuple[dict, str | None]:
+        """Its metrics line, and what is to be said of its update if it was skipped or a spike.
+
+        Waits until the device is through with the step; ``since`` tells the seconds since the one before.
+        """
+        if self.ready is not None:
+            self.ready.synchronize()
+        *sums, pairs, grad_norm, verdict, median = self.values.tolist()
+        recipe = plan.recipe
+        rate = recipe.batch_tokens / world.size / since()
+        flops = roofline.step_flops(plan.model, recipe.batch_tokens, pairs)
+        line = {
+            "step": self.step,
+            **loss_metrics(*sums),
+            "lr": self.lr,
+            "grad_norm": grad_norm,
+            "tokens": self.step * recipe.batch_tokens,
+            "tokens_per_second_per_gpu": rate,
+            "mfu": machines.mfu(rate, flops / recipe.batch_tokens, plan.peak_flops),
+            "peak_memory_gib": peak_memory_bytes(world) / 2**30,
+            "data_wait_s": self.data_wait_s,
+        }
+        if world.device.type == "cuda" and (retries := torch.cuda.memory_stats()["num_alloc_retries"]):
+            line["alloc_retries"] = retries  # memory is so short that the allocator had to give up its cache
+        what = f"step {self.step}: loss {line['loss']:.4g}, gradient norm {grad_norm:.4g}"
+        if verdict in (SPIKE, SPIKE_SKIPPED):
+            what += f", a spike over the median of {median:.4g}"
+            line["spike"] = True
+        if verdict in (NOT_FINITE, SPIKE_SKIPPED):
+            line["skipped"] = True
+            what += "; the update was skipped"
+        return line, what if verdict else None
+
+
+def peak_memory_bytes(world: World) -> int:
+    if world.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(world.device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Gap:
@@ -29,20 +155,20 @@ class Gap:
     probe_s      seconds that the watch's matrix product takes at the rate that the plan expects
     """
 
-    def __init__(self, expected: step_time.Step | None, tokens: int, probe_s: float | None = None):
+    def __init__(self, expected: step_time.StepTime | None, tokens: int, probe_s: float | None = None):
         self.expected, self.tokens, self.probe_s = expected, tokens, probe_s
         self.steps, self.seconds, self.spent = -1, 0.0, {}  # the first step sets up, and is left out
 
     @classmethod
-    def of_run(cls, work: Work, layout: Layout, dtype: torch.dtype, world: World) -> Gap:
+    def of_run(cls, work: Work, layout: Layout, world: World) -> Gap:
         """Held against step_time.py's step at the rates that it calls good, on a GPU that it knows, in bf16."""
         tokens = work.accumulation * work.tokens
         name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
         cluster = step_time.cluster_of_run(name, world.size, world.node_size)
-        if cluster is None or dtype != torch.bfloat16:
+        if cluster is None or work.compute_bytes != 2:
             return cls(None, tokens)
         good = step_time.RATES["good"]
-        step = step_time.step(work, cluster, Sharding.of(layout), good)
+        step = step_time.step(work, cluster, layout, good)
         return cls(step, tokens, Probe.flops(world.device) / (cluster.gpu.bf16_flops * good.matmul))
 
     def add(self, step_s: float, data_wait_s: float) -> None:

@@ -1,28 +1,21 @@
-"""Where the time of training steps goes: torch.profiler around a few of them, and tables of what it saw.
+"""torch.profiler around a few training steps: traces, memory, and the tables that breakdown.py makes of them.
 
-train.py --profile records whole steps through ``StepProfiler``; bench/step.py --profile records one and uses the tables
-alone. The file reads so:
-
-    tables          kernels by name -> categories -> time of each, and what is idle
-    floors          the least time that each category can take, and the gaps to it
-    regions         the parts of the model as named spans in the trace, by hooks that exist only while profiling
-    the profiler    chosen steps on chosen ranks, into RUN_DIR/traces/
-
-Outside the chosen steps there is no hook, no span and no profiler: a step costs one comparison of its number.
+train.py --profile records whole steps through ``StepProfiler``: chosen steps on chosen ranks, into RUN_DIR/traces/. The
+parts of the model are named spans in the trace, by hooks that exist only while profiling: outside the chosen steps
+there is no hook, no span and no profiler, and a step costs one comparison of its number.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from halny.model.durable import replacing
 from halny.model.record.breakdown import (
     Floors,
     breakdown,
@@ -76,36 +69,6 @@ class _Spans:
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
-
-
-# --- the profiler -----------------------------------------------------------------------------------------------------
-
-AUTO = "auto"  # --profile without a value
-
-
-def steps_to_profile(text: str, begin: int, end: int) -> tuple[int, int]:
-    """(first, last) of "10-12", "10", or "auto": three steps after five that warm up, in a run from begin to end.
-
-    Raises ValueError for anything else and for steps beyond the end.
-    """
-    if text == AUTO:
-        first = max(begin, min(begin + 5, end - 2))
-        return first, min(first + 2, end)
-    numbers = re.fullmatch(r"([0-9]{1,9})(?:-([0-9]{1,9}))?", text)
-    first, last = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (0, 0)
-    if not 1 <= first <= last <= end:
-        raise ValueError(f"{text} must be a step or FIRST-LAST within 1 to {end}, as in 10-12")
-    return first, last
-
-
-def ranks_to_profile(texts: Sequence[str], world_size: int) -> set[int]:
-    """Of rank numbers as text, or "all". Raises ValueError for one that there is not."""
-    if list(texts) == ["all"]:
-        return set(range(world_size))
-    for text in texts:
-        if not (re.fullmatch(r"[0-9]{1,9}", text) and int(text) < world_size):
-            raise ValueError(f"{text} must be ranks from 0 to {world_size - 1}, or all")
-    return set(map(int, texts))
 
 
 class StepProfiler:
@@ -178,14 +141,14 @@ class StepProfiler:
         name = f"steps-{self.first}-{self.last}-rank-{self.rank}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with self._whole(f"{name}.json.gz") as partial:
+            with replacing(self.folder / f"{name}.json.gz") as partial:
                 profiled.export_chrome_trace(str(partial))
                 events = events_of(partial)
             if self.device.type == "cuda" and hasattr(torch.cuda.memory, "_dump_snapshot"):
-                with self._whole(f"{name}.memory.pickle") as partial:
+                with replacing(self.folder / f"{name}.memory.pickle") as partial:
                     torch.cuda.memory._dump_snapshot(str(partial))
             text = self._tables(events, profiled, wall_ms) + f"\ntrace      {self.folder / name}.json.gz"
-            with self._whole(f"{name}.txt") as partial:
+            with replacing(self.folder / f"{name}.txt") as partial:
                 partial.write_text(text + "\n", encoding="utf-8")
         except (OSError, ValueError, RuntimeError) as error:  # a full disk is no reason to stop training
             return f"profile of steps {self.first} to {self.last}: {self.folder / name} could not be written: {error}"
@@ -193,16 +156,6 @@ class StepProfiler:
             if self.device.type == "cuda":
                 self._record_memory(enabled=None)
         return text
-
-    @contextlib.contextmanager
-    def _whole(self, name: str):
-        """A path to write to, which gets its name when that is done, or is deleted."""
-        partial = self.folder / f".partial-{name}"
-        try:
-            yield partial
-            partial.replace(self.folder / name)
-        finally:
-            partial.unlink(missing_ok=True)
 
     def _stop(self) -> profile:
         self._spans.close()

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from halny.model.convert import check_replaceable
-from halny.model.durable import write_json
+from halny.model.durable import replacing, write_json
 from halny.model.exits import Refused
+from halny.model.hf_folder import check_replaceable
 from halny.model.record.loggers import Logger
 from halny.model.run import checkpoint
 
@@ -32,6 +32,7 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.data = path / "data"  # the built-in corpus, where the run is on that
         self.metrics = path / "metrics.jsonl"
         self.loggers: list[Logger] = []  # told what metrics.jsonl is told
         self._lock = None
@@ -147,9 +148,9 @@ class RunFolder:
     def keep_metrics_until(self, step: int) -> None:
         """Drop the lines of steps that will be run again."""
         if self.metrics.exists():
-            partial = self.metrics.with_name(".metrics.jsonl.partial")
-            partial.write_text("".join(json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step))
-            partial.replace(self.metrics)
+            kept = "".join(json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step)
+            with replacing(self.metrics) as partial:
+                partial.write_text(kept)
 
     def has_evaluation(self, step: int) -> bool:
         return any(line["step"] == step and any(key.startswith("val_") for key in line) for line in self.lines())
@@ -200,6 +201,5 @@ class RunFolder:
             axes.grid(alpha=0.3)
             if axes.lines:
                 axes.legend()
-        partial = self.path / ".curves.partial.png"
-        figure.savefig(partial, dpi=120)
-        partial.replace(self.path / "curves.png")
+        with replacing(self.path / "curves.png") as partial:
+            figure.savefig(partial, dpi=120)

@@ -73,7 +73,7 @@ def summarize(lines: list[dict], plan, spent: dict[str, float], wall_s: float, e
 
 def in_lines(summary: dict) -> str:
     """As train.py prints it."""
-    start, best = summary["this_start"], summary["best_evaluation"]
+    start = summary["this_start"]
     speed = summary["tokens_per_second_per_gpu"]
     mfu = summary["mfu"]
     lines = [
@@ -83,8 +83,6 @@ def in_lines(summary: dict) -> str:
         f"time       {start['wall_s']:,.1f} s since this start: "
         + ", ".join(f"{what} {seconds:,.1f}" for what, seconds in start["spent_s"].items()),
     ]
-    if best:
-        lines.append(f"best       held-out loss {best['val_loss']:.4f} at step {best['step']}")
     if start["energy_j"] is not None:
         lines.append(f"energy     {start['energy_j'] / 3.6e6:,.3f} kWh drawn by the GPUs since this start")
     return "\n".join(lines)

@@ -1,4 +1,5 @@
-"""Checkpoints: written beside the training, whole or not at all, and never loaded unless every byte is as it was.
+"""Checkpoints on the disk: found, verified, loaded, and the old ones deleted. What writes them is saver.py.
+
 
 A checkpoint is a folder ``step-NNNNNNNN``:
 
@@ -10,12 +11,6 @@ A checkpoint is a folder ``step-NNNNNNNN``:
 Nothing in it can run code: safetensors and JSON, no pickle. (torch's distributed checkpointing, DCP, writes and reads
 the shards, on any number of ranks; its default metadata is a pickle, so its Hugging Face storage is used, which needs
 none.)
-
-**Saving** stops the training only for a copy of the state into pinned host memory. A thread on each rank then writes
-the copy into ``.step-NNNNNNNN.partial``, reads the files back, compares every tensor with the copy, and syncs them;
-rank 0 writes the manifest last, and renames the folder. Under its final name a checkpoint is complete. Only then are
-older ones deleted. The threads have a gloo group of their own, so they agree without disturbing the training, and if
-one fails all fail: ``Saver.failed`` tells the loop, which stops at its next step.
 
 **Loading** believes nothing: names, sizes, SHA-256 of all files (the ranks share the work), dtypes and shapes against
 what is to be filled. A damaged checkpoint is put aside under another name and the one before it used.

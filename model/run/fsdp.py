@@ -30,17 +30,12 @@ if TYPE_CHECKING:
     from halny.model.run.ranks import World
 
 
-def is_whole(world: World, compute_dtype: torch.dtype) -> bool:
-    """Whether one rank holds the model without FSDP: in bf16, its fp32 masters split (model/run/optimizer.py)."""
-    return world.size == 1 and compute_dtype.itemsize == 2
-
-
 def describe(layout: Layout) -> str:
     """Two lines for the log."""
     what = {
         "always": "dropped after the forward pass",
         "never": "kept from the forward to the backward pass",
-    }.get(layout.reshard_name, f"kept after the forward pass as parts on {layout.reshard_name} ranks")
+    }.get(layout.reshard, f"kept after the forward pass as parts on {layout.reshard} ranks")
     return (
         f"sharding   {layout.shard} shard(s) x {layout.replicate} replica(s); gathered weights are {what}: "
         f"{layout.reshard_why}\ngradients  {layout.gradients_why}"
@@ -67,7 +62,7 @@ def shard_model(model: Mistral, layout: Layout, world: World, compute_dtype: tor
     # Inputs stay as they are: a layer's are in the compute dtype already, but for RoPE's fp32 tables.
     policy = MixedPrecisionPolicy(compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=layout.reshard)
+        fully_shard(layer, mesh=mesh, mp_policy=policy, reshard_after_forward=layout.reshard_after_forward)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     model.holds_gradients = layout.holds_gradients  # for reduce_gradients
     if has_streams(world.device) and world.size > 1:

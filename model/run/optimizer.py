@@ -1,4 +1,19 @@
-"""Which updates of a run are skipped, decided on the device: train.py's step asks, and never waits for the answer."""
+"""AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) in the two forms that train.py's step takes.
+
+    ShardedAdamW   on FSDP's fp32 shards: PyTorch's fused kernel
+    SplitAdamW     one rank in bf16: each fp32 weight lives once, as the bf16 that the model computes with and the 16
+                   bits beneath it (kernels/adamw.py)
+
+Sharding makes fp32 weights, gradients and moments cheap: 16 bytes a weight are 0.45 GB on each of 256 ranks of a 7B.
+On one rank they are 116 GB, and FSDP's copy of each weight in bf16 and of each gradient in fp32 costs time besides,
+with nothing to gather or to reduce. Split weights are the same fp32 numbers to the bit in 4 bytes, the model's own
+included, so that one rank holds 6 bytes a weight with its bf16 gradient, plus moments: 8 in fp32, 4 in bf16, 2 in 8bit.
+
+Both are told the step by ``begin``, make the gradients' global norm and clip them by ``clip_gradients``, and look at
+``found_inf``: where it is 1, ``step`` changes nothing, and no host has to know.
+
+``Guard`` judges which updates are skipped; train.py's step asks it, and never waits for the answer.
+"""
 
 from __future__ import annotations
 
@@ -14,42 +29,6 @@ from torch import Tensor, nn
 from halny.kernels.adamw import adamw_, join, new_moments, split
 from halny.kernels.gradient_norm import gradient_norm
 from halny.kernels.stochastic_rounding import add_rounded_, add_wide
-
-APPLIED, NOT_FINITE, SPIKE, SPIKE_SKIPPED = range(4)  # a Guard's verdict on an update
-
-
-class Guard:
-    """Judges each update by numbers that all ranks share, so all of them skip the same ones.
-
-    Skipped is an update whose loss or gradient norm is not finite, and with --skip-spikes one whose loss is above
-    --spike times the median of the last 128 applied ones. A skipped update leaves weights and moments untouched to the
-    bit; its step number is consumed. The host learns of it a step later, and nothing here waits for the device.
-    """
-
-    LENGTH, LEAST = 128, 16  # losses remembered; losses without which no loss is a spike
-
-    def __init__(self, spike: float, skip_spikes: bool, device: torch.device):
-        self.factor, self.skips_spikes = spike, skip_spikes
-        # Of step n at n % LENGTH; inf where nothing was applied, which sorts behind the losses.
-        self.losses = torch.full((self.LENGTH,), math.inf, dtype=torch.float64, device=device)
-
-    def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
-        """(verdict, the median it was held against), fp64 scalars. Remembers the loss if the update is applied."""
-        applied = self.losses.isfinite().sum()
-        median = self.losses.sort().values.gather(0, ((applied - 1).clamp(min=0) // 2).view(1)).squeeze()
-        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
-        spike = (applied >= self.LEAST) & (loss > self.factor * median)
-        verdict = torch.where(bad, NOT_FINITE, torch.where(spike, SPIKE_SKIPPED if self.skips_spikes else SPIKE, 0))
-        place = step % self.LENGTH
-        self.losses[place] = torch.where(verdict % 2 == 0, loss, math.inf)  # even: applied
-        return verdict.double(), median
-
-    def remembered(self) -> list[float | None]:
-        """For the checkpoint's manifest: with these a resumed run judges as an uninterrupted one."""
-        return [loss if math.isfinite(loss) else None for loss in self.losses.tolist()]
-
-    def remember(self, losses: list[float | None]) -> None:
-        self.losses.copy_(torch.tensor([math.inf if loss is None else loss for loss in losses], dtype=torch.float64))
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -182,3 +161,40 @@ def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None) ->
     low = getattr(optimizer, "low", {})
     for name, p in model.named_parameters():
         yield name, Split(p.data, low[p]) if p in low else p.detach()
+
+
+APPLIED, NOT_FINITE, SPIKE, SPIKE_SKIPPED = range(4)  # a Guard's verdict on an update
+
+
+class Guard:
+    """Judges each update by numbers that all ranks share, so all of them skip the same ones.
+
+    Skipped is an update whose loss or gradient norm is not finite, and with --skip-spikes one whose loss is above
+    --spike times the median of the last 128 applied ones. A skipped update leaves weights and moments untouched to the
+    bit; its step number is consumed. The host learns of it a step later, and nothing here waits for the device.
+    """
+
+    LENGTH, LEAST = 128, 16  # losses remembered; losses without which no loss is a spike
+
+    def __init__(self, spike: float, skip_spikes: bool, device: torch.device):
+        self.factor, self.skips_spikes = spike, skip_spikes
+        # Of step n at n % LENGTH; inf where nothing was applied, which sorts behind the losses.
+        self.losses = torch.full((self.LENGTH,), math.inf, dtype=torch.float64, device=device)
+
+    def judge(self, step: int, loss: Tensor, grad_norm: Tensor) -> tuple[Tensor, Tensor]:
+        """(verdict, the median it was held against), fp64 scalars. Remembers the loss if the update is applied."""
+        applied = self.losses.isfinite().sum()
+        median = self.losses.sort().values.gather(0, ((applied - 1).clamp(min=0) // 2).view(1)).squeeze()
+        bad = ~(torch.isfinite(loss) & torch.isfinite(grad_norm))
+        spike = (applied >= self.LEAST) & (loss > self.factor * median)
+        verdict = torch.where(bad, NOT_FINITE, torch.where(spike, SPIKE_SKIPPED if self.skips_spikes else SPIKE, 0))
+        place = step % self.LENGTH
+        self.losses[place] = torch.where(verdict % 2 == 0, loss, math.inf)  # even: applied
+        return verdict.double(), median
+
+    def remembered(self) -> list[float | None]:
+        """For the checkpoint's manifest: with these a resumed run judges as an uninterrupted one."""
+        return [loss if math.isfinite(loss) else None for loss in self.losses.tolist()]
+
+    def remember(self, losses: list[float | None]) -> None:
+        self.losses.copy_(torch.tensor([math.inf if loss is None else loss for loss in losses], dtype=torch.float64))

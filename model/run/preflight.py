@@ -32,7 +32,7 @@ import torch.distributed as dist
 from halny.model.durable import in_words
 from halny.model.estimate import machines, memory, sizes, step_time
 from halny.model.estimate.memory import RESERVED
-from halny.model.estimate.work import Layout, Sharding, Work
+from halny.model.estimate.work import Layout, Work
 from halny.model.exits import Failed
 from halny.model.run.ranks import World, all_gather, check_collectives, everywhere, reduce_scatter
 
@@ -303,8 +303,7 @@ def sources(root: Path) -> list[Path]:
 
 
 def too_little_memory(job: Job, world: World, hosts: list[str], say: Callable) -> list[str]:
-    sharding = Sharding.of(job.layout)
-    needed = sum(memory.rank_memory(job.work, sharding, world.size, job.dtype.itemsize).values())
+    needed = sum(memory.rank_memory(job.work, job.layout).values())
     free = None
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # what the measurements used
@@ -347,7 +346,7 @@ def unreadable_data(open_data: Callable | None, world: World, hosts: list[str], 
 
 def poor_disk(job: Job, world: World, hosts: list[str], effort: Effort, say: Callable) -> list[str]:
     """Every rank writes and syncs a file where the run's checkpoints will lie; rank 0 must find them all."""
-    total = memory.parameter_bytes(job.work.config) + memory.moment_bytes(job.work.config, job.work.moments)
+    total = memory.checkpoint_bytes(job.work.config, job.work.moments)
     export = 2 * sizes.parameters(job.work.config)
     existing = next(p for p in (job.folder, *job.folder.absolute().parents) if p.is_dir())
     folder, problem = None, None
@@ -413,7 +412,7 @@ def predict(job: Job, rates: dict[str, float], world: World) -> tuple[float, dic
     cluster = step_time.Cluster(gpu, world.size, node, nvlink / step_time.NVLINK_SHARE, nic / step_time.NIC_SHARE)
     work = job.work
     reached = replace(good, matmul=1.0, attention=good.attention / good.matmul, memory=1.0)
-    step = step_time.step(work, cluster, Sharding.of(job.layout), reached)
+    step = step_time.step(work, cluster, job.layout, reached)
     parts = {name.replace("_", " "): seconds for name, seconds in asdict(step).items()}
     hidden = parts.pop("hidden")
     if world.device.type == "cpu":

@@ -1,11 +1,7 @@
-"""What the ranks of a run do together on the CPU: join, agree, test the wires, and watch each other.
+"""What the ranks of a run do together on the CPU: join, agree, and test the wires.
 
 Whatever all ranks must do alike (refuse, load, save, stop) is agreed over gloo, never over the GPU: a queue of kernels
-is no place to wait in. And no wait is for ever. Each rank has a thread, ``Watch``, that publishes every two seconds
-where its main thread is; the main thread must come further within a deadline. Where it does not, every rank's thread
-reads what the others last said, names the rank and host that is silent (killed, stopped, its node gone) or behind, and
-ends the process. So a rank that hangs costs one deadline, and the message says which one it was, whatever it hung in: a
-collective, a file system, a GPU.
+is no place to wait in. And no wait is for ever: watch.py sees to that.
 """
 
 from __future__ import annotations

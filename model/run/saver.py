@@ -1,4 +1,11 @@
-"""Saving beside the training: a copy on the host, written by a thread, under its name only when it is whole."""
+"""Saving beside the training: a copy on the host, written by a thread, under its name only when it is whole.
+
+A save stops the training only for a copy of the state into pinned host memory. A thread on each rank then writes the
+copy into ``.step-NNNNNNNN.partial``, reads the files back, compares every tensor with the copy, and syncs them; rank 0
+writes the manifest last, and renames the folder. Under its final name a checkpoint is complete. Only then are older
+ones deleted. The threads have a gloo group of their own, so they agree without disturbing the training, and if one
+fails all fail: ``Saver.failed`` tells the loop, which stops at its next step. The format is checkpoint.py's.
+"""
 
 from __future__ import annotations
 
@@ -39,9 +46,6 @@ def training_state(model: Mistral, optimizer: torch.optim.Optimizer | None) -> d
         moments = optimizer.state.get(parameters[name], {}) if optimizer else {}
         state |= {f"{moment}.{name}": x for moment, x in moments.items() if moment != "step"}
     return state
-
-
-# --------------------------------------------------------------------------------------------------------------- saving
 
 
 class Saver:

@@ -1,7 +1,14 @@
-"""Who is late: a watch over every rank's progress that ends a run which hangs, and a probe that finds slow ranks."""
+"""Who is late: a watch over every rank's progress that ends a run which hangs, and a probe that finds slow ranks.
+
+Each rank has a thread, ``Watch``, that publishes every two seconds where its main thread is; the main thread must come
+further within a deadline. Where it does not, every rank's thread reads what the others last said, names the rank and
+host that is silent (killed, stopped, its node gone) or behind, and ends the process. So a rank that hangs costs one
+deadline, and the message says which one it was, whatever it hung in: a collective, a file system, a GPU.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -18,10 +25,9 @@ from typing import NoReturn
 import torch
 import torch.distributed as dist
 
+from halny.model.durable import replacing
 from halny.model.exits import FAILED
 from halny.model.run.ranks import LONG_PHASE, World
-
-# ------------------------------------------------------------------------------------------------------------ the watch
 
 PERIOD = 2.0  # seconds between two lines of a rank in the store
 DYING = 10.0  # seconds after a stop was asked for in which the main thread must come further, if a rank is gone
@@ -182,12 +188,8 @@ class Watch:
             "ranks_heard": len(lines),
             "slowest_rank": self.slowest,
         }
-        partial = self.folder / ".heartbeat.json.partial"
-        try:
-            partial.write_text(json.dumps(beat, indent=1) + "\n")
-            partial.replace(self.folder / "heartbeat.json")
-        except OSError:  # a full disk is for the checkpoint to report
-            return
+        with contextlib.suppress(OSError), replacing(self.folder / "heartbeat.json") as partial:
+            partial.write_text(json.dumps(beat, indent=1) + "\n")  # a full disk is for the checkpoint to report
 
 
 def _behind(lines: list[dict]) -> list[dict]:

@@ -30,12 +30,13 @@ from halny.kernels.attention import attention_mask
 from halny.kernels.cross_entropy import cross_entropy
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
 from halny.model import mistral
-from halny.model.data.batches import Batch
+from halny.model.data.batches import Batch, Loader
 from halny.model.estimate import machines, roofline, sizes
 from halny.model.mistral import PRESETS, Mistral
 from halny.model.record import breakdown
+from halny.model.record.journal import InFlight
 from halny.model.run.optimizer import Guard
-from halny.model.run.ranks import World
+from halny.model.run.ranks import World, start_distributed
 
 MISTRAL_7B, SMALL_MODEL = PRESETS["mistral-7b"], replace(PRESETS["test"], n_layers=2)
 H200 = machines.GPUS["NVIDIA H200"]
@@ -501,19 +502,19 @@ def record_reads(cwd: Path, arguments: list[str], planted: bool) -> None:
             pass
 
     def in_flight(step, values, lr, data_wait_s):
-        return train.InFlight(step, values.clone(), Ready(), lr, data_wait_s)
+        return InFlight(step, values.clone(), Ready(), lr, data_wait_s)
 
-    train.InFlight.after = in_flight
+    InFlight.after = in_flight
     for module in ("mistral", "cross_entropy", "rope", "attention"):  # on a GPU no values are checked
         package = "model" if module == "mistral" else "kernels"
         sys.modules[f"halny.{package}.{module}"].can_check_values = lambda x: False
-    around(train.Loader, "__next__", watch(False), watch(True))
+    around(Loader, "__next__", watch(False), watch(True))
     around(train.Run, "save", watch(False))
     around(train, "log_evaluation", watch(False))
     around(train, "train_step", lambda *args: order.append(["step", args[3]]))
-    around(train.InFlight, "settle", lambda self, *_: order.append(["settle", self.step]))
+    around(InFlight, "line", lambda self, *_: order.append(["settle", self.step]))
     if planted:
-        around(train.Guard, "judge", lambda guard, step, loss, grad_norm: loss.item())
+        around(Guard, "judge", lambda guard, step, loss, grad_norm: loss.item())
     original = train.train
 
     def recorded(run):
@@ -542,7 +543,7 @@ def test_the_loop_reads_only_the_step_before(dtype, small, tmp_path):
     """bf16: one rank without FSDP; fp32: with it. The loop itself asks one thing more, of the host's own tensor."""
     command = [*SMALL, "--data", small, "--steps", 5, "--save-every", 3, "--eval-every", 4, "--dtype", dtype]
     found = reads_of(tmp_path / "clean", *command)
-    assert {tuple(read[:2]) for read in found["reads"]} == {("train.py", "settle"), ("train.py", "train")}
+    assert {tuple(read[:2]) for read in found["reads"]} == {("journal.py", "line"), ("train.py", "train")}
     assert {line for _, function, line in found["reads"] if function == "train"} == {
         "stopping, save_failed = map(bool, answers.tolist())"
     }
@@ -556,7 +557,7 @@ def test_the_loop_reads_only_the_step_before(dtype, small, tmp_path):
 
 @pytest.mark.gpu
 def test_a_step_on_a_gpu_does_not_synchronise():
-    world = train.start_distributed(600)
+    world = start_distributed(600)
     try:
         case = Case(replace(SMALL_MODEL, window=None), 2, 64, 1)
         with pytest.MonkeyPatch.context() as patched:

@@ -27,9 +27,10 @@ from bench.lib.results import BadResult, machine, read_result, write_json
 from bench.lib.steps import MODE_LABELS, random_tokens, steady_steps
 from halny.model.convert import save_hf
 from halny.model.estimate import choices, machines, plan, roofline, sizes, step_time
-from halny.model.estimate.memory import rank_memory
-from halny.model.estimate.work import Sharding, Work
+from halny.model.estimate.memory import memory_estimate, rank_memory
+from halny.model.estimate.work import ALONE, Work
 from halny.model.mistral import PRESETS, Mistral
+from halny.model.run.ranks import start_distributed
 
 CPU = Bench(torch.device("cpu"), True, 2**16)
 MISTRAL_7B, SMALL = PRESETS["mistral-7b"], PRESETS["test"]
@@ -79,7 +80,7 @@ def test_each_collective_is_one_copy_of_its_bytes(one_rank, reshard, again):
     figures = step.stand_in_figures(made)
     assert figures["collectives"]["all-gather"]["bytes"] == sum(b for k, b, _ in whole if k == "all-gather")
     assert figures["stand_in_bytes"] == made.stand_in.source.nbytes + made.stand_in.target.nbytes
-    memory = rank_memory(made.plan.work, Sharding.of(made.layout), step.RANKS, compute_bytes=4)
+    memory = rank_memory(made.plan.work, made.layout)
     assert made.plan.work.config == SMALL
     assert made.estimated_bytes() == sum(memory.values()) + figures["stand_in_bytes"]
 
@@ -123,7 +124,7 @@ def test_the_step_fits_the_card():
     assert wanted(h200, step.Case("one-gpu", "bf16"))[0] == (32, 4)
     for memory, case in ((h100, "fp32"), (h100, "bf16"), (gh200, "fp32"), (h100, "8bit")):
         (layers, micro), *smaller = wanted(memory, step.Case("one-gpu", case))
-        fits = choices.most_micro_batch(MISTRAL_7B, memory, step.SEQ_LEN, case, divides=1)
+        fits = memory_estimate(Work(MISTRAL_7B, 1, step.SEQ_LEN, moments=case), ALONE).total <= choices.room(memory)
         assert layers == 32 if fits else 10 < layers < 32 and smaller[0][0] == layers - 2
         assert micro <= (2 if case == "fp32" else 4)
     assert wanted(gh200, RANK)[0] == wanted(h200, RANK)[0] == (32, 4)
@@ -149,7 +150,7 @@ def test_accumulation_is_part_of_the_step_and_its_name(monkeypatch):
     assert "Mistral-7B, 3 x 4 x 4096, AdamW, bf16 moments" in step.label(case, MISTRAL_7B, 4, 4096, False)
     assert [c.accumulation for c in step.cases(["one-gpu", "rank-of-256"], ["8bit"], 3)] == [1, 3]
     monkeypatch.setattr(train, "train_step", lambda *a: (used.append(len(a[4])), train_step(*a))[1])
-    world = train.start_distributed(deadline=600)
+    world = start_distributed(deadline=600)
     try:
         made = step.Step(CPU, world, case, SMALL, 2)
         made.run(1)
@@ -277,7 +278,7 @@ def test_calculated_needs_no_gpu(tmp_path, capsys):
     for row, nic in zip(rows, (25e9, 50e9), strict=True):
         work, cluster = Work(MISTRAL_7B, 4, 4096), step_time.Cluster(machine.gpu, 256, 4, machine.nvlink, nic)
         chosen = plan.choose(work, cluster)
-        steps = (step_time.step(chosen.work, cluster, chosen.sharding, step_time.RATES[r]) for r in ("good", "leading"))
+        steps = (step_time.step(chosen.work, cluster, chosen.layout, step_time.RATES[r]) for r in ("good", "leading"))
         expected = [step_time.tokens_per_second(work, x) for x in steps]
         assert row["range"]["tokens_per_second"] == pytest.approx(expected) and expected[0] < expected[1]
     assert rows[0]["range"]["tokens_per_second"][0] < rows[1]["range"]["tokens_per_second"][0]

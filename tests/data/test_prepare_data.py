@@ -28,6 +28,7 @@ from halny.model.data import documents as reading
 from halny.model.data import encode, tokenizer, writer
 from halny.model.data.dataset import DataError, Dataset, is_dataset
 from halny.model.data.encode import held_out
+from halny.model.data.keep import parse_conditions
 from halny.model.data.workers import ordered_map
 from halny.model.prepare_data import prepare, prepare_builtin
 
@@ -580,7 +581,7 @@ def test_a_wrong_key_is_refused_before_all_is_read(tmp_path, monkeypatch):
     ],
 )
 def test_conditions(condition, found, expected):
-    (parsed,) = reading.parse_conditions([condition])
+    (parsed,) = parse_conditions([condition])
     assert (reading.first_failed([parsed], {"q": found}) is None) == expected
     assert reading.first_failed([parsed], {"other": found}) == reading.first_failed([parsed], {"q": None}) == ("no q",)
 

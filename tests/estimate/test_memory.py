@@ -12,9 +12,9 @@ from bench import memory
 from bench.lib.meta_step import Case
 from halny.model.estimate import choices, sizes
 from halny.model.estimate import memory as estimate
-from halny.model.estimate.memory import one_rank_memory, rank_memory
+from halny.model.estimate.memory import memory_estimate, rank_memory
 from halny.model.estimate.out_of_memory import Shortage, explain
-from halny.model.estimate.work import Sharding, Work
+from halny.model.estimate.work import ALONE, Layout, Work
 from halny.model.mistral import PRESETS
 
 MISTRAL_7B = PRESETS["mistral-7b"]
@@ -116,7 +116,7 @@ def test_a_wrong_prediction_is_said(monkeypatch, capsys):
 def test_weights_kept_for_the_backward(reshard, again):
     live = memory.count(Case(DEEP_ENOUGH, 4, 4096, 256, reshard=reshard))
     peak = max(live.most.values(), key=lambda moment: moment.total).by_part()
-    parts = rank_memory(Work(DEEP_ENOUGH, 4, 4096), Sharding("", 256, again), 256)
+    parts = rank_memory(Work(DEEP_ENOUGH, 4, 4096), Layout(256, gathered_again=again))
     kept = parts["gathered parameters"] + parts["kept for the backward"]
     assert peak["gathered_parameters"] == pytest.approx(kept, rel=1e-3)
     assert sum(peak.values()) - peak[memory.OTHER] == pytest.approx(sum(parts.values()), rel=1e-3)
@@ -129,7 +129,7 @@ def test_gradients_of_several_micro_batches(monkeypatch, holds):
     monkeypatch.setattr(choices, "choose_layout", lambda *a, **k: replace(choose(*a, **k), holds_gradients=holds))
     live = memory.count(Case(DEEP_ENOUGH, 4, 4096, 8, accumulation=2, reshard="always"))
     peak = max(live.most.values(), key=lambda moment: moment.total).by_part()
-    parts = rank_memory(Work(DEEP_ENOUGH, 4, 4096, 2), Sharding("", 8, holds_gradients=holds), 8)
+    parts = rank_memory(Work(DEEP_ENOUGH, 4, 4096, 2), Layout(8, holds_gradients=holds))
     assert peak["gradients"] == pytest.approx(parts.get("gradients", 0) + parts.get("whole gradients", 0), rel=1e-3)
     assert sum(peak.values()) - peak[memory.OTHER] == pytest.approx(sum(parts.values()), rel=1e-3)
 
@@ -154,7 +154,7 @@ TEXT = (
     "60.50 GiB is allocated by PyTorch, and {holes} is reserved by PyTorch but unallocated. If reserved but "
     "unallocated memory is large try setting PYTORCH_ALLOC_CONF=expandable_segments:True to avoid fragmentation."
 )
-ONE, FSDP = Sharding("", 1, 1), Sharding("", 256, 4)
+FSDP = Layout(256, gathered_again=4)
 H100, GH200, H200 = 85_520_809_984, 102_625_181_696, 150_754_820_096
 
 
@@ -182,9 +182,9 @@ def test_the_allocator_is_understood():
 
 def test_a_smaller_micro_batch_is_the_largest_divisor_that_fits():
     work = Work(MISTRAL_7B, 6, 4096, 2, moments="8bit")  # of 12 samples
-    message = explain("", work, ONE, 1, total=GH200, free=0)
-    now = one_rank_memory(MISTRAL_7B, 6, 4096, "8bit", 2).total
-    then = one_rank_memory(MISTRAL_7B, 2, 4096, "8bit", 6).total  # 4 and 3 do not fit
+    message = explain("", work, ALONE, total=GH200, free=0)
+    now = memory_estimate(Work(MISTRAL_7B, 6, 4096, 2, moments="8bit"), ALONE).total
+    then = memory_estimate(Work(MISTRAL_7B, 2, 4096, 6, moments="8bit"), ALONE).total  # 4 and 3 do not fit
     assert changes(message)["--micro-batch 2 instead of 6"] == (
         f"{(now - then) / 1e9:.1f}", f"{then / 1e9:.1f}", "which fits"
     )  # fmt: skip
@@ -194,7 +194,7 @@ def test_a_smaller_micro_batch_is_the_largest_divisor_that_fits():
 
 
 def test_what_fits_only_together_is_said_so():
-    found = changes(explain("", Work(MISTRAL_7B, 4, 4096, 4), ONE, 1, total=H100, free=0))
+    found = changes(explain("", Work(MISTRAL_7B, 4, 4096, 4), ALONE, total=H100, free=0))
     assert found["--micro-batch 1 instead of 4"][2] == found["--moments 8bit, for a new run"][2] == "still too much"
     assert found["these together"][1:] == ("71.0", "which fits")
     assert found["4 GPUs"][2] == "which fits" and "2 GPUs" not in found
@@ -202,43 +202,43 @@ def test_what_fits_only_together_is_said_so():
 
 def test_kept_weights_and_accumulated_gradients():
     work = Work(MISTRAL_7B, 8, 4096)
-    found = changes(explain("", work, FSDP, 256, total=GH200, free=0))
+    found = changes(explain("", work, FSDP, total=GH200, free=0))
     kept = 31 * 2 * sizes.layer_parameters(MISTRAL_7B) / 4
     assert found["--reshard always"] == (f"{kept / 1e9:.1f}", "105.0", "still too much")
     # accumulating, the trainer would sum whole gradients, 29 GB, if there is room: here there is
-    four = rank_memory(Work(MISTRAL_7B, 4, 4096, 2), FSDP, 256)
+    four = rank_memory(Work(MISTRAL_7B, 4, 4096, 2), FSDP)
     assert four["whole gradients"] == 4 * sizes.parameters(MISTRAL_7B)
     assert found["--micro-batch 4 instead of 8"][1:] == (f"{sum(four.values()) / 1e9:.1f}", "which fits")
     assert not any("--moments" in what for what in found)  # shards are small
-    assert "--reshard always" not in changes(explain("", work, Sharding("", 256), 256, total=GH200, free=0))
+    assert "--reshard always" not in changes(explain("", work, Layout(256), total=GH200, free=0))
 
 
-def test_activations_that_were_kept_can_be_made_again():
-    work = Work(MISTRAL_7B, 4, 4096, 4, lean=False, moments="8bit")
-    found = changes(explain("", work, ONE, 1, total=H200, free=0))
-    lean, kept = (sum(rank_memory(w, ONE, 1).values()) for w in (replace(work, lean=True), work))
-    assert found["--recompute always"] == (f"{(kept - lean) / 1e9:.1f}", f"{lean / 1e9:.1f}", "which fits")
+def test_activations_that_were_kept_can_be_recomputed():
+    work = Work(MISTRAL_7B, 4, 4096, 4, recompute=False, moments="8bit")
+    found = changes(explain("", work, ALONE, total=H200, free=0))
+    less, kept = (sum(rank_memory(w, ALONE).values()) for w in (replace(work, recompute=True), work))
+    assert found["--recompute always"] == (f"{(kept - less) / 1e9:.1f}", f"{less / 1e9:.1f}", "which fits")
     assert list(found)[:2] == ["--recompute always", "--micro-batch 2 instead of 4"]
-    assert "--recompute always" not in changes(explain("", replace(work, lean=True), ONE, 1, total=H200, free=0))
+    assert "--recompute always" not in changes(explain("", replace(work, recompute=True), ALONE, total=H200, free=0))
 
 
 def test_others_and_fragments_are_named():
     others = "Process 4711 has 12.02 GiB memory in use. "
     work = Work(MISTRAL_7B, 1, 4096, 16, moments="8bit")
-    crowded = explain(TEXT.format(others=others, holes="0 bytes"), work, ONE, 1)
+    crowded = explain(TEXT.format(others=others, holes="0 bytes"), work, ALONE)
     assert crowded.startswith(
         "out of GPU memory: 1.2 GB were asked for, and 397.3 MB of 84.9 GB were free; this process"
     )
     assert "process 4711 had 12.9 GB of this GPU: end what is no part of the run" in crowded
     assert "fragments" not in crowded.splitlines()[3] and "more than the 65.2 GB" in crowded
-    alone = explain(TEXT.format(others="", holes="5.10 GiB"), work, ONE, 1, reserved=0)
+    alone = explain(TEXT.format(others="", holes="5.10 GiB"), work, ALONE, reserved=0)
     assert "5.5 GB were reserved and in no tensor" in alone and "it should fit" not in alone  # 13 GB are not ours
-    roomy = explain("", work, ONE, 1, total=H100, free=10**9, reserved=80 * 10**9)
+    roomy = explain("", work, ALONE, total=H100, free=10**9, reserved=80 * 10**9)
     assert "it should fit into the 78.7 GB" in roomy and "others" not in roomy
 
 
 def test_nothing_known_of_the_gpu():
-    message = explain("CUDA error: out of memory", Work(MISTRAL_7B, 8, 4096), FSDP, 256)
+    message = explain("CUDA error: out of memory", Work(MISTRAL_7B, 8, 4096), FSDP)
     assert message.startswith("out of GPU memory\nestimated  108.")
     found = changes(message)
     assert list(found) == [
@@ -252,7 +252,7 @@ def test_nothing_known_of_the_gpu():
 
 def test_what_nothing_mends():
     smallest = Work(MISTRAL_7B, 1, 4096, moments="8bit")
-    message = explain("", smallest, ONE, 1, total=40 * 10**9, free=0)
+    message = explain("", smallest, ALONE, total=40 * 10**9, free=0)
     assert message.endswith("change     or a GPU with more memory") and not changes(message)
-    fp32 = explain("", replace(smallest, moments="fp32"), Sharding("", 1), 1, compute_bytes=4, total=H100, free=0)
+    fp32 = explain("", replace(smallest, moments="fp32", compute_bytes=4), Layout(), total=H100, free=0)
     assert "--dtype bf16, for a new run" in changes(fp32) and not any("--moments" in what for what in changes(fp32))

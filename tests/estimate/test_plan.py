@@ -12,7 +12,7 @@ from runs import REPO
 sys.path.insert(0, str(REPO))
 from bench import published
 from halny.model.estimate import machines, memory, plan, roofline, sizes, step_time
-from halny.model.estimate.work import Sharding, Work
+from halny.model.estimate.work import Layout, Work
 from halny.model.exits import Refused
 from halny.model.mistral import PRESETS
 
@@ -20,13 +20,13 @@ MISTRAL_7B = PRESETS["mistral-7b"]
 BIELIK = plan.Request(MISTRAL_7B, 4_194_304, 4096, 4, 17_350, 500, "256", "gh200-96", 25.0, 4)
 GH200_256 = plan.cluster_of(BIELIK, 256)
 WORK = plan.work_of(BIELIK, 256)
-FSDP, KEPT, IN_NODE = (Sharding("", 256, again) for again in (0, 1, 4))
-HSDP = Sharding("", 4)
+FSDP, KEPT, IN_NODE = (Layout(256, gathered_again=again) for again in (0, 1, 4))
+HSDP, ONE_RANK = Layout(4, 64), Layout(gathered_again=1, fsdp=False)
 
 
-def network_ms(sharding: Sharding) -> dict[tuple, float]:
+def network_ms(layout: Layout) -> dict[tuple, float]:
     """Milliseconds a step of each kind of collective of the layers."""
-    kinds = roofline.collectives(MISTRAL_7B, sharding.shards, 256 // sharding.shards, sharding.gathered_again)
+    kinds = roofline.collectives(MISTRAL_7B, layout.shard, layout.replicate, layout.gathered_again)
     return {(c.kind, c.when): 1e3 * c.count * step_time.collective_s(c, GH200_256) for c in kinds if c.group == "layer"}
 
 
@@ -98,7 +98,9 @@ def test_the_parts_of_a_step_are_flops_and_bytes_over_the_rates():
     assert s.gaps == pytest.approx(32e-3)
     before = s.total - s.straggling
     assert s.straggling == pytest.approx(before * 0.01 * 6)  # 64 nodes
-    recomputed = step_time.step(replace(WORK, recomputed=1.0, recomputes_attention=True), GH200_256, FSDP, rates)
+    recomputed = step_time.step(
+        replace(WORK, recomputed_matmuls=1.0, recomputes_attention=True), GH200_256, FSDP, rates
+    )
     head = 6 * 32_000 * 4096 * 16_384 / (0.5 * peak)
     assert recomputed.matmul - head == pytest.approx(4 / 3 * (s.matmul - head))
     assert recomputed.attention == pytest.approx(4 / 3 * s.attention)
@@ -116,21 +118,21 @@ def test_accumulation_reduces_once_where_whole_gradients_fit():
         if c.kind == "reduce-scatter"
     )
     assert each.hidden + each.exposed - once.hidden - once.exposed == pytest.approx(3 * reduce)
-    assert plan.memory(work, GH200_256, FSDP)["whole gradients"] == 4 * sizes.parameters(MISTRAL_7B)
+    assert memory.rank_memory(work, FSDP)["whole gradients"] == 4 * sizes.parameters(MISTRAL_7B)
 
 
 def test_bielik_on_256_gh200():
     choice = plan.choose(WORK, GH200_256)
-    assert choice.fits and choice.sharding.gathered_again == 1
+    assert choice.fits and choice.layout.gathered_again == 1
     in_node, kept = (
-        step_time.step(WORK, GH200_256, Sharding("", 256, again), step_time.RATES["good"]) for again in (4, 1)
+        step_time.step(WORK, GH200_256, Layout(256, gathered_again=again), step_time.RATES["good"]) for again in (4, 1)
     )
     more = in_node.memory_bound - kept.memory_bound  # a copy out of the gather, and three of the quarter that was kept
     copied = 32 * (4 + 12 / 4) * sizes.layer_parameters(MISTRAL_7B)
     assert more == pytest.approx(copied / (4000e9 * step_time.RATES["good"].memory))
     assert choice.step.exposed <= 0.03 * choice.step.total  # the goal
     assert not plan.choose(replace(WORK, micro_batch=16), GH200_256).fits
-    (in_nodes,) = (c for c in plan.compare(WORK, GH200_256) if c.sharding.shards == 4)
+    (in_nodes,) = (c for c in plan.compare(WORK, GH200_256) if c.layout.shard == 4)
     assert in_nodes.step.exposed > choice.step.exposed  # 671 ms of it in the backward
     text = plan.answer(BIELIK)
     assert "nothing here is measured" in text and "<- default" in text and "checkpoint" in text and "MWh" in text
@@ -150,17 +152,17 @@ def test_one_gpu_does_without_fsdp():
         s = choice.step
         assert s.optimizer == pytest.approx(update * n / bandwidth, rel=1e-6)
         assert (s.exposed, s.hidden, s.straggling) == (0, 0, 0)
-        estimate = asdict(memory.one_rank_memory(MISTRAL_7B, 4, 4096, moments))
+        estimate = asdict(memory.memory_estimate(work, ONE_RANK))
         assert choice.memory.pop("reserved, assumed") == int(memory.RESERVED * cluster.gpu.memory_bytes)
         assert choice.memory == {name.replace("_", " "): size for name, size in estimate.items() if size}
-    sharded = step_time.step(work, plan.cluster_of(replace(ALONE, gpus="8"), 8), Sharding("", 8), rates)
+    sharded = step_time.step(work, plan.cluster_of(replace(ALONE, gpus="8"), 8), Layout(8), rates)
     forward, backward = roofline.memory_bound_bytes(MISTRAL_7B)
     assert s.memory_bound == pytest.approx(
         (32 * 16_384 * (forward + backward) + roofline.head_bytes(MISTRAL_7B, 16_384)) / bandwidth
     )
     copies = 32 * (4 + 4 + 6) * sizes.layer_parameters(MISTRAL_7B) / bandwidth
     assert sharded.memory_bound - s.memory_bound == pytest.approx(copies)
-    summed = step_time.step(replace(work, accumulation=4), cluster, choice.sharding, rates)
+    summed = step_time.step(replace(work, accumulation=4), cluster, choice.layout, rates)
     assert summed.optimizer - s.optimizer == pytest.approx(3 * 6 * n / bandwidth, rel=1e-6)
 
 
@@ -173,7 +175,7 @@ def test_the_micro_batch_of_one_gpu_follows_from_its_memory(gpu, moments, micro_
     text = plan.answer(request)
     fits = (gpu, moments) != ("h100-80", "fp32")
     assert plan.choose(work, plan.cluster_of(request, 1)).fits == fits == ("does not fit: take" not in text)
-    assert f"none, moments in {moments}: one GPU has nothing to gather" in text and "communication" not in text
+    assert f"none, moments in {moments}: one rank has nothing to gather" in text and "communication" not in text
     assert "-0 ms" not in text
     size = {"8bit": 43.5, "bf16": 57.9, "fp32": 86.9}[moments]
     assert f"checkpoint {size} GB, {size} GB a rank" in text
@@ -224,9 +226,8 @@ def test_gpu_counts():
         (dict(seq_len=4095), "--batch-tokens 4194304 is not a multiple of --seq-len 4095"),
         (dict(seq_len=65_536), "beyond the model's limit"),
         (dict(shard=3), "--shard 3"),
-        (dict(moments="8bit"), "--moments 8bit is for one GPU, and --gpus is 256; with more take --moments fp32"),
-        (dict(moments="bf16", gpus="1..4"), "--moments bf16 is for one GPU, and --gpus is 1..4"),
-        (dict(moments="fp8"), "unknown --moments fp8: .*8bit"),
+        (dict(moments="8bit"), r"--moments 8bit is for one rank in bf16, .* on 256 rank\(s\); take --moments fp32"),
+        (dict(moments="bf16", gpus="1..4"), r"--moments bf16 is for one rank in bf16, .* on 2 rank\(s\)"),
     ],
 )
 def test_what_cannot_be_is_refused(change, words):

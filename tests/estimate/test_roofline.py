@@ -10,27 +10,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from halny.kernels.adamw import MOMENTS, new_moments
 from halny.kernels.attention import attention_mask
-from halny.kernels.linear_cross_entropy import chunk_rows
-from halny.model.estimate import choices, machines, roofline, sizes
+from halny.model.estimate import machines, roofline, sizes
 from halny.model.estimate.memory import (
-    RESERVED,
     activation_bytes_per_token,
     gathered_parameter_bytes,
-    gradient_bytes,
     logits_bytes,
-    loss_chunk_rows,
     memory_estimate,
     memory_moments,
     moment_bytes,
-    one_rank_memory,
-    one_rank_moments,
     optimizer_bytes,
     parameter_bytes,
     saved_activations,
 )
+from halny.model.estimate.work import ALONE, Layout, Work
 from halny.model.mistral import PRESETS, Mistral, MistralConfig
 
 MISTRAL_7B = PRESETS["mistral-7b"]
+FSDP = Layout(256)
 
 
 def mask_count(seq_len: int, window: int | None) -> int:
@@ -59,8 +55,8 @@ def test_published_figures_of_mistral_7b():
 
 @pytest.mark.parametrize("seq_len", [1, 2, 7, 64])
 @pytest.mark.parametrize("window", [None, 1, 2, 6, 7, 8, 63, 64, 65])
-def test_keys_per_query_counts_the_mask(seq_len, window):
-    assert roofline.keys_per_query(seq_len, window) == mask_count(seq_len, window) / seq_len
+def test_attention_keys_count_the_mask(seq_len, window):
+    assert roofline.attention_keys([seq_len], window) == mask_count(seq_len, window)
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 16, 17, 1000])
@@ -94,9 +90,9 @@ def test_attention_flops_count_the_mask(window):
     config = MistralConfig(dim=24, n_layers=3, n_heads=4, n_kv_heads=2, head_dim=10, window=window)
     pairs = mask_count(32, window) * config.n_heads * config.n_layers  # (query, key) pairs of one sequence
     forward = pairs * 2 * (2 * config.head_dim)  # q . k and weight * v: a multiply and an add a channel each
-    assert roofline.attention_flops_per_token(config, 32) * 32 == pytest.approx(3 * forward)
-    without = roofline.flops_per_token(config, 32) - roofline.attention_flops_per_token(config, 32)
-    assert without == 6 * sizes.matmul_parameters(config)
+    assert roofline.attention_flops(config, [32]) == 3 * forward
+    without = 32 * roofline.flops_per_token(config, 32) - roofline.attention_flops(config, [32])
+    assert without == 32 * 6 * sizes.matmul_parameters(config)
 
 
 @pytest.mark.parametrize("preset", ["test", "tiny"])
@@ -114,13 +110,13 @@ def test_flops_are_those_that_pytorch_counts(preset):
 def test_activation_bytes_of_mistral_7b():
     assert sum(saved_activations(MISTRAL_7B).values()) == 139_400
     assert activation_bytes_per_token(MISTRAL_7B) == 32 * 139_400
-    assert activation_bytes_per_token(MISTRAL_7B, lean=True) == 32 * 94_344
+    assert activation_bytes_per_token(MISTRAL_7B, recompute=True) == 32 * 94_344
     rstd_and_lse = 4 + 4 + 4 * MISTRAL_7B.n_heads  # fp32 whatever the compute dtype
     assert sum(saved_activations(MISTRAL_7B, 4).values()) == 2 * (139_400 - rstd_and_lse) + rstd_and_lse
 
 
 def test_memory_of_mistral_7b():
-    many = memory_moments(MISTRAL_7B, 256, 4, 4096, lean=True)
+    many = memory_moments(Work(MISTRAL_7B, 4, 4096), FSDP)
     loss, last = many["loss"], many["backward of the last layer"]
     assert (
         loss.parameters + loss.optimizer
@@ -134,29 +130,31 @@ def test_memory_of_mistral_7b():
     rounding = many["backward of the loss"]
     assert loss.logits - rounding.logits == rounding.working == 2 * 32000 * 4096
     assert loss.activations - rounding.activations == stream
-    one_chunk = memory_moments(MISTRAL_7B, 256, 1, 2048, lean=True)  # whose gradient needs no rounding
+    one_chunk = memory_moments(Work(MISTRAL_7B, 1, 2048), FSDP)  # whose gradient needs no rounding
     assert "backward of the loss" not in one_chunk
     assert last.activations == 32 * 94_344 * 16_384 == loss.activations - 2 * stream - 4 * 16_384
     assert last.working == 16_384 * 2 * (4096 + 4 * 14_336) + 2 * 32000 * 4096  # SwiGLU's backward, the head's gradient
-    assert memory_estimate(MISTRAL_7B, 256, 4, 4096, lean=True) == last
+    assert memory_estimate(Work(MISTRAL_7B, 4, 4096), FSDP) == last
     assert all(moment.total <= last.total == pytest.approx(53.5e9, rel=1e-3) for moment in many.values())
 
     # A sequence of 4,096 has less activations a layer than a layer has weights: the peak comes with the gradients
-    few = memory_moments(MISTRAL_7B, 256, 1, 4096, lean=True)
+    few = memory_moments(Work(MISTRAL_7B, 1, 4096), FSDP)
     third = few["backward of the third layer from the end"]
-    assert third == memory_estimate(MISTRAL_7B, 256, 1, 4096, lean=True)
+    assert third == memory_estimate(Work(MISTRAL_7B, 1, 4096), FSDP)
     assert third.activations == 30 * 94_344 * 4096
     assert third.working - few["backward of the last layer"].working == 2 * 4 * sizes.layer_parameters(MISTRAL_7B)
 
-    whole = memory_estimate(MISTRAL_7B, 256, 4, 4096, lean=False, whole_logits=True)  # all as PyTorch has it
+    whole = memory_estimate(
+        Work(MISTRAL_7B, 4, 4096, recompute=False, whole_logits=True), FSDP
+    )  # all as PyTorch has it
     assert whole.logits == 3 * 4 * 16384 * 32000 + stream
     assert whole.activations == pytest.approx(73.1e9 + 2 * stream, rel=1e-3)
-    kept = memory_estimate(MISTRAL_7B, 256, 4, 4096, lean=False)
+    kept = memory_estimate(Work(MISTRAL_7B, 4, 4096, recompute=False), FSDP)
     assert kept.total < whole.total - 3e9
-    swiglu = 2 * 14_336 * 16_384  # its output, gone where it was kept, and not made again
+    swiglu = 2 * 14_336 * 16_384  # its output, gone where it was kept, and not recomputed
     assert last.working - kept.working == swiglu - 2 * 14_336 * 4096  # the weight's gradient is there instead
     assert kept.activations - last.activations == 32 * (139_400 - 94_344) * 16_384 - swiglu
-    one = memory_estimate(MISTRAL_7B, 1, 1, 4096, lean=True)
+    one = memory_estimate(Work(MISTRAL_7B, 1, 4096), Layout())
     assert one.parameters + one.gradients + one.optimizer == 16 * 7_241_732_096  # the 116e9 that one H200 holds
     assert one.total < machines.GPUS["NVIDIA H200"].memory_bytes
 
@@ -176,11 +174,11 @@ def test_shapes_are_those_of_the_model(name):
 def test_memory_bound_bytes():
     """Counted kernel by kernel for the 7B: d = 4096, f = 14336, 32 + 8 rotated heads of 128, two bytes each."""
     norms, rope, swiglu = 2 * 4096 * (4 + 4), 2 * 2 * 40 * 128, 2 * 3 * 14_336
-    forward, backward = roofline.memory_bound_bytes(MISTRAL_7B, lean=False)
+    forward, backward = roofline.memory_bound_bytes(MISTRAL_7B, recompute=False)
     assert forward == norms + rope + swiglu
     assert backward == norms + rope + 2 * 5 * 14_336
-    lean = roofline.memory_bound_bytes(MISTRAL_7B)
-    assert lean == (forward, backward + 45_056)  # the 45 kB of kernels/recompute_linear.py
+    again = roofline.memory_bound_bytes(MISTRAL_7B)
+    assert again == (forward, backward + 45_056)  # the 45 kB of kernels/recompute_linear.py
     apart = 2 * 4096 * 3  # if the MLP's residual were not added by the norm after it: 3d and a norm of 2d, 3d back
     assert 32 * 16_384 * (forward + backward + apart) == pytest.approx(225e9, rel=0.02)
 
@@ -191,7 +189,7 @@ def test_memory_at_the_edges():
     shapes = 2 * sizes.layer_shapes(config) + sizes.root_shapes(config)
     fullest = sum(-(-rows // 7) * columns for rows, columns in shapes)  # rank 0, whose share of rows is rounded up
     assert parameter_bytes(config, 7) == 4 * fullest > 4 * n / 7
-    assert gradient_bytes(config, 1) == 4 * n
+    assert parameter_bytes(config, 1) == 4 * n
     assert optimizer_bytes(config, 1) == 8 * n
     one_layer = MistralConfig(n_layers=1)  # no second layer to gather
     assert gathered_parameter_bytes(one_layer, 4) == 4 * sizes.parameters(one_layer)
@@ -199,21 +197,12 @@ def test_memory_at_the_edges():
     assert logits_bytes(config, 10, 2, chunk_rows=5) == 2 * 5 * 256 + 4 * 256 * 48
 
 
-@pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("n_rows", [1, 100, 2048, 2049, 4096, 5000, 16_384, 100_001])
-@pytest.mark.parametrize("element_bytes", [2, 4])
-def test_loss_chunks_are_the_kernels(name, n_rows, element_bytes):
-    config = PRESETS[name]
-    rows = loss_chunk_rows(config, n_rows, element_bytes)
-    assert rows == chunk_rows(n_rows, config.vocab_size, config.dim, element_bytes)
-
-
 def test_memory_of_one_rank():
     """Bytes a weight: 4, and of moments; gradients 2, or summed 4 or 2, there before the backward from the 2nd on."""
     n, head = sizes.parameters(MISTRAL_7B), 32_000 * 4096
     for moments, size, summed in (("fp32", 8, 4), ("bf16", 4, 4), ("8bit", 2 + 2 / 256, 2)):
         for accumulation, before, after in ((1, 0, 2), (2, 2, summed), (3, summed, summed)):
-            parts = one_rank_moments(MISTRAL_7B, 4, 4096, moments, accumulation)
+            parts = memory_moments(Work(MISTRAL_7B, 4, 4096, accumulation, moments=moments), ALONE)
             for part in parts.values():
                 assert (part.parameters, part.gathered_parameters) == (4 * n, 0)
                 assert part.optimizer == pytest.approx(size * n, abs=500)  # norms' last groups of 256 are whole
@@ -224,30 +213,16 @@ def test_memory_of_one_rank():
             assert end.working == (2 * head if before else 0)
             assert last.gradients == before * (n - head) + after * head
             assert (last.activations, last.working) == (32 * 94_344 * 16_384, 16_384 * 2 * (4096 + 4 * 14_336))
-            peak = one_rank_memory(MISTRAL_7B, 4, 4096, moments, accumulation)
+            peak = memory_estimate(Work(MISTRAL_7B, 4, 4096, accumulation, moments=moments), ALONE)
             assert peak == max(parts.values(), key=lambda part: part.total)
-    sharded = memory_moments(MISTRAL_7B, 256, 4, 4096, lean=True)["loss"]
+    sharded = memory_moments(Work(MISTRAL_7B, 4, 4096), FSDP)["loss"]
     assert (sharded.activations, sharded.logits) == (parts["loss"].activations, parts["loss"].logits)
     with pytest.raises(ValueError, match="moments must be one of fp32, bf16, 8bit, got 'fp8'"):
-        one_rank_memory(MISTRAL_7B, 2, 4096, "fp8")
+        memory_estimate(Work(MISTRAL_7B, 2, 4096, moments="fp8"), ALONE)
     config = PRESETS["test"]
     for moments in MOMENTS:
         held = sum(x.nbytes for p in Mistral(config).parameters() for x in new_moments(p, moments).values())
         assert moment_bytes(config, moments) == held
-
-
-def test_most_micro_batch_is_the_largest_that_fits():
-    def needed(micro_batch: int, share: int) -> float:
-        estimate = one_rank_memory(MISTRAL_7B, micro_batch, 4096, "8bit", share // micro_batch)
-        return estimate.total / (1 - RESERVED)
-
-    def most(memory: float, divides: int, **limits) -> int:
-        return choices.most_micro_batch(MISTRAL_7B, int(memory), 4096, "8bit", divides, **limits)
-
-    assert most(needed(1, 12) - 1e6, 12) == 0
-    assert most(needed(3, 12) + 1e6, 12) == 3
-    assert most(needed(4, 16) - 1e6, 16) == 2  # 3 would fit, and does not divide
-    assert most(1e15, 12) == 6 and most(1e15, 64) == 8 and most(1e15, 64, at_most=5) == 4 and most(1e15, 3) == 3
 
 
 def test_peaks_are_matched_by_exact_name_only():

@@ -611,7 +611,7 @@ def test_bytes_kept_a_token_a_layer_at_7b_rms_norm_rope_swiglu(recompute, most, 
         torch.set_default_dtype(torch.float32)
     print(f"7B, bf16, {recompute=}: {kept:,} B a token a layer; {attention:,} B of it attention's (out, log-sum-exp)")
     assert kept <= most
-    assert kept == memory.activation_bytes_per_token(config, lean=recompute) // config.n_layers
+    assert kept == memory.activation_bytes_per_token(config, recompute=recompute) // config.n_layers
 
 
 @on_the_cpu

@@ -4,13 +4,14 @@ import pytest
 import torch
 from runs import SMALL, ranks_run
 
-import train
-from halny.model.estimate import machines, step_time, work
+from halny.model.estimate import machines, step_time
 from halny.model.estimate.choices import choose_layout
+from halny.model.estimate.work import Work
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.record.journal import Gap
+from halny.model.run.ranks import World
 
-STEP = step_time.Step(0.9, 0.1, 0.1, 0.02, 0.0, 0.0, 0.0, hidden=0.5)  # 1.12 s
+STEP = step_time.StepTime(0.9, 0.1, 0.1, 0.02, 0.0, 0.0, 0.0, hidden=0.5)  # 1.12 s
 
 
 def gap_of(expected, *, step_s: float, data_s: float = 0.0, probe_s: float | None = None) -> Gap:
@@ -53,14 +54,14 @@ def test_no_gap_no_words():
 
 def test_a_known_gpu_is_held_against_the_plan(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GH200 120GB")
-    model, world = MODELS["mistral-7b"], train.World(0, 256, torch.device("cuda"), mesh=None, node_size=4)
-    layout = choose_layout(model, size=256, node_size=4, micro_batch=4, seq_len=4096, memory_bytes=97871 * 2**20)
-    gap = Gap.of_run(work.Work(model, 4, 4096), layout, torch.bfloat16, world)
+    model, world = MODELS["mistral-7b"], World(0, 256, torch.device("cuda"), mesh=None, node_size=4)
+    layout = choose_layout(Work(model, 4, 4096), ranks=256, node=4, memory_bytes=97871 * 2**20)
+    gap = Gap.of_run(Work(model, 4, 4096), layout, world)
     machine, good = machines.MACHINES["gh200-96"], step_time.RATES["good"]
     cluster = step_time.Cluster(machine.gpu, 256, 4, machine.nvlink, 25e9)
-    assert gap.expected == step_time.step(work.Work(model, 4, 4096), cluster, work.Sharding.of(layout), good)
+    assert gap.expected == step_time.step(Work(model, 4, 4096), cluster, layout, good)
     assert gap.probe_s == pytest.approx(2 * 4096**3 / (989.5e12 * good.matmul))
-    assert Gap.of_run(work.Work(model, 4, 4096), layout, torch.float32, world).expected is None
+    assert Gap.of_run(Work(model, 4, 4096, compute_bytes=4), layout, world).expected is None
 
 
 def test_a_run_says_what_its_evaluations_cost(small, tmp_path):

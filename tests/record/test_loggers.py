@@ -12,13 +12,15 @@ from types import SimpleNamespace
 import pytest
 from runs import SMALL, lines, ranks_run, status
 
-import train
 from bench import report
-from halny.model.exits import Refused
+from halny.model.estimate.roofline import palm_flops_per_token
+from halny.model.exits import REFUSED, Refused
+from halny.model.mistral import PRESETS
 from halny.model.record import loggers
 from halny.model.record.hook import CheckpointHook
 from halny.model.record.loggers import Logger, check_loggers
 from halny.model.record.summary import spent_on
+from halny.model.run.recipe import command_line
 
 TEN = [*SMALL, "--steps", 10, "--save-every", 5, "--eval-every", 5, "--peak-tflops", 1, "--run-dir", "r"]
 SECRET = "0123456789abcdef" * 2 + "feedbeef"  # of a key's length
@@ -109,7 +111,7 @@ def test_summary_is_printed_and_written(ten):
     assert summary["tokens_per_second_per_gpu"] == pytest.approx(2560 / sum(seconds))
     weighted = sum(line["mfu"] * s for line, s in zip(steps, seconds, strict=True)) / sum(seconds)
     assert summary["mfu"] == pytest.approx(weighted)
-    plan = train.roofline.palm_flops_per_token(train.MODELS["test"], 64)
+    plan = palm_flops_per_token(PRESETS["test"], 64)
     assert summary["mfu_palm"] == pytest.approx(2560 / sum(seconds) * plan / 1e12)
     best = min((line for line in lines(ten.path) if "val_loss" in line), key=lambda line: line["val_loss"])
     assert summary["best_evaluation"] == {"step": best["step"], "val_loss": best["val_loss"]}
@@ -118,7 +120,7 @@ def test_summary_is_printed_and_written(ten):
     assert {"start-up", "steps", "waiting for data", "evaluation", "checkpoints", "export"} == spent.keys()
     assert min(spent.values()) >= 0 and 0.9 * wall < sum(spent.values()) <= wall
     printed = ten.out[ten.out.index("summary ") :]
-    assert "10 steps, 2,560 tokens" in printed and f"at step {best['step']}" in printed and "MFU" in printed
+    assert "10 steps, 2,560 tokens" in printed and f"step-{best['step']:08d}: val_loss" in ten.out and "MFU" in printed
 
 
 def test_spent_on_counts_no_second_twice():
@@ -200,15 +202,15 @@ def test_what_is_not_installed_or_has_no_key_is_refused(monkeypatch, tmp_path):
 
 def test_refused_before_the_run_folder_is_there(small, tmp_path):
     refused = ranks_run(
-        *TEN, "--data", small, "--wandb", ranks=1, cwd=tmp_path, fault=("without", "wandb"), codes=[train.REFUSED]
+        *TEN, "--data", small, "--wandb", ranks=1, cwd=tmp_path, fault=("without", "wandb"), codes=[REFUSED]
     )
     assert '--wandb needs the package wandb: pip install -e ".[log]"' in refused.err
     assert not (tmp_path / "r").exists()
 
 
 def test_wandb_alone_means_halny_and_a_preset_after_it_stays_one():
-    assert train.command_line(["--wandb"]).wandb == "halny"
-    recipe = train.command_line(["--wandb", "bielik-7b"])
+    assert command_line(["--wandb"]).wandb == "halny"
+    recipe = command_line(["--wandb", "bielik-7b"])
     assert (recipe.wandb, recipe.steps) == ("halny", 17_350)
 
 

@@ -9,14 +9,17 @@ import pytest
 import torch
 from runs import SMALL, checkpoint, column, equal, ranks_run
 
-import train
 from halny.model.estimate import machines, step_time
 from halny.model.estimate.choices import choose_layout
-from halny.model.estimate.work import Sharding, Work
+from halny.model.estimate.work import ALONE, Work
+from halny.model.exits import Refused
 from halny.model.mistral import PRESETS, Mistral
 from halny.model.record import breakdown
 from halny.model.record.breakdown import REGIONS
-from halny.model.record.profiler import StepProfiler, ranks_to_profile, steps_to_profile
+from halny.model.record.profiler import StepProfiler
+from halny.model.run.ranks import World
+from halny.model.run.recipe import COMMAND, ranks_to_profile, steps_to_profile
+from halny.model.run.resolve import resolve
 
 CPU = torch.device("cpu")
 
@@ -97,12 +100,12 @@ def test_which_steps_and_ranks():
 
 
 def test_the_flag_alone_leaves_a_preset_its_place():
-    assert train.COMMAND.command_line(["--profile"]).profile == "auto"
-    recipe = train.COMMAND.command_line(["--profile", "bielik-7b"])
+    assert COMMAND.command_line(["--profile"]).profile == "auto"
+    recipe = COMMAND.command_line(["--profile", "bielik-7b"])
     assert recipe.profile == "auto" and recipe.steps == 17_350
-    assert train.COMMAND.command_line(["tiny", "--profile", "3-4"]).profile == "3-4"
-    with pytest.raises(train.Refused, match=r"--profile 201 .*200"):
-        train.resolve(train.COMMAND.command_line(["--profile", "201"]), train.World(0, 1, CPU, mesh=None))
+    assert COMMAND.command_line(["tiny", "--profile", "3-4"]).profile == "3-4"
+    with pytest.raises(Refused, match=r"--profile 201 .*200"):
+        resolve(COMMAND.command_line(["--profile", "201"]), World(0, 1, CPU, mesh=None))
 
 
 # ----------------------------------------------------------------------------------------------------- floors and gaps
@@ -236,40 +239,32 @@ def test_kernels_by_their_names(expected, name):
 def test_copies_in_place_of_collectives_have_a_floor(reshard):
     """A gather and a gather again in bf16, a reduction in fp32, of all weights; each read and written."""
     config, n, gpu = PRESETS["mistral-7b"], 7_241_732_096, machines.GPUS["NVIDIA H200"]
-    layout = choose_layout(config, size=256, node_size=4, micro_batch=4, seq_len=4096, reshard=reshard)
-    sharding, speeds = Sharding.of(layout), breakdown.ideal_speeds(gpu)
-    work = Work(config, 4, 4096)
-    without = breakdown.floors(work, speeds, sharding).ms
-    least = breakdown.floors(work, speeds, sharding, stand_in=True).ms
+    work, speeds = Work(config, 4, 4096), breakdown.ideal_speeds(gpu)
+    layout = choose_layout(work, ranks=256, node=4, reshard=reshard)
+    without = breakdown.floors(work, speeds, layout).ms
+    least = breakdown.floors(work, speeds, layout, stand_in=True).ms
     layers = n - 2 * 32_000 * 4096 - 4096
     n_bytes = 2 * n + (0 if reshard == "never" else 2 * layers) + 4 * n
     assert least["communication"] == pytest.approx(2 * n_bytes / speeds.memory * 1e3)
     assert least | {"communication": 0.0} == without
 
 
-def work_of(layout, lean: bool = True) -> Work:
-    return Work(PRESETS["mistral-7b"], 4, 4096, 2, lean)
-
-
 @pytest.mark.parametrize("reshard", ["always", "node", "never"])
 def test_the_floors_are_the_plans_step(reshard):
     """Category by category at the rates called ideal, and so the sum; and nothing where nothing is gathered."""
     gpu, ideal = machines.GPUS["NVIDIA H200"], step_time.RATES["ideal"]
-    config = PRESETS["mistral-7b"]
-    layout = choose_layout(
-        config, size=256, node_size=4, micro_batch=4, seq_len=4096, accumulation=2, reshard=reshard,
-    )  # fmt: skip
-    sharding = Sharding.of(layout)
-    expected = step_time.step(work_of(layout), step_time.Cluster(gpu, 256, 4, 450e9, 25e9), sharding, ideal)
+    work = Work(PRESETS["mistral-7b"], 4, 4096, 2)
+    layout = choose_layout(work, ranks=256, node=4, reshard=reshard)
+    expected = step_time.step(work, step_time.Cluster(gpu, 256, 4, 450e9, 25e9), layout, ideal)
     speeds = breakdown.ideal_speeds(gpu)
-    least = breakdown.floors(work_of(layout), speeds, sharding, expected.exposed).ms
+    least = breakdown.floors(work, speeds, layout, expected.exposed).ms
     rows = ("norm, RoPE, SwiGLU", "loss", "copies")
     assert least["matmul"] == pytest.approx(1e3 * expected.matmul)
     assert least["attention"] == pytest.approx(1e3 * expected.attention)
     assert least["optimizer"] == pytest.approx(1e3 * expected.optimizer)
     assert sum(least[name] for name in rows) == pytest.approx(1e3 * expected.memory_bound)
     assert sum(least.values()) == pytest.approx(1e3 * expected.total)
-    alone = breakdown.floors(work_of(layout), speeds, None).ms
+    alone = breakdown.floors(work, speeds, ALONE).ms
     assert alone["copies"] == alone["communication"] == 0 and alone["matmul"] == least["matmul"]
 
 
@@ -292,16 +287,15 @@ def test_gaps_are_ranked_and_add_up():
 def test_a_known_gpu_has_floors(monkeypatch, tmp_path):
     """train.py hands them to the profiler, which puts the gaps above its tables."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GH200 120GB")
-    config, world = PRESETS["mistral-7b"], train.World(0, 256, torch.device("cuda"), mesh=None, node_size=4)
-    layout = choose_layout(config, size=256, node_size=4, micro_batch=4, seq_len=4096, memory_bytes=97871 * 2**20)
-    least = breakdown.floors_of_run(Work(config, 4, 4096), layout, torch.bfloat16, world)
+    config, world = PRESETS["mistral-7b"], World(0, 256, torch.device("cuda"), mesh=None, node_size=4)
+    layout = choose_layout(Work(config, 4, 4096), ranks=256, node=4, memory_bytes=97871 * 2**20)
+    least = breakdown.floors_of_run(Work(config, 4, 4096), layout, world)
     cluster = step_time.Cluster(machines.MACHINES["gh200-96"].gpu, 256, 4, 450e9, 25e9)
-    whole = step_time.step(Work(config, 4, 4096), cluster, Sharding.of(layout), step_time.RATES["ideal"])
+    whole = step_time.step(Work(config, 4, 4096), cluster, layout, step_time.RATES["ideal"])
     assert sum(least.ms.values()) == pytest.approx(1e3 * whole.total)
-    assert breakdown.floors_of_run(Work(config, 4, 4096), layout, torch.float32, world) is None
+    assert breakdown.floors_of_run(Work(config, 4, 4096, compute_bytes=4), layout, world) is None
 
-    one = train.World(0, 1, torch.device("cuda"), mesh=None)  # without FSDP, and so without its copies
-    alone = choose_layout(config, size=1, node_size=1, micro_batch=2, seq_len=4096, memory_bytes=97871 * 2**20)
+    one = World(0, 1, torch.device("cuda"), mesh=None)  # without FSDP, and so without its copies
     for moments, accumulation, n_bytes in (
         ("fp32", 1, 28),
         ("bf16", 1, 20),
@@ -309,12 +303,12 @@ def test_a_known_gpu_has_floors(monkeypatch, tmp_path):
         ("8bit", 3, 16 + 12),
     ):
         work = Work(config, 2, 4096, accumulation, moments=moments)
-        found = breakdown.floors_of_run(work, alone, torch.bfloat16, one).ms
+        found = breakdown.floors_of_run(work, ALONE, one).ms
         assert found["copies"] == found["communication"] == 0
         ideal = step_time.RATES["ideal"].memory * 4000e9
         assert found["optimizer"] == pytest.approx(1e3 * n_bytes * 7_241_732_096 / ideal, rel=1e-3)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "unknown")
-    assert breakdown.floors_of_run(Work(config, 4, 4096), layout, torch.bfloat16, world) is None
+    assert breakdown.floors_of_run(Work(config, 4, 4096), layout, world) is None
 
     made = StepProfiler(1, 1, True, tmp_path, 0, torch.device("cuda"), least)
     text = made._tables(events(MICROSECONDS), None, wall_ms=0.1)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from runs import SMALL, checkpoint, lines, metrics, ranks_run, saved_steps, snapshot, status
 
-import train
 from halny.model.convert import load_hf
 from halny.model.data.dataset import DataError
 from halny.model.data.writer import write_dataset
+from halny.model.exits import REFUSED
 from halny.model.run.evaluation import parse_named
 
 
@@ -135,7 +135,7 @@ def test_refused_before_anything_is_written(small, sets, trained, tmp_path):
         (["--eval-only", "--no-resume"], ["--eval-only and --no-resume"]),
         (["--eval-only", "--lr", "1"], ["--lr was 0.002 and is 1.0"]),
     ):
-        refused = ranks_run(*command, *flags, cwd=cwd, codes=[train.REFUSED])
+        refused = ranks_run(*command, *flags, cwd=cwd, codes=[REFUSED])
         assert refused.err.count("\n") == 1 and all(word in refused.err for word in words), refused.err
         assert {k: v for k, v in snapshot(cwd).items() if k[:4] not in ("out-", "err-")} == {
             k: v for k, v in before.items() if k[:4] not in ("out-", "err-")

@@ -41,10 +41,10 @@ from runs import (
     wait_until,
 )
 
-import train
 from halny.model.data.batches import Corpus, read_in_turn
 from halny.model.data.order import sample_order
 from halny.model.data.writer import write_dataset
+from halny.model.exits import FAILED, REFUSED, STOPPED
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import Mistral
 from halny.model.run import checkpoint as checkpoints
@@ -139,7 +139,7 @@ def test_fault_05_nothing_is_deleted_before_its_successor_is_durable(command, tm
 
 
 def test_fault_06_the_writing_thread_dies(command, twelve, tmp_path):
-    failed = ranks_run(*command, cwd=tmp_path, fault=("writer_dies", "3"), codes=[train.FAILED])
+    failed = ranks_run(*command, cwd=tmp_path, fault=("writer_dies", "3"), codes=[FAILED])
     assert failed.err.count("\n") == 1 and "step 6 could not be written" in failed.err and "writer died" in failed.err
     assert status(tmp_path / "r")["state"] == "failed" and status(tmp_path / "r")["step"] <= 8
     assert saved_steps(tmp_path / "r") == [2, 4]
@@ -155,7 +155,7 @@ def test_fault_07_disk_full(command, twelve, tmp_path):
         pytest.skip("no right to mount a tmpfs")
     try:
         (disk / "filler").write_bytes(b"x" * 900_000)
-        failed = ranks_run(*command, "--run-dir", disk / "r", cwd=tmp_path, codes=[train.FAILED])
+        failed = ranks_run(*command, "--run-dir", disk / "r", cwd=tmp_path, codes=[FAILED])
         assert failed.err.count("\n") == 1 and "make room" in failed.err and "step 6 takes 906 kB" in failed.err
         assert status(disk / "r")["state"] == "failed" and saved_steps(disk / "r") == [2, 4]
         (disk / "filler").unlink()
@@ -176,7 +176,7 @@ def test_fault_07_no_room_for_anything_but_the_checkpoints(command, twelve, tmp_
         (disk / "r").mkdir()
         (disk / "r/checkpoints").symlink_to(tmp_path / "checkpoints")
         command = [*command, "--run-dir", disk / "r"]
-        failed = ranks_run(*command, cwd=tmp_path, fault=("fills", str(disk), "3"), codes=[train.FAILED])
+        failed = ranks_run(*command, cwd=tmp_path, fault=("fills", str(disk), "3"), codes=[FAILED])
         assert "status.json cannot be written (No space left on device)" in failed.out
         assert re.fullmatch(r"train.py: stopped: .*: No space left on device.*\n", failed.err), failed.err
         assert checkpoints.complete(tmp_path / "checkpoints")[-1].name == "step-00000012"
@@ -188,14 +188,14 @@ def test_fault_07_no_room_for_anything_but_the_checkpoints(command, twelve, tmp_
 
 
 def test_fault_07_disk_fills_in_the_middle_of_a_shard(command, twelve, tmp_path):
-    failed = ranks_run(*command, cwd=tmp_path, fault=("disk_fills_unseen", "3"), codes=[train.FAILED])
+    failed = ranks_run(*command, cwd=tmp_path, fault=("disk_fills_unseen", "3"), codes=[FAILED])
     assert failed.err.count("\n") == 1 and "No space left on device" in failed.err
     assert saved_steps(tmp_path / "r") == [2, 4]
     finish_like(command, tmp_path / "r", twelve, after=4)
 
 
 def test_fault_08_a_disk_that_changes_a_bit_is_noticed_when_saving(command, tmp_path):
-    failed = ranks_run(*command, ranks=2, cwd=tmp_path, fault=("disk_lies", "2"), codes=[train.FAILED] * 2)
+    failed = ranks_run(*command, ranks=2, cwd=tmp_path, fault=("disk_lies", "2"), codes=[FAILED] * 2)
     assert "does not hold what was written" in failed.err and saved_steps(tmp_path / "r") == [2]
 
 
@@ -224,9 +224,7 @@ def _torchrun_help() -> str:
 
 def test_fault_16_a_save_that_fails_on_one_rank_ends_all(command, tmp_path):
     began = time.monotonic()
-    failed = ranks_run(
-        *command, ranks=2, cwd=tmp_path, fault=("save_fails_on_rank", "1", "2"), codes=[train.FAILED] * 2
-    )
+    failed = ranks_run(*command, ranks=2, cwd=tmp_path, fault=("save_fails_on_rank", "1", "2"), codes=[FAILED] * 2)
     assert time.monotonic() - began < 30
     assert "rank 1: injected on this rank alone" in failed.err and failed.err.count("\n") == 1
     assert saved_steps(tmp_path / "r") == [2]
@@ -301,7 +299,7 @@ def test_fault_10_a_pickle_is_refused_unexecuted(command, twelve, tmp_path, wher
         (newest / "manifest.json").write_bytes(content)
         (newest / "manifest.json.sha256").write_bytes(checkpoints.checksum_line(content))
         assert checkpoints.damage(newest) is None
-        failed = ranks_run(*command, cwd=tmp_path, codes=[train.FAILED])
+        failed = ranks_run(*command, cwd=tmp_path, codes=[FAILED])
         assert "could not be read" in failed.err and failed.err.count("\n") == 1
     assert not (tmp_path / "executed").exists()
 
@@ -360,7 +358,7 @@ def test_fault_11_not_finite_on_one_rank_is_skipped_by_all_untouched(command, tm
 
 def test_fault_11_too_many_in_a_row_stop_the_run_and_can_be_replayed(command, twelve, tmp_path):
     fault = ("loss_times", "nan", "0", "6", "7", "8")
-    failed = ranks_run(*command, "--max-skips", 2, ranks=2, cwd=tmp_path, fault=fault, codes=[train.FAILED] * 2)
+    failed = ranks_run(*command, "--max-skips", 2, ranks=2, cwd=tmp_path, fault=fault, codes=[FAILED] * 2)
     assert "step 8: loss nan" in failed.err and "3 in a row" in failed.err and failed.err.count("\n") == 1
     assert "numbers 28 to 31" in failed.err and "--replay-step 8" in failed.err
     assert status(tmp_path / "r")["state"] == "failed" and saved_steps(tmp_path / "r") == [4, 6]
@@ -387,7 +385,7 @@ def test_fault_11_replay_names_sample_and_module(small, tmp_path):
     first_bad = 1 + bad // 2
     command = [*SMALL, "--batch-tokens", 128, "--steps", 30, "--init-from", "hf", "--run-dir", "r", "--data", small]
     command += ["--save-every", 30, "--max-skips", 0]
-    failed = ranks_run(*command, ranks=2, cwd=tmp_path, codes=[train.FAILED] * 2)
+    failed = ranks_run(*command, ranks=2, cwd=tmp_path, codes=[FAILED] * 2)
     after = status(tmp_path / "r")
     assert after["state"] == "failed" and f"step {first_bad}" in after["reason"] and "nan" in after["reason"]
     assert "stopped: step" in failed.err and first_bad > 1 and not (tmp_path / "r/checkpoints").exists()
@@ -401,7 +399,7 @@ def test_fault_11_replay_names_sample_and_module(small, tmp_path):
     assert f"sample {bad} " in replayed and "first not finite: the output of embed" in replayed
     assert status(tmp_path / "r") == after  # a replay changes nothing
 
-    failed = ranks_run(*command, "--run-dir", "s", "--save-every", 1, cwd=tmp_path, codes=[train.FAILED])
+    failed = ranks_run(*command, "--run-dir", "s", "--save-every", 1, cwd=tmp_path, codes=[FAILED])
     assert "a weight is not finite" in failed.err and not list((tmp_path / "s/checkpoints").glob("step-*"))
 
 
@@ -460,7 +458,7 @@ def test_fault_13_a_signal_to_one_rank_stops_all_saved(small, tmp_path, number):
     process = Ranks(*LONG, "--steps", 5000, "--data", small, "--run-dir", "r", ranks=2, cwd=tmp_path)
     wait_for_step(process, tmp_path / "r", 3)
     os.kill(process.pids[1], number)
-    assert process.codes() == [train.STOPPED] * 2, process.communicate()
+    assert process.codes() == [STOPPED] * 2, process.communicate()
     stopped = status(tmp_path / "r")
     assert (stopped["state"], stopped["reason"]) == ("stopped", number.name) and "Traceback" not in process.err
     assert saved_steps(tmp_path / "r")[-1] == stopped["step"] == len(metrics(tmp_path / "r"))
@@ -490,7 +488,7 @@ def test_fault_13_a_signal_at_an_awkward_moment(command, twelve, tmp_path, where
             shutil.rmtree(path)
     fault = ("signals_itself", str(int(signal.SIGTERM)), "0", where)
     evaluating = ["--eval-every", 4]
-    stopped = ranks_run(*command, *evaluating, ranks=2, cwd=tmp_path, fault=fault, codes=[train.STOPPED] * 2)
+    stopped = ranks_run(*command, *evaluating, ranks=2, cwd=tmp_path, fault=fault, codes=[STOPPED] * 2)
     assert "stopped by SIGTERM" in stopped.out
     at = status(tmp_path / "r")["step"]
     assert at >= step and saved_steps(tmp_path / "r")[-1] == at
@@ -505,14 +503,14 @@ def test_fault_13_a_signal_while_the_data_is_prepared(tmp_path):
     process = Ranks("--steps", 2000, "--run-dir", "r", cwd=tmp_path)
     wait_until(process, lambda: "preparing the built-in corpus" in process.out)
     os.kill(process.pids[0], signal.SIGTERM)
-    assert process.codes() == [train.STOPPED]
+    assert process.codes() == [STOPPED]
     assert status(tmp_path / "r")["step"] == 1 and saved_steps(tmp_path / "r") == [1]
 
 
 def test_max_hours_stops_ahead_of_the_limit(small, tmp_path):
     began = time.monotonic()
     process = ranks_run(*LONG, "--steps", 50_000, "--max-hours", 4 / 3600, "--data", small, "--run-dir", "r", ranks=2,
-        cwd=tmp_path, codes=[train.STOPPED] * 2)  # fmt: skip
+        cwd=tmp_path, codes=[STOPPED] * 2)  # fmt: skip
     assert time.monotonic() - began < 30 and "stopped by --max-hours" in process.out
     stopped = status(tmp_path / "r")
     assert stopped["state"] == "stopped" and saved_steps(tmp_path / "r")[-1] == stopped["step"] > 1
@@ -537,7 +535,7 @@ def test_fault_15_a_stopped_rank_is_named_within_the_deadline(small, tmp_path):
     wait_for_step(process, tmp_path / "r", 3)
     os.kill(process.pids[1], signal.SIGSTOP)
     process.processes[0].join(40)
-    assert process.processes[0].exitcode == train.FAILED, process.communicate()
+    assert process.processes[0].exitcode == FAILED, process.communicate()
     process.kill()
     reason = status(tmp_path / "r")["reason"]
     assert status(tmp_path / "r")["state"] == "failed" and f"rank 1 on {HOST} is silent since" in reason
@@ -556,25 +554,25 @@ def test_fault_15_a_killed_rank_is_named_by_the_others(small, tmp_path):
     process = Ranks(*LONG, "--steps", 5000, "--data", small, "--run-dir", "r", ranks=2, cwd=tmp_path)
     wait_for_step(process, tmp_path / "r", 3)
     os.kill(process.pids[1], signal.SIGKILL)
-    assert process.codes(40) == [train.FAILED, -signal.SIGKILL]
+    assert process.codes(40) == [FAILED, -signal.SIGKILL]
     assert f"rank 1 on {HOST} is silent since" in status(tmp_path / "r")["reason"]
     assert process.err.count("train.py: stopped") == 1 and "Traceback" not in process.err
 
 
 def test_an_exception_on_one_rank_ends_all_and_its_reason_is_kept(command, tmp_path):
-    ranks_run(*command, ranks=2, cwd=tmp_path, fault=("raises", "1", "5"), codes=[train.FAILED] * 2)
+    ranks_run(*command, ranks=2, cwd=tmp_path, fault=("raises", "1", "5"), codes=[FAILED] * 2)
     after = status(tmp_path / "r")
     assert after["reason"] == f"rank 1 on {HOST}: RuntimeError: injected into a forward pass" and after["step"] == 4
 
 
 def test_fault_23_wrong_collectives_are_found_before_the_first_step(command, tmp_path):
-    failed = ranks_run(*command, ranks=2, cwd=tmp_path, fault=("wrong_all_reduce", "1"), codes=[train.FAILED] * 2)
+    failed = ranks_run(*command, ranks=2, cwd=tmp_path, fault=("wrong_all_reduce", "1"), codes=[FAILED] * 2)
     assert f"all-reduce of known numbers came out wrong on rank 1 ({HOST})" in failed.err
     assert not (tmp_path / "r/metrics.jsonl").exists()
 
 
 def test_fault_23_weights_that_differ_between_ranks_are_never_saved(command, tmp_path):
-    failed = ranks_run(*command, ranks=2, cwd=tmp_path, fault=("wrong_gather", "1"), codes=[train.FAILED] * 2)
+    failed = ranks_run(*command, ranks=2, cwd=tmp_path, fault=("wrong_gather", "1"), codes=[FAILED] * 2)
     assert "the gathered weights of layer" in failed.err and "differ between ranks: rank 1" in failed.err
     assert not saved_steps(tmp_path / "r")
 
@@ -613,7 +611,7 @@ def test_fault_20_killed_stopped_and_resumed_equals_uninterrupted_bitwise(small,
     process = Ranks(*command, ranks=2, cwd=tmp_path)
     wait_for_step(process, run_dir, 70)
     os.kill(process.pids[1], signal.SIGUSR1)  # one rank is told; all stop
-    assert process.codes() == [train.STOPPED] * 2
+    assert process.codes() == [STOPPED] * 2
     assert re.search(r"resuming after step (40|60)", process.out) and "stopped by SIGUSR1" in process.out
     stopped = status(run_dir)
     assert stopped["step"] >= 70 and len(metrics(run_dir)) == stopped["step"]
@@ -633,7 +631,7 @@ def test_fault_17_and_19_resume_within_and_between_epochs_reads_each_sample_once
     command = [*SMALL, "--batch-tokens", 128, "--save-every", 1, "--eval-every", 0, "--steps", 13, "--data", small]
     ranks_run(*command, "--run-dir", "whole", ranks=2, cwd=tmp_path, fault=("traced_samples", "whole-trace"))
     for save in (5, 3, None):  # counted anew after each start: steps 5, 8 and the rest
-        codes = [train.STOPPED] * 2
+        codes = [STOPPED] * 2
         fault = ("traced_samples", "parts-trace")
         if save is None:
             ranks_run(*command, "--run-dir", "parts", ranks=2, cwd=tmp_path, fault=fault)
@@ -660,7 +658,7 @@ def test_fault_18_resume_on_another_number_of_ranks(small, uninterrupted, tmp_pa
         if until < 150:
             wait_for_step(process, tmp_path / "r", until)
             os.kill(process.pids[-1], signal.SIGINT)
-        assert process.codes() == [train.STOPPED if until < 150 else 0] * ranks
+        assert process.codes() == [STOPPED if until < 150 else 0] * ranks
     np.testing.assert_allclose(column(tmp_path / "r", "loss"), column(uninterrupted, "loss"), rtol=1e-3)
     np.testing.assert_allclose(column(tmp_path / "r", "loss")[:40], column(uninterrupted, "loss")[:40], rtol=1e-5)
 
@@ -670,17 +668,17 @@ def test_fault_21_data_changed_underneath_is_refused(command, small, twelve, tmp
     rng = np.random.default_rng(5)
     write_dataset([rng.integers(0, 256, 202)], tmp_path / "other", vocab_size=256)
     before = (tmp_path / "r/metrics.jsonl").read_bytes()
-    refused = ranks_run(*command, "--data", tmp_path / "other", ranks=2, cwd=tmp_path, codes=[train.REFUSED] * 2)
+    refused = ranks_run(*command, "--data", tmp_path / "other", ranks=2, cwd=tmp_path, codes=[REFUSED] * 2)
     assert "data fingerprint was" in refused.err and refused.err.count("\n") == 1
     shutil.copytree(small, tmp_path / "changed")
     flip_a_bit(tmp_path / "changed/train-00000.npy", -5)
-    refused = ranks_run(*command, "--data", tmp_path / "changed", ranks=2, cwd=tmp_path, codes=[train.REFUSED] * 2)
+    refused = ranks_run(*command, "--data", tmp_path / "changed", ranks=2, cwd=tmp_path, codes=[REFUSED] * 2)
     assert "train-00000.npy" in refused.err and (tmp_path / "r/metrics.jsonl").read_bytes() == before
 
 
 def test_fault_22_another_configuration_or_dtype_is_refused(command, twelve, tmp_path):
     shutil.copytree(twelve, tmp_path / "r")
-    refused = ranks_run(*command, "--dtype", "bf16", "--seed", 3, ranks=2, cwd=tmp_path, codes=[train.REFUSED] * 2)
+    refused = ranks_run(*command, "--dtype", "bf16", "--seed", 3, ranks=2, cwd=tmp_path, codes=[REFUSED] * 2)
     assert "--dtype was fp32 and is bf16" in refused.err and "--seed was 0 and is 3" in refused.err
 
 
@@ -711,7 +709,7 @@ def test_fault_22_a_checkpoint_of_other_tensors_is_refused(command, twelve, tmp_
     content = json.dumps(manifest).encode()
     (newest / "manifest.json").write_bytes(content)
     (newest / "manifest.json.sha256").write_bytes(checkpoints.checksum_line(content))
-    refused = ranks_run(*command, cwd=tmp_path, codes=[train.REFUSED])
+    refused = ranks_run(*command, cwd=tmp_path, codes=[REFUSED])
     assert words in refused.err and refused.err.count("\n") == 1, refused.err
 
 

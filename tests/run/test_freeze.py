@@ -8,10 +8,13 @@ import pytest
 import torch
 from runs import SMALL, checkpoint, column, equal, ranks_run
 
-import train
 from halny.model import export
 from halny.model.convert import load_hf
+from halny.model.exits import REFUSED, Refused
 from halny.model.mistral import PRESETS, Mistral
+from halny.model.run.ranks import World
+from halny.model.run.recipe import command_line
+from halny.model.run.resolve import resolve
 
 FROZEN = r"embed|layers\.0\.|layers\.1\.mlp\.down|^norm"
 FOUR = [*SMALL, "--steps", 4, "--save-every", 2, "--eval-every", 2, "--lr", "1e-2", "--keep", 9, "--run-dir", "r"]
@@ -50,7 +53,7 @@ def test_frozen_runs_resume_on_any_number_of_ranks(frozen, small, tmp_path):
     assert equal(checkpoint(tmp_path / "2/r", 4), checkpoint(frozen, 4))
     one, two = (column(run_dir, "loss", "grad_norm") for run_dir in (tmp_path / "1/r", frozen))
     np.testing.assert_allclose(one, two, rtol=1e-4)
-    refused = ranks_run(*FOUR, "--data", small, ranks=1, cwd=tmp_path / "1", codes=[train.REFUSED])
+    refused = ranks_run(*FOUR, "--data", small, ranks=1, cwd=tmp_path / "1", codes=[REFUSED])
     assert "--freeze was" in refused.err
 
 
@@ -64,7 +67,7 @@ def test_export_of_a_frozen_checkpoint(frozen, tmp_path):
     "regex, word", [("(", "not a regular"), ("embedding", "no parameter"), (".", "every parameter")]
 )
 def test_freeze_refuses_what_leaves_nothing_to_do(regex, word):
-    recipe = train.command_line(["--freeze", regex])
-    with pytest.raises(train.Refused, match=f"--freeze .*{word}") as refusal:
-        train.resolve(recipe, train.World(0, 1, torch.device("cpu"), mesh=None))
+    recipe = command_line(["--freeze", regex])
+    with pytest.raises(Refused, match=f"--freeze .*{word}") as refusal:
+        resolve(recipe, World(0, 1, torch.device("cpu"), mesh=None))
     assert "\n" not in str(refusal.value)

@@ -21,9 +21,11 @@ from runs import SMALL, ranks_run
 import train
 from halny.model.convert import check_hf_weights, load_hf, save_hf
 from halny.model.data.dataset import DataError, Dataset
+from halny.model.exits import REFUSED, Refused
 from halny.model.mistral import PRESETS, Mistral
 from halny.model.record.run_folder import RunFolder
 from halny.model.run import checkpoint as checkpoints
+from halny.model.run.recipe import SETTINGS, read_toml
 
 fuzz = settings(
     max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -131,7 +133,7 @@ def test_manifest_without_what_a_resume_needs(small, saved, tmp_path, key):
     manifest[key] = "many"
     forge(folder, json.dumps(manifest).encode())
     command = [*SMALL, "--steps", 2, "--save-every", 2, "--data", small, "--run-dir", "r"]
-    refused = ranks_run(*command, cwd=tmp_path, codes=[train.REFUSED])
+    refused = ranks_run(*command, cwd=tmp_path, codes=[REFUSED])
     assert "does not tell where the run was" in refused.err and refused.err.count("\n") == 1
 
 
@@ -237,20 +239,20 @@ def test_files_of_a_run_folder(tmp_path_factory, content):
         (folder.path / name).write_bytes(content)
     assert all(isinstance(line["step"], int) for line in folder.lines())
     assert isinstance(folder.state(), str)
-    with pytest.raises(train.Refused, match="is not readable"):
+    with pytest.raises(Refused, match="is not readable"):
         folder.check_config({"recipe": {"seed": 1}, "model": {}, "data": "x"}, free=())
 
 
 @fuzz
 @given(content=st.one_of(st.binary(max_size=100), st.text(max_size=60).map(str.encode), st.dictionaries(
-    st.sampled_from([*train.SETTINGS, "preset", "sets"]), scalars, max_size=3
+    st.sampled_from([*SETTINGS, "preset", "sets"]), scalars, max_size=3
 ).map(lambda table: "\n".join(f"{k} = {json.dumps(v)}" for k, v in table.items()).encode())))  # fmt: skip
 def test_recipe_files(tmp_path_factory, content):
     path = tmp_path_factory.getbasetemp() / "fuzzed.toml"
     path.write_bytes(content)
     try:
-        train.Recipe(**train.read_toml(path))
-    except train.Refused as refusal:
+        train.Recipe(**read_toml(path))
+    except Refused as refusal:
         assert str(refusal)
 
 

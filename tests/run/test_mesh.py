@@ -12,10 +12,14 @@ import pytest
 import torch
 from runs import SMALL, checkpoint, column, ranks_run
 
-import train
 from halny.model.estimate.choices import choose_layout, split_world
 from halny.model.estimate.sizes import parameters
+from halny.model.estimate.work import Work
+from halny.model.exits import Refused
 from halny.model.mistral import PRESETS as MODELS
+from halny.model.run.ranks import World
+from halny.model.run.recipe import command_line
+from halny.model.run.resolve import resolve
 
 STEPS = 10
 COMMAND = [*SMALL, "--batch-tokens", "512", "--micro-batch", 1, "--steps", STEPS, "--lr", "1e-3", "--eval-every", 5]
@@ -146,9 +150,10 @@ GH200, H200 = 97871 * 2**20, 143771 * 2**20
     ],
 )
 def test_the_default_follows_from_node_and_memory(size, node, memory, more, reshard, holds):
-    sizes = dict(micro_batch=4, seq_len=4096) | more
-    layout = choose_layout(MODELS["mistral-7b"], size=size, node_size=node, memory_bytes=memory, **sizes)
-    assert layout.reshard == reshard and type(layout.reshard) is type(reshard)
+    work = Work(MODELS["mistral-7b"], more.pop("micro_batch", 4), 4096, more.pop("accumulation", 1))
+    layout = choose_layout(work, ranks=size, node=node, memory_bytes=memory, **more)
+    again = layout.reshard_after_forward
+    assert again == reshard and type(again) is type(reshard)
     assert layout.holds_gradients == holds
 
 
@@ -165,8 +170,8 @@ def test_the_default_follows_from_node_and_memory(size, node, memory, more, resh
     ],
 )
 def test_layouts_that_cannot_be_are_refused(flags, words):
-    with pytest.raises(train.Refused) as refusal:
-        train.resolve(train.command_line(flags), train.World(0, 4, torch.device("cpu"), mesh=None))
+    with pytest.raises(Refused) as refusal:
+        resolve(command_line(flags), World(0, 4, torch.device("cpu"), mesh=None))
     assert all(word in str(refusal.value) for word in words) and "\n" not in str(refusal.value)
 
 

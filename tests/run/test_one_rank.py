@@ -18,9 +18,12 @@ from runs import SMALL, checkpoint, column, equal, lines, ranks_run, status
 import train
 from halny.kernels.adamw import MOMENTS
 from halny.model import export
+from halny.model.exits import FAILED, REFUSED
 from halny.model.mistral import PRESETS, Mistral
 from halny.model.run.optimizer import SplitAdamW
 from halny.model.run.ranks import World
+from halny.model.run.recipe import command_line
+from halny.model.run.resolve import resolve
 
 STEPS = 12
 COMMAND = [*SMALL, "--dtype", "bf16", "--batch-tokens", 512, "--micro-batch", 2, "--steps", STEPS, "--save-every", 4]
@@ -106,7 +109,7 @@ def test_goes_on_under_fsdp_and_back(runs, first, then, small, tmp_path):
 
 def test_other_moments_are_another_run(runs, small, tmp_path):
     shutil.copytree(runs["bf16"], tmp_path / "r")
-    refused = ranks_run(*COMMAND, "--data", small, "--moments", "8bit", cwd=tmp_path, codes=[train.REFUSED])
+    refused = ranks_run(*COMMAND, "--data", small, "--moments", "8bit", cwd=tmp_path, codes=[REFUSED])
     assert "--moments was bf16" in refused.err
 
 
@@ -119,7 +122,7 @@ def test_other_moments_are_another_run(runs, small, tmp_path):
     ],
 )
 def test_moments_that_cannot_be(flags, ranks, says, small, tmp_path):
-    refused = ranks_run(*COMMAND, "--data", small, *flags, ranks=ranks, cwd=tmp_path, codes=[train.REFUSED] * ranks)
+    refused = ranks_run(*COMMAND, "--data", small, *flags, ranks=ranks, cwd=tmp_path, codes=[REFUSED] * ranks)
     assert says in refused.err and not (tmp_path / "r").exists()
 
 
@@ -172,7 +175,7 @@ def test_a_skipped_update_changes_nothing(moments, small, tmp_path):
 
 def test_out_of_memory_says_what_to_change(small, tmp_path):
     command = [*COMMAND, "--data", small, "--eval-every", 0, "--seq-len", 64]
-    failed = ranks_run(*command, cwd=tmp_path, fault=("out_of_memory", "0", "10"), codes=[train.FAILED])
+    failed = ranks_run(*command, cwd=tmp_path, fault=("out_of_memory", "0", "10"), codes=[FAILED])
     assert "train.py: stopped: rank 0 on " in failed.err and "Traceback" not in failed.err
     assert "out of GPU memory: 234.9 MB were asked for" in failed.err
     assert "--micro-batch 1 instead of 2" in failed.err and "--moments bf16" in failed.err
@@ -211,8 +214,8 @@ def test_gradients_of_micro_batches_are_summed_and_clipped(moments):
 
 def test_one_rank_under_fp32_is_sharded_as_ever(tmp_path):
     world = World(0, 1, torch.device("cpu"), mesh=None)
-    plans = {dtype: train.resolve(train.Recipe(run_dir=tmp_path, dtype=dtype), world) for dtype in ("fp32", "bf16")}
-    assert [plans[dtype].whole for dtype in ("fp32", "bf16")] == [False, True]
+    plans = {dtype: resolve(train.Recipe(run_dir=tmp_path, dtype=dtype), world) for dtype in ("fp32", "bf16")}
+    assert [plans[dtype].layout.fsdp for dtype in ("fp32", "bf16")] == [True, False]
 
 
 @dataclass(frozen=True)
@@ -229,17 +232,19 @@ class Card(World):
 @pytest.mark.parametrize("mib, micro_batch, keeps", [(81_559, 1, True), (97_871, 2, False), (143_771, 4, True)])
 def test_the_7b_fits_one_card(mib, micro_batch, keeps, tmp_path, monkeypatch):
     """The preset on an H100 of 80 GB, a GH200 of 96 and an H200: as many sequences at once as fit, then activations."""
-    monkeypatch.setattr(train, "INTERPRETED", True)  # as where kernels run
-    recipe = replace(train.command_line(["mistral-7b-1gpu"]), run_dir=tmp_path, dtype="bf16")
+    monkeypatch.setattr("halny.model.run.resolve.INTERPRETED", True)  # as where kernels run
+    recipe = replace(command_line(["mistral-7b-1gpu"]), run_dir=tmp_path, dtype="bf16")
     card = Card(0, 1, torch.device("cpu"), mesh=None, mib=mib)
-    plan = train.resolve(recipe, card)
-    assert plan.work.lean != keeps and train.build_model(plan, card).layers[0].recompute != keeps
-    assert ("room for" if keeps else "keeping them takes 11.8 GB more, and 10.7 GB are left") in plan.why_lean
+    plan = resolve(recipe, card)
+    assert plan.work.recompute != keeps and train.build_model(plan, card).layers[0].recompute != keeps
+    assert (
+        "room for" if keeps else "keeping them takes 11.8 GB more, and 10.7 GB are left"
+    ) in plan.decision.recompute_why
     for asked in ("always", "never"):
-        plans = train.resolve(replace(recipe, recompute=asked), card)
-        assert (plans.work.lean, plans.why_lean) == (asked == "always", "as asked for")
+        plans = resolve(replace(recipe, recompute=asked), card)
+        assert (plans.work.recompute, plans.decision.recompute_why) == (asked == "always", "as asked for")
         assert plans.recipe.micro_batch == micro_batch - (asked == "never" and not keeps)
-    assert plan.whole and plan.recipe.micro_batch == micro_batch and plan.accumulation == 16 // micro_batch
+    assert not plan.layout.fsdp and plan.recipe.micro_batch == micro_batch and plan.accumulation == 16 // micro_batch
     assert plan.n_parameters == 7_241_732_096
-    gb = sum(plan.memory.values()) / 2**30
+    gb = sum(plan.decision.memory.values()) / 2**30
     assert 0.6 * mib / 1024 < gb < 0.92 * mib / 1024

@@ -8,12 +8,13 @@ import pytest
 import torch
 from runs import SMALL, Ranks, flip_a_bit, ranks_run, snapshot
 
-import train
-from halny.model.estimate import machines, step_time, work
+from halny.model.estimate import machines, step_time
 from halny.model.estimate.choices import choose_layout
+from halny.model.estimate.work import ALONE, Work
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.run import preflight
 from halny.model.run.preflight import Job, predict, slow_ranks, throttled, too_little_memory
+from halny.model.run.ranks import World
 
 HOST = socket.gethostname()
 COMMAND = [*SMALL, "--preflight", "--run-dir", "r"]
@@ -97,9 +98,8 @@ def test_memory_of_one_gpu_is_that_without_fsdp(moments, fits, monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (84_000_000_000, 85_520_809_984))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr("halny.model.run.preflight.everywhere", lambda x: [x])
-    layout = choose_layout(MODELS["mistral-7b"], size=1, node_size=1, micro_batch=1, seq_len=4096, accumulation=16)
-    job = Job(work.Work(MODELS["mistral-7b"], 1, 4096, 16, moments=moments), layout, torch.bfloat16, None, 1)
-    world, said = train.World(0, 1, torch.device("cuda"), mesh=None), []
+    job = Job(Work(MODELS["mistral-7b"], 1, 4096, 16, moments=moments), ALONE, torch.bfloat16, None, 1)
+    world, said = World(0, 1, torch.device("cuda"), mesh=None), []
     reasons = too_little_memory(job, world, ["node7"], said.append)
     assert not reasons if fits else "--moments 8bit" in reasons[0]
     assert ("71.0 GB" in said[0]) == fits
@@ -108,23 +108,21 @@ def test_memory_of_one_gpu_is_that_without_fsdp(moments, fits, monkeypatch):
 def test_the_prediction_is_the_plans_at_measured_rates():
     """Rates that are what plan.py assumes of a GH200 give what it predicts; a slow network, or a CPU's, shows."""
     model, machine, good = MODELS["mistral-7b"], machines.MACHINES["gh200-96"], step_time.RATES["good"]
-    layout = choose_layout(
-        model, size=256, node_size=4, micro_batch=4, seq_len=4096, memory_bytes=machine.gpu.memory_bytes
-    )
-    job = Job(work.Work(model, 4, 4096), layout, torch.bfloat16, None, 2)
-    world = train.World(0, 256, torch.device("cuda"), mesh=None, node_size=4)
+    layout = choose_layout(Work(model, 4, 4096), ranks=256, node=4, memory_bytes=machine.gpu.memory_bytes)
+    job = Job(Work(model, 4, 4096), layout, torch.bfloat16, None, 2)
+    world = World(0, 256, torch.device("cuda"), mesh=None, node_size=4)
     nic = 25e9 * step_time.NIC_SHARE
     rates = {
         "matmul": machine.gpu.bf16_flops * good.matmul, "copy": machine.gpu.hbm_bytes_per_second * good.memory,
         "node_gather": machine.nvlink * step_time.NVLINK_SHARE, "link": nic, "gather": 4 * nic, "reduce": 4 * nic,
     }  # fmt: skip
     cluster = step_time.Cluster(machine.gpu, 256, 4, machine.nvlink, 25e9)
-    expected = step_time.step(work.Work(model, 4, 4096), cluster, work.Sharding.of(layout), good)
+    expected = step_time.step(Work(model, 4, 4096), cluster, layout, good)
     rate, parts = predict(job, rates, world)
     assert rate == pytest.approx(16384 / expected.total, rel=1e-6)
     assert parts["exposed"] == pytest.approx(expected.exposed, rel=1e-6)
 
     slow, slower = predict(job, rates | {"gather": nic}, world)
     assert slow < 0.8 * rate and slower["exposed"] > 10 * parts["exposed"]
-    cpu = train.World(0, 256, torch.device("cpu"), mesh=None, node_size=4)
+    cpu = World(0, 256, torch.device("cpu"), mesh=None, node_size=4)
     assert predict(job, rates, cpu)[1]["exposed"] == pytest.approx(expected.exposed + expected.hidden)

@@ -18,7 +18,10 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 from runs import REPO
 
-import train
+from halny.model.exits import Refused
+from halny.model.run.ranks import World
+from halny.model.run.recipe import COMMAND, PRESETS, SETTINGS, Recipe, command_line, read_toml
+from halny.model.run.resolve import Plan, resolve
 from halny.model.run.settings import NAMES
 
 # The README's recipes: a command line, the number of ranks it is for, and what it must come to.
@@ -47,17 +50,17 @@ RECIPES = {
 }
 
 
-def resolve(recipe: train.Recipe, size: int) -> train.Plan:
+def plan_on(size: int, recipe: Recipe) -> Plan:
     """The plan on so many ranks; without the weights of --init-from, which are not here."""
     model = "mistral-7b" if recipe.init_from else recipe.model
-    return train.resolve(
-        dataclasses.replace(recipe, init_from=None, model=model), train.World(0, size, torch.device("cpu"), mesh=None)
+    return resolve(
+        dataclasses.replace(recipe, init_from=None, model=model), World(0, size, torch.device("cpu"), mesh=None)
     )
 
 
 def printed_config(arguments: list[str], capsys) -> str:
     with pytest.raises(SystemExit) as ended:
-        train.command_line([*arguments, "--print-config"])
+        command_line([*arguments, "--print-config"])
     assert ended.value.code == 0
     return capsys.readouterr().out
 
@@ -65,8 +68,8 @@ def printed_config(arguments: list[str], capsys) -> str:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_of_the_readme_resolves(name):
     arguments, size, expected = RECIPES[name]
-    recipe = train.command_line(arguments.split())
-    plan = resolve(recipe, size)
+    recipe = command_line(arguments.split())
+    plan = plan_on(size, recipe)
     facts = dataclasses.asdict(plan.model) | dataclasses.asdict(plan.recipe)
     facts |= {"init_from": recipe.init_from, "accumulation": plan.accumulation, "samples_a_step": plan.samples_a_step}
     assert {key: facts[key] for key in expected} == expected
@@ -77,17 +80,17 @@ def test_every_command_of_the_readme_parses(tmp_path, monkeypatch):
     for toml in re.findall(r"```toml\n(.*?)```", readme, re.S):
         (tmp_path / "mine.toml").write_text(toml)
         monkeypatch.chdir(tmp_path)
-        train.command_line(["mine.toml"])
+        command_line(["mine.toml"])
     blocks = "\n".join(re.findall(r"```sh\n(.*?)```", readme, re.S)).replace("\\\n", " ")
     commands = [line.partition("#")[0] for line in blocks.splitlines() if re.search(r"torchrun .*train\.py", line)]
     assert len(commands) >= 3
     for command in commands:
         words = shlex.split(command.rpartition("&&")[2])
         with contextlib.suppress(SystemExit):  # of --print-config
-            train.command_line(words[words.index("train.py") + 1 :])
+            command_line(words[words.index("train.py") + 1 :])
 
 
-@pytest.mark.parametrize("preset", train.PRESETS)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_print_config_is_the_same_recipe_again(preset, tmp_path, capsys):
     file = tmp_path / "again.toml"
     for more in (
@@ -95,7 +98,7 @@ def test_print_config_is_the_same_recipe_again(preset, tmp_path, capsys):
         ["--data", "a b:0.5", 'q"\\:2', "--resume", "--lr", "3e-5", "--run-dir", "ż ó/\x7f\t", "--seed", "7"],
     ):
         file.write_text(printed_config([preset, *more], capsys), encoding="utf-8")
-        assert train.command_line([str(file)]) == train.command_line([preset, *more])
+        assert command_line([str(file)]) == command_line([preset, *more])
 
 
 def test_print_config_names_every_setting_below_its_help(capsys):
@@ -103,7 +106,7 @@ def test_print_config_names_every_setting_below_its_help(capsys):
     assert tomllib.loads(text)["resume"] is False
     lines = text.splitlines()
     assert max(map(len, lines)) <= 120
-    for name, s in train.SETTINGS.items():
+    for name, s in SETTINGS.items():
         line = next(i for i, line in enumerate(lines) if re.match(rf"(# )?{name} =", line))
         assert lines[line].startswith("#") == (s.default is None and name not in ("run_dir", "resume")), name
         comment = []
@@ -117,7 +120,7 @@ names = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 def values(name: str):
     """Values that ``name`` admits."""
-    kind, limits = train.COMMAND.kinds[name], train.SETTINGS[name].metadata
+    kind, limits = COMMAND.kinds[name], SETTINGS[name].metadata
     if limits["choices"]:
         return st.sampled_from(limits["choices"])
     low = limits["minimum"] if limits["above"] is None else limits["above"] * (1 + 1e-9) or 1e-9
@@ -134,21 +137,21 @@ def values(name: str):
 @given(st.data())
 @examples(max_examples=60, deadline=None)
 def test_to_toml_keeps_any_recipe(tmp_path_factory, data):
-    chosen = data.draw(st.lists(st.sampled_from(sorted(train.SETTINGS)), max_size=6, unique=True))
-    recipe = train.Recipe(**{name: data.draw(values(name), name) for name in chosen})
+    chosen = data.draw(st.lists(st.sampled_from(sorted(SETTINGS)), max_size=6, unique=True))
+    recipe = Recipe(**{name: data.draw(values(name), name) for name in chosen})
     file = tmp_path_factory.mktemp("toml") / "any.toml"
-    file.write_text(train.COMMAND.to_toml(recipe), encoding="utf-8")
-    assert train.Recipe(**train.read_toml(file)) == recipe
+    file.write_text(COMMAND.to_toml(recipe), encoding="utf-8")
+    assert Recipe(**read_toml(file)) == recipe
 
 
 def test_print_config_refuses_what_toml_cannot_hold():
-    with pytest.raises(train.Refused, match=r"--run-dir .* is not valid Unicode"):
-        train.command_line(["--run-dir", os.fsdecode(b"caf\xe9"), "--print-config"])
+    with pytest.raises(Refused, match=r"--run-dir .* is not valid Unicode"):
+        command_line(["--run-dir", os.fsdecode(b"caf\xe9"), "--print-config"])
 
 
 def test_print_config_refuses_bad_settings_first():
-    with pytest.raises(train.Refused, match="--steps must be at least 1"):
-        train.command_line(["--steps", "0", "--print-config"])
+    with pytest.raises(Refused, match="--steps must be at least 1"):
+        command_line(["--steps", "0", "--print-config"])
 
 
 def test_print_config_before_torch_from_one_rank():

@@ -64,7 +64,7 @@ def build(config, world: int, rank: int = 0, **asked):
     """(model, optimizer, layout) of one rank, as train.py makes them."""
     dist.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
     everyone = World(rank, world, torch.device("cpu"), init_device_mesh("cpu", (world,)), NODE)
-    layout = choose_layout(config, size=world, node_size=NODE, micro_batch=1, seq_len=8, accumulation=2, **asked)
+    layout = choose_layout(Work(config, 1, 8, 2), ranks=world, node=NODE, **asked)
     recipe, work = SimpleNamespace(dtype="bf16", freeze=None), Work(config, 1, 1)
     plan = SimpleNamespace(model=config, recipe=recipe, layout=layout, work=work)
     model = train.build_model(plan, everyone)
@@ -107,7 +107,7 @@ def test_full_size_shards(world, rank):
         assert sizes.shard_numel(MISTRAL_7B, world) >= numel
     else:  # the fullest
         assert memory.optimizer_bytes(MISTRAL_7B, world) == 8 * numel
-        assert memory.checkpoint_bytes(MISTRAL_7B, world) == 12 * numel
+        assert memory.checkpoint_bytes(MISTRAL_7B, shards=world) == 12 * numel
 
 
 def layer_names(config) -> dict[str, tuple[int, int]]:
@@ -145,7 +145,7 @@ def sequence(config, shards: int, replicas: int, again: int, holds: bool) -> lis
 
 def check_collectives(config, world: int, **asked) -> None:
     model, optimizer, layout = build(config, world, **asked)
-    again = {True: 0, False: 1}[layout.reshard] if isinstance(layout.reshard, bool) else layout.reshard
+    again = layout.gathered_again
     assert again == {"node": NODE, "never": 1}.get(asked.get("reshard"), 0)
     assert layout.holds_gradients == ("memory_bytes" not in asked)
     shards, replicas = layout.shard, layout.replicate

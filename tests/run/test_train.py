@@ -38,43 +38,49 @@ from halny.model.data.batches import Corpus, read_in_turn
 from halny.model.data.dataset import Dataset
 from halny.model.data.order import sample_order
 from halny.model.data.writer import write_dataset
+from halny.model.estimate import roofline
+from halny.model.exits import FAILED, REFUSED, Refused
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import Mistral
+from halny.model.run.ranks import World
+from halny.model.run.recipe import SETTINGS, command_line
+from halny.model.run.resolve import open_data, resolve
+from halny.model.run.settings import flag
 
 CPU = torch.device("cpu")
 
 
-def world(rank: int = 0, size: int = 1) -> train.World:
-    return train.World(rank, size, CPU, mesh=None)
+def world(rank: int = 0, size: int = 1) -> World:
+    return World(rank, size, CPU, mesh=None)
 
 
 # ------------------------------------------------------------------------------------------------------ recipe and plan
 
 
 def test_command_line_preset_then_file_then_flags(tmp_path):
-    assert train.command_line([]) == train.Recipe(run_dir=Path("runs/tiny"))
-    bielik = train.command_line(["bielik-7b", "--data", "d"])
+    assert command_line([]) == train.Recipe(run_dir=Path("runs/tiny"))
+    bielik = command_line(["bielik-7b", "--data", "d"])
     assert (bielik.steps, bielik.lr, bielik.min_lr, bielik.batch_tokens) == (17_350, 3e-5, 2e-5, 4_194_304)
     assert bielik.run_dir == Path("runs/bielik-7b") and bielik.data == ("d",)
 
     file = tmp_path / "mine.toml"
     file.write_text('preset = "bielik-7b"\nseq-len = 2048\nlr = 1e-4\nresume = false\n')
-    mine = train.command_line([str(file), "--lr", "1", "--lr", "2e-4"])
+    mine = command_line([str(file), "--lr", "1", "--lr", "2e-4"])
     assert (mine.model, mine.seq_len, mine.lr, mine.resume) == ("mistral-7b", 2048, 2e-4, False)
     assert mine.run_dir == Path("runs/mine")
 
 
 def test_data_is_one_folder_or_several_with_weights(tmp_path):
     two = ("pl:0.7", "en:0.3")
-    assert train.command_line(["--data", *two, "--documents"]).data == two
-    assert train.command_line(["--data", "x", "--data", *two, "--steps", "4"]).data == two
-    after = train.command_line(["--data", *two, "bielik-7b"])  # the preset may come last
+    assert command_line(["--data", *two, "--documents"]).data == two
+    assert command_line(["--data", "x", "--data", *two, "--steps", "4"]).data == two
+    after = command_line(["--data", *two, "bielik-7b"])  # the preset may come last
     assert after.data == two and after.steps == 17_350 and after.run_dir == Path("runs/bielik-7b")
     file = tmp_path / "mine.toml"
     file.write_text('data = ["pl:0.7", "en:0.3"]')
-    assert train.command_line([str(file)]).data == two == train.command_line(["--data", *two, str(file)]).data
+    assert command_line([str(file)]).data == two == command_line(["--data", *two, str(file)]).data
     file.write_text('data = "pl"')
-    assert train.command_line([str(file)]).data == ("pl",)
+    assert command_line([str(file)]).data == ("pl",)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +108,8 @@ def test_data_is_one_folder_or_several_with_weights(tmp_path):
     ],
 )
 def test_command_line_refuses_naming_flag_and_value(arguments, words):
-    with pytest.raises(train.Refused) as refusal:
-        train.command_line(arguments)
+    with pytest.raises(Refused) as refusal:
+        command_line(arguments)
     message = str(refusal.value)
     assert all(word in message for word in words) and "\n" not in message
 
@@ -133,8 +139,8 @@ def test_command_line_refuses_naming_flag_and_value(arguments, words):
 def test_toml_refuses_naming_file_key_and_value(tmp_path, text, words):
     file = tmp_path / "bad.toml"
     file.write_text(text)
-    with pytest.raises(train.Refused) as refusal:
-        train.command_line([str(file)])
+    with pytest.raises(Refused) as refusal:
+        command_line([str(file)])
     assert all(word in str(refusal.value) for word in [*words, "bad.toml"])
 
 
@@ -148,13 +154,13 @@ def test_help_needs_neither_torch_nor_three_seconds():
     start = time.perf_counter()
     shown = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True).stdout
     assert time.perf_counter() - start < 3
-    assert all(train.flag(name) in shown for name in train.SETTINGS) and "bielik-7b" in shown
+    assert all(flag(name) in shown for name in SETTINGS) and "bielik-7b" in shown
 
 
 def test_resolve_divides_the_batch():
-    plan = train.resolve(train.command_line(["--batch-tokens", "8192"]), world(size=4))
+    plan = resolve(command_line(["--batch-tokens", "8192"]), world(size=4))
     assert (plan.samples_a_step, plan.recipe.micro_batch, plan.accumulation) == (64, 8, 2)
-    plan = train.resolve(train.command_line(["bielik-7b"]), world(size=256))
+    plan = resolve(command_line(["bielik-7b"]), world(size=256))
     assert (plan.samples_a_step, plan.recipe.micro_batch, plan.accumulation) == (1024, 4, 1)
     assert plan.n_parameters == 7_241_732_096 and plan.recipe.dtype == "fp32"
 
@@ -178,8 +184,8 @@ def test_resolve_divides_the_batch():
     ],
 )
 def test_resolve_refuses_what_cannot_be(arguments, size, words):
-    with pytest.raises(train.Refused) as refusal:
-        train.resolve(train.command_line(arguments), world(size=size))
+    with pytest.raises(Refused) as refusal:
+        resolve(command_line(arguments), world(size=size))
     assert all(word in str(refusal.value) for word in words)
 
 
@@ -188,8 +194,8 @@ def test_data_dtype_is_for_raw_files(small, tmp_path, monkeypatch):
     np.arange(250, dtype="<u4").tofile("ids.bin")
 
     def opened(*arguments):
-        plan = train.resolve(train.command_line(["--model", "test", "--seq-len", "64", "--data", *arguments]), world())
-        return train.open_data(plan.recipe.data, plan)
+        plan = resolve(command_line(["--model", "test", "--seq-len", "64", "--data", *arguments]), world())
+        return open_data(plan.recipe.data, plan)
 
     assert opened("ids.bin", "--data-dtype", "uint32").vocab_size == 256
     assert len(opened("ids.bin:1", f"{small}:1", "--data-dtype", "uint32").sources) == 2
@@ -198,13 +204,13 @@ def test_data_dtype_is_for_raw_files(small, tmp_path, monkeypatch):
         ([str(small), "--data-dtype", "uint16"], "--data-dtype uint16 .* leave it out"),
         (["ids.bin", "--data-dtype", "uint32", "--documents"], "--data ids.bin: .* leave --documents out"),
     ):
-        with pytest.raises(train.Refused, match=words):
+        with pytest.raises(Refused, match=words):
             opened(*arguments)
 
 
 def test_learning_rate_schedules():
     def rates(*arguments):
-        recipe = train.resolve(train.command_line(["--lr", "1e-3", "--min-lr", "1e-4", *arguments]), world()).recipe
+        recipe = resolve(command_line(["--lr", "1e-3", "--min-lr", "1e-4", *arguments]), world()).recipe
         return [train.learning_rate(recipe, step) for step in range(1, recipe.steps + 1)]
 
     cosine = rates("--steps", "110", "--warmup-steps", "10")
@@ -216,7 +222,7 @@ def test_learning_rate_schedules():
     wsd = rates("--steps", "100", "--schedule", "wsd", "--warmup-steps", "0", "--decay-steps", "10")
     assert set(wsd[:90]) == {1e-3} and wsd[94] == pytest.approx(1e-3 - 0.5 * 9e-4) and wsd[-1] == pytest.approx(1e-4)
     assert set(rates("--steps", "7", "--schedule", "constant", "--warmup-steps", "1")) == {1e-3}
-    assert train.learning_rate(train.resolve(train.command_line([]), world()).recipe, 1) > 0
+    assert train.learning_rate(resolve(command_line([]), world()).recipe, 1) > 0
 
 
 # ----------------------------------------------------------------------------------------------------------- whole runs
@@ -305,7 +311,7 @@ def test_a_shard_that_is_cut_short_during_a_run_ends_it_by_name(two, tmp_path):
     process = Ranks(*LONG, "--data", "two/a:1", "two/b:1", "--steps", 5000, "--run-dir", "r", ranks=2, cwd=tmp_path)
     wait_for_step(process, tmp_path / "r", 3)
     os.truncate(tmp_path / "two/b/train-00000.npy", 200)
-    assert process.codes() == [train.FAILED] * 2
+    assert process.codes() == [FAILED] * 2
     assert "two/b/train-00000.npy: was changed or replaced" in process.err and "Traceback" not in process.err
     failed = status(tmp_path / "r")
     assert failed["state"] == "failed" and "two/b/train-00000.npy" in failed["reason"]
@@ -320,7 +326,7 @@ def test_metrics_lines_say_what_they_should(small, tmp_path):
     }  # fmt: skip
     assert line["step"] == 3 and line["tokens"] == 3 * 256
     assert line["perplexity"] == pytest.approx(math.exp(line["loss"]))
-    flops = train.roofline.flops_per_token(MODELS["test"], 64)
+    flops = roofline.flops_per_token(MODELS["test"], 64)
     assert line["mfu"] == pytest.approx(line["tokens_per_second_per_gpu"] * flops / 1e11)
     assert (tmp_path / "r/curves.png").stat().st_size > 10_000
     config = json.loads((tmp_path / "r/config.json").read_text())
@@ -418,7 +424,7 @@ def test_refused_in_one_line_with_nothing_written(small, finished, flags, words)
         weights = finished / "truncated/model.safetensors"
         os.truncate(weights, weights.stat().st_size // 2)
     before = snapshot(finished)
-    refused = run(*SMALL, "--data", small, "--steps", 4, "--run-dir", "r", *flags, cwd=finished, code=train.REFUSED)
+    refused = run(*SMALL, "--data", small, "--steps", 4, "--run-dir", "r", *flags, cwd=finished, code=REFUSED)
     assert refused.stderr.count("\n") == 1 and refused.stderr.startswith("train.py: "), refused.stderr
     assert all(word in refused.stderr for word in words), refused.stderr
     assert "Traceback" not in refused.stderr
@@ -435,7 +441,7 @@ def test_a_run_folder_in_use_is_refused_and_left_alone(small, tmp_path):
     process = start(*LONG, "--steps", 5000, "--data", small, "--run-dir", "r", cwd=tmp_path)
     try:
         wait_for_step(process, tmp_path / "r", 1)
-        refused = run(*LONG, "--steps", 5000, "--data", small, "--run-dir", "r", cwd=tmp_path, code=train.REFUSED)
+        refused = run(*LONG, "--steps", 5000, "--data", small, "--run-dir", "r", cwd=tmp_path, code=REFUSED)
         assert "--run-dir r is in use" in refused.stderr
         assert process.poll() is None and status(tmp_path / "r")["state"] == "running"
     finally:
@@ -450,9 +456,9 @@ def test_a_run_goes_on_with_changes_that_were_asked_for(small, tmp_path):
     command = [*SMALL, "--run-dir", "r", "--eval-every", 0, "--warmup-steps", 2]
     ranks_run(*command, "--data", small, "--steps", 6, "--lr", "1e-3", cwd=tmp_path)
     changed = [*command, "--data", "other", "--steps", 9, "--lr", "5e-4"]
-    refused = ranks_run(*changed, "--allow-change", "steps", "data", cwd=tmp_path, codes=[train.REFUSED])
+    refused = ranks_run(*changed, "--allow-change", "steps", "data", cwd=tmp_path, codes=[REFUSED])
     assert "--lr was 0.001 and is 0.0005" in refused.err and "--steps" not in refused.err.partition(":")[2]
-    refused = ranks_run(*changed, "--allow-change", "seed", cwd=tmp_path, codes=[train.REFUSED])
+    refused = ranks_run(*changed, "--allow-change", "seed", cwd=tmp_path, codes=[REFUSED])
     assert "--allow-change seed: it can be one of steps, lr" in refused.err
     went_on = ranks_run(*changed, "--allow-change", "steps", "lr", "data", cwd=tmp_path)
     assert "resuming after step 6" in went_on.out and "steps from 6 to 9" in went_on.out

@@ -1,0 +1,164 @@
+"""One rank's process from its start to its exit code: signals, refusals that the user hears, last words.
+
+torchrun ends all ranks as soon as one exits, and says 0 or 1 itself, so whoever has something to say says it before any
+exits, and status.json holds it. Imports no torch: --help and typing errors are answered before the seconds that takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+import typing
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from halny.model.exits import FAILED, REFUSED, Failed, Refused
+from halny.model.run.recipe import Recipe, command_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from halny.model.run.resolve import Plan
+    from halny.model.run.watch import Watch
+
+
+class RankProcess:
+    """What a signal handler and the last words of a failing run need of it; made once, and handed around.
+
+    stop_signal   the name of a signal that asked this rank to stop; the loop looks at it between steps
+    watch, plan   of the run that has begun
+    folder        of the run, whose status.json is told how it ended; None: it is not to be touched
+    """
+
+    def __init__(self):
+        self.stop_signal: str | None = None
+        self.watch: Watch | None = None
+        self.plan: Plan | None = None
+        self.folder = None
+
+    def begin(self, arguments: list[str]) -> Recipe:
+        """What need not wait for torch: streams, signals, dying with torchrun, and the command line."""
+        for stream in ("stdout", "stderr"):
+            if getattr(sys, stream) is None:  # closed by whoever started us
+                setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
+            getattr(sys, stream).reconfigure(errors="replace")  # a terminal that cannot show a letter shows a "?"
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
+                signal.signal(number, self._ask_to_stop)
+        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on the CPU, huge pages for the logits
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # on a GPU, less fragmentation
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # nothing: torch 2.13 announces its profiler otherwise
+        if os.environ.get("RANK", "0") != "0" and not sys.warnoptions:
+            warnings.simplefilter("ignore")  # rank 0 has the same ones, and says them once
+        if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+            # A killed torchrun (kill -9) cannot end its ranks; the kernel does it, so that they hold no GPUs and locks.
+            PR_SET_PDEATHSIG = 1
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        try:
+            return command_line(arguments)
+        except Refused as refusal:
+            refuse(refusal)
+
+    def _ask_to_stop(self, number: int, _frame) -> None:
+        self.stop_signal = signal.Signals(number).name
+        if self.watch is not None:
+            self.watch.stop_asked_at = time.monotonic()
+
+    def stopping(self) -> bool:
+        return self.stop_signal is not None
+
+    def run_begins(self, plan: Plan, watch: Watch, folder=None) -> None:
+        """From here on a signal is told to the watch, and status.json in the folder how the run ended."""
+        self.plan, self.watch, self.folder = plan, watch, folder
+
+    def run_to_exit_code(self, main: Callable[[Recipe, RankProcess], int], recipe: Recipe) -> int:
+        """``main`` with its failures turned into one line, a status and an exit code."""
+        import torch
+        import torch.distributed as dist
+
+        from halny.model.data.dataset import DataError
+
+        rank, host = int(os.environ.get("RANK", "0")), socket.gethostname()
+        try:
+            code = main(recipe, self)
+            if dist.is_initialized():
+                dist.barrier()  # torchrun ends everyone when the first rank exits with an error: let all get here
+            return code
+        except Refused as refusal:
+            refuse(refusal)
+        except (Failed, DataError) as failure:  # this rank alone may have missed a shard
+            reason, speaks = str(failure), rank == 0 or isinstance(failure, DataError)
+            if speaks:
+                print(f"train.py: stopped: {reason}", file=sys.stderr)
+        except BaseException as error:
+            lost_a_rank = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+            if (
+                lost_a_rank and self.watch is not None
+            ):  # another one died, and the reason is there: say which one it was
+                reason, speaks = self.watch.verdict("lost the connection to another rank")
+                if speaks:
+                    print(f"train.py: stopped: {reason}", file=sys.stderr)
+            elif isinstance(error, torch.OutOfMemoryError) and self.plan is not None:
+                reason, speaks = f"rank {rank} on {host}: {explain_shortage(error, self.plan)}", True
+                print(f"train.py: stopped: {reason}", file=sys.stderr)
+            elif isinstance(error, OSError) and error.strerror and self.watch is not None:  # a full disk, a folder gone
+                where = error.filename or f"in {self.watch.phase}"
+                reason, speaks = f"rank {rank} on {host}: {where}: {error.strerror}", True
+                print(f"train.py: stopped: {reason}", file=sys.stderr)
+            else:
+                reason, speaks = f"rank {rank} on {host}: {type(error).__name__}: {error}", True
+                print(f"train.py: rank {rank} on {host} failed", file=sys.stderr)
+                traceback.print_exc()
+        finally:
+            if self.folder is not None:
+                self.folder.close_loggers()
+        if speaks:
+            self.write_failure(reason)
+        return FAILED
+
+    def write_failure(self, reason: str) -> None:
+        """Tell status.json, unless another rank has already said why; that was first and is the one to keep."""
+        if self.folder is not None and self.folder.state() != "failed":
+            with contextlib.suppress(OSError):  # a full disk may be what ended the run
+                self.folder.status("failed", self.watch.done, reason)
+
+
+def refuse(message: object) -> typing.NoReturn:
+    """One line from rank 0, and exit code 2 on every rank.
+
+    torchrun ends all ranks as soon as the first one exits, so the others wait until rank 0 has been heard.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train.py: {message}", file=sys.stderr, flush=True)
+    else:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: os._exit(REFUSED))
+        time.sleep(10)
+    os._exit(REFUSED)
+
+
+def explain_shortage(error: torch.OutOfMemoryError, plan: Plan) -> str:
+    """What to change, and by how much, for a run that a GPU has no memory for (estimate/out_of_memory.py)."""
+    import torch
+
+    from halny.model.estimate import out_of_memory
+
+    free, total, reserved = None, None, None
+    if torch.cuda.is_available():
+        (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
+    return out_of_memory.explain(error, plan.work, plan.layout, free=free, total=total, reserved=reserved)
+
+
+def exit_at_once(code: int) -> typing.NoReturn:
+    """Not sys.exit: gloo's threads now and then abort the interpreter's tear-down, and spoil the code."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(code)

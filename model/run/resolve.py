@@ -1,0 +1,357 @@
+"""From a recipe to a plan: everything that the recipe leaves open, filled in, or a refusal that names flag and value.
+
+Nothing is allocated or written here, and of the data and of weights only their descriptions are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from halny.kernels.dispatch import INTERPRETED
+from halny.model.convert import check_hf_weights, pieces
+from halny.model.data.batches import Corpus, Loader, parse_sources
+from halny.model.data.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset
+from halny.model.data.order import share_of, step_numbers
+from halny.model.durable import in_words
+from halny.model.estimate import machines, roofline, sizes
+from halny.model.estimate.choices import Decision, decide, recomputed
+from halny.model.estimate.memory import checkpoint_bytes
+from halny.model.estimate.work import Layout, Work
+from halny.model.exits import Refused, unknown
+from halny.model.hf_folder import read_hf_config
+from halny.model.mistral import PRESETS as MODELS
+from halny.model.mistral import MistralConfig
+from halny.model.run import fsdp
+from halny.model.run.checkpoint import complete
+from halny.model.run.evaluation import EvalSets, parse_named
+from halny.model.run.ranks import World
+from halny.model.run.recipe import CHANGE_WHEN_ASKED, Recipe, ranks_to_profile, steps_to_profile
+from halny.model.run.settings import flag
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The recipe with nothing left open, and what follows from it on this world."""
+
+    recipe: Recipe
+    model: MistralConfig
+    decision: Decision
+    peak_flops: float | None  # of this device, in bf16
+
+    @property
+    def work(self) -> Work:
+        """What a rank computes in a step."""
+        return self.decision.work
+
+    @property
+    def layout(self) -> Layout:
+        return self.decision.layout
+
+    @property
+    def accumulation(self) -> int:
+        """Micro batches of a rank in a step."""
+        return self.work.accumulation
+
+    @property
+    def samples_a_step(self) -> int:
+        return self.recipe.batch_tokens // self.recipe.seq_len
+
+    @property
+    def n_parameters(self) -> int:
+        return sizes.parameters(self.model)
+
+    @property
+    def flops_per_token(self) -> float:
+        return roofline.flops_per_token(self.model, self.recipe.seq_len)
+
+    def own_numbers(self, step: int, world: World) -> np.ndarray:
+        """The numbers of this rank's samples in a step: [accumulation, micro_batch]."""
+        return share_of(step_numbers(step, self.samples_a_step), world.rank, world.size, self.recipe.micro_batch)
+
+    def load_steps(self, first: int, last: int, corpus: Corpus, world: World) -> Loader:
+        """This rank's batches of steps first to last, a list of as many as it accumulates for each step."""
+        steps = (self.own_numbers(step, world) for step in range(first, last + 1))
+        return Loader(corpus, self.recipe.seed, steps, world.device)
+
+
+def resolve(recipe: Recipe, world: World) -> Plan:
+    """Fill in what the recipe leaves open and refuse what cannot be."""
+    model = model_config(recipe)
+    check_flags(recipe, model, world)
+    check_profile(recipe, world)
+    decision = decide_here(recipe, model, world)
+    warmup_steps, decay_steps, min_lr = schedule(recipe)
+    on_gpu = world.device.type == "cuda"
+    recipe = replace(
+        recipe,
+        model=str(recipe.init_from or recipe.model),
+        micro_batch=decision.work.micro_batch,
+        shard=decision.layout.shard,
+        replicate=decision.layout.replicate,
+        reshard=decision.layout.reshard,
+        warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
+        min_lr=min_lr,
+        dtype=compute_dtype(recipe, world),
+        save_every=saving_interval(recipe),
+        eval_every=max(1, min(1000, recipe.steps // 5)) if recipe.eval_every is None else recipe.eval_every,
+    )
+    device_name = torch.cuda.get_device_name(world.device) if on_gpu else "CPU"
+    return Plan(recipe, model, decision, machines.peak_flops(device_name, recipe.peak_tflops))
+
+
+# ---------------------------------------------------------------------------------------------- what resolve stands on
+
+
+def model_config(recipe: Recipe) -> MistralConfig:
+    """The sizes of --init-from, whose files are checked here without reading a weight, or of --model."""
+    try:
+        if recipe.init_from:
+            return check_hf_weights(recipe.init_from)
+        if recipe.model in MODELS:
+            return MODELS[recipe.model]
+        if Path(recipe.model).is_dir():
+            return read_hf_config(Path(recipe.model))
+    except ValueError as error:
+        raise Refused(f"{'--init-from' if recipe.init_from else '--model'}: {error}") from None
+    raise unknown("--model", recipe.model, MODELS)
+
+
+def data_or_refused(make: Callable, *arguments, of: str = "--data"):
+    """``make(*arguments)``, with its DataError as a refusal of a flag."""
+    try:
+        return make(*arguments)
+    except DataError as error:
+        raise Refused(f"{of} {error}".replace("--dtype", "--data-dtype")) from None  # prepare_data's name for it
+
+
+def is_frozen(name: str, recipe: Recipe) -> bool:
+    return recipe.freeze is not None and re.search(recipe.freeze, name) is not None
+
+
+def check_freeze(recipe: Recipe, model: MistralConfig) -> None:
+    names = [name for name, _ in pieces(model)]
+    try:
+        frozen = sum(is_frozen(name, recipe) for name in names)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise Refused(f"--freeze {recipe.freeze!r} is not a regular expression: {error}") from None
+    if recipe.freeze is not None and frozen in (0, len(names)):
+        what = "every parameter" if frozen else "no parameter"
+        raise Refused(
+            f"--freeze {recipe.freeze!r} matches {what}; their names are {names[0]}, {names[1]}, ... {names[-1]}"
+        )
+
+
+def check_flags(recipe: Recipe, model: MistralConfig, world: World) -> None:
+    """Refuse flags that do not go together, or not with this model."""
+    r = recipe
+    for name in ("gpus", "gpu", "nic_gbs", "gpus_per_node"):
+        if getattr(r, name) is not None:
+            raise Refused(f"{flag(name)} {getattr(r, name)} belongs to --plan; add that or leave it out")
+    if r.seq_len > model.max_seq_len:
+        raise Refused(f"--seq-len {r.seq_len} is beyond the model's limit of {model.max_seq_len} positions")
+    check_freeze(r, model)
+    for name in r.allow_change or ():
+        if name not in CHANGE_WHEN_ASKED:
+            raise Refused(f"--allow-change {name}: it can be one of {', '.join(CHANGE_WHEN_ASKED)}")
+    sources = data_or_refused(parse_sources, r.data or ())
+    named = data_or_refused(parse_named, r.eval_data or (), of="--eval-data")
+    if r.data is None and not (r.eval_only and named) and model.vocab_size != BUILTIN_VOCAB_SIZE:
+        raise Refused(
+            f"--data is needed: the built-in corpus has a vocabulary of {BUILTIN_VOCAB_SIZE}, but the model's is of "
+            f"{model.vocab_size}"
+        )
+    if r.resume is False:
+        inputs = [(flag(name), Path(value)) for name in ("init_from", "model") if (value := getattr(r, name))]
+        inputs += [("--data", folder) for folder, _ in sources]
+        inputs += [("--eval-data", folder) for folder in named.values()]
+        for name, path in inputs:
+            if path.exists() and path.resolve().is_relative_to(r.run_dir.resolve()):
+                raise Refused(f"--no-resume would set aside {name} {path}, which lies in --run-dir {r.run_dir}")
+
+
+def check_profile(recipe: Recipe, world: World) -> None:
+    r = recipe
+    if r.profile_ranks and not r.profile:
+        raise Refused(f"--profile-ranks {' '.join(r.profile_ranks)} belongs to --profile; name steps, or leave it out")
+    try:
+        steps_to_profile(r.profile or "auto", 1, r.steps)
+    except ValueError as error:
+        raise Refused(f"--profile {error}") from None
+    try:
+        ranks_to_profile(r.profile_ranks or "0", world.size)
+    except ValueError as error:
+        raise Refused(f"--profile-ranks {error}") from None
+
+
+def compute_dtype(recipe: Recipe, world: World) -> str:
+    return recipe.dtype or ("bf16" if world.device.type == "cuda" else "fp32")
+
+
+def decide_here(recipe: Recipe, model: MistralConfig, world: World) -> Decision:
+    """Micro batch, layout and recompute on these ranks, as estimate/choices.py decides them."""
+    r = recipe
+    if r.batch_tokens % (r.seq_len * world.size):
+        unit = r.seq_len * world.size
+        near = " or ".join(f"{n * unit}" for n in (r.batch_tokens // unit, r.batch_tokens // unit + 1) if n)
+        raise Refused(
+            f"--batch-tokens {r.batch_tokens} is not a multiple of --seq-len {r.seq_len} x {world.size} rank(s); "
+            f"use {near}, or another number of ranks"
+        )
+    return decide(
+        model,
+        ranks=world.size,
+        node=world.node_size,
+        memory_bytes=world.memory_bytes,
+        seq_len=r.seq_len,
+        share=r.batch_tokens // r.seq_len // world.size,
+        micro_batch=r.micro_batch,
+        shard=r.shard,
+        replicate=r.replicate,
+        reshard=r.reshard,
+        recompute=r.recompute,
+        moments=r.moments,
+        compute_bytes=DTYPES[compute_dtype(r, world)].itemsize,
+        kernels=(world.device.type == "cuda" or INTERPRETED) and r.kernels != "reference",
+    )
+
+
+def schedule(recipe: Recipe) -> tuple[int, int, float]:
+    """(warm-up steps, steps of decay, the last learning rate), as the recipe has them or by default."""
+    r = recipe
+    warmup_steps = min(2000, r.steps // 10) if r.warmup_steps is None else r.warmup_steps
+    decay_steps = max(1, r.steps // 5) if r.decay_steps is None else r.decay_steps
+    if warmup_steps > r.steps:
+        raise Refused(f"--warmup-steps {warmup_steps} is more than --steps {r.steps}; lower it")
+    if r.schedule == "wsd" and warmup_steps + decay_steps > r.steps:
+        raise Refused(f"--warmup-steps {warmup_steps} and --decay-steps {decay_steps} exceed --steps {r.steps}")
+    if r.decay_steps is not None and r.schedule != "wsd":
+        raise Refused(f"--decay-steps {r.decay_steps} belongs to --schedule wsd, not to {r.schedule}")
+    min_lr = r.lr / 10 if r.min_lr is None else r.min_lr
+    if min_lr > r.lr:
+        raise Refused(f"--min-lr {min_lr} is above --lr {r.lr}")
+    return warmup_steps, decay_steps, min_lr
+
+
+def saving_interval(recipe: Recipe) -> int:
+    return recipe.save_every or max(1, min(500, recipe.steps // 10))
+
+
+def check_disk(plan: Plan) -> None:
+    """Refuse a run whose first checkpoint and export cannot fit on the disk."""
+    existing = next(p for p in (plan.recipe.run_dir, *plan.recipe.run_dir.absolute().parents) if p.exists())
+    export = DTYPES[plan.recipe.export_dtype].itemsize * plan.n_parameters
+    free, needed = shutil.disk_usage(existing).free, checkpoint_bytes(plan.model, plan.recipe.moments) + export
+    if free < needed:
+        raise Refused(
+            f"--run-dir {plan.recipe.run_dir} has {in_words(free)} free, but one checkpoint and the export take "
+            f"{in_words(needed)}"
+        )
+
+
+def check_looking(recipe: Recipe) -> None:
+    """Refuse to look into a run that is not there."""
+    if recipe.replay_step and not (recipe.run_dir / "config.json").exists():
+        raise Refused(f"--replay-step {recipe.replay_step}: no run in {recipe.run_dir}; name its --run-dir")
+    if recipe.replay_step and recipe.resume is False:
+        raise Refused(f"--replay-step {recipe.replay_step} and --no-resume exclude each other; leave one out")
+    if recipe.replay_step and recipe.replay_step > recipe.steps:
+        raise Refused(f"--replay-step {recipe.replay_step} is beyond the last of --steps {recipe.steps}")
+    if recipe.eval_only and (recipe.replay_step or recipe.resume is False):
+        other = f"--replay-step {recipe.replay_step}" if recipe.replay_step else "--no-resume"
+        raise Refused(f"--eval-only and {other} exclude each other; leave one out")
+    if recipe.eval_only and not recipe.init_from and not complete(recipe.run_dir / "checkpoints"):
+        raise Refused(f"--eval-only: no checkpoint in {recipe.run_dir}; name its --run-dir, or a Hugging Face folder "
+            "with --init-from")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------- in words
+
+
+def describe(plan: Plan, world: World, corpus: Corpus | None, eval_sets: EvalSets) -> str:
+    """Everything derived, for the log, before the first step."""
+    r, gib = plan.recipe, 2**30
+    memory = plan.decision.memory
+    parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in memory.items())
+    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
+    peak = "unknown, so no MFU (--peak-tflops)" if plan.peak_flops is None else f"{plan.peak_flops / 1e12:,.0f} TFLOP/s"
+    weights = f"Hugging Face weights of {r.init_from}" if r.init_from else f"fresh weights, seed {r.seed}"
+    return "\n".join([
+        f"model      {plan.n_parameters:,} parameters; {weights}"
+        + (f"; frozen: {r.freeze} (memory and MFU as if not)" if r.freeze else ""),
+        *(f"data       {line}" for line in shortened(corpus.describe(r.steps * plan.samples_a_step) if corpus else [])),
+        *(f"evaluated  {line}" for line in shortened(eval_sets.describe())),
+        f"batch      {r.batch_tokens:,} tokens a step = {world.size} rank(s) x {plan.accumulation} accumulated x "
+        f"{r.micro_batch} x {r.seq_len}",
+        f"length     {r.steps:,} steps = {r.steps * r.batch_tokens:,} tokens",
+        f"schedule   {r.warmup_steps} warm-up steps to {r.lr:g}, then {r.schedule}"
+        + (f" to {r.min_lr:g}" if r.schedule != "constant" else ""),
+        f"compute    {r.dtype} on {world.size} x {device}; {plan.flops_per_token / 1e9:.3f} GFLOP a token; peak {peak}",
+        describe_sharding(plan),
+        f"recompute  {recomputed(plan.work)}: {plan.decision.recompute_why}",
+        f"memory     about {sum(memory.values()) / gib:.2f} GiB a rank: {parts}",
+        f"run        {r.run_dir}: a checkpoint every {r.save_every} steps"
+        + (f", evaluation every {r.eval_every}" if r.eval_every else ", no evaluation"),
+    ])  # fmt: skip
+
+
+def describe_sharding(plan: Plan) -> str:
+    if plan.layout.fsdp:
+        return fsdp.describe(plan.layout)
+    sums = {"8bit": "bf16, rounded stochastically"}.get(plan.recipe.moments, "fp32")
+    return (
+        f"sharding   none: bf16 weights, the lower halves of their fp32 masters, and moments in {plan.recipe.moments}\n"
+        "gradients  in bf16" + (f", summed over {plan.accumulation} micro batches in {sums}" * (plan.accumulation > 1))
+    )
+
+
+def shortened(lines: list[str], most: int = 9) -> list[str]:
+    return lines if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1} more"]
+
+
+# ------------------------------------------------------------------------------------------------------------ its data
+
+
+def open_one(path: Path, plan: Plan) -> Dataset | RawDataset:
+    return open_dataset(path, None if is_dataset(path) else plan.recipe.data_dtype, plan.model.vocab_size)
+
+
+def open_data(sources: tuple[str, ...], plan: Plan) -> Corpus:
+    """The data that --data names, opened and cut into samples; Refused if this model cannot train on it."""
+    r, open_source = plan.recipe, functools.partial(open_one, plan=plan)
+    corpus = data_or_refused(Corpus, sources, r.seq_len, r.documents, open_source)
+    if r.data_dtype and not any(isinstance(source.dataset, RawDataset) for source in corpus.sources):
+        raise Refused(f"--data-dtype {r.data_dtype} belongs to raw .bin files, and {' '.join(sources)} is none; "
+            "leave it out")  # fmt: skip
+    check_vocabulary(corpus.vocab_size, f"--data {' '.join(sources)}", plan)
+    return corpus
+
+
+def open_eval_sets(corpus: Corpus | None, plan: Plan) -> EvalSets:
+    """The held-out split, if it has one, and what --eval-data names; Refused if this model cannot read that."""
+    r, open_source = plan.recipe, functools.partial(open_one, plan=plan)
+    named = data_or_refused(parse_named, r.eval_data or (), of="--eval-data")
+    sets = data_or_refused(EvalSets, corpus, named, r.seq_len, r.documents, open_source, of="--eval-data")
+    for dataset in sets.datasets.values():
+        check_vocabulary(dataset.vocab_size, f"--eval-data {dataset.path}", plan)
+    return sets
+
+
+def check_vocabulary(size: int, of: str, plan: Plan) -> None:
+    padded = -(-size // 128) * 128  # models are often padded to a multiple of 128 rows, and that is fine
+    if not size <= plan.model.vocab_size <= padded:
+        raise Refused(
+            f"{of} has a vocabulary of {size}, but the model's is of {plan.model.vocab_size}; prepare the data with "
+            "the model's tokenizer"
+        )
