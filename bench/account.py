@@ -351,7 +351,7 @@ def expected(case: Case) -> dict[str, tuple[int, int]]:
     return {
         "matmul": (micro * 6 * matmul_parameters(config) * T, micro * roofline.matmul_bytes(config, T)),
         "attention": (micro * attended, micro * roofline.attention_bytes(config, T)),
-        ROWS: (0, micro * roofline.row_kernel_bytes(config, T, programs, recompute=recompute)),
+        ROWS: (0, micro * sum(roofline.row_kernel_bytes(config, T, recompute=recompute, programs=programs))),
         "loss": (0, micro * roofline.loss_bytes(config, T)),
         "optimizer": (0, updated),
         SUMS: (0, roofline.gradient_sum_bytes(config, case.moments, micro)),

@@ -115,22 +115,24 @@ def attention_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2
 
 
 def row_kernel_bytes(
-    config: MistralConfig, n_tokens: int, programs: int, compute_bytes: int = 2, recompute: bool = True
-) -> int:
-    """Norms, RoPE and SwiGLU of a micro batch, forward and backward; q, kv and f elements a token.
+    config: MistralConfig, n_tokens: int, compute_bytes: int = 2, recompute: bool = True, programs: int = 264
+) -> tuple[int, int]:
+    """Norms, RoPE and SwiGLU of a micro batch, (forward, backward); q, kv and f elements a token.
 
     A norm with the addition before it is 4d each way, and a layer has two; the first of all has nothing to add, 2d and
     3d, and the last's sum goes nowhere else, 4d and 3d. RoPE moves q, k and the v that it copies along, 2 (q + 2kv)
-    each way, SwiGLU 3f and 5f, and recomputing, the backward also writes the outputs of norms and SwiGLU, 2d + f. Each
-    norm's fp32 rstd is written and read, its weight read twice, and of the weight's gradient each of ``programs``
-    writes an fp32 row; their sum is rounded.
+    each way, SwiGLU 3f and 5f, and with ``recompute`` the backward also writes the outputs of norms and SwiGLU, 2d + f.
+    Each norm's fp32 rstd is written and read, its weight read twice, and of the weight's gradient each of ``programs``
+    (two on each of an H100's 132 multiprocessors) writes an fp32 row; their sum is rounded. 7B, 16,384 tokens: 92.6
+    and 146.9 GB.
     """
-    b, d, T = compute_bytes, config.dim, n_tokens
+    b, d, T, L = compute_bytes, config.dim, n_tokens, config.n_layers
     q, kv, f = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.hidden_dim
-    layer = 16 * d + 4 * (q + 2 * kv) + 8 * f + (2 * d + f if recompute else 0)
-    norms = 2 * config.n_layers + 1
-    rows = b * (config.n_layers * layer + 4 * d) + 2 * FP32_BYTES * norms
-    return T * rows + norms * d * (2 * b + FP32_BYTES * (2 * programs + 2) + b)
+    rope, norms = 2 * (q + 2 * kv), 2 * L + 1
+    again = 2 * d + f if recompute else 0
+    forward = T * b * (L * (8 * d + rope + 3 * f) + 2 * d) + norms * (FP32_BYTES * T + b * d)
+    backward = T * b * (L * (8 * d + rope + 5 * f + again) + 2 * d) + norms * (FP32_BYTES * T + b * d)
+    return forward, backward + norms * d * (FP32_BYTES * (2 * programs + 2) + b)
 
 
 def residual_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
@@ -159,6 +161,12 @@ def embedding_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2
     """
     b, d, V, T = compute_bytes, config.dim, config.vocab_size, n_tokens
     return T * (3 * b * d + 16) + b * d * (V + min(T, V))
+
+
+def other_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
+    """What is no product, attention, row kernel or loss: the embedding, the sum of its gradients, the metrics."""
+    streams = residual_bytes(config, n_tokens, compute_bytes) + embedding_bytes(config, n_tokens, compute_bytes)
+    return streams + metrics_bytes(n_tokens)
 
 
 def metrics_bytes(n_tokens: int) -> int:
@@ -193,52 +201,30 @@ def gradient_sum_bytes(config: MistralConfig, moments: str, accumulation: int) -
     return parameters(config) * (first + each * (accumulation - 2) if accumulation > 1 else 0)
 
 
-def fsdp_copy_bytes(config: MistralConfig, shards: int, gathered_again: int = 0, compute_bytes: int = 2) -> int:
-    """FSDP2's copies beside its collectives, after one micro batch; gathered_again as in ``collectives``.
+def copy_bytes(
+    shapes: list[tuple[int, int]], shards: int, gathered_again: int = 0, compute_bytes: int = 2
+) -> tuple[int, int]:
+    """FSDP2's copies beside its collectives, of weights of these shapes: a micro batch's (forward, backward).
 
     For a gather a rank's fp32 shard is cast and copied into place, 4 + 3 b a weight of it, and what arrives is copied
     out into one tensor a weight, padding included, 2 b. Parts kept by each of n ranks for the second gather are b-byte
     copies, copied into place twice: 6 b a weight of them. Gradients are copied into the fp32 input of the
-    reduce-scatter, b + 4.
+    reduce-scatter, b + 4. gathered_again as in ``collectives``.
     """
-    b, total = compute_bytes, 0
-    for shapes, n_groups, again in (
-        (layer_shapes(config), config.n_layers, gathered_again),
-        (root_shapes(config), 1, 1),
-    ):
-        padded, own = padded_numel(shapes, shards), sum(rows * columns for rows, columns in shapes)
-        first = 2 * b * padded + (FP32_BYTES + 3 * b) * padded // shards
-        if again == 0:
-            second = first
-        else:
-            second = 0 if again == 1 else 2 * b * padded + 6 * b * padded_numel(shapes, again) // again
-        total += n_groups * (first + second + b * own + FP32_BYTES * padded)
-    return total
+    b, padded, own = compute_bytes, padded_numel(shapes, shards), sum(rows * columns for rows, columns in shapes)
+    gather = 2 * b * padded + (FP32_BYTES + 3 * b) * padded // shards
+    if gathered_again == 0:
+        again = gather
+    else:
+        parts = padded_numel(shapes, gathered_again) // gathered_again
+        again = 0 if gathered_again == 1 else 2 * b * padded + 6 * b * parts
+    return gather, again + b * own + FP32_BYTES * padded
 
 
-def memory_bound_bytes(config: MistralConfig, compute_bytes: int = 2, recompute: bool = True) -> tuple[int, int]:
-    """Bytes a token that one layer's kernels without matrix products move: (forward, backward). 7B: 446,464 B.
-
-    What a fused kernel must read and write (b bytes an element; d, q and kv, f elements a token): residual add with
-    RMSNorm 4d each way, twice; RoPE twice q and k each way; SwiGLU 3f and 5f. Recomputing, the backward also writes the
-    outputs of both norms and of SwiGLU (2d + f).
-    """
-    d, f = config.dim, config.hidden_dim
-    rope = 2 * (config.n_heads + config.n_kv_heads) * config.head_dim
-    forward = 8 * d + rope + 3 * f
-    backward = 8 * d + rope + 5 * f + (2 * d + f if recompute else 0)
-    return compute_bytes * forward, compute_bytes * backward
-
-
-def head_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:
-    """Bytes that the loss moves beside its matrix products.
-
-    Five passes over the logits (written, read and overwritten by the gradient, read by two products), and the head's
-    fp32 gradient read and written once a chunk.
-    """
-    logits = 5 * compute_bytes * n_tokens * config.vocab_size
-    chunks = -(-n_tokens // loss_chunk_rows(config, n_tokens, compute_bytes))
-    return logits + chunks * 2 * FP32_BYTES * config.vocab_size * config.dim
+def fsdp_copy_bytes(config: MistralConfig, shards: int, gathered_again: int = 0, compute_bytes: int = 2) -> int:
+    """``copy_bytes`` of all layers and of the root group, which stays gathered."""
+    layer = sum(copy_bytes(layer_shapes(config), shards, gathered_again, compute_bytes))
+    return config.n_layers * layer + sum(copy_bytes(root_shapes(config), shards, 1, compute_bytes))
 
 
 # -------------------------------------------------------------------------------------------------------- communication

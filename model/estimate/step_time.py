@@ -42,7 +42,7 @@ RATES = {
     "ideal": Rates(0.798, 0.489, 0.896, 0.0, 0.0),
     "leading": Rates(0.748, 0.438, 0.771, 0.02e-3, 0.005),
     "good": Rates(0.697, 0.395, 0.708, 0.3e-3, 0.010),
-    "published": Rates(0.505, 0.354, 0.708, 0.3e-3, 0.0068),
+    "published": Rates(0.510, 0.354, 0.708, 0.3e-3, 0.0075),
 }
 
 # Assumed for every machine; --preflight measures them on the real one.
@@ -164,16 +164,6 @@ def update_bytes(work: Work, layout: Layout) -> int:
     return roofline.sharded_update_bytes(sizes.shard_numel(config, layout.shard))
 
 
-def copied_again(ranks: int) -> float:
-    """Bytes a weight that FSDP2 copies for the second gather, ``ranks`` as in roofline.collectives.
-
-    What arrives is copied out, 4; the part that each of n ranks kept is a clone, and copied into place twice, 12 of it.
-    """
-    if ranks == 0:
-        return 4
-    return 0 if ranks == 1 else 4 + 12 / ranks
-
-
 def step(work: Work, cluster: Cluster, layout: Layout, rates: Rates, communicators: int = 2) -> StepTime:
     """The model of one optimizer step."""
     config, gpu, tokens = work.config, cluster.gpu, work.tokens
@@ -183,13 +173,16 @@ def step(work: Work, cluster: Cluster, layout: Layout, rates: Rates, communicato
     attention_s = roofline.attention_flops(config, [work.seq_len] * work.micro_batch) / n_layers
     attention_s = attention_s / 3 / (flops * rates.attention)  # forward; the backward is two such
     bandwidth = gpu.hbm_bytes_per_second * rates.memory
-    alone = not layout.fsdp
-    copied = 0 if alone else sizes.padded_numel(sizes.layer_shapes(config), layout.shard)
-    forward_bytes, backward_bytes = (n * tokens for n in roofline.memory_bound_bytes(config, 2, work.recompute))
-    forward_bytes += 4 * copied  # bf16 out of the gather's buffer: read and written
-    backward_bytes += (copied_again(layout.gathered_again) + 6) * copied  # and bf16 into fp32 to be reduced
+    forward_bytes, backward_bytes = (
+        moved / n_layers for moved in roofline.row_kernel_bytes(config, tokens, recompute=work.recompute)
+    )
+    head_bytes = roofline.loss_bytes(config, tokens) + roofline.other_bytes(config, tokens)
+    if layout.fsdp:
+        gathered, reduced = roofline.copy_bytes(sizes.layer_shapes(config), layout.shard, layout.gathered_again)
+        forward_bytes, backward_bytes = forward_bytes + gathered, backward_bytes + reduced
+        head_bytes += sum(roofline.copy_bytes(sizes.root_shapes(config), layout.shard, 1))
     head_matmul_s = 6 * config.vocab_size * config.dim * tokens / (flops * rates.matmul)
-    head_s = head_matmul_s + roofline.head_bytes(config, tokens, 2) / bandwidth
+    head_s = head_matmul_s + head_bytes / bandwidth
 
     again_matmul_s = work.recomputed_matmuls * matmul_s
     again_attention_s = attention_s if work.recomputes_attention else 0.0
@@ -216,7 +209,7 @@ def step(work: Work, cluster: Cluster, layout: Layout, rates: Rates, communicato
             n_layers, forward_s, head_s, backward_s, **seconds, communicators=communicators
         )
         network_s += times * sum(s * (1 if name.endswith("root") else n_layers) for name, s in seconds.items())
-    exposed = 0.0 if alone else elapsed_s - n_micro * compute_s
+    exposed = 0.0 if not layout.fsdp else elapsed_s - n_micro * compute_s
 
     optimizer_s = update_bytes(work, layout) / bandwidth
     busy = n_micro * compute_s + optimizer_s + exposed

@@ -191,35 +191,31 @@ class Floors:
 def floors(work: Work, speeds: Speeds, layout: Layout, exposed_s: float = 0.0, stand_in: bool = False) -> Floors:
     """What a step must take at least: FLOPs and bytes of estimate/roofline.py over these speeds.
 
-    layout              under FSDP its copies of the layers' weights and gradients have a floor too: bf16 out of the
-                        buffer of a gather, and into fp32 to be reduced
+    layout              under FSDP its copies of weights and gradients have a floor too
     exposed_s           communication that no computation can hide
     stand_in            whether copies take the place of collectives (``STAND_IN``): their bytes, read once and written
                         once, as if nothing hid them; where matrix products do, the gap is below zero
-    Idle and what has no name can be nothing.
+    What is idle can be nothing.
     """
-    config, tokens, n_layers = work.config, work.accumulation * work.tokens, work.config.n_layers
+    config, tokens = work.config, work.accumulation * work.tokens
     matmul_flops = 6 * sizes.matmul_parameters(config) * tokens
     attention_flops = work.accumulation * roofline.attention_flops(config, [work.seq_len] * work.micro_batch)
-    rows = sum(roofline.memory_bound_bytes(config, 2, work.recompute)) * n_layers * tokens
-    copied = 0
-    if layout.fsdp:
-        layer = sizes.padded_numel(sizes.layer_shapes(config), layout.shard)
-        copied = work.accumulation * n_layers * (4 + step_time.copied_again(layout.gathered_again) + 6) * layer
+    rows = sum(roofline.row_kernel_bytes(config, work.tokens, recompute=work.recompute))
+    copied = roofline.fsdp_copy_bytes(config, layout.shard, layout.gathered_again) if layout.fsdp else 0
     if layout.fsdp and stand_in:
         replaced = roofline.collectives(
             config, layout.shard, gathered_again=layout.gathered_again, accumulation=work.accumulation
         )
         exposed_s += 2 * sum(c.count * c.bytes for c in replaced) / speeds.memory
-    loss = work.accumulation * roofline.head_bytes(config, work.tokens)
+    loss, other = roofline.loss_bytes(config, work.tokens), roofline.other_bytes(config, work.tokens)
     seconds = {
         "matmul": matmul_flops / speeds.matmul,
         "attention": attention_flops / speeds.attention,
-        "norm, RoPE, SwiGLU": rows / speeds.memory,
-        "loss": loss / speeds.memory,
+        "norm, RoPE, SwiGLU": work.accumulation * rows / speeds.memory,
+        "loss": work.accumulation * loss / speeds.memory,
         "optimizer": step_time.update_bytes(work, layout) / speeds.memory,
-        "other": 0.0,
-        "copies": copied / speeds.memory,
+        "other": work.accumulation * other / speeds.memory,
+        "copies": work.accumulation * copied / speeds.memory,
         "communication": exposed_s,
         "idle": 0.0,
     }

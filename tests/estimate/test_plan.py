@@ -156,11 +156,10 @@ def test_one_gpu_does_without_fsdp():
         assert choice.memory.pop("reserved, assumed") == int(memory.RESERVED * cluster.gpu.memory_bytes)
         assert choice.memory == {name.replace("_", " "): size for name, size in estimate.items() if size}
     sharded = step_time.step(work, plan.cluster_of(replace(ALONE, gpus="8"), 8), Layout(8), rates)
-    forward, backward = roofline.memory_bound_bytes(MISTRAL_7B)
-    assert s.memory_bound == pytest.approx(
-        (32 * 16_384 * (forward + backward) + roofline.head_bytes(MISTRAL_7B, 16_384)) / bandwidth
-    )
-    copies = 32 * (4 + 4 + 6) * sizes.layer_parameters(MISTRAL_7B) / bandwidth
+    rows = sum(roofline.row_kernel_bytes(MISTRAL_7B, 16_384))
+    rest = roofline.loss_bytes(MISTRAL_7B, 16_384) + roofline.other_bytes(MISTRAL_7B, 16_384)
+    assert s.memory_bound == pytest.approx((rows + rest) / bandwidth)
+    copies = roofline.fsdp_copy_bytes(MISTRAL_7B, 8) / bandwidth
     assert sharded.memory_bound - s.memory_bound == pytest.approx(copies)
     summed = step_time.step(replace(work, accumulation=4), cluster, choice.layout, rates)
     assert summed.optimizer - s.optimizer == pytest.approx(3 * 6 * n / bandwidth, rel=1e-6)

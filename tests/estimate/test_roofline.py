@@ -171,16 +171,18 @@ def test_shapes_are_those_of_the_model(name):
     assert sizes.padded_numel(sizes.layer_shapes(config), 1) == sizes.layer_parameters(config)
 
 
-def test_memory_bound_bytes():
-    """Counted kernel by kernel for the 7B: d = 4096, f = 14336, 32 + 8 rotated heads of 128, two bytes each."""
-    norms, rope, swiglu = 2 * 4096 * (4 + 4), 2 * 2 * 40 * 128, 2 * 3 * 14_336
-    forward, backward = roofline.memory_bound_bytes(MISTRAL_7B, recompute=False)
-    assert forward == norms + rope + swiglu
-    assert backward == norms + rope + 2 * 5 * 14_336
-    again = roofline.memory_bound_bytes(MISTRAL_7B)
-    assert again == (forward, backward + 45_056)  # the 45 kB of kernels/recompute_linear.py
-    apart = 2 * 4096 * 3  # if the MLP's residual were not added by the norm after it: 3d and a norm of 2d, 3d back
-    assert 32 * 16_384 * (forward + backward + apart) == pytest.approx(225e9, rel=0.02)
+def test_row_kernel_bytes():
+    """Counted kernel by kernel for the 7B: d = 4096, f = 14336, 32 + 16 heads of 128 in qkv, two bytes each."""
+    norms, rope, swiglu = 2 * 4096 * (4 + 4), 2 * 2 * 48 * 128, 2 * 3 * 14_336
+    last = 2 * 2 * 4096  # the final norm's 4d, less the 2d that the first does not add
+    rstd, weight = 65 * 4 * 16_384, 65 * 2 * 4096
+    forward, backward = roofline.row_kernel_bytes(MISTRAL_7B, 16_384, recompute=False, programs=264)
+    assert forward == 16_384 * (32 * (norms + rope + swiglu) + last) + rstd + weight
+    gradients = 65 * 4096 * (2 * 4 * 264 + 2 * 4 + 2)  # written and read a program, their sum, rounded
+    swiglu_back = 2 * 5 * 14_336
+    assert backward == 16_384 * (32 * (norms + rope + swiglu_back) + last) + rstd + weight + gradients
+    more = roofline.row_kernel_bytes(MISTRAL_7B, 16_384, programs=264)
+    assert more == (forward, backward + 32 * 16_384 * 45_056)  # the 45 kB of kernels/recompute_linear.py
 
 
 def test_memory_at_the_edges():
