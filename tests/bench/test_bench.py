@@ -314,6 +314,7 @@ def swiglu_specialised(start: int, width: int) -> tuple[dict, dict, dict]:
 
 
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="interpreted kernels are not specialised")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_launches_are_specialised_as_on_a_gpu():
     signature, constants, divisible = swiglu_specialised(0, 128)
     pointers = [name for name, kind in signature.items() if kind == "*bf16"]
@@ -333,6 +334,7 @@ def test_launches_are_specialised_as_on_a_gpu():
 
 
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="interpreted kernels are not specialised")
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")
 def test_a_launch_of_no_case_is_reported():
     def launches(n: int, dtype: torch.dtype = torch.bfloat16):
         return aot.launches_of(lambda: swiglu(aot.meta(4, n, dtype=dtype)))
