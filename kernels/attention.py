@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from halny.kernels.attention_backends import (
+    AttentionCase,
     AttentionPlan,
     Backend,
-    Case,
     can_cudnn,
     can_flash2,
     can_flash3,
@@ -128,14 +128,14 @@ FASTEST: dict[int, tuple[str, ...]] = {
 }
 
 
-def candidates(case: Case) -> tuple[str, ...]:
+def candidates(case: AttentionCase) -> tuple[str, ...]:
     """The backends that "auto" goes through, fastest first."""
     if case.capability is None:
         return ("reference",)
     return FASTEST.get(case.capability[0], FASTEST[8])
 
 
-def choose(backend: str, case: Case) -> str:
+def choose(backend: str, case: AttentionCase) -> str:
     """The backend that runs the case; ValueError if the one named cannot."""
     if backend == "auto":
         return next(name for name in candidates(case) if BACKENDS[name].can(case) is None)
@@ -147,7 +147,7 @@ def choose(backend: str, case: Case) -> str:
 
 @torch.compiler.assume_constant_result  # the tracer would follow it into imports
 def _choose(backend: str, *case) -> str:
-    return choose(backend, Case(*case))
+    return choose(backend, AttentionCase(*case))
 
 
 @torch.compiler.assume_constant_result
@@ -244,12 +244,12 @@ def attention(
     return planned_attention(q, k, v, plan_attention(B, T, head_dim, q.dtype, q.device, **documents, backend=backend))
 
 
-def explain(case: Case | None = None) -> str:
+def explain(case: AttentionCase | None = None) -> str:
     """Which backend "auto" takes for a case, and why not each faster one; None is Mistral-7B's on this machine."""
     if case is None:
         capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
         deterministic = torch.are_deterministic_algorithms_enabled()
-        case = Case(capability, torch.bfloat16, 128, False, False, False, deterministic)
+        case = AttentionCase(capability, torch.bfloat16, 128, False, False, False, deterministic)
     where = "the CPU" if case.capability is None else "capability {}.{}".format(*case.capability)
     words = [dtype_name(case.dtype), f"head_dim {case.head_dim}"]
     words += [

@@ -280,7 +280,7 @@ def run_flex(flash: bool, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) 
 # ----------------------------------------------------------------------------------------- which of them can run a case
 
 
-class Case(NamedTuple):
+class AttentionCase(NamedTuple):
     """All that the choice depends on."""
 
     capability: tuple[int, int] | None  # of the GPU; None on the CPU
@@ -293,7 +293,7 @@ class Case(NamedTuple):
     installed: tuple[str, ...] | None = None  # of PACKAGES; None for those that import on this machine
 
 
-def _lacks(package: str, case: Case) -> str | None:
+def _lacks(package: str, case: AttentionCase) -> str | None:
     if case.installed is None:
         return _load(package)
     return None if package in case.installed else f"{package} is not installed ({PACKAGES[package][1]})"
@@ -302,7 +302,7 @@ def _lacks(package: str, case: Case) -> str | None:
 GENERATIONS = range(8, 13)  # that general CUDA and Triton kernels run on: Ampere and later
 
 
-def _unfit(case: Case, generations: Sequence[int], head_dims: range, dtypes=(torch.bfloat16, torch.float16)):
+def _unfit(case: AttentionCase, generations: Sequence[int], head_dims: range, dtypes=(torch.bfloat16, torch.float16)):
     """Why device, dtype or head_dim keep a kernel from running, or None."""
     if case.capability is None:
         return "needs a CUDA device"
@@ -320,30 +320,32 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _plain_only(case: Case) -> str | None:
+def _plain_only(case: AttentionCase) -> str | None:
     """Why a kernel that knows causal order alone is wrong for the case."""
     if case.documents:
         return "would attend across documents"
     return "would attend beyond the window" if case.window else None
 
 
-def can_flash4(case: Case) -> str | None:  # 4.0.0b36: head_dims by its _validate_head_dims, backward from capability 9
+def can_flash4(
+    case: AttentionCase,
+) -> str | None:  # 4.0.0b36: head_dims by its _validate_head_dims, backward from capability 9
     longest = 128 if case.capability and case.capability[0] == 10 else 256
     return _unfit(case, (9, 10), range(8, longest + 1, 8)) or _lacks("flash-attn-4", case)
 
 
-def can_flash3(case: Case) -> str | None:
+def can_flash3(case: AttentionCase) -> str | None:
     if case.deterministic:
         # flash-attention pull requests 1766 and 1893; no build tells its date.
         return "builds from before September 2025 take the deterministic flag and ignore it"
     return _unfit(case, (9,), range(8, 257, 8)) or _lacks("flash-attn-3", case)
 
 
-def can_flash2(case: Case) -> str | None:
+def can_flash2(case: AttentionCase) -> str | None:
     return _unfit(case, GENERATIONS, range(8, 257, 8)) or _lacks("flash-attn", case)
 
 
-def can_cudnn(case: Case) -> str | None:  # PyTorch's check_cudnn_*; 256 on Hopper would need cuDNN 9.10
+def can_cudnn(case: AttentionCase) -> str | None:  # PyTorch's check_cudnn_*; 256 on Hopper would need cuDNN 9.10
     if case.deterministic:
         return "PyTorch refuses it under deterministic algorithms"
     if case.one_position:
@@ -351,17 +353,17 @@ def can_cudnn(case: Case) -> str | None:  # PyTorch's check_cudnn_*; 256 on Hopp
     return _unfit(case, GENERATIONS, range(8, 129, 8)) or _plain_only(case)
 
 
-def can_sdpa(case: Case) -> str | None:
+def can_sdpa(case: AttentionCase) -> str | None:
     on_cuda = case.capability is not None
     return (_unfit(case, GENERATIONS, range(1, 257)) if on_cuda else None) or _plain_only(case)
 
 
-def can_flex(case: Case) -> str | None:  # tl.dot starts at 16
+def can_flex(case: AttentionCase) -> str | None:  # tl.dot starts at 16
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     return None if case.capability is None else _unfit(case, GENERATIONS, range(16, 257), dtypes)
 
 
-def can_flex_flash(case: Case) -> str | None:
+def can_flex_flash(case: AttentionCase) -> str | None:
     if case.deterministic:
         return "PyTorch refuses its backward with a block mask under deterministic algorithms"
     return _unfit(case, (9, 10), range(8, 129, 8)) or _lacks("flash-attn-4", case)
@@ -369,5 +371,5 @@ def can_flex_flash(case: Case) -> str | None:
 
 class Backend(NamedTuple):
     what: str
-    can: Callable[[Case], str | None]  # None, or why it cannot
+    can: Callable[[AttentionCase], str | None]  # None, or why it cannot
     run: Callable[[Tensor, Tensor, Tensor, AttentionPlan], Tensor]

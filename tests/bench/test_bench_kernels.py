@@ -357,11 +357,11 @@ def on_h200(monkeypatch):
 
     def with_packages(*packages: str) -> None:
         from halny.kernels.attention import choose
-        from halny.kernels.attention_backends import Case
+        from halny.kernels.attention_backends import AttentionCase
 
         def plan(B, T, head_dim, dtype, device, *, window, cu_seqlens, backend, max_seqlen=None):
             hides = window is not None and window < (max_seqlen or T)
-            case = Case((9, 0), dtype, head_dim, hides, cu_seqlens is not None, T == 1, False, packages)
+            case = AttentionCase((9, 0), dtype, head_dim, hides, cu_seqlens is not None, T == 1, False, packages)
             return argparse.Namespace(backend=choose(backend, case))
 
         monkeypatch.setattr(bench_attention, "plan_attention", plan)

@@ -40,7 +40,7 @@ from halny.kernels.attention import (
     plan_attention,
     planned_attention,
 )
-from halny.kernels.attention_backends import PACKAGES, Case, make_block_mask
+from halny.kernels.attention_backends import PACKAGES, AttentionCase, make_block_mask
 from halny.model import mistral
 from halny.model.mistral import PRESETS, Mistral
 
@@ -462,10 +462,10 @@ def all_cases():
         (4, 8, 17, 64, 128, 192, 256, 264),
         *[(False, True)] * 4,
     ):
-        yield Case(*rest, installed)
+        yield AttentionCase(*rest, installed)
 
 
-def is_wrong(name: str, case: Case) -> str | None:
+def is_wrong(name: str, case: AttentionCase) -> str | None:
     """The rules once more, each a line, from the packages' own documents; what a choice must never break."""
     generation = case.capability and case.capability[0]
     if name == "reference":
@@ -528,8 +528,8 @@ def test_what_can_run_breaks_no_rule():
 def case_of(
     capability, *, dtype=torch.bfloat16, head_dim=128, window=False, documents=False, one_position=False,
     deterministic=False, installed=(),
-) -> Case:  # fmt: skip
-    return Case(capability, dtype, head_dim, window, documents, one_position, deterministic, installed)
+) -> AttentionCase:  # fmt: skip
+    return AttentionCase(capability, dtype, head_dim, window, documents, one_position, deterministic, installed)
 
 
 @pytest.mark.parametrize(
@@ -603,7 +603,7 @@ def test_a_named_backend_that_cannot_says_why_and_how():
     for name in ("flash4", "flash3", "flash2", "cudnn", "flex_flash"):
         with pytest.raises(ValueError, match=f"backend '{name}' cannot run this case: needs a CUDA device"):
             attention(q, k, v, backend=name)
-    on_hopper = Case((9, 0), torch.bfloat16, 128, True, False, False, False, ())
+    on_hopper = AttentionCase((9, 0), torch.bfloat16, 128, True, False, False, False, ())
     with pytest.raises(ValueError, match=r"flash-attn-4 is not installed \(pip install flash-attn-4"):
         choose("flash4", on_hopper)
     with pytest.raises(ValueError, match="backend must be one of auto, flash4"):
@@ -1110,7 +1110,7 @@ def mixed_documents(B: int, T: int) -> torch.Tensor:
 
 def skip_unless_it_can(name: str, window, cu_seqlens, T, head_dim=128, dtype=torch.bfloat16, deterministic=False):
     hides = window is not None and window < T
-    case = Case(
+    case = AttentionCase(
         torch.cuda.get_device_capability(), dtype, head_dim, hides, cu_seqlens is not None, T == 1, deterministic
     )
     reason = BACKENDS[name].can(case)
@@ -1150,7 +1150,7 @@ def test_every_backend_against_the_fp32_reference(name, heads, packed, T, window
     for window in windows:
         cu = mixed_documents(B, T) if packed else None
         hides = window is not None and window < T
-        case = Case(torch.cuda.get_device_capability(), torch.bfloat16, 128, hides, packed, False, False)
+        case = AttentionCase(torch.cuda.get_device_capability(), torch.bfloat16, 128, hides, packed, False, False)
         if BACKENDS[name].can(case) is not None:
             continue
         ran += 1
