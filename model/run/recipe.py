@@ -41,7 +41,7 @@ class Recipe:
     batch_tokens: int = setting("data", 1024, "tokens in an optimizer step, over all ranks", minimum=1, below=2**32)
     micro_batch: int | None = setting("data", None,
         "samples a rank computes at once; it accumulates gradients over its share [the most that divides it, up to 8, "
-        "and that fits one GPU if there is one]",
+        "and that fits the GPU]",
         minimum=1)
 
     steps: int = setting("optimizer", 200, "optimizer steps in the whole run", minimum=1, below=10**8)
@@ -81,7 +81,7 @@ class Recipe:
         "node or on a number of ranks [by memory and node; the start-up lines say why]")
 
     recompute: str = setting("ranks", "auto",
-        "whether the backward pass makes the outputs of norms and SwiGLU again, a third of all activations: always, "
+        "whether the backward pass recomputes the outputs of norms and SwiGLU, a third of all activations: always, "
         "never, or auto, where memory is short; costs 0.5% of a 7B's step",
         choices=("auto", "always", "never"))
 
