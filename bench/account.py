@@ -54,7 +54,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from bench.lib.command import at_least_one, command
-from bench.lib.meta_step import HOPPER, Case, MetaMode, Step, on_hopper, world_of
+from bench.lib.meta_step import HOPPER, MetaCase, MetaMode, MetaStep, on_hopper, world_of
 from halny.kernels import dispatch, rms_norm, rope, swiglu
 from halny.kernels.adamw import MOMENTS
 from halny.model.estimate import machines, roofline
@@ -300,11 +300,11 @@ def attention_flops(name: str, args: tuple) -> int:
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
-def count_step(case: Case) -> list[Call]:
+def count_step(case: MetaCase) -> list[Call]:
     """Every kernel and operator of one step, in order."""
     count = Count()
     with world_of(case.ranks) as world, on_hopper(count.launched, case.window_hides):
-        step = Step(case, world)
+        step = MetaStep(case, world)
         with count, NoTransfers():
             step.run()
     return count.calls
@@ -314,7 +314,7 @@ def count_step(case: Case) -> list[Call]:
 
 
 @dataclass(frozen=True)
-class Part:
+class KernelPart:
     """A kind of kernel: counted, by roofline.py, and its floor on a GPU."""
 
     name: str
@@ -334,7 +334,7 @@ def apart(counted: int, expected: int) -> bool:
     return abs(counted - expected) > max(TOLERANCE * expected, TRIFLE)
 
 
-def expected(case: Case) -> dict[str, tuple[int, int]]:
+def expected(case: MetaCase) -> dict[str, tuple[int, int]]:
     """Executed FLOPs and bytes of a step by roofline.py, of each of PARTS."""
     config, T, micro, recompute = case.config, case.n_tokens, case.accumulation, case.work.recompute
     tiles = rms_norm.BACKWARD_AND_Y_TILES if recompute else rms_norm.BACKWARD_TILES
@@ -363,7 +363,7 @@ def expected(case: Case) -> dict[str, tuple[int, int]]:
     }
 
 
-def parts_of(calls: list[Call], case: Case, gpu: machines.GPU) -> list[Part]:
+def parts_of(calls: list[Call], case: MetaCase, gpu: machines.GPU) -> list[KernelPart]:
     """The calls by kind, beside roofline.py's; floors at plan.py's ideal rates, none for communication: it hides."""
     rates, wanted, parts = RATES["ideal"], expected(case), []
     for name in PARTS:
@@ -372,11 +372,11 @@ def parts_of(calls: list[Call], case: Case, gpu: machines.GPU) -> list[Part]:
         rate, counted = (rates.attention, flops * 12 // 14) if name == "attention" else (rates.matmul, flops)
         seconds = max(counted / (gpu.bf16_flops * rate), moved / (gpu.hbm_bytes_per_second * rates.memory))
         floor_ms = 0.0 if name == "communication" else seconds * 1e3
-        parts.append(Part(name, len(mine), flops, wanted[name][0], moved, wanted[name][1], floor_ms))
+        parts.append(KernelPart(name, len(mine), flops, wanted[name][0], moved, wanted[name][1], floor_ms))
     return parts
 
 
-def floor_ms(parts: list[Part]) -> float:
+def floor_ms(parts: list[KernelPart]) -> float:
     """One kind of kernel after another, nothing between them."""
     return sum(part.floor_ms for part in parts)
 
@@ -424,7 +424,7 @@ def kernel_lines(calls: list[Call], least: float = 1e7) -> list[str]:
     return [*lines, f"  and {len(small)} more, of {sum(call.bytes for call in small) / 1e6:.1f} MB together"]
 
 
-def part_lines(parts: list[Part]) -> list[str]:
+def part_lines(parts: list[KernelPart]) -> list[str]:
     head = f"  {'category':26}{'calls':>6}{'TFLOP':>9}{'roofline':>10}{'diff':>8}"
     lines = [f"{head}{'GB':>10}{'roofline':>10}{'diff':>8}{'floor ms':>10}"]
     for p in parts:
@@ -439,7 +439,7 @@ def difference(counted: int, expected: int) -> str:
     return f"{(counted - expected) / expected:+.2%}" if expected else "new" if apart(counted, 0) else ""
 
 
-def summary_lines(case: Case, parts: list[Part], gpu_name: str) -> list[str]:
+def summary_lines(case: MetaCase, parts: list[KernelPart], gpu_name: str) -> list[str]:
     gpu, ms = machines.GPUS[gpu_name], floor_ms(parts)
     by_name = {part.name: part for part in parts}
     executed = by_name["attention"].flops
@@ -457,7 +457,7 @@ def summary_lines(case: Case, parts: list[Part], gpu_name: str) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------- host time
 
 
-def host_ms(case: Case, n_steps: int) -> dict[str, float]:
+def host_ms(case: MetaCase, n_steps: int) -> dict[str, float]:
     """Median milliseconds of the host in a step, by what it is busy with. Every launch of ours is left out.
 
     CPU time of the one thread, which others on this machine do not lengthen by much. No dispatch mode is on. On the
@@ -488,7 +488,7 @@ def host_ms(case: Case, n_steps: int) -> dict[str, float]:
         on_hopper(lambda *_: None, case.window_hides),
         patch("torch.addmm", addmm),
     ):
-        step = Step(case, world)
+        step = MetaStep(case, world)
         for _ in range(2):
             step.run()
         with patch.object(Tensor, "backward", timed_backward):
@@ -500,7 +500,7 @@ def host_ms(case: Case, n_steps: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def host_lines(host: dict[str, float], case: Case, calls: list[Call], floor: float, gpu_name: str) -> list[str]:
+def host_lines(host: dict[str, float], case: MetaCase, calls: list[Call], floor: float, gpu_name: str) -> list[str]:
     launches = sum(call.name in TRAFFIC for call in calls)
     parts = ", ".join(f"{name} {host[name]:.1f}" for name in ("forward", "backward", "optimizer"))
     streams = ", nor FSDP2's streams and events" if case.ranks > 1 else ""
@@ -560,7 +560,7 @@ def gpu_names() -> dict[str, str]:
     return names | {short: machine.name for short, machine in MACHINES.items() if machine.name in names}
 
 
-def case_of(given: argparse.Namespace) -> Case:
+def case_of(given: argparse.Namespace) -> MetaCase:
     """What the command line asks for; Refused, naming flag and value, where that cannot be."""
     at_least_one(given, "layers", "micro_batch", "seq_len", "accumulation", "ranks")
     config = PRESETS[given.model]
@@ -575,7 +575,7 @@ def case_of(given: argparse.Namespace) -> Case:
         raise Refused(f"--reshard {given.reshard} is for several ranks, and --ranks is 1; leave it out")
     if given.gpu not in gpu_names():
         raise Refused(f"--gpu {given.gpu} is not known; use one of {', '.join(gpu_names())}")
-    case = Case(
+    case = MetaCase(
         config, given.micro_batch, given.seq_len, given.ranks, given.moments, given.accumulation, given.reshard,
         machines.GPUS[gpu_names()[given.gpu]].memory_bytes, given.recompute,
     )  # fmt: skip

@@ -82,7 +82,7 @@ from halny.model.exits import Refused
 # ----------------------------------------------------------------------------------------------------------- one case
 
 
-class Case:
+class KernelCase:
     """An operation at a shape: input sets, incoming gradients, and the truth."""
 
     def __init__(self, bench: Bench, operation: Operation, shape: dict, dtype: torch.dtype):
@@ -199,7 +199,7 @@ def load(peer: Peer) -> tuple[Callable | None, str, str]:
 BY_SIGNAL, IN_ERROR = "was ended by signal", "left the GPU in error"
 
 
-def judge(case: Case, providers: list[Peer], excluded: dict[str, str]) -> tuple[dict, dict, dict]:
+def judge(case: KernelCase, providers: list[Peer], excluded: dict[str, str]) -> tuple[dict, dict, dict]:
     """(functions of those that are right, status and reason of each, errors of each that ran), by provider."""
     functions, status, errors = {}, {}, {}
     for peer in providers:
@@ -249,7 +249,7 @@ def run_case(
     """The rows of one case, a mode at a time. excluded: provider -> why it is not even tried."""
     clocks = clocks or Clocks(bench)
     torch._dynamo.reset()
-    case = Case(bench, operation, shape, dtype)
+    case = KernelCase(bench, operation, shape, dtype)
     functions, status, errors = judge(case, providers, excluded)
     case.truth = None  # the largest tensors of all
     bench.release()

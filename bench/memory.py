@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
-from bench.lib.meta_step import Case, MetaMode, Step, on_hopper, world_of
+from bench.lib.meta_step import MetaCase, MetaMode, MetaStep, on_hopper, world_of
 from halny.model.estimate import choices, machines, memory
 from halny.model.estimate.choices import decide
 from halny.model.estimate.sizes import parameters
@@ -164,7 +164,7 @@ class Live(MetaMode):
 # ---------------------------------------------------------------------------------------------------------- its result
 
 
-def count(case: Case) -> Live:
+def count(case: MetaCase) -> Live:
     """Two steps, of which the second finds what the first leaves behind."""
     live = Live()
     with (
@@ -172,7 +172,7 @@ def count(case: Case) -> Live:
         on_hopper(lambda *_: None, case.window_hides),
         patch.object(fsdp, "has_streams", lambda device: True),  # prefetch and buffers as on a GPU
     ):
-        step = Step(case, world)
+        step = MetaStep(case, world)
         for part, tensors in state(step).items():
             for x in tensors:
                 live.hold(x.to_local() if isinstance(x, DTensor) else x, part)
@@ -182,7 +182,7 @@ def count(case: Case) -> Live:
     return live
 
 
-def state(step: Step) -> dict[str, list[Tensor]]:
+def state(step: MetaStep) -> dict[str, list[Tensor]]:
     """What is there between two steps, by part."""
     halves = getattr(step.optimizer, "low", {}).values()  # of one rank's master weights
     moments = [x for of_one in step.optimizer.state.values() for x in of_one.values()]
@@ -193,7 +193,7 @@ def state(step: Step) -> dict[str, list[Tensor]]:
     }
 
 
-def predicted(case: Case) -> dict[str, memory.MemoryEstimate]:
+def predicted(case: MetaCase) -> dict[str, memory.MemoryEstimate]:
     return memory.memory_moments(case.work, case.layout)
 
 
@@ -219,7 +219,7 @@ def compare(moment: Moment, estimate: memory.MemoryEstimate) -> list[Row]:
     return [*rows, Row("sum", moment.total, estimate.total, moment.total)]
 
 
-def tables(case: Case) -> Iterator[tuple[str, list[Row]]]:
+def tables(case: MetaCase) -> Iterator[tuple[str, list[Row]]]:
     """(which moment, its rows): the peak of the step, and the loss."""
     live, moments = count(case), predicted(case)
     name, peak = max(moments.items(), key=lambda item: item[1].total)
@@ -227,14 +227,14 @@ def tables(case: Case) -> Iterator[tuple[str, list[Row]]]:
     yield "the loss", compare(live.most["loss"], moments["loss"])
 
 
-def describe(case: Case) -> str:
+def describe(case: MetaCase) -> str:
     tokens = f"{case.accumulation} x " * (case.accumulation > 1) + f"{case.micro_batch} x {case.seq_len} tokens"
     if case.ranks == 1:
         return f"one rank, AdamW's moments in {case.moments}, {tokens}"
     return f"one rank of {case.ranks} under FSDP2, {tokens}"
 
 
-def print_tables(case: Case) -> bool:
+def print_tables(case: MetaCase) -> bool:
     """Whether everything is within BOUND."""
     fine = True
     print(f"\n{describe(case)}, {case.config.n_layers} layers, bf16: GB", flush=True)
@@ -326,7 +326,7 @@ def main(arguments: list[str]) -> int:
         print("\n".join(card_lines(model, given.recompute)))
         return 0
     print("counted: tensors of train.py's step on the meta device; predicted: memory.py. No GPU, nothing measured")
-    fine = [print_tables(Case(model, 4, 4096, **case)) for case in CASES]
+    fine = [print_tables(MetaCase(model, 4, 4096, **case)) for case in CASES]
     return 0 if all(fine) else 1
 
 

@@ -107,7 +107,7 @@ def load(opponent: Opponent, config: MistralConfig, device: torch.device) -> tor
     return model.train()
 
 
-class Step:
+class OpponentStep:
     """An opponent's training loop, a step a call."""
 
     def __init__(self, opponent: Opponent, config: MistralConfig, device: torch.device):
@@ -162,7 +162,7 @@ def least_bytes(opponent: Opponent, config: MistralConfig, micro_batch: int, che
 
 
 def attempt(
-    bench: Bench, step: Step, micro_batch: int, compiled: str | None, checkpointing: bool, n_steps: int,
+    bench: Bench, step: OpponentStep, micro_batch: int, compiled: str | None, checkpointing: bool, n_steps: int,
     seconds: float,
 ) -> dict:  # fmt: skip
     """One way to run it: its figures, or why there are none."""
@@ -240,7 +240,7 @@ def measured(bench: Bench, opponent: Opponent, given: argparse.Namespace, save: 
             save({"status": "does not fit", "reason": reason})
             return
     try:
-        step = Step(opponent, config, bench.device)
+        step = OpponentStep(opponent, config, bench.device)
     except ImportError as error:
         save({"status": "absent", "reason": line_of(error)})
         return

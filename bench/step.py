@@ -81,7 +81,7 @@ GRACE_S = 5  # beyond its share of the budget, before a process is ended; gpu_pa
 
 
 @dataclass(frozen=True)
-class Case:
+class StepCase:
     """What one process measures."""
 
     mode: str
@@ -99,10 +99,10 @@ class Case:
         return 2 if self.mode == "one-gpu" and self.moments == "fp32" else 4
 
 
-def cases(modes: list[str], moments: list[str], accumulation: int = 1) -> list[Case]:
+def cases(modes: list[str], moments: list[str], accumulation: int = 1) -> list[StepCase]:
     """Those that need a process, in the order of MODES; model-of-256 is arithmetic."""
-    found = [Case("rank-of-256")] if "rank-of-256" in modes else []
-    return found + ([Case("one-gpu", m, accumulation) for m in moments] if "one-gpu" in modes else [])
+    found = [StepCase("rank-of-256")] if "rank-of-256" in modes else []
+    return found + ([StepCase("one-gpu", m, accumulation) for m in moments] if "one-gpu" in modes else [])
 
 
 def best_moments(device: str, memory_bytes: int, accumulation: int = 1) -> str:
@@ -111,13 +111,13 @@ def best_moments(device: str, memory_bytes: int, accumulation: int = 1) -> str:
     found = [
         (expected_rate(case, model, n, device), moments)
         for moments in MOMENTS
-        for case in (Case("one-gpu", moments, accumulation),)
+        for case in (StepCase("one-gpu", moments, accumulation),)
         for n in fitting(case, model, memory_bytes, device)[:1]
     ]
     return max(found, key=lambda one: one[0], default=(0, "8bit"))[1]
 
 
-def expected_rate(case: Case, model: MistralConfig, micro_batch: int, device: str) -> float:
+def expected_rate(case: StepCase, model: MistralConfig, micro_batch: int, device: str) -> float:
     """Tokens/s that step_time.py expects of one GPU; of a card that it does not know, more of larger micro batches."""
     cluster = step_time.cluster_of_run(device, 1, 1)
     if cluster is None or case.mode != "one-gpu":
@@ -127,14 +127,14 @@ def expected_rate(case: Case, model: MistralConfig, micro_batch: int, device: st
     return step_time.tokens_per_second(chosen.work, chosen.step)
 
 
-def fitting(case: Case, model: MistralConfig, memory_bytes: int, device: str = "") -> list[int]:
+def fitting(case: StepCase, model: MistralConfig, memory_bytes: int, device: str = "") -> list[int]:
     """Micro batches that fit a card of so much memory by the estimate, the fastest first."""
     room = memory_bytes * (1 - RESERVED)
     fit = [n for n in (4, 2, 1) if n <= case.micro_batch and estimated_bytes(case, model, n) <= room]
     return sorted(fit, key=lambda n: -expected_rate(case, model, n, device))
 
 
-def label(case: Case, config: MistralConfig, micro_batch: int, seq_len: int, smoke: bool) -> str:
+def label(case: StepCase, config: MistralConfig, micro_batch: int, seq_len: int, smoke: bool) -> str:
     """What a figure of this case is a figure of."""
     if smoke:
         return f"smoke: no performance figure; {MODE_LABELS[case.mode]}: the test model on a CPU"
@@ -144,7 +144,7 @@ def label(case: Case, config: MistralConfig, micro_batch: int, seq_len: int, smo
     return f"{MODE_LABELS[case.mode]}: {model}, {batch}, AdamW, {case.moments} moments"
 
 
-def sizes(bench: Bench, case: Case, layers: int | None, micro_batch: int | None) -> list[tuple]:
+def sizes(bench: Bench, case: StepCase, layers: int | None, micro_batch: int | None) -> list[tuple]:
     """(model, micro batch) to try in turn: what fits by the estimate, the fastest first; else with fewer layers."""
     if bench.smoke:
         return [(PRESETS["test"], 2)]
@@ -160,7 +160,7 @@ def sizes(bench: Bench, case: Case, layers: int | None, micro_batch: int | None)
     return wanted
 
 
-def estimated_bytes(case: Case, model: MistralConfig, micro_batch: int) -> int:
+def estimated_bytes(case: StepCase, model: MistralConfig, micro_batch: int) -> int:
     """The least that a rank needs at the peak, everything gathered again or recomputed, and the stand-in's buffers."""
     if case.mode == "one-gpu":
         return memory_estimate(Work(model, micro_batch, SEQ_LEN, case.accumulation, moments=case.moments), ALONE).total
@@ -174,11 +174,11 @@ def estimated_bytes(case: Case, model: MistralConfig, micro_batch: int) -> int:
 # ------------------------------------------------------------------------------------------------------------ the step
 
 
-class Step:
+class TimedStep:
     """Model, optimizer and a few batches of random tokens, made by train.py's own functions."""
 
     def __init__(
-        self, bench: Bench, world: World, case: Case, model: MistralConfig, micro_batch: int,
+        self, bench: Bench, world: World, case: StepCase, model: MistralConfig, micro_batch: int,
         reshard: str | None = None,
     ):  # fmt: skip
         self.config, self.micro_batch, self.world, self.accumulation = model, micro_batch, world, case.accumulation
@@ -246,13 +246,13 @@ class Step:
         return breakdown.floors(self.plan.work, speeds, self.layout, stand_in=self.stand_in is not None)
 
 
-def build(bench: Bench, world: World, case: Case, candidates: list[tuple]) -> tuple[Step, list[str]]:
+def build(bench: Bench, world: World, case: StepCase, candidates: list[tuple]) -> tuple[TimedStep, list[str]]:
     """The first of the candidates whose first two steps fit the memory, and what was tried before it."""
     tried: list[str] = []
     for i, (model, micro_batch) in enumerate(candidates):
         step = None
         try:
-            step = Step(bench, world, case, model, micro_batch)
+            step = TimedStep(bench, world, case, model, micro_batch)
             for n in range(2):
                 step.run(n)
             bench.synchronize()
@@ -270,7 +270,7 @@ def build(bench: Bench, world: World, case: Case, candidates: list[tuple]) -> tu
 # --------------------------------------------------------------------------------------------------------- one process
 
 
-def measured(bench: Bench, case: Case, given: argparse.Namespace, save: Callable[[dict], None]) -> None:
+def measured(bench: Bench, case: StepCase, given: argparse.Namespace, save: Callable[[dict], None]) -> None:
     """The row of a case, with --profile its "profile" too; saved whenever there is more of it."""
     began = time.monotonic()
     if case.mode == "rank-of-256":
@@ -328,7 +328,7 @@ def measured(bench: Bench, case: Case, given: argparse.Namespace, save: Callable
     save(row | {"of_ceiling": row["tflop_s"] / ceiling, "status": "ok"})
 
 
-def stand_in_figures(step: Step) -> dict:
+def stand_in_figures(step: TimedStep) -> dict:
     """What one more step's collectives were replaced by."""
     step.stand_in.calls.clear()
     step.run(0)
@@ -342,7 +342,7 @@ def stand_in_figures(step: Step) -> dict:
     }
 
 
-def profiled(bench: Bench, step: Step, mode: str, trace: Path, ceiling: dict, copy_gb_s: float) -> dict:
+def profiled(bench: Bench, step: TimedStep, mode: str, trace: Path, ceiling: dict, copy_gb_s: float) -> dict:
     """One step under torch.profiler; its Chrome trace goes to ``trace``, unless it is too large to keep."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if bench.on_gpu else [])
     step.run(0)
@@ -433,7 +433,7 @@ def parser() -> argparse.ArgumentParser:
 def one_case(given: argparse.Namespace) -> int:
     """The process of a case: its row goes to the path that it was given."""
     mode, _, moments = given.case.partition(":")
-    case = Case(mode, moments, given.accumulation if mode == "one-gpu" else 1)
+    case = StepCase(mode, moments, given.accumulation if mode == "one-gpu" else 1)
     return be_a_case(given.case, Path(given.row), lambda save: measured(bench_on(given.smoke), case, given, save))
 
 

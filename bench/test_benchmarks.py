@@ -32,7 +32,8 @@ def case_of():
         if operation.name not in kept:
             kept.clear()
             bench = bench_on(SMOKE)
-            kept[operation.name] = kernels.Case(bench, operation, SHAPE, torch.float32 if SMOKE else torch.bfloat16)
+            dtype = torch.float32 if SMOKE else torch.bfloat16
+            kept[operation.name] = kernels.KernelCase(bench, operation, SHAPE, dtype)
         return kept[operation.name]
 
     return case

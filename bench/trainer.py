@@ -60,7 +60,7 @@ ABSENT = "cannot run here"
 
 
 @dataclass(frozen=True)
-class Case:
+class TrainerCase:
     """A run of train.py: stopped once ``stop_at`` steps are done, then resumed up to the last."""
 
     name: str
@@ -73,7 +73,7 @@ class Case:
     torchrun: tuple[bool, bool]  # or a plain process: the run that is stopped, and the one that is not
 
 
-def cases(smoke: bool, with_data: bool) -> list[Case]:
+def cases(smoke: bool, with_data: bool) -> list[TrainerCase]:
     common = ("--lr", "1e-3", "--warmup-steps", "2", "--deadline", "60", "--keep", "1")
     if smoke:
         model = PRESETS["tiny" if with_data else "test"]
@@ -81,8 +81,8 @@ def cases(smoke: bool, with_data: bool) -> list[Case]:
         whole, sharded = (*sizes, "--dtype", "bf16", "--moments", "8bit"), (*sizes, "--dtype", "fp32")
         steps, save_every = (12, 8) if with_data else (40, 20)  # a tiny model's are slow enough to be stopped
         return [
-            Case("one rank", model, whole, steps, 5, save_every, "3-4", (True, False)),
-            Case("FSDP", model, sharded, steps, 5, save_every, "3-4", (False, False)),
+            TrainerCase("one rank", model, whole, steps, 5, save_every, "3-4", (True, False)),
+            TrainerCase("FSDP", model, sharded, steps, 5, save_every, "3-4", (False, False)),
         ]
     wide, sizes = PRESETS["mistral-1b"], (*common, "--seq-len", "4096", "--batch-tokens", "16384", "--micro-batch", "2")
     short = (*common, "--seq-len", "1024", "--batch-tokens", "4096", "--micro-batch", "2", "--dtype", "fp32")
@@ -90,8 +90,8 @@ def cases(smoke: bool, with_data: bool) -> list[Case]:
     # small, since each run writes several checkpoints: on an H200's machine 3.4 GB took 10 s beside other work
     narrow = replace(wide, dim=1024, n_heads=8, n_kv_heads=2, hidden_dim=3584, n_layers=2)
     return [
-        Case("one rank", replace(wide, n_layers=2), whole, 32, 8, 20, "4-5", (True, False)),
-        Case("FSDP", narrow, (*short, "--eval-every", "0"), 16, 6, 12, "4-5", (True, True)),
+        TrainerCase("one rank", replace(wide, n_layers=2), whole, 32, 8, 20, "4-5", (True, False)),
+        TrainerCase("FSDP", narrow, (*short, "--eval-every", "0"), 16, 6, 12, "4-5", (True, True)),
     ]
 
 
@@ -210,7 +210,7 @@ class Process:
             raise RuntimeError(f"{how}: {' | '.join((blamed or lines)[-2:])}")
 
 
-def train_command(stage: Stage, case: Case, run_dir: Path, *more: str, torchrun: bool = False) -> list[str]:
+def train_command(stage: Stage, case: TrainerCase, run_dir: Path, *more: str, torchrun: bool = False) -> list[str]:
     """train.py under torchrun as a user starts it, or alone, which is a world of one as well."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"] if torchrun else []
     model = stage.scratch / f"model-{case.name.replace(' ', '-')}"
@@ -282,7 +282,7 @@ def compared(ours: list[dict], theirs: list[dict], stopped: int) -> tuple[str, s
 # ---------------------------------------------------------------------------------------------------- stop and resume
 
 
-def stop_and_resume(stage: Stage, case: Case) -> Path | None:
+def stop_and_resume(stage: Stage, case: TrainerCase) -> Path | None:
     """Rows of one case; its run folder if it came to its end."""
     run_dir, alone_dir = (stage.scratch / f"{case.name.replace(' ', '-')}{end}" for end in ("", "-undisturbed"))
     profile = ("--profile", case.profiled)
@@ -366,7 +366,7 @@ def profile_figures(run_dir: Path, on_gpu: bool) -> dict:
 # ------------------------------------------------------------------------------------------------------- the other two
 
 
-def preflight(stage: Stage, case: Case) -> None:
+def preflight(stage: Stage, case: TrainerCase) -> None:
     with stage.tried("preflight") as row:
         process = Process(stage, "preflight", train_command(stage, case, stage.scratch / "preflight", "--preflight"))
         row["command"], code = process.words, process.wait()
@@ -476,7 +476,7 @@ def measured(stage: Stage, with_data: bool) -> None:
     runs: dict[str, Path | None] = {}
     waiting = None
 
-    def go(case: Case) -> None:
+    def go(case: TrainerCase) -> None:
         with contextlib.suppress(Exception):  # said in a row
             runs[case.name] = stop_and_resume(stage, case)
 

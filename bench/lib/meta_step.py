@@ -101,7 +101,7 @@ def world_of(ranks: int) -> Iterator[World]:
 
 
 @dataclass(frozen=True)
-class Case:
+class MetaCase:
     """What is counted."""
 
     config: MistralConfig
@@ -144,10 +144,10 @@ class Case:
         return self.config.window is not None and self.config.window < self.seq_len
 
 
-class Step:
+class MetaStep:
     """Model, optimizer and a batch, made by train.py's own functions inside ``on_hopper``."""
 
-    def __init__(self, case: Case, world: World):
+    def __init__(self, case: MetaCase, world: World):
         self.recipe = train.Recipe(dtype="bf16", moments=case.moments)
         plan = SimpleNamespace(model=case.config, recipe=self.recipe, layout=case.layout, work=case.work)
         self.model = train.build_model(plan, world)

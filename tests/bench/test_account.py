@@ -23,7 +23,7 @@ import train
 from bench import account, aot
 from bench.account import Call, Count, Product, count_step, size
 from bench.lib import meta_step
-from bench.lib.meta_step import META, Case, Step, on_hopper, world_of
+from bench.lib.meta_step import META, MetaCase, MetaStep, on_hopper, world_of
 from halny.kernels import dispatch, rms_norm, rope, swiglu
 from halny.kernels.adamw import MOMENTS
 from halny.kernels.attention import attention_mask
@@ -159,7 +159,7 @@ def test_the_machine_code_of_a_step_is_looked_at(monkeypatch):
             super().launched(*launch)
 
     monkeypatch.setattr(account, "Count", Launches)
-    case = Case(replace(MISTRAL_7B, n_layers=2), 4, 4096, 1)
+    case = MetaCase(replace(MISTRAL_7B, n_layers=2), 4, 4096, 1)
     count_step(replace(case, ranks=256))
     for recompute in ("always", "never"):
         for moments in MOMENTS:
@@ -190,7 +190,7 @@ def test_the_switch_restores_itself(launches):
 # ---------------------------------------------------------------------------------------------------- whole steps
 
 
-def check_step(case: Case, calls: list[Call]) -> None:
+def check_step(case: MetaCase, calls: list[Call]) -> None:
     """Products, attention and launches against a count by hand; all kinds against roofline.py."""
     config, T = case.config, case.n_tokens
     with META:
@@ -226,7 +226,7 @@ def check_step(case: Case, calls: list[Call]) -> None:
 def test_small_steps(ranks, moments, window):
     """Both attention backends, one chunk of logits; wide enough that a weight outweighs the step's scalars."""
     config = replace(SMALL_MODEL, window=window, dim=480, hidden_dim=1120)
-    case = Case(config, 3, 64, ranks, moments)
+    case = MetaCase(config, 3, 64, ranks, moments)
     calls = count_step(case)
     backend = "flash4" if window else "cudnn"
     assert sum(backend in c.name for c in calls) == 2 * config.n_layers
@@ -236,7 +236,7 @@ def test_small_steps(ranks, moments, window):
 @pytest.mark.parametrize("reshard, again", [("always", 0), ("never", 1), ("node", 4)])
 def test_gathered_weights_cost_copies(reshard, again):
     """16 ranks, on which most weights need padding: copies and collectives are roofline.py's."""
-    case = Case(replace(SMALL_MODEL, dim=500, hidden_dim=1003, vocab_size=250), 1, 64, 16, reshard=reshard)
+    case = MetaCase(replace(SMALL_MODEL, dim=500, hidden_dim=1003, vocab_size=250), 1, 64, 16, reshard=reshard)
     calls = count_step(case)
     assert not any(part.differs for part in account.parts_of(calls, case, H200))
     copies = Counter(c.name for c in calls if "chunk_cat" in c.name)  # padded by PyTorch, not by the kernel
@@ -247,7 +247,7 @@ def test_gathered_weights_cost_copies(reshard, again):
 
 
 def test_micro_batches_are_summed():
-    case = Case(replace(SMALL_MODEL, dim=480), 1, 64, 1, "8bit", accumulation=3)
+    case = MetaCase(replace(SMALL_MODEL, dim=480), 1, 64, 1, "8bit", accumulation=3)
     calls = count_step(case)
     parts = account.parts_of(calls, case, H200)
     assert not any(part.differs for part in parts)
@@ -260,7 +260,7 @@ def test_micro_batches_are_summed():
 
 @pytest.mark.parametrize("ranks, moments", [(1, "8bit"), (256, "fp32")])
 def test_the_7b_step(ranks, moments):
-    case = Case(MISTRAL_7B, 4, 4096, ranks, moments)
+    case = MetaCase(MISTRAL_7B, 4, 4096, ranks, moments)
     calls = count_step(case)
     check_step(case, calls)
     parts = {part.name: part for part in account.parts_of(calls, case, H200)}
@@ -330,16 +330,16 @@ def fsdp_calls(device: torch.device, config, ranks: int) -> list[tuple]:
                 self.calls.append((str(operator), [(tuple(x.shape), x.dtype) for x in tensors]))
             return operator(*args, **(kwargs or {}))
 
-    case = Case(config, 1, 8, ranks)
+    case = MetaCase(config, 1, 8, ranks)
     if device == META:
         with world_of(ranks) as world, on_hopper(lambda *_: None, window_hides=False):
-            step = Step(case, world)
+            step = MetaStep(case, world)
             with Record() as record:
                 step.run()
         return record.calls
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
-        step = Step(case, World(0, ranks, device, init_device_mesh("cpu", (ranks,)), 4))
+        step = MetaStep(case, World(0, ranks, device, init_device_mesh("cpu", (ranks,)), 4))
         step.batches = [Batch(*torch.zeros(2, 1, 8, dtype=torch.int64), lengths=[8])]
         with torch.no_grad():
             for p in step.model.parameters():
@@ -354,7 +354,7 @@ def fsdp_calls(device: torch.device, config, ranks: int) -> list[tuple]:
 
 def test_fsdp_on_meta_tensors_is_fsdp(monkeypatch):
     """The three patches that let it run there change none of its copies or collectives."""
-    monkeypatch.setattr(meta_step, "META", torch.device("cpu"))  # where Step puts guard and batch
+    monkeypatch.setattr(meta_step, "META", torch.device("cpu"))  # where MetaStep puts guard and batch
     real = fsdp_calls(torch.device("cpu"), SMALL_MODEL, 16)
     monkeypatch.undo()
     ours = fsdp_calls(META, SMALL_MODEL, 16)
@@ -365,7 +365,7 @@ def test_fsdp_on_meta_tensors_is_fsdp(monkeypatch):
 def test_host_time_is_that_of_forward_backward_and_optimizer(chunks, monkeypatch):
     """With several chunks of logits, whose products are added up in fp32, as well."""
     monkeypatch.setattr("halny.kernels.linear_cross_entropy.chunk_rows", lambda n_rows, *_: -(-n_rows // chunks))
-    host = account.host_ms(Case(SMALL_MODEL, 1, 64, 1), n_steps=3)
+    host = account.host_ms(MetaCase(SMALL_MODEL, 1, 64, 1), n_steps=3)
     assert min(host.values()) > 0
     assert host["forward"] + host["backward"] + host["optimizer"] == pytest.approx(host["step"], rel=0.3)
 
@@ -376,9 +376,9 @@ def test_host_time_is_that_of_forward_backward_and_optimizer(chunks, monkeypatch
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_a_step_reads_no_value(ranks, monkeypatch):
     """A meta tensor has none to read, so what does not raise there waits for no GPU; a planted read raises."""
-    case = Case(SMALL_MODEL, 2, 64, ranks)
+    case = MetaCase(SMALL_MODEL, 2, 64, ranks)
     with world_of(ranks) as world, on_hopper(lambda *_: None, case.window_hides):
-        step = Step(case, world)
+        step = MetaStep(case, world)
         assert step.run().shape == (7,)
         judge = Guard.judge
         for read in (torch.Tensor.item, torch.Tensor.tolist, bool, torch.nonzero):
@@ -417,7 +417,7 @@ def test_the_old_line_is_found(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "fill_", planted)
     with pytest.raises(RuntimeError, match=r"__setitem__ with .* copies from the host"):
-        count_step(Case(SMALL_MODEL, 2, 64, 1))
+        count_step(MetaCase(SMALL_MODEL, 2, 64, 1))
 
 
 @pytest.mark.parametrize("copy", PLANTED.values(), ids=PLANTED)
@@ -431,7 +431,7 @@ def test_a_copy_from_the_host_is_found(copy, monkeypatch):
 
     monkeypatch.setattr(Guard, "judge", planted)
     with pytest.raises(RuntimeError, match="host"):
-        count_step(Case(SMALL_MODEL, 2, 64, 1))
+        count_step(MetaCase(SMALL_MODEL, 2, 64, 1))
 
 
 def test_what_waits_for_no_copy_is_let_pass(monkeypatch):
@@ -449,7 +449,7 @@ def test_what_waits_for_no_copy_is_let_pass(monkeypatch):
         return judge(guard, n, loss, norm)
 
     monkeypatch.setattr(Guard, "judge", planted)
-    count_step(Case(SMALL_MODEL, 2, 64, 1))
+    count_step(MetaCase(SMALL_MODEL, 2, 64, 1))
 
 
 READERS = ("item", "tolist", "numpy", "cpu", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
@@ -559,10 +559,10 @@ def test_the_loop_reads_only_the_step_before(dtype, small, tmp_path):
 def test_a_step_on_a_gpu_does_not_synchronise():
     world = start_distributed(600)
     try:
-        case = Case(replace(SMALL_MODEL, window=None), 2, 64, 1)
+        case = MetaCase(replace(SMALL_MODEL, window=None), 2, 64, 1)
         with pytest.MonkeyPatch.context() as patched:
             patched.setattr(account, "META", world.device)
-            step = Step(case, world)
+            step = MetaStep(case, world)
         step.batches = [Batch(*torch.randint(256, (2, 2, 64), device=world.device), lengths=[64] * 2)]
         step.run()
         torch.cuda.synchronize()

@@ -188,7 +188,7 @@ def test_what_is_wrong_or_fails_or_is_absent_is_said_and_not_timed():
     states = {name: row["status"] for name, row in rows.items()}
     assert states == {"right": "ok", "gone": "absent", "raises": "failed", "wrong": "wrong", "not finite": "wrong",
                       "short": "failed", "breaks": "failed", "cannot": "cannot run here"}  # fmt: skip
-    case = kernels.Case(CPU, operations.OPERATIONS["swiglu"], SHAPE, torch.float32)
+    case = kernels.KernelCase(CPU, operations.OPERATIONS["swiglu"], SHAPE, torch.float32)
     excluded = {"slow": "was still compiling after 60 s", "crashed": f"its process {kernels.BY_SIGNAL} 11"}
     fakes = [peers.Peer(name, lambda: swiglu_reference, False, "", name) for name in excluded]
     found = kernels.judge(case, fakes, excluded)[1]

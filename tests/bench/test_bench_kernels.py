@@ -165,7 +165,7 @@ def test_a_case_that_breaks_leaves_a_row_a_provider_with_the_reason(tmp_path, ce
     def none_left(*_):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 4 GiB")
 
-    monkeypatch.setattr(kernels, "Case", none_left)
+    monkeypatch.setattr(kernels, "KernelCase", none_left)
     found = run([RIGHT, RIGHT._replace(package="other")], tmp_path)
     assert [(row["mode"], row["provider"]) for row in found["rows"]] == [
         (mode, name) for mode in ("forward", "backward", "both") for name in ("halny", "other")
@@ -249,7 +249,7 @@ def test_a_gpu_that_is_lost_to_nobody_known_costs_the_case_and_no_endless_starts
         raise RuntimeError("CUDA error: unspecified launch failure")
 
     monkeypatch.setattr(kernels, "start_anew", anew)
-    monkeypatch.setattr(kernels, "Case", broken)
+    monkeypatch.setattr(kernels, "KernelCase", broken)
     monkeypatch.setattr(kernels, "Clocks", lambda *_, **__: None)
     path, operation = tmp_path / "kernels.json", operations.OPERATIONS["swiglu"]
     jobs = [(operation, "7b", SHAPE, [RIGHT], {})]

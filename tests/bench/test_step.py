@@ -34,7 +34,7 @@ from halny.model.run.ranks import start_distributed
 
 CPU = Bench(torch.device("cpu"), True, 2**16)
 MISTRAL_7B, SMALL = PRESETS["mistral-7b"], PRESETS["test"]
-RANK = step.Case("rank-of-256")
+RANK = step.StepCase("rank-of-256")
 
 # -------------------------------------------------------------------------------------------- one rank of 256, emulated
 
@@ -56,7 +56,7 @@ class Collectives(TorchDispatchMode):
 def one_rank():
     """Makes the emulated step, by the layout asked for."""
     world = emulated.one_of(step.RANKS, CPU.device, step.NODE)
-    yield lambda reshard: step.Step(CPU, world, RANK, SMALL, 2, reshard)
+    yield lambda reshard: step.TimedStep(CPU, world, RANK, SMALL, 2, reshard)
     dist.destroy_process_group()
 
 
@@ -106,7 +106,7 @@ def test_a_torch_without_the_switch_is_refused():
 # ------------------------------------------------------------------------------------------------ what fits, and counts
 
 
-def wanted(memory: int, case: step.Case) -> list[tuple[int, int]]:
+def wanted(memory: int, case: step.StepCase) -> list[tuple[int, int]]:
     """(layers, micro batch) in the order of trying, on a card of so much memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
@@ -119,11 +119,11 @@ def test_the_step_fits_the_card():
     """The whole model at the largest micro batch that roofline.py lets in; else as many layers as leave room for it."""
     h200, h100, gh200 = (machines.GPUS[name].memory_bytes for name in
                          ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB"))  # fmt: skip
-    assert wanted(h200, step.Case("one-gpu", "fp32")) == [(32, 2), (32, 1)]
-    assert wanted(h200, step.Case("one-gpu", "bf16")) == wanted(h200, step.Case("one-gpu", "8bit"))
-    assert wanted(h200, step.Case("one-gpu", "bf16"))[0] == (32, 4)
+    assert wanted(h200, step.StepCase("one-gpu", "fp32")) == [(32, 2), (32, 1)]
+    assert wanted(h200, step.StepCase("one-gpu", "bf16")) == wanted(h200, step.StepCase("one-gpu", "8bit"))
+    assert wanted(h200, step.StepCase("one-gpu", "bf16"))[0] == (32, 4)
     for memory, case in ((h100, "fp32"), (h100, "bf16"), (gh200, "fp32"), (h100, "8bit")):
-        (layers, micro), *smaller = wanted(memory, step.Case("one-gpu", case))
+        (layers, micro), *smaller = wanted(memory, step.StepCase("one-gpu", case))
         fits = memory_estimate(Work(MISTRAL_7B, 1, step.SEQ_LEN, moments=case), ALONE).total <= choices.room(memory)
         assert layers == 32 if fits else 10 < layers < 32 and smaller[0][0] == layers - 2
         assert micro <= (2 if case == "fp32" else 4)
@@ -134,25 +134,25 @@ def test_the_fastest_way_is_chosen_by_what_the_plan_expects(monkeypatch):
     """Moments and micro batch: on 80 GB two sequences with 8bit moments, not the one for which bf16 ones leave room."""
     h200, h100 = (machines.GPUS[name].memory_bytes for name in ("NVIDIA H200", "NVIDIA H100 80GB HBM3"))
     assert step.best_moments("NVIDIA H200", h200) == step.best_moments("NVIDIA H100 80GB HBM3", h100) == "8bit"
-    assert step.fitting(step.Case("one-gpu", "8bit"), MISTRAL_7B, h100, "NVIDIA H100 80GB HBM3") == [2, 1]
-    assert step.fitting(step.Case("one-gpu", "bf16"), MISTRAL_7B, h100, "NVIDIA H100 80GB HBM3") == [1]
+    assert step.fitting(step.StepCase("one-gpu", "8bit"), MISTRAL_7B, h100, "NVIDIA H100 80GB HBM3") == [2, 1]
+    assert step.fitting(step.StepCase("one-gpu", "bf16"), MISTRAL_7B, h100, "NVIDIA H100 80GB HBM3") == [1]
     assert step.best_moments("A card of 20 GB", 20 * 10**9) == "8bit"
     rates = {("bf16", 1): 9.0, ("8bit", 2): 5.0, ("8bit", 1): 7.0}
     monkeypatch.setattr(step, "expected_rate", lambda case, model, n, device: rates[case.moments, n])
     assert step.best_moments("NVIDIA H100 80GB HBM3", h100) == "bf16"
-    assert step.fitting(step.Case("one-gpu", "8bit"), MISTRAL_7B, h100) == [1, 2]
+    assert step.fitting(step.StepCase("one-gpu", "8bit"), MISTRAL_7B, h100) == [1, 2]
 
 
 def test_accumulation_is_part_of_the_step_and_its_name(monkeypatch):
     """As many micro batches an update as asked, in tokens, label and name; other modes have none."""
-    case, used, train_step = step.Case("one-gpu", "bf16", accumulation=3), [], train.train_step
-    assert case.name == "one-gpu-bf16-x3" and step.Case("one-gpu", "bf16").name == "one-gpu-bf16"
+    case, used, train_step = step.StepCase("one-gpu", "bf16", accumulation=3), [], train.train_step
+    assert case.name == "one-gpu-bf16-x3" and step.StepCase("one-gpu", "bf16").name == "one-gpu-bf16"
     assert "Mistral-7B, 3 x 4 x 4096, AdamW, bf16 moments" in step.label(case, MISTRAL_7B, 4, 4096, False)
     assert [c.accumulation for c in step.cases(["one-gpu", "rank-of-256"], ["8bit"], 3)] == [1, 3]
     monkeypatch.setattr(train, "train_step", lambda *a: (used.append(len(a[4])), train_step(*a))[1])
     world = start_distributed(deadline=600)
     try:
-        made = step.Step(CPU, world, case, SMALL, 2)
+        made = step.TimedStep(CPU, world, case, SMALL, 2)
         made.run(1)
         assert used == [3] and made.n_tokens == 3 * 2 * 64 and made.loss() > 0
     finally:
@@ -309,20 +309,20 @@ def results(folder: Path) -> Path:
                "command": "python bench/step.py"}  # fmt: skip
     about = {"format": 1, "smoke": False, "machine": machine}
 
-    def row(case: step.Case, **more) -> dict:
+    def row(case: step.StepCase, **more) -> dict:
         named = {"case": case.name, "mode": case.mode, "moments": case.moments, "status": "ok", "reason": ""}
         return named | {"label": step.label(case, MISTRAL_7B, 4, 4096, False)} | more
 
     emulated = timed() | {"stand_in_bytes": 3 * 2**29, "estimated_bytes": int(60.2 * 2**30)}
     ours = timed(12750.0, 1285.0, 0.5908) | {"of_ceiling": 0.7788}
     rows = [
-        row(step.Case("one-gpu", "bf16"), **ours),
+        row(step.StepCase("one-gpu", "bf16"), **ours),
         row(RANK, **emulated),
         *step.calculated("Fixture GPU"),
     ]
-    rows.insert(1, row(step.Case("one-gpu", "8bit"), status="failed", reason="OutOfMemoryError: a lot"))
+    rows.insert(1, row(step.StepCase("one-gpu", "8bit"), status="failed", reason="OutOfMemoryError: a lot"))
     fewer = timed(31000.0, 528.5, 0.5555) | {"n_layers": 13, "of_ceiling": 0.5}  # no match for an opponent of 32
-    rows.insert(2, row(step.Case("one-gpu", "fp32"), **fewer))
+    rows.insert(2, row(step.StepCase("one-gpu", "fp32"), **fewer))
     by_name = {o.name: o for o in opponents.OPPONENTS}
     hf = {"name": "hf-bf16", "label": by_name["hf-bf16"].label, "compiled": opponents.MODEL, "checkpointing": False}
     ours_only = ("of_ceiling", "ceiling_before", "ceiling_after", "nvidia_smi_beside")
@@ -444,7 +444,7 @@ def hugging_face(monkeypatch):
 def test_opponents_compute_the_same_loss():
     """On our weights, Hugging Face's model as it is made here gives our loss: no window, no mask is between them."""
     config = replace(SMALL, window=None)
-    theirs = opponents.Step(next(o for o in opponents.OPPONENTS if o.name == "hf-fp32"), config, CPU.device)
+    theirs = opponents.OpponentStep(next(o for o in opponents.OPPONENTS if o.name == "hf-fp32"), config, CPU.device)
     theirs.prepare(2, 64, None, False)
     ours = Mistral(config)
     with torch.no_grad():
@@ -459,7 +459,7 @@ def test_opponents_compute_the_same_loss():
 
 @pytest.mark.usefixtures("hugging_face")
 def test_an_opponents_step_trains():
-    theirs = opponents.Step(next(o for o in opponents.OPPONENTS if o.name == "hf-bf16"), SMALL, CPU.device)
+    theirs = opponents.OpponentStep(next(o for o in opponents.OPPONENTS if o.name == "hf-bf16"), SMALL, CPU.device)
     theirs.prepare(2, 64, None, False)
     before = {name: p.detach().clone() for name, p in theirs.model.named_parameters()}
     assert all(p.dtype == torch.bfloat16 for p in before.values())

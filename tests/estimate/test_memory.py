@@ -9,7 +9,7 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 
 from bench import memory
-from bench.lib.meta_step import Case
+from bench.lib.meta_step import MetaCase
 from halny.model.estimate import choices, sizes
 from halny.model.estimate import memory as estimate
 from halny.model.estimate.memory import memory_estimate, rank_memory
@@ -76,20 +76,20 @@ def test_what_a_backward_makes_is_working_memory_until_it_outlives_it():
 @pytest.mark.parametrize(
     "case",
     [
-        Case(MISTRAL_7B, 4, 4096, 256, reshard="always"),
+        MetaCase(MISTRAL_7B, 4, 4096, 256, reshard="always"),
         pytest.param(  # the peak is at the third layer
-            Case(MISTRAL_7B, 1, 4096, 8, reshard="always"),
+            MetaCase(MISTRAL_7B, 1, 4096, 8, reshard="always"),
             marks=pytest.mark.skipif(
                 not hasattr(FSDPModule, "set_reduce_scatter_max_input_buffers"),
                 reason="this torch (2.11) keeps one buffer of gradients on their way, not two: less memory",
             ),
         ),
-        Case(DEEP_ENOUGH, 2, 2048, 1, "bf16"),  # the loss in one chunk, whose gradient of the head is not rounded again
-        Case(DEEP_ENOUGH, 1, 4096, 1, "fp32", 2),  # sums turn from bf16 into fp32
-        Case(DEEP_ENOUGH, 1, 4096, 1, "bf16", 3),
-        Case(DEEP_ENOUGH, 4, 4096, 1, "8bit", 3),
-        Case(DEEP_ENOUGH, 4, 4096, 1, "8bit", recompute="never"),
-        Case(MISTRAL_7B, 4, 4096, 256, reshard="always", recompute="never"),
+        MetaCase(DEEP_ENOUGH, 2, 2048, 1, "bf16"),  # one chunk of the loss: the head's gradient is not rounded again
+        MetaCase(DEEP_ENOUGH, 1, 4096, 1, "fp32", 2),  # sums turn from bf16 into fp32
+        MetaCase(DEEP_ENOUGH, 1, 4096, 1, "bf16", 3),
+        MetaCase(DEEP_ENOUGH, 4, 4096, 1, "8bit", 3),
+        MetaCase(DEEP_ENOUGH, 4, 4096, 1, "8bit", recompute="never"),
+        MetaCase(MISTRAL_7B, 4, 4096, 256, reshard="always", recompute="never"),
     ],
     ids=memory.describe,
 )
@@ -114,7 +114,7 @@ def test_a_wrong_prediction_is_said(monkeypatch, capsys):
 
 @pytest.mark.parametrize("reshard, again", [("node", 4), ("never", 1)])
 def test_weights_kept_for_the_backward(reshard, again):
-    live = memory.count(Case(DEEP_ENOUGH, 4, 4096, 256, reshard=reshard))
+    live = memory.count(MetaCase(DEEP_ENOUGH, 4, 4096, 256, reshard=reshard))
     peak = max(live.most.values(), key=lambda moment: moment.total).by_part()
     parts = rank_memory(Work(DEEP_ENOUGH, 4, 4096), Layout(256, gathered_again=again))
     kept = parts["gathered parameters"] + parts["kept for the backward"]
@@ -127,7 +127,7 @@ def test_gradients_of_several_micro_batches(monkeypatch, holds):
     """Whole, or reduced for each: then the shards' sums are there while the last micro batch computes."""
     choose = choices.choose_layout
     monkeypatch.setattr(choices, "choose_layout", lambda *a, **k: replace(choose(*a, **k), holds_gradients=holds))
-    live = memory.count(Case(DEEP_ENOUGH, 4, 4096, 8, accumulation=2, reshard="always"))
+    live = memory.count(MetaCase(DEEP_ENOUGH, 4, 4096, 8, accumulation=2, reshard="always"))
     peak = max(live.most.values(), key=lambda moment: moment.total).by_part()
     parts = rank_memory(Work(DEEP_ENOUGH, 4, 4096, 2), Layout(8, holds_gradients=holds))
     assert peak["gradients"] == pytest.approx(parts.get("gradients", 0) + parts.get("whole gradients", 0), rel=1e-3)
