@@ -43,11 +43,11 @@ from bench.lib.clocks import Bench, bench_on
 from bench.lib.command import at_least_one, command
 from bench.lib.process import ROOT
 from bench.lib.results import new_result, results_folder, write_result
-from bench.plots import save_figure
 from halny.kernels import adamw
 from halny.model.data.batches import IGNORED, Corpus, read_in_turn
 from halny.model.data.order import sample_order, step_numbers
 from halny.model.data.rows import Rows
+from halny.model.durable import replacing
 from halny.model.estimate import sizes
 from halny.model.exits import Refused
 from halny.model.mistral import Mistral, MistralConfig
@@ -238,7 +238,8 @@ def plot(result: dict, path: Path) -> None:
         f"beta2 {about['beta2']}, {about['seeds']} seeds; {machine['device']}, torch {machine['versions']['torch']}",
         fontsize=10,
     )
-    save_figure(figure, path, dpi=110)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=110)
 
 
 @command

@@ -39,7 +39,7 @@ from bench.lib.clocks import Bench, bench_on
 from bench.lib.command import at_least_one, command, leave, parser_of, passed_on
 from bench.lib.process import be_a_case, in_its_own_process, line_of
 from bench.lib.results import new_result, results_folder, write_json, write_result
-from bench.lib.steps import memory_figures, random_tokens, steady_steps, step_figures
+from bench.lib.steps import memory_figures, mfu_words, random_tokens, steady_steps, step_figures, way_words
 from halny.model.estimate.memory import activation_bytes_per_token
 from halny.model.estimate.sizes import parameters
 from halny.model.exits import Refused
@@ -188,16 +188,8 @@ def attempt(
     except Exception as error:  # what a compiler may raise
         return tried | {"status": "failed", "reason": line_of(error)}
     figures = step_figures(step.config, micro_batch * seq_len, seq_len, ms["median"], bench.name)
-    memory = memory_figures(bench)
-    return tried | {
-        "status": "ok",
-        "reason": "",
-        "first_step_s": first_s,
-        "graphs": graphs,
-        "step_ms": ms,
-        **figures,
-        **memory,
-    }
+    about = {"status": "ok", "reason": "", "first_step_s": first_s, "graphs": graphs, "step_ms": ms}
+    return tried | about | figures | memory_figures(bench)
 
 
 def next_way(attempts: list[dict], smoke: bool, micro_batch: int | None) -> tuple[int, str | None, bool] | None:
@@ -269,10 +261,8 @@ def words(row: dict, smoke: bool) -> str:
         return f"{row['label']}: {row['status']}, {row['reason'][:120]}"
     if smoke:
         return f"{row['label']}: ran (smoke: no performance figure)"
-    mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%}"
     return (
-        f"{row['label']}: {row['tokens_per_second']:,.0f} tokens/s at micro batch {row['micro_batch']}, "
-        f"{row['compiled']} compiled{', gradient checkpointing' if row['checkpointing'] else ''}, MFU {mfu}, "
+        f"{row['label']}: {row['tokens_per_second']:,.0f} tokens/s at {way_words(row)}, MFU {mfu_words(row)}, "
         f"{row['peak_memory_bytes'] / 2**30:.1f} GiB; {len(row['attempts'])} ways tried"
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bench.lib.results import BadResult
 from bench.merge import Device, best_of_each, grouped, sources_of
+from halny.model.durable import replacing
 
 OURS, PEER, INK = "#c2410c", "#94a3b8", "#1f2937"  # halny in one strong colour, all others in one quiet one
 
@@ -138,13 +139,6 @@ def plots(device: Device) -> list[Path]:
 # ---------------------------------------------------------------------------------------------------------- runs
 
 
-def save_figure(figure, png: Path, dpi: int) -> None:
-    """Whole or not at all."""
-    partial = png.with_name(f".{png.stem}.partial.png")
-    figure.savefig(partial, dpi=dpi)
-    partial.replace(png)
-
-
 def overlay(runs: list[Path], png: Path) -> None:
     """Loss, accuracy and speed of several runs of train.py over the tokens they have seen, in one picture.
 
@@ -167,11 +161,8 @@ def overlay(runs: list[Path], png: Path) -> None:
         for axes, name in zip(panels, columns, strict=True):
             points = [(tokens[line["step"]], line[name]) for line in lines if line.get(name) is not None]
             axes.plot(*zip(*points, strict=True), color=color, linewidth=1, alpha=0.7, label=str(run))
-            held_out = [
-                (tokens[line["step"]], line[f"val_{name}"])
-                for line in lines
-                if line.get(f"val_{name}") is not None and line["step"] in tokens
-            ]
+            evaluated = [line for line in lines if line.get(f"val_{name}") is not None and line["step"] in tokens]
+            held_out = [(tokens[line["step"]], line[f"val_{name}"]) for line in evaluated]
             if held_out:
                 axes.plot(*zip(*held_out, strict=True), "o--", color=color, linewidth=1, markersize=5)
     for axes, title in zip(panels, ("loss", "accuracy", "tokens/s/GPU"), strict=True):
@@ -183,4 +174,5 @@ def overlay(runs: list[Path], png: Path) -> None:
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)), frameon=False,
                   title="line: training, dots: held out")  # fmt: skip
-    save_figure(figure, png, dpi=120)
+    with replacing(png) as partial:
+        figure.savefig(partial, dpi=120)

@@ -24,10 +24,11 @@ if __name__ == "__main__":
 
 from bench.lib.process import ROOT
 from bench.lib.results import BadResult
-from bench.lib.steps import MODE_LABELS, memory_words
+from bench.lib.steps import MODE_LABELS, memory_words, mfu_words, way_words
 from bench.merge import Device, Source, best_of_each, grouped, merge, read_folders, result_folders, sources_of
 from bench.plots import overlay, plots
 from bench.rates import rate_rows
+from halny.model.durable import replacing
 from halny.model.estimate import machines, step_time
 
 RESULTS = ROOT / "bench" / "results"
@@ -72,11 +73,13 @@ def origin(rows: list[dict]) -> list[str]:
     return ["The rows are from several runs; the last column says which.", "\n".join(lines)]
 
 
-def with_runs(head: list[str], cells: list[list[str]], of: list[dict], runs: dict[Source, str], left: int = 1) -> str:
-    """A table of rows, with a column more where they are from several runs."""
-    if runs:
-        head, cells = [*head, "run"], [[*line, runs[row["source"]]] for line, row in zip(cells, of, strict=True)]
-    return table(head, cells, left)
+def with_runs(head: list[str], lines: list[list[str]], of: list[list[dict]], rows: list[dict], left: int = 1) -> str:
+    """A table of lines, each ``of`` some of the rows, with a column more where the rows are from several runs."""
+    if runs := runs_of(rows):
+        which = [", ".join(dict.fromkeys(runs[row["source"]] for row in some)) for some in of]
+        lines = [[*filled(line, len(head)), run] for line, run in zip(lines, which, strict=True)]
+        head = [*head, "run"]
+    return table(head, lines, left)
 
 
 def dagger(row: dict) -> str:
@@ -105,7 +108,12 @@ def since_list(rows: list[dict], name) -> list[str]:
 def table(head: list[str], rows: list[list[str]], left: int = 1) -> str:
     """Markdown; the first ``left`` columns aligned to the left, figures to the right."""
     rule = ["---"] * left + ["--:"] * (len(head) - left)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, rule, *rows))
+    return "\n".join("| " + " | ".join(filled(cells, len(head))) + " |" for cells in (head, rule, *rows))
+
+
+def filled(cells: list[str], n: int) -> list[str]:
+    """The cells of a row without figures, and empty ones in the place of these."""
+    return cells + [""] * (n - len(cells))
 
 
 def one_line(text: str, most: int = 300) -> str:
@@ -141,32 +149,29 @@ def kernel_table(rows: list[dict]) -> str:
                 wall = "" if row["mode"] == "backward" else milliseconds(row["wall_ms"])  # a kept graph hides the host
                 figures = [*kernel_figures(row), wall, "" if peak is None else f"{peak / 2**30:.2f}"]
             else:
-                figures = [row["status"], "", "", "", ""]
+                figures = [row["status"]]
             lines.append([case, who, *figures])
-            of.append(row)
+            of.append([row])
     head = ["operation, shapes, mode", "provider", "kernel ms", "rate", "of the ceiling", "wall ms", "peak GiB"]
-    return with_runs(head, lines, of, runs_of(rows), left=2)
+    return with_runs(head, lines, of, rows, left=2)
 
 
 def short_kernel_table(rows: list[dict]) -> str:
     """A line a case: halny, and the best of the others. In the column of runs "1, 2" is halny's run and the other's."""
-    lines, runs = [], runs_of(rows)
+    lines, of = [], []
     for (operation, _, mode), group in grouped(rows).items():
         ours = next((row for row in best_of_each(group) if row["package"] == "halny"), None)
         if ours is None:
             continue
-        timed = [row for row in best_of_each(group) if row["status"] == "ok"]
-        best = next((row for row in timed if row["package"] != "halny"), None)
+        best = next((r for r in best_of_each(group) if r["status"] == "ok" and r["package"] != "halny"), None)
         figures = kernel_figures(ours) if ours["status"] == "ok" else [ours["status"], "", ""]
-        other = ["", ""]
-        if best:
-            other[0] = f"{best['provider']}{dagger(best)}, {milliseconds(best['kernel_ms'])}"
+        other = [f"{best['provider']}{dagger(best)}, {milliseconds(best['kernel_ms'])}"] if best else []
         if best and ours["status"] == "ok":
-            other[1] = f"{best['kernel_ms']['median'] / ours['kernel_ms']['median']:.2f}"
-        which = dict.fromkeys(runs[row["source"]] for row in (ours, best) if row) if runs else {}
-        lines.append([f"{operation}, {mode}{dagger(ours)}", *figures, *other, *([", ".join(which)] if runs else [])])
+            other.append(f"{best['kernel_ms']['median'] / ours['kernel_ms']['median']:.2f}")
+        lines.append([f"{operation}, {mode}{dagger(ours)}", *figures, *other])
+        of.append([row for row in (ours, best) if row])
     head = ["case", "halny, ms", "rate", "of the ceiling", "best of the others, ms", "others / halny"]
-    return table([*head, "run"] if runs else head, lines) if lines else ""
+    return with_runs(head, lines, of, rows) if lines else ""
 
 
 def backends_table(rows: list[dict]) -> str:
@@ -177,15 +182,15 @@ def backends_table(rows: list[dict]) -> str:
 
     timed = [row for row in rows if row["status"] == "ok" and row["mode"] != "both"]
     backends = list(dict.fromkeys(map(backend_of, timed)))
-    runs, lines = runs_of(rows), []
+    lines, of = [], []
     for (_, name, mode), group in grouped(timed).items():
         cells = dict.fromkeys(backends, "")
         for row in group:
             said = f"{row['tflop_s']:,.0f} in {row['kernel_ms']['median']:.3g} ms{dagger(row)}"
             cells[backend_of(row)] = f"**{said}**" if row["package"] == "halny" else said
-        which = dict.fromkeys(runs[row["source"]] for row in group) if runs else {}
-        lines.append([f"{name}, {mode}", *cells.values(), *([", ".join(which)] if runs else [])])
-    return table(["case", *backends, *(["run"] if runs else [])], lines) if lines else ""
+        lines.append([f"{name}, {mode}", *cells.values()])
+        of.append(group)
+    return with_runs(["case", *backends], lines, of, rows) if lines else ""
 
 
 def kernel_name(row: dict) -> str:
@@ -248,7 +253,7 @@ def step_table(rows: list[dict]) -> str:
     lines = []
     for row in rows:
         if row["status"] != "ok":
-            figures = [f"{row['status']}: {one_line(row['reason'], 200)}", "", "", "", ""]
+            figures = [why_none(row)]
         elif "range" in row:
             r = row["range"]
             figures = [span(r["tokens_per_second"], ",.0f"), span(r["step_ms"], ",.0f"),
@@ -256,14 +261,19 @@ def step_table(rows: list[dict]) -> str:
                        f"{r['memory_bytes'] / 2**30:.1f} GiB"]  # fmt: skip
         else:
             mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%} ({row['mfu_palm']:.1%})"
-            memory = memory_words(row)
-            ceiling = (row["ceiling_before"]["tflop_s"], row["ceiling_after"]["tflop_s"])
-            share = f"{row['of_ceiling']:.1%} of {ceiling[0]:,.0f} before, {ceiling[1]:,.0f} after"
-            figures = [f"{row['tokens_per_second']:,.0f}", step_milliseconds(row["step_ms"]), mfu, share, memory]
+            before, after = (row[f"ceiling_{when}"]["tflop_s"] for when in ("before", "after"))
+            share = f"{row['of_ceiling']:.1%} of {before:,.0f} before, {after:,.0f} after"
+            figures = [f"{row['tokens_per_second']:,.0f}", step_milliseconds(row["step_ms"]), mfu, share,
+                       memory_words(row)]  # fmt: skip
         lines.append([row["label"] + dagger(row), *(labelled(row, figure) for figure in figures)])
     head = ["a step of", "tokens/s", "ms (p5 to p95, steps)", "MFU (PaLM's formula)",
             "of the matmul ceiling, TFLOP/s", "peak memory"]  # fmt: skip
-    return with_runs(head, lines, rows, runs_of(rows))
+    return with_runs(head, lines, [[row] for row in rows], rows)
+
+
+def why_none(row: dict) -> str:
+    """In the place of a row's first figure."""
+    return f"{row['status']}: {one_line(row['reason'], 200)}"
 
 
 def step_milliseconds(times: dict) -> str:
@@ -296,23 +306,18 @@ def opponents_table(opponents: list[dict], steps: list[dict]) -> str:
     rows = []
     for row in opponents:
         if row["status"] != "ok":
-            rows.append(
-                [row["label"] + dagger(row), f"{row['status']}: {one_line(row['reason'], 200)}", "", "", "", "", ""]
-            )
+            rows.append([row["label"] + dagger(row), why_none(row)])
             continue
-        mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%}"
         memory = "" if row["peak_memory_bytes"] is None else f"{row['peak_memory_bytes'] / 2**30:.1f}"
-        how = f"micro batch {row['micro_batch']}, {row['compiled']} compiled"
-        how += ", gradient checkpointing" if row["checkpointing"] else ""
         ratios = []
         for ours in ours_for(steps, row):
             run = "" if ours["source"].date == row["source"].date else f", run of {when(ours['source'])}"
             kept = f"{ours['moments']} moments, micro batch {ours['micro_batch']}{run}"
             ratios.append(f"{ours['tokens_per_second'] / row['tokens_per_second']:.2f} ({kept})")
         rows.append([row["label"] + dagger(row), f"{row['tokens_per_second']:,.0f}", step_milliseconds(row["step_ms"]),
-                     mfu, memory, how, "<br>".join(ratios)])  # fmt: skip
+                     mfu_words(row), memory, way_words(row), "<br>".join(ratios)])  # fmt: skip
     head = ["opponent, one GPU", "tokens/s", "ms (p5 to p95, steps)", "MFU", "peak GiB", "at its best", "ours / theirs"]
-    return with_runs(head, rows, opponents, runs_of(opponents))
+    return with_runs(head, rows, [[row] for row in opponents], opponents)
 
 
 def attempts_list(opponents: list[dict]) -> list[str]:
@@ -320,10 +325,8 @@ def attempts_list(opponents: list[dict]) -> list[str]:
     lines = []
     for row in opponents:
         for a in row["attempts"]:
-            kept = ", gradient checkpointing" if a["checkpointing"] else ""
             said = f"{a['tokens_per_second']:,.0f} tokens/s" if a["status"] == "ok" else f"{a['status']}: {a['reason']}"
-            how = f"micro batch {a['micro_batch']}, {a['compiled']} compiled{kept}"
-            lines.append(f"- {row['label']}, {how}: {said[:200]}")
+            lines.append(f"- {row['label']}, {way_words(a)}: {said[:200]}")
     return lines
 
 
@@ -364,10 +367,8 @@ def profile_parts(profiles: list[dict], short: bool) -> list[str]:
             parts.append(f"Other, {MODE_LABELS[profile['mode']]}: {other}.")
     if short:
         lines = [part for part in parts if part.startswith("- ")]
-        said = (
-            "Milliseconds of the step that are each part's own, and in brackets its floor: FLOPs and bytes over rates "
-        )
-        said += "measured in the same process; attention's rate is assumed."
+        said = ("Milliseconds of the step that are each part's own, and in brackets its floor: FLOPs and bytes over "
+                "rates measured in the same process; attention's rate is assumed.")  # fmt: skip
         parts = [said, "\n".join(lines), *(part for part in parts if part not in lines)]
     return [*parts, *since_list(profiles, lambda row: row["label"])]
 
@@ -391,7 +392,7 @@ def trainer_table(rows: list[dict], short: bool) -> str:
         said = [one_line(row["reason"]), *(f"{name} {value}" for name, value in figures.items() if value)]
         remark = "; ".join(x for x in said if x)
         lines.append([row["name"] + dagger(row), row["status"], f"{row['seconds']:,.0f}", remark])
-    return with_runs(["what", "status", "seconds", "remark"], lines, rows, runs_of(rows), left=4)
+    return with_runs(["what", "status", "seconds", "remark"], lines, [[row] for row in rows], rows, left=4)
 
 
 def pass_parts(visits: list[dict], short: bool) -> list[str]:
@@ -431,17 +432,9 @@ def aot_table(found: list[dict]) -> str:
         ]
         for r in found
     ]  # fmt: skip
-    head = [
-        "kernel, shape, dtype",
-        "arch",
-        "warps",
-        "registers",
-        "spills",
-        "shared bytes",
-        "occupancy",
-        "loads / stores",
-    ]
-    return with_runs(head, rows, found, runs_of(found), left=2)
+    head = ["kernel, shape, dtype", "arch", "warps", "registers", "spills", "shared bytes", "occupancy",
+            "loads / stores"]  # fmt: skip
+    return with_runs(head, rows, [[row] for row in found], found, left=2)
 
 
 def convergence_table(found: dict) -> str:
@@ -478,19 +471,16 @@ def rates_parts(device: Device) -> list[str]:
         if name and base:
             assumed = [f"{getattr(step_time.RATES[x], name) * base:,.0f}" for x in ("good", "leading")]
         share = f" ({measured / base:.1%})" if base else ""
-        said = f"{measured:,.0f} {unit}{share}"
-        lines.append([what, *assumed, labelled(row, said) if "label" in row else said])
+        figure = f"{measured:,.0f} {unit}{share}"
+        lines.append([what, *assumed, labelled(row, figure) if "label" in row else figure])
     head = ["rate (share of the data sheet's peak)", "assumed, good", "assumed, leading", "measured"]
-    known = (
-        ""
-        if device.name in machines.GPUS
-        else " This GPU is not in model/estimate/machines.py: nothing is assumed of it."
-    )
-    said = f"Rates that `train.py --plan` assumes (`RATES` in step_time.py), beside what was measured.{known}"
+    said = "Rates that `train.py --plan` assumes (`RATES` in step_time.py), beside what was measured."
+    if device.name not in machines.GPUS:
+        said += " This GPU is not in model/estimate/machines.py: nothing is assumed of it."
     runs = runs_of(of)
     listed = [f"- run {n}: {machine_line(source, source.minute)}" for source, n in runs.items()]
     above = ["\n".join(listed)] if runs else [machine_line(sources_of(of)[0])]
-    return [said, *above, with_runs(head, lines, of, runs)]
+    return [said, *above, with_runs(head, lines, [[row] for row in of], of)]
 
 
 # ----------------------------------------------------------------------------------------------------------- documents
@@ -572,9 +562,8 @@ def write_between(path: Path, text: str) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def main(arguments: list[str]) -> int:
@@ -602,9 +591,8 @@ def main(arguments: list[str]) -> int:
         pictures = [path for device in devices for path in plots(device)]
         if given.write:
             everything = folders[0].resolve().parent / FULL
-            where = link(everything, given.write)
             said = "All shapes, modes and packages, what failed and why, the plan's rates beside these, plots"
-            said += f": [{FULL}]({where})."
+            said += f": [{FULL}]({link(everything, given.write)})."
             write_between(given.write, f"{said}\n\n{markdown(devices, short=True)}")
             write_whole(everything, full(devices, pictures, everything))
         for path in pictures:

@@ -43,6 +43,16 @@ def step_words(row: dict) -> str:
     )
 
 
+def mfu_words(row: dict) -> str:
+    return "unknown" if row["mfu"] is None else f"{row['mfu']:.1%}"
+
+
+def way_words(row: dict) -> str:
+    """How an opponent was run."""
+    kept = ", gradient checkpointing" if row["checkpointing"] else ""
+    return f"micro batch {row['micro_batch']}, {row['compiled']} compiled{kept}"
+
+
 def memory_words(row: dict) -> str:
     """Its peak, what roofline.py had estimated, and what of both is in the place of a network."""
     if row["peak_memory_bytes"] is None:
