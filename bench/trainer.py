@@ -35,6 +35,7 @@ import tempfile
 import threading
 import time
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -46,10 +47,11 @@ import torch
 from bench.lib.clocks import bench_on
 from bench.lib.command import command, leave, parser_of
 from bench.lib.operations import excess, limits
-from bench.lib.process import ROOT, die_with_parent, line_of, nvidia_smi
+from bench.lib.process import ROOT, die_with_parent, line_of
 from bench.lib.results import new_result, repeatable, results_folder, write_json, write_result
 from halny.model.data.writer import write_dataset
 from halny.model.exits import FAILED, FINISHED, STOPPED, Refused
+from halny.model.hf_folder import hf_config
 from halny.model.mistral import PRESETS, MistralConfig
 
 FACTOR = 10  # of the difference between two runs before the stop, on a GPU that does not repeat itself
@@ -464,15 +466,11 @@ def random_loss(logits: torch.Tensor, tokens: torch.Tensor) -> float:
 
 def measured(stage: Stage, with_data: bool) -> None:
     """Both cases beside each other; then preflight, with the GPU to itself but for the look at the export."""
-    from importlib.util import find_spec
-
-    from halny.model.convert import _hf_config  # the sizes of a model as --model takes them
-
     wanted = cases(stage.smoke, with_data)
     for case in wanted:
         folder = stage.scratch / f"model-{case.name.replace(' ', '-')}"
         folder.mkdir()
-        write_json(folder / "config.json", _hf_config(case.model, torch.bfloat16))
+        write_json(folder / "config.json", hf_config(case.model, torch.bfloat16))
     runs: dict[str, Path | None] = {}
     waiting = None
 
@@ -538,8 +536,6 @@ def main(arguments: list[str]) -> int:
             measured(stage, given.data is not None)
         except KeyboardInterrupt:  # the rows so far are in the file
             interrupted = True
-    if bench.on_gpu:
-        result["machine"]["nvidia_smi_after"] = nvidia_smi()
     write_result(out / "trainer.json", result)
     states = [row["status"] for row in result["rows"]]
     bad = [row["name"] for row in result["rows"] if row["status"] == "failed"]
