@@ -43,7 +43,7 @@ if __name__ == "__main__":
 from bench import report
 from bench.lib.clocks import bench_on
 from bench.lib.command import command, parser_of
-from bench.lib.process import ROOT, nvidia_smi
+from bench.lib.process import ROOT
 from bench.lib.results import BadResult, commit, new_result, results_folder, write_json, write_result
 from bench.merge import merge, read_folders
 from halny.model.exits import Refused
@@ -384,7 +384,6 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
         chosen = [part for part in parts if (part.ahead_of or part.name) in left]
         with contextlib.suppress(KeyboardInterrupt):  # what is done is kept, and said below
             run_parts(visit, chosen, given.visit_s - (time.monotonic() - began), result, log)
-        result["machine"]["nvidia_smi_after"] = nvidia_smi() if bench.on_gpu else None
         write_result(out / "pass.json", result)
         for path in out.glob("warm-*.json"):  # of this machine only
             path.unlink()

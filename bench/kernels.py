@@ -45,9 +45,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 if __name__ == "__main__":
-    sys.path[0] = str(
-        Path(__file__).resolve().parents[1]
-    )  # not bench/, where this very file would be taken for Hugging Face's package ``kernels``
+    # not bench/, where this very file would be taken for Hugging Face's package ``kernels``
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
     if "--smoke" in sys.argv:
         os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: our kernels run, if slowly
 
@@ -74,7 +73,7 @@ from bench.lib.operations import (
     tuple_of,
 )
 from bench.lib.peers import Peer
-from bench.lib.process import CACHES, ROOT, die_with_parent, line_of, nvidia_smi
+from bench.lib.process import CACHES, ROOT, die_with_parent, line_of
 from bench.lib.results import new_result, results_folder, write_json, write_result
 from halny.kernels import dispatch
 from halny.model.exits import Refused
@@ -103,28 +102,24 @@ class KernelCase:
 
     def errors(self, function: Callable) -> dict[str, dict[str, float]]:
         """The error of every output and gradient of a provider, beside its bound. On copies: some work in place."""
-        copies = [x.clone() if isinstance(x, Tensor) else x for x in self.inputs[0]]
-        got = self.operation.results(function, copies, [u.clone() for u in self.upstream[0]])
+        got = self.operation.results(function, copied(self.inputs[0]), copied(self.upstream[0]))
         names, found = self.operation.result_names, {}
         if len(got) != len(names):
             raise ValueError(f"{len(got)} outputs and gradients where {len(names)} were expected")
         for name, x, true, bounds in zip(names, self.operation.compared(got), self.truth, self.limits, strict=True):
             found[name] = excess(x, true, *bounds)
         if "loss only" in self.operation.modes:
-            copies = [x.clone() if isinstance(x, Tensor) else x for x in self.inputs[0]]
             with torch.no_grad():
-                loss = function(*copies)
+                loss = function(*copied(self.inputs[0]))
             found["loss without gradient"] = excess(loss, self.truth[0], *self.limits[0])
         return found
 
     def call(self, peer: Peer, function: Callable, mode: str) -> Call:
         """A provider in a mode under the clock, on tensors of its own if it overwrites them."""
-        n_sets, positions = len(self.inputs), self.operation.gradients
-        own = [list(inputs) for inputs in self.inputs]
-        upstream = self.upstream
+        positions = self.operation.gradients
+        own, upstream = self.inputs, self.upstream
         if peer.ruins:
-            own = [[x.clone() if isinstance(x, Tensor) else x for x in inputs] for inputs in own]
-            upstream = [[u.clone() for u in one] for one in self.upstream]
+            own, upstream = ([copied(one) for one in sets] for sets in (own, upstream))
         with_gradient = mode != "loss only"
         leaves = [
             [x.detach().requires_grad_() if with_gradient and i in positions else x for i, x in enumerate(inputs)]
@@ -138,27 +133,23 @@ class KernelCase:
                 if isinstance(mine, Tensor):
                     mine.data.copy_(original)
 
-        if mode == "loss only":
+        graphs = [tuple_of(function(*one)) for one in leaves] if mode == "backward" else []
 
-            def run(i: int):
-                with torch.no_grad():
-                    return function(*leaves[i])
-        elif mode in ("forward", "update"):
+        def both(i: int):
+            return torch.autograd.grad(tuple_of(function(*leaves[i])), wanted[i], upstream[i] or None)
 
-            def run(i: int):
-                return function(*leaves[i])
-        elif mode == "both":
+        run = {
+            "loss only": torch.no_grad()(lambda i: function(*leaves[i])),
+            "forward": lambda i: function(*leaves[i]),
+            "update": lambda i: function(*leaves[i]),
+            "both": both,
+            "backward": lambda i: torch.autograd.grad(graphs[i], wanted[i], upstream[i] or None, retain_graph=True),
+        }[mode]
+        return Call(run, len(self.inputs), prepare if peer.ruins else None)
 
-            def run(i: int):
-                outputs = tuple_of(function(*leaves[i]))
-                return torch.autograd.grad(outputs, wanted[i], upstream[i] or None)
-        else:
-            graphs = [tuple_of(function(*one)) for one in leaves]
 
-            def run(i: int):
-                return torch.autograd.grad(graphs[i], wanted[i], upstream[i] or None, retain_graph=True)
-
-        return Call(run, n_sets, prepare if peer.ruins else None)
+def copied(values: list) -> list:
+    return [x.clone() if isinstance(x, Tensor) else x for x in values]
 
 
 class DeviceLost(Exception):
@@ -548,7 +539,6 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
         bench.release()
     if not bench.smoke and time.monotonic() < deadline:
         result["ceilings_after"] = {"copy_gb_s": copy_rate(bench)["gb_s"]}
-    result["machine"]["nvidia_smi_after"] = nvidia_smi() if bench.on_gpu else None
     write_result(path, result)
     bad = [row for row in result["rows"] if row["package"] == "halny" and row["status"] != "ok"]
     timed = sum(row["status"] == "ok" for row in result["rows"])
@@ -617,8 +607,7 @@ def main(arguments: list[str]) -> int:
     if given.loss_error is not None:
         if len(sizes := given.loss_error or [64, 64, 1000]) != 3:
             raise Refused(f"--loss-error takes ROWS DIM VOCABULARY or nothing, got {sizes}")
-        for text in loss_errors(bench, *sizes):
-            print(text)
+        print(*loss_errors(bench, *sizes), sep="\n")
         return 0
     sets = chosen_sets(SMOKE_SETS if given.smoke else SETS, given.set)
     if given.warm:

@@ -50,7 +50,7 @@ from bench.lib.ceilings import copy_rate, matmul_ceiling
 from bench.lib.clocks import Bench, bench_on
 from bench.lib.command import at_least_one, command, leave, parser_of, passed_on
 from bench.lib.emulated import StandIn, one_of
-from bench.lib.process import ROOT, Watch, be_a_case, in_its_own_process, line_of, nvidia_smi
+from bench.lib.process import ROOT, Watch, be_a_case, in_its_own_process, line_of
 from bench.lib.results import new_result, results_folder, write_json, write_result
 from bench.lib.steps import MODE_LABELS, SIZES, memory_figures, random_tokens, steady_steps, step_figures, step_words
 from halny.model.data.batches import Batch
@@ -153,9 +153,8 @@ def sizes(bench: Bench, case: StepCase, layers: int | None, micro_batch: int | N
         return [(replace(whole, n_layers=layers or whole.n_layers), micro_batch or most)]
     wanted = [(whole, micro) for micro in fitting(case, whole, bench.memory_bytes, bench.name)]
     if not wanted:
-        n = max(
-            n for n in range(1, whole.n_layers) if most in fitting(case, replace(whole, n_layers=n), bench.memory_bytes)
-        )
+        fewer = [replace(whole, n_layers=n) for n in range(1, whole.n_layers)]
+        n = max(model.n_layers for model in fewer if most in fitting(case, model, bench.memory_bytes))
         wanted = [(replace(whole, n_layers=n), most), (replace(whole, n_layers=max(1, n - 2)), most)]
     return wanted
 
@@ -166,9 +165,6 @@ def estimated_bytes(case: StepCase, model: MistralConfig, micro_batch: int) -> i
         return memory_estimate(Work(model, micro_batch, SEQ_LEN, case.accumulation, moments=case.moments), ALONE).total
     total = memory_estimate(Work(model, micro_batch, SEQ_LEN), Layout(RANKS)).total
     return total + StandIn.bytes_for(model, RANKS, 2)
-
-
-# ----------------------------------------------------------------------------------------------------- one rank of many
 
 
 # ------------------------------------------------------------------------------------------------------------ the step
@@ -387,10 +383,8 @@ def calculated(device: str) -> list[dict]:
             work = Work(PRESETS["mistral-7b"], 4, SEQ_LEN)
             cluster = step_time.Cluster(machine.gpu, RANKS, NODE, machine.nvlink, nic * 1e9)
             chosen = plan.choose(work, cluster)
-            work = chosen.work
-            steps = [
-                step_time.step(work, cluster, chosen.layout, step_time.RATES[rates]) for rates in ("good", "leading")
-            ]
+            work, between = chosen.work, [step_time.RATES[name] for name in ("good", "leading")]
+            steps = [step_time.step(work, cluster, chosen.layout, rates) for rates in between]
             rates = [step_time.tokens_per_second(work, step) for step in steps]
             flops = roofline.flops_per_token(work.config, SEQ_LEN), roofline.palm_flops_per_token(work.config, SEQ_LEN)
             stated = f"{RANKS} x {name}, {NODE} a node, {nic:g} GB/s a NIC"
@@ -456,10 +450,8 @@ def main(arguments: list[str]) -> int:
     wanted = cases(given.mode, given.moments, given.accumulation)
     out = given.out or (results_folder(bench) if wanted else ROOT / "runs" / "bench")
     out.mkdir(parents=True, exist_ok=True)
-    result, profiles = (
-        new_result("step", bench, given.commit) | {"rows": []},
-        new_result("profile", bench, given.commit) | {"profiles": []},
-    )
+    result = new_result("step", bench, given.commit) | {"rows": []}
+    profiles = new_result("profile", bench, given.commit) | {"profiles": []}
     for i, case in enumerate(wanted):
         left, share = given.budget_s - (time.monotonic() - started), 1 if i else FIRST_SHARE
         seconds = left * share / (share + len(wanted) - i - 1)
@@ -485,8 +477,6 @@ def main(arguments: list[str]) -> int:
     if "model-of-256" in given.mode:
         result["rows"] += calculated(result["machine"]["device"])
         print("\n".join(line for row in result["rows"] if "range" in row for line in lines_of(row, given.smoke)))
-    if bench.on_gpu:
-        result["machine"]["nvidia_smi_after"] = nvidia_smi()
     write_result(out / "step.json", result)
     print(f"step: {n_run - len(set(bad))} of {n_run} cases" + "".join(f"; {c} failed" for c in dict.fromkeys(bad)))
     return 1 if bad else 0

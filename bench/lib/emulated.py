@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.profiler import record_function
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from halny.model.estimate.sizes import layer_shapes, padded_numel, root_shapes
 from halny.model.mistral import MistralConfig
@@ -46,15 +49,14 @@ class StandIn:
 
 def largest_message(config: MistralConfig, ranks: int) -> int:
     """Elements of the largest collective."""
-    shapes = layer_shapes(config), root_shapes(config)
-    return max(padded_numel(one, ranks) for one in shapes)
+    return max(padded_numel(shapes, ranks) for shapes in (layer_shapes(config), root_shapes(config)))
 
 
+@dataclass
 class _Comm:
     """FSDP asks the communication for its buffers as well; its own way to make them is this one."""
 
-    def __init__(self, stand_in: StandIn):
-        self.stand_in = stand_in
+    stand_in: StandIn
 
     def allocate(self, size, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.empty(*size, dtype=dtype, device=device)
@@ -77,7 +79,5 @@ class _Reduce(_Comm):
 
 def one_of(ranks: int, device: torch.device, node_size: int) -> World:
     """Rank 0 of so many that are not there."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     return World(0, ranks, device, init_device_mesh(device.type, (ranks,)), node_size)

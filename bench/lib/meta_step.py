@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -13,11 +13,10 @@ import torch.distributed as dist
 import torch.distributed._tools.fake_collectives
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
+from bench.lib.emulated import one_of
 from halny.kernels import dispatch
 from halny.model.data.batches import Batch
 from halny.model.estimate import choices
@@ -75,27 +74,25 @@ def on_hopper(record, window_hides: bool) -> Iterator[None]:
     Attention is cuDNN's where the window hides nothing, as on a machine without FlashAttention, otherwise version 4's.
     FSDP2 refuses meta tensors, and knows devices by a module of torch each: the three places are replaced.
     """
-    packages = ("flash-attn-4",) if window_hides else ()
+    gpu = dispatch.StandIn(**HOPPER, packages=("flash-attn-4",) if window_hides else (), record=record)
     fsdp = "torch.distributed.fsdp._fully_shard"
-    with contextlib.ExitStack() as stack:
-        for patched in (
-            patch("torch.nn.functional.scaled_dot_product_attention", cudnn_attention),
-            patch(f"{fsdp}._fsdp_param_group.FSDPParamGroup._validate_no_meta_params", lambda self: None),
-            patch(f"{fsdp}._fully_shard._get_device_from_mesh", lambda mesh: META),
-            patch("torch.meta", torch.cpu, create=True),
-            patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True),
-        ):
-            stack.enter_context(patched)
-        stack.enter_context(dispatch.stand_in(dispatch.StandIn(**HOPPER, packages=packages, record=record)))
+    with (
+        patch("torch.nn.functional.scaled_dot_product_attention", cudnn_attention),
+        patch(f"{fsdp}._fsdp_param_group.FSDPParamGroup._validate_no_meta_params", lambda self: None),
+        patch(f"{fsdp}._fully_shard._get_device_from_mesh", lambda mesh: META),
+        patch("torch.meta", torch.cpu, create=True),
+        patch("torch.nn.utils.clip_grad._has_foreach_support", lambda *_: True),
+        dispatch.stand_in(gpu),
+    ):
         yield
 
 
 @contextlib.contextmanager
 def world_of(ranks: int) -> Iterator[World]:
     """Rank 0 of so many, on the meta device, in a process group whose collectives move nothing."""
-    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    world = one_of(ranks, torch.device("cpu"), min(NODE, ranks))
     try:
-        yield World(0, ranks, META, init_device_mesh("cpu", (ranks,)), min(NODE, ranks))
+        yield replace(world, device=META)
     finally:
         dist.destroy_process_group()
 

@@ -100,7 +100,9 @@ def write_json(path: Path, value) -> None:
 
 
 def write_result(path: Path, value: dict) -> None:
-    """The whole of a result file. It is on the disk before BadResult says what is wrong with it."""
+    """The whole of a result file, once all is done. It is on the disk before BadResult says what is wrong with it."""
+    if value["machine"].get("nvidia_smi_before"):
+        value["machine"]["nvidia_smi_after"] = nvidia_smi()
     write_json(path, value)
     read_result(path)
 
