@@ -339,6 +339,10 @@ def _width(modifiers: str) -> int:
     return 4 if bits is None else int(bits[1] or bits[2]) // 8
 
 
+def widths_words(counts: Counter[int]) -> str:
+    return " ".join(f"{n}x{width}" for width, n in sorted(counts.items(), reverse=True))
+
+
 def complaints(name: str, arch: str, result: Compiled) -> list[str]:
     """What is beyond the limits: spills anywhere; registers, shared memory and widths where they were recorded."""
     found = [f"{result.spills} bytes of spills"] if result.spills else []
@@ -380,27 +384,22 @@ def main(arguments: list[str]) -> int:
     print(f"triton {triton.__version__}; no GPU is used; registers a thread, shared memory a program")
     if len(archs) < len(given.arch or ARCHS):
         print("sm_100: absent, this triton package has no ptxas-blackwell")
-    print(
-        f"{'kernel, shape, dtype':42} {'arch':7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>6} {'occup':>5}"
-        "  load / store"
-    )
+    head = f"{'kernel, shape, dtype':42} {'arch':7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>6} {'occup':>5}"
+    print(f"{head}  load / store")
     failures, rows = 0, []
     launches = cases(given.only)
     jobs = [(name, found[-1], arch) for name, found in launches.items() for arch in archs]
     with ThreadPoolExecutor(2) as pool:  # ptxas and cuobjdump are processes of their own
         results = list(pool.map(lambda job: compile_launch(*job[1:]), jobs))
     for (name, launch, arch), result in zip(jobs, results, strict=True):
-        widths = [
-            " ".join(f"{n}x{width}" for width, n in sorted(x.items(), reverse=True))
-            for x in (result.loads, result.stores)
-        ]
+        widths = " / ".join(widths_words(x) for x in (result.loads, result.stores))
         warps = launch.constants["num_warps"]
         share = occupancy(result.registers, result.shared_bytes, warps) if arch == "sm_90" else None
         row = f"{name:42} {arch:7} {warps:5} {result.registers:5} {result.spills:6} {result.shared_bytes:6} "
         row += f"{share:5.0%}" if share is not None else f"{'':5}"
         wrong = complaints(name, arch, result)
         failures += bool(wrong)
-        print(f"{row}  {' / '.join(widths)}{'  <- ' + '; '.join(wrong) if wrong else ''}")
+        print(f"{row}  {widths}{'  <- ' + '; '.join(wrong) if wrong else ''}")
         rows.append({
             "kernel": name, "arch": arch, "warps": warps, "registers": result.registers, "spills": result.spills,
             "shared_bytes": result.shared_bytes, "occupancy": share, "loads": result.loads, "stores": result.stores,

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from bench import kernels
 from bench.lib.clocks import bench_on
-from bench.lib.command import command
+from bench.lib.command import command, no_such
 from bench.lib.operations import ROW_MODES, Operation, random
 from bench.lib.peers import Peer
 from bench.lib.process import die_with_parent
@@ -225,7 +225,7 @@ def main(arguments: list[str]) -> int:
         return 0
     by_title = {name: operation for name, operation in every.items() if given.only in name}
     if not by_title:
-        raise kernels.no_such(given.only, every)
+        raise no_such(given.only, every)
     folder = given.out or results_folder(bench, partial=bool(given.only))
     excluded = {}
     if not given.resume:

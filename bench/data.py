@@ -103,11 +103,8 @@ def throughput_alone(n_processes: int, seconds: float) -> tuple[float, float, fl
     rates = [results.get() for _ in processes]
     for process in processes:
         process.join()
-    return (
-        sum(rate for rate, _, _ in rates),
-        sum(rate for _, rate, _ in rates),
-        sum(rate for *_, rate in rates) / len(rates),
-    )
+    text, tokens, a_core = map(sum, zip(*rates, strict=True))
+    return text, tokens, a_core / len(rates)
 
 
 def run_prepare(corpus: Path, out: Path, n_workers: int, extra: list[str]) -> tuple[float, float, dict[str, int]]:

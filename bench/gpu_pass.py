@@ -147,10 +147,8 @@ def finish(processes: list[subprocess.Popen], seconds: float) -> list[tuple[int 
     """
     began, took = time.monotonic(), {}
     try:
-        while len(took) < len(processes) and time.monotonic() - began < seconds:
-            took |= {
-                i: time.monotonic() - began for i, p in enumerate(processes) if i not in took and p.poll() is not None
-            }
+        while len(took) < len(processes) and (passed := time.monotonic() - began) < seconds:
+            took |= {i: passed for i, p in enumerate(processes) if i not in took and p.poll() is not None}
             time.sleep(0.05)
         late = [process for process in processes if process.poll() is None]
         for process in late:
@@ -217,15 +215,18 @@ def run_parts(visit: Visit, parts: list[Part], visit_s: float, result: dict, log
         for part, (code, seconds, said) in zip(group, ended, strict=True):
             is_test = "tests" in part.name
             good = code == 0 or (is_test and code == 5)  # pytest: nothing collected
-            status = (
-                "not reached" if left <= 5 else "ended at its limit" if code is None else "ok" if good else "failed"
-            )
+            status = "ended at its limit" if code is None else "ok" if good else "failed"
+            status = status if left > 5 else "not reached"
             words = last_words(said) if not good else said[-1][:300] if said else ""
             entry = {"status": status, "seconds": seconds, "limit_s": limit, "exit_code": code, "said": words}
             entry |= {"fingerprint": part.fingerprint()} | (test_counts(said) if is_test else {})
             result["parts"][part.name] = entry
             write_json(visit.out / "pass.json", result)
-            print(f"{part.name:15}{status:20}{seconds:6.0f} s   {words[:90]}", flush=True)
+            print(part_line(part.name, entry), flush=True)
+
+
+def part_line(name: str, entry: dict) -> str:
+    return f"{name:15}{entry['status']:20}{entry['seconds']:6.0f} s   {entry['said'][:90]}"
 
 
 def run_group(visit: Visit, group: list[Part], limit: float, log) -> list[tuple[int | None, float, list[str]]]:
@@ -296,7 +297,7 @@ def summary(visit: Visit, result: dict) -> list[str]:
     note = "smoke: no performance figure; " if visit.smoke else ""
     lines.append(f"{note}{machine['device']}, commit {machine['commit']}, files: {visit.out}")
     for name, part in result["parts"].items():
-        lines.append(f"{name:15}{part['status']:20}{part['seconds']:6.0f} s   {part['said'][:90]}")
+        lines.append(part_line(name, part))
         if "passed" in part:
             lines.append("  " + ", ".join(f"{part[k]} {k}" for k in ("passed", "failed", "errors", "skipped")))
             lines += [f"  failed: {test}" for test in part["failing"][:FAILING]]
@@ -331,9 +332,7 @@ def parser(parts: tuple[Part, ...]) -> argparse.ArgumentParser:
     made = parser_of(__doc__, "$OUT, or as bench/kernels.py")
     made.add_argument("--visit-s", type=float, default=840, help="seconds for everything [840]")
     made.add_argument("--only", help=f"parts to run, with commas: {','.join(names_of(parts))} [all]")
-    made.add_argument(
-        "--again", action="store_true", help="run also what an earlier call did, with nothing changed since"
-    )
+    made.add_argument("--again", action="store_true", help="run also what an earlier call did, nothing changed since")
     made.add_argument("--data", type=Path, help="folder that train.py trains on [random tokens]; see bench/trainer.py")
     made.add_argument("--calls", help="print the commands of calls of so many seconds each, at most 600, and end")
     made.add_argument("--pack-caches", action="store_true", help="leave caches.tar.xz for the next call")

@@ -16,9 +16,8 @@ tried; one that raises, failed: never left out. How time is taken, short kernels
 
 **Warm-up.** What is compiled lies in caches on disk, so a plain run first compiles for all providers in processes
 beside one another, within half its budget; who hangs or crashes there is not tried again. --warm-only does just that
-and names them in warm-kernels.json; a run that finds the file in DIR, or is told --no-warm, does without. No figure is
-taken meanwhile, so it may share the GPU with tests. torch.compile does time tiles then, and keeps what it finds: but
-processes share a GPU in slices of time longer than these kernels, and it takes the least of up to a hundred samples.
+and names them in warm-kernels.json; a run that finds the file in DIR, or is told --no-warm, does without. It may share
+the GPU with tests: torch.compile does time tiles then, but takes the least of up to a hundred samples.
 
 A provider that leaves the GPU in error (an illegal address) would fail all that come after it: the script then starts
 itself anew without it, from the case at which it was.
@@ -39,7 +38,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from unittest.mock import patch
@@ -54,29 +53,19 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from bench.lib import peers
+from bench.lib import operations, peers
 from bench.lib.ceilings import ceilings, copy_rate
 from bench.lib.clocks import Bench, Call, Clocks, bench_on, peak_bytes, sets_for
-from bench.lib.command import command, parser_of
-from bench.lib.operations import (
-    LOSSES,
-    OPERATIONS,
-    SETS,
-    SMOKE_SETS,
-    Operation,
-    cases,
-    chosen_sets,
-    excess,
-    largest,
-    limits,
-    random,
-    tuple_of,
-)
+from bench.lib.command import command, no_such, parser_of
+from bench.lib.operations import LOSSES, OPERATIONS, SETS, SMOKE_SETS, Operation
 from bench.lib.peers import Peer
 from bench.lib.process import CACHES, ROOT, die_with_parent, line_of
 from bench.lib.results import new_result, results_folder, write_json, write_result
 from halny.kernels import dispatch
 from halny.model.exits import Refused
+
+# A compiled backward may otherwise overwrite what it was given, and refuses to run twice on one graph
+torch._functorch.config.donated_buffer = False
 
 # ----------------------------------------------------------------------------------------------------------- one case
 
@@ -86,7 +75,6 @@ class KernelCase:
 
     def __init__(self, bench: Bench, operation: Operation, shape: dict, dtype: torch.dtype):
         self.bench, self.operation, self.shape, self.dtype = bench, operation, shape, dtype
-        allow_kept_graphs()
         torch.manual_seed(0)
         first = operation.inputs(shape, dtype, bench.device)
         size = sum(x.numel() * x.element_size() for x in first if isinstance(x, Tensor))
@@ -94,11 +82,11 @@ class KernelCase:
         self.inputs = [first, *(operation.inputs(shape, dtype, bench.device) for _ in range(n_sets - 1))]
         self.upstream: list[list[Tensor]] = [[] for _ in range(n_sets)]
         if "backward" in operation.modes:
-            shapes = operation.output_shapes(first)
-            self.upstream = [[random(*s, dtype=dtype, device=bench.device) for s in shapes] for _ in range(n_sets)]
+            shapes, like = operation.output_shapes(first), dict(dtype=dtype, device=bench.device)
+            self.upstream = [[operations.random(*s, **like) for s in shapes] for _ in range(n_sets)]
         same_dtype = operation.expected(first, self.upstream[0], dtype)
         self.truth = operation.expected(first, self.upstream[0], torch.float64)
-        self.limits = [limits(same, true) for same, true in zip(same_dtype, self.truth, strict=True)]
+        self.limits = [operations.limits(same, true) for same, true in zip(same_dtype, self.truth, strict=True)]
 
     def errors(self, function: Callable) -> dict[str, dict[str, float]]:
         """The error of every output and gradient of a provider, beside its bound. On copies: some work in place."""
@@ -107,11 +95,11 @@ class KernelCase:
         if len(got) != len(names):
             raise ValueError(f"{len(got)} outputs and gradients where {len(names)} were expected")
         for name, x, true, bounds in zip(names, self.operation.compared(got), self.truth, self.limits, strict=True):
-            found[name] = excess(x, true, *bounds)
+            found[name] = operations.excess(x, true, *bounds)
         if "loss only" in self.operation.modes:
             with torch.no_grad():
                 loss = function(*copied(self.inputs[0]))
-            found["loss without gradient"] = excess(loss, self.truth[0], *self.limits[0])
+            found["loss without gradient"] = operations.excess(loss, self.truth[0], *self.limits[0])
         return found
 
     def call(self, peer: Peer, function: Callable, mode: str) -> Call:
@@ -133,10 +121,10 @@ class KernelCase:
                 if isinstance(mine, Tensor):
                     mine.data.copy_(original)
 
-        graphs = [tuple_of(function(*one)) for one in leaves] if mode == "backward" else []
+        graphs = [operations.tuple_of(function(*one)) for one in leaves] if mode == "backward" else []
 
         def both(i: int):
-            return torch.autograd.grad(tuple_of(function(*leaves[i])), wanted[i], upstream[i] or None)
+            return torch.autograd.grad(operations.tuple_of(function(*leaves[i])), wanted[i], upstream[i] or None)
 
         run = {
             "loss only": torch.no_grad()(lambda i: function(*leaves[i])),
@@ -187,7 +175,7 @@ def load(peer: Peer) -> tuple[Callable | None, str, str]:
         return None, "failed", line_of(error)
 
 
-BY_SIGNAL, IN_ERROR = "was ended by signal", "left the GPU in error"
+BY_SIGNAL, IN_ERROR, NO_TIME = "was ended by signal", "left the GPU in error", "no time was left to compile it"
 
 
 def judge(case: KernelCase, providers: list[Peer], excluded: dict[str, str]) -> tuple[dict, dict, dict]:
@@ -278,11 +266,6 @@ def run_case(
         yield rows
 
 
-def allow_kept_graphs() -> None:
-    """A compiled backward may otherwise overwrite what it was given, and refuses to run twice on one graph."""
-    torch._functorch.config.donated_buffer = False
-
-
 # -------------------------------------------------------------------------------------------------- errors of the loss
 
 
@@ -318,7 +301,8 @@ def loss_errors(bench: Bench, rows: int, dim: int, vocabulary: int) -> Iterator[
                     got = operation.results(function, inputs, [])
                 if bool(dispatch.launches) != (peer.package == "halny"):
                     raise RuntimeError(f"{peer.name}: kernels ran where they should not, or did not where they should")
-                yield text + "".join(f"{largest(x, y) / largest(y):10.1e}" for x, y in zip(got, truth, strict=True))
+                errors = (operations.largest(x, y) / operations.largest(y) for x, y in zip(got, truth, strict=True))
+                yield text + "".join(f"{error:10.1e}" for error in errors)
 
 
 # ------------------------------------------------------------------------------------------------------------- warm-up
@@ -333,10 +317,9 @@ COMPILED_AT_FIRST = ("Liger-Kernel", "halny", "cut-cross-entropy", "quack", "tor
 def run_once(bench: Bench, operation: Operation, function: Callable, shape: dict) -> None:
     """Forward and backward of one provider in one case, so that what it compiles lies in the caches on disk."""
     torch.manual_seed(0)
-    allow_kept_graphs()
     inputs = operation.inputs(shape, torch.bfloat16, bench.device)
     leaves = [x.requires_grad_() if i in operation.gradients else x for i, x in enumerate(inputs)]
-    outputs = tuple_of(function(*leaves))
+    outputs = operations.tuple_of(function(*leaves))
     if operation.gradients:
         torch.autograd.grad(outputs, [leaves[i] for i in operation.gradients], [torch.ones_like(y) for y in outputs])
     if "loss only" in operation.modes:
@@ -347,7 +330,7 @@ def run_once(bench: Bench, operation: Operation, function: Callable, shape: dict
 
 def warm(bench: Bench, operation: Operation, provider: str, sets: dict[str, dict]) -> None:
     function = next(p for p in peers.PEERS[operation.name] if p.name == provider).load()
-    for one, _, shape in cases(sets, operation.name):
+    for one, _, shape in operations.cases(sets, operation.name):
         if one is operation:
             run_once(bench, operation, function, shape)
             bench.release()
@@ -360,7 +343,7 @@ def warm_jobs(only: str, sets: dict[str, dict]) -> list[tuple[str, str]]:
     """
     jobs = [
         (name, peer.name)
-        for name in dict.fromkeys(operation.name for operation, _, _ in cases(sets, only))
+        for name in dict.fromkeys(operation.name for operation, _, _ in operations.cases(sets, only))
         for peer in peers.PEERS[name]
         if peer.package in COMPILED_AT_FIRST and peer.name != "Liger-Kernel, CuTe DSL" and load(peer)[0] is not None
     ]
@@ -373,7 +356,7 @@ def warm_bytes(operation: Operation, sets: dict[str, dict]) -> float:
     At full size, because the row count decides what is compiled: of torch.compile the whole code, of the others tiles.
     """
     most = 0
-    for one, _, shape in cases(sets, operation.name):
+    for one, _, shape in operations.cases(sets, operation.name):
         if one is operation:
             tensors = operation.counts("both" if "both" in operation.modes else "update", shape, 2)[0]
             logits = shape["tokens"] * shape["vocabulary"] if operation.name in LOSSES else 0
@@ -402,12 +385,12 @@ def warm_all(
     excluded: dict[str, dict[str, str]] = {case: {} for case, _ in jobs}
     for case, provider in jobs:
         if provider != "halny":
-            excluded[case][provider] = "no time was left to compile it"
+            excluded[case][provider] = NO_TIME
 
     def run(job: tuple[str, str]) -> str | None:
         seconds = min(limit, end - time.monotonic())
         if seconds <= 0:
-            return "no time was left to compile it"
+            return NO_TIME
         command = [sys.executable, str(ROOT / "bench" / script), "--warm", *job, *more]
         environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "2"}  # there are processes enough
         try:
@@ -554,10 +537,6 @@ def start_anew(path: Path, deadline: float) -> None:
     os.execv(sys.executable, [sys.executable, *sys.argv, "--resume", str(path), "--budget-s", left])
 
 
-def no_such(only: str, names: Iterable[str]) -> Refused:
-    return Refused(f"--only {only!r} is part of no name; there are {'; '.join(names)}")
-
-
 def left_out(providers: list[Peer], without: list[str]) -> dict[str, str]:
     """provider -> why it is not tried, of those that --without names."""
     named = [(peer.name, text) for peer in providers for text in without if text in peer.name]
@@ -609,7 +588,7 @@ def main(arguments: list[str]) -> int:
             raise Refused(f"--loss-error takes ROWS DIM VOCABULARY or nothing, got {sizes}")
         print(*loss_errors(bench, *sizes), sep="\n")
         return 0
-    sets = chosen_sets(SMOKE_SETS if given.smoke else SETS, given.set)
+    sets = operations.chosen_sets(SMOKE_SETS if given.smoke else SETS, given.set)
     if given.warm:
         die_with_parent()
         warm(bench, OPERATIONS[given.warm[0]], given.warm[1], sets)
@@ -617,7 +596,7 @@ def main(arguments: list[str]) -> int:
     if not any(given.only in name for name in OPERATIONS):
         raise no_such(given.only, OPERATIONS)
     folder = given.out or results_folder(bench, partial=bool(given.only or given.set))
-    sizes = {operation.name: warm_bytes(operation, sets) for operation, _, _ in cases(sets, given.only)}
+    sizes = {operation.name: warm_bytes(operation, sets) for operation, _, _ in operations.cases(sets, given.only)}
     more = tuple(argument for name in given.set or () for argument in ("--set", name))
     jobs_of = lambda: warm_jobs(given.only, sets)  # noqa: E731
     excluded = {}
@@ -627,7 +606,7 @@ def main(arguments: list[str]) -> int:
         return 0
     jobs = [
         (operation, name, shape, peers.PEERS[operation.name], operation.name)
-        for operation, name, shape in cases(sets, given.only)
+        for operation, name, shape in operations.cases(sets, given.only)
     ]
     dtype = torch.float32 if given.smoke else torch.bfloat16  # the interpreter rounds bf16 wrongly
     return run_jobs(bench, given, "kernels", folder, jobs, excluded, start, dtype)

@@ -55,6 +55,7 @@ FSDP_PARTS = {
     **dict.fromkeys(("foreach_all_gather", "wait_for_unshard", "to_sharded_post_forward"), "gathered_parameters"),
     "foreach_reduce": "working",
 }
+PHASES = {"activations": "forward", "logits": "loss", "working": "backward"}  # of the step, by what is made in it
 
 
 @dataclass
@@ -114,9 +115,7 @@ class Live(MetaMode):
         key = id(storage)  # the same object as long as any tensor has it
         if key not in self._live:
             held = self._live[key] = Storage(0, part or self._part())
-            self._phase = {"activations": "forward", "logits": "loss", "working": "backward"}.get(
-                held.part, self._phase
-            )
+            self._phase = PHASES.get(held.part, self._phase)
             held.reference = weakref.ref(storage, lambda _: self._forget(key))
             self._change(held, storage.nbytes())
 
@@ -193,10 +192,6 @@ def state(step: MetaStep) -> dict[str, list[Tensor]]:
     }
 
 
-def predicted(case: MetaCase) -> dict[str, memory.MemoryEstimate]:
-    return memory.memory_moments(case.work, case.layout)
-
-
 @dataclass(frozen=True)
 class Row:
     part: str
@@ -221,17 +216,16 @@ def compare(moment: Moment, estimate: memory.MemoryEstimate) -> list[Row]:
 
 def tables(case: MetaCase) -> Iterator[tuple[str, list[Row]]]:
     """(which moment, its rows): the peak of the step, and the loss."""
-    live, moments = count(case), predicted(case)
+    live, moments = count(case), memory.memory_moments(case.work, case.layout)
     name, peak = max(moments.items(), key=lambda item: item[1].total)
     yield f"the peak: {name}", compare(max(live.most.values(), key=lambda moment: moment.total), peak)
     yield "the loss", compare(live.most["loss"], moments["loss"])
 
 
 def describe(case: MetaCase) -> str:
-    tokens = f"{case.accumulation} x " * (case.accumulation > 1) + f"{case.micro_batch} x {case.seq_len} tokens"
     if case.ranks == 1:
-        return f"one rank, AdamW's moments in {case.moments}, {tokens}"
-    return f"one rank of {case.ranks} under FSDP2, {tokens}"
+        return f"one rank, AdamW's moments in {case.moments}, {case.tokens}"
+    return f"one rank of {case.ranks} under FSDP2, {case.tokens}"
 
 
 def print_tables(case: MetaCase) -> bool:
@@ -257,11 +251,12 @@ MICRO_BATCHES = (1, 2, 4, 8)
 RANKS = 256
 
 
-def card_lines(model: MistralConfig, recompute: str = "auto", name: str = "mistral-7b-1gpu") -> Iterator[str]:
-    """What roofline.py predicts that a step needs, what that leaves of each card, and what the preset takes there."""
+def card_lines(model: MistralConfig, name: str = "mistral-7b-1gpu") -> Iterator[str]:
+    """What memory.py predicts that a step needs, what that leaves of each card, and what the preset takes there."""
     recipe = RECIPES[name]
     seq_len, share = recipe["seq_len"], recipe["batch_tokens"] // recipe["seq_len"]
-    rooms = {card: machines.GPUS[card].memory_bytes * (1 - memory.RESERVED) for card in CARDS}
+    sizes = {card: machines.GPUS[card].memory_bytes for card in CARDS}
+    rooms = {card: size * (1 - memory.RESERVED) for card, size in sizes.items()}
     yield (
         f"predicted by model/estimate/memory.py, nothing measured: GB at a step's peak for {parameters(model):,} "
         f"parameters, sequences of {seq_len}"
@@ -271,14 +266,11 @@ def card_lines(model: MistralConfig, recompute: str = "auto", name: str = "mistr
         "Lines are of --recompute always\n"
     )
     yield f"{'':<44}{'':>9}" + "".join(f"{card.removeprefix('NVIDIA '):>18}" for card in CARDS)
-    totals = (f"{machines.GPUS[card].memory_bytes / 1e9:.1f}, left" for card in CARDS)
-    yield f"{'':<44}{'needs':>9}" + "".join(f"{total:>18}" for total in totals)
+    yield f"{'':<44}{'needs':>9}" + "".join(f"{size / 1e9:>12.1f}, left" for size in sizes.values())
 
     def line(what: str, estimate: memory.MemoryEstimate) -> str:
-        left = ((room - estimate.total) / 1e9 for room in rooms.values())
-        return f"{what:<44}{estimate.total / 1e9:>9.1f}" + "".join(
-            f"{x:>18.1f}" if x >= 0 else f"{'-':>18}" for x in left
-        )
+        left = (f"{room / 1e9:.1f}" if room >= 0 else "-" for room in (x - estimate.total for x in rooms.values()))
+        return f"{what:<44}{estimate.total / 1e9:>9.1f}" + "".join(f"{words:>18}" for words in left)
 
     for moments in memory.MOMENT_BYTES:
         for accumulates in (False, True):
@@ -291,11 +283,9 @@ def card_lines(model: MistralConfig, recompute: str = "auto", name: str = "mistr
         yield line(f"one rank of {RANKS}, {n} x {seq_len}", estimate)
 
     yield f"\n{name}: {recipe['batch_tokens']:,} tokens a step, moments in {recipe['moments']}, takes on"
-    for card in CARDS:
-        found = decide(
-            model, ranks=1, node=1, memory_bytes=machines.GPUS[card].memory_bytes, seq_len=seq_len, share=share,
-            moments=recipe["moments"], recompute=recompute,
-        )  # fmt: skip
+    for card, size in sizes.items():
+        found = decide(model, ranks=1, node=1, memory_bytes=size, seq_len=seq_len, share=share,
+                       moments=recipe["moments"])  # fmt: skip
         work, needed = found.work, sum(found.memory.values())
         if needed > rooms[card]:
             yield f"  {card:<24} nothing: one sequence does not fit"
@@ -317,13 +307,10 @@ CASES = [
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cards", action="store_true", help="the prediction alone, for GPUs of 80, 96 and 141 GB")
-    parser.add_argument(
-        "--recompute", choices=("auto", "always", "never"), default="auto", help="with --cards: as train.py has it"
-    )
     given = parser.parse_args(arguments)
     model = PRESETS["mistral-7b"]
     if given.cards:
-        print("\n".join(card_lines(model, given.recompute)))
+        print("\n".join(card_lines(model)))
         return 0
     print("counted: tensors of train.py's step on the meta device; predicted: memory.py. No GPU, nothing measured")
     fine = [print_tables(MetaCase(model, 4, 4096, **case)) for case in CASES]

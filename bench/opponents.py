@@ -10,10 +10,8 @@ weights and tokens, the mean loss, ``clip_grad_norm_``, ``torch.optim.AdamW(fuse
 that it patches by default, the fused linear cross-entropy with it.
 
 Two precisions: weights, gradients and moments in bf16, as is usual on one card; and fp32 ones with autocast to bf16,
-which is what ours keeps with fp32 moments. Each opponent is given its best: micro batches of 8, 4, 2 and 1 with every
-layer compiled, down to where they get slower, then the best of these with the whole model compiled; gradient
-checkpointing only where nothing fits without. The largest throughput counts, all that was tried is recorded. Each runs
-in a process of its own, within its share of the budget; what is not installed is named absent.
+which is what ours keeps with fp32 moments. Each opponent is given its best (``next_way``): the largest throughput
+counts, all that was tried is recorded. Each runs in a process of its own, within its share of the budget.
 """
 
 from __future__ import annotations
@@ -36,13 +34,12 @@ import torch
 import torch._dynamo
 
 from bench.lib.clocks import Bench, bench_on
-from bench.lib.command import at_least_one, command, leave, parser_of, passed_on
+from bench.lib.command import at_least_one, command, leave, no_such, parser_of, passed_on
 from bench.lib.process import be_a_case, in_its_own_process, line_of
 from bench.lib.results import new_result, results_folder, write_json, write_result
 from bench.lib.steps import memory_figures, mfu_words, random_tokens, steady_steps, step_figures, way_words
 from halny.model.estimate.memory import activation_bytes_per_token
 from halny.model.estimate.sizes import parameters
-from halny.model.exits import Refused
 from halny.model.mistral import PRESETS, MistralConfig
 
 SEQ_LEN = 4096
@@ -195,9 +192,9 @@ def attempt(
 def next_way(attempts: list[dict], smoke: bool, micro_batch: int | None) -> tuple[int, str | None, bool] | None:
     """The (micro batch, compiled, checkpointing) to try after these; None: enough.
 
-    The sizes, each layer compiled, which is quick, until one is slower than the one before; and the best of them with
-    the whole model compiled. If none fits, with checkpointing, the largest that does; of the whole model, because a
-    checkpoint keeps a compiled layer from running.
+    The sizes of MICRO_BATCHES, each layer compiled, which is quick, until one is slower than the one before; and the
+    best of them with the whole model compiled. If none fits, with checkpointing, the largest that does; of the whole
+    model, because a checkpoint keeps a compiled layer from running.
     """
     sizes = (2, 1) if smoke else (micro_batch,) if micro_batch else MICRO_BATCHES
     plain = [a for a in attempts if not a["checkpointing"] and a["compiled"] != MODEL]
@@ -224,13 +221,11 @@ def measured(bench: Bench, opponent: Opponent, given: argparse.Namespace, save: 
     row = {"name": opponent.name, "label": opponent.label, "status": "failed", "reason": "", "attempts": attempts}
     row |= {"n_layers": config.n_layers, "seq_len": 64 if bench.smoke else SEQ_LEN}
     save(row)
-    if bench.on_gpu:
-        needed = opponent.state_bytes * parameters(config)
-        memory = bench.memory_bytes
-        if needed > memory:
-            reason = f"weights, gradients and moments alone take {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"
-            save({"status": "does not fit", "reason": reason})
-            return
+    needed, memory = opponent.state_bytes * parameters(config), bench.memory_bytes
+    if memory is not None and needed > memory:
+        reason = f"weights, gradients and moments alone take {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"
+        save({"status": "does not fit", "reason": reason})
+        return
     try:
         step = OpponentStep(opponent, config, bench.device)
     except ImportError as error:
@@ -284,7 +279,7 @@ def main(arguments: list[str]) -> int:
         return be_a_case(given.case, Path(given.row), run)
     wanted = [o for o in OPPONENTS if given.only in o.name]
     if not wanted:
-        raise Refused(f"--only {given.only!r} is part of no name; there are {', '.join(o.name for o in OPPONENTS)}")
+        raise no_such(given.only, (o.name for o in OPPONENTS))
     at_least_one(given, "steps", "layers", "micro_batch")
     bench = bench_on(given.smoke)
     started = time.monotonic()

@@ -26,20 +26,15 @@ H100_HBM2E = replace(H100, hbm_bytes_per_second=2.4e12, memory_bytes=96 * 10**9)
 GH200 = machines.GPUS["NVIDIA GH200 480GB"]
 
 # Architectures in the words of MistralConfig, which has three MLP matrices and no tied weights:
-MPT_7B = (
-    MistralConfig(  # two MLP matrices of 4 x 4096: as many weights in three; its tied embedding is gathered twice here
-        vocab_size=50368, hidden_dim=10923, n_kv_heads=32, window=None, max_seq_len=2048
-    )
-)
+# MPT's two MLP matrices of 4 x 4096 are as many weights in three; its tied embedding is gathered twice here
+MPT_7B = MistralConfig(vocab_size=50368, hidden_dim=10923, n_kv_heads=32, window=None, max_seq_len=2048)
 LLAMA2_7B = MistralConfig(hidden_dim=11008, n_kv_heads=32, window=None)
 LLAMA3_8B = MistralConfig(vocab_size=128256, window=None)
 OLMO2_7B = MistralConfig(vocab_size=100352, hidden_dim=11008, n_kv_heads=32, window=None)
 MISTRAL_7B = MistralConfig()
 
 LLM_FOUNDRY = "https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md"
-FMS_FSDP = (
-    "https://pytorch.org/blog/maximizing-training-throughput/, https://github.com/foundation-model-stack/fms-fsdp"
-)
+FMS_FSDP = "https://pytorch.org/blog/maximizing-training-throughput/, github.com/foundation-model-stack/fms-fsdp"
 TORCHTITAN = "https://github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3"
 BIELIK = "https://huggingface.co/speakleash/Bielik-7B-v0.1"
 
@@ -61,9 +56,8 @@ class Run:
     def predict(self, rates: Rates) -> float:
         cluster = Cluster(self.gpu, self.gpus, self.gpus_per_node, 450e9, self.nic_gbs * 1e9)
         layout = Layout(self.shards or self.gpus, self.gpus // (self.shards or self.gpus))
-        return step_time.tokens_per_second(
-            self.work, step_time.step(self.work, cluster, layout, rates, communicators=1)
-        )
+        step = step_time.step(self.work, cluster, layout, rates, communicators=1)
+        return step_time.tokens_per_second(self.work, step)
 
 
 def mpt(gpus: int, published: float) -> Run:
@@ -130,9 +124,7 @@ def fit(runs: list[Run], start: Rates = step_time.RATES["good"], steps: int = 8)
     x = np.array([start.matmul, start.straggling])
     for _ in range(steps):
         here = errors(x)
-        slopes = np.stack(
-            [(errors(x + widths * axis) - here) / width for axis, width in zip(np.eye(2), widths, strict=True)]
-        )
+        slopes = np.stack([(errors(x + shift) - here) / shift.sum() for shift in np.diag(widths)])
         x = np.clip(x - np.linalg.lstsq(slopes.T, here, rcond=None)[0], [0.2, 0.0], [1.0, 0.1])
     return replace(base, **dict(zip(names, map(float, x), strict=True)))
 
@@ -159,20 +151,16 @@ def predictions(runs: list[Run] = RUNS) -> list[Prediction]:
 
 def main() -> None:
     rows = predictions()
-    print(
-        "predicted by step_time.py's model with constants fitted to other programs' runs; published: tokens/s a GPU\n"
-    )
+    print("predicted by step_time.py's model, fitted to other programs' runs; published: tokens/s a GPU\n")
     print(f"{'program':<13}{'run':<38}{'published':>10}{'predicted':>11}{'error':>8}{'point out':>11}   constants")
     for p in rows:
         print(
             f"{p.run.program:<13}{p.run.what:<38}{p.run.published:>10,.0f}{p.predicted:>11,.0f}{p.error:>+8.1%}"
             f"{p.error_point_out:>+11.1%}   matmul {p.rates.matmul:.3f}, straggling {p.rates.straggling:.4f}"
         )
-    for name, errors in (
-        ("program left out", [abs(p.error) for p in rows]),
-        ("point left out", [abs(p.error_point_out) for p in rows]),
-    ):
-        print(f"\n{name}: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}", end="")
+    for name, field in (("program", "error"), ("point", "error_point_out")):
+        errors = [abs(getattr(p, field)) for p in rows]
+        print(f"\n{name} left out: median error {statistics.median(errors):.1%}, largest {max(errors):.1%}", end="")
     rates = fit(RUNS)
     print(f'\n\nfitted to all, model/estimate/step_time.py\'s "published": {rates}\n\nsources and assumptions')
     for run in RUNS:

@@ -424,28 +424,21 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def one_case(given: argparse.Namespace) -> int:
-    """The process of a case: its row goes to the path that it was given."""
-    mode, _, moments = given.case.partition(":")
-    case = StepCase(mode, moments, given.accumulation if mode == "one-gpu" else 1)
-    return be_a_case(given.case, Path(given.row), lambda save: measured(bench_on(given.smoke), case, given, save))
-
-
 @command
 def main(arguments: list[str]) -> int:
     given = parser().parse_args(arguments)
     at_least_one(given, "steps", "layers", "micro_batch", "accumulation")
-    if given.case:
-        return one_case(given)
+    if given.case:  # the process of one
+        mode, _, moments = given.case.partition(":")
+        case = StepCase(mode, moments, given.accumulation if mode == "one-gpu" else 1)
+        return be_a_case(given.case, Path(given.row), lambda save: measured(bench_on(given.smoke), case, given, save))
     needs_gpu = {"one-gpu", "rank-of-256"} & set(given.mode)
     if given.profile and not needs_gpu:
         raise Refused("--profile needs a mode that runs; model-of-256 is arithmetic")
     bench = replace(bench_on(given.smoke or not needs_gpu), smoke=given.smoke)
     started = time.monotonic()
     if BEST in given.moments:
-        best = "8bit"
-        if bench.on_gpu:
-            best = best_moments(bench.name, bench.memory_bytes, given.accumulation)
+        best = best_moments(bench.name, bench.memory_bytes, given.accumulation) if bench.on_gpu else "8bit"
         given.moments = list(dict.fromkeys(best if m == BEST else m for m in given.moments))
     wanted = cases(given.mode, given.moments, given.accumulation)
     out = given.out or (results_folder(bench) if wanted else ROOT / "runs" / "bench")

@@ -196,9 +196,9 @@ class Process:
 
     def said(self) -> list[str]:
         """What it printed: the beginning and the end where that is long."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        lines = [line.replace(f"{self.stage.scratch}/", "").replace(f"{self.stage.data.parent}/", "") for line in lines]
-        lines = [line[:300] for line in lines]
+        text = self.log.read_text(errors="replace")
+        text = text.replace(f"{self.stage.scratch}/", "").replace(f"{self.stage.data.parent}/", "")
+        lines = [line[:300] for line in text.splitlines() if line.strip()]
         if len(lines) > SAID_LINES:
             lines = [*lines[: SAID_LINES // 2], f"({len(lines) - SAID_LINES} lines)", *lines[-SAID_LINES // 2 :]]
         return lines
@@ -274,10 +274,9 @@ def compared(ours: list[dict], theirs: list[dict], stopped: int) -> tuple[str, s
         if not figures["loss_after"] and not figures["grad_norm_after"]:
             return "ok", f"bit for bit, the {len(after)} steps after the stop like those before it", figures
         return "failed", f"equal to the bit before the stop, but by {figures['loss_after']:.3g} apart after it", figures
-    words = (
-        f"two runs differ in loss by {figures['loss_before']:.3g} before the stop, {figures['loss_after']:.3g} after"
-    )
-    fine = figures["loss_after"] <= max(FACTOR * figures["loss_before"], 0.01)
+    before, after = figures["loss_before"], figures["loss_after"]
+    words = f"two runs differ in loss by {before:.3g} before the stop, {after:.3g} after"
+    fine = after <= max(FACTOR * before, 0.01)
     return ("ok" if fine else "failed"), f"not to the bit, without the stop either: {words}", figures
 
 
@@ -325,10 +324,8 @@ def stop_and_resume(stage: Stage, case: TrainerCase) -> Path | None:
             if not any(text.startswith(f"resuming after step {stopped} ") for text in row["said"]):
                 raise RuntimeError(f"it did not resume after step {stopped}")
             row["figures"]["summary"] = read(run_dir / "summary.json")
-            left = [
-                name for name in ("export", "curves.png", "sample.txt", "summary.json") if (run_dir / name).exists()
-            ]
-            row["reason"] = f"finished; left {', '.join(left)}"
+            wanted = ("export", "curves.png", "sample.txt", "summary.json")
+            row["reason"] = f"finished; left {', '.join(name for name in wanted if (run_dir / name).exists())}"
             rates = row["figures"]["tokens_per_second"]
             row["reason"] += f"; {rates[-1]:,} tokens/s in the last step" if rates and not stage.smoke else ""
         with stage.tried(f"{case.name}: resumed = undisturbed") as row:
@@ -354,8 +351,7 @@ def stop_and_resume(stage: Stage, case: TrainerCase) -> Path | None:
 def profile_figures(run_dir: Path, on_gpu: bool) -> dict:
     """What --profile has left. RuntimeError if a file of it is missing or empty."""
     found = {path.name: path.stat().st_size for path in sorted((run_dir / "traces").glob("steps-*"))}
-    wanted = ("-rank-0.json.gz", "-rank-0.txt", *(["-rank-0.memory.pickle"] if on_gpu else []))
-    for end in wanted:
+    for end in ("-rank-0.json.gz", "-rank-0.txt", *(["-rank-0.memory.pickle"] if on_gpu else [])):
         if not any(name.endswith(end) and size for name, size in found.items()):
             raise RuntimeError(f"--profile left {', '.join(found) or 'nothing'}, and no steps-FIRST-LAST{end}")
     tables = next((run_dir / "traces").glob("steps-*-rank-0.txt")).read_text().splitlines()
@@ -419,9 +415,8 @@ def be_export(smoke: bool) -> int:
         return 1
     device = torch.device("cpu" if smoke else "cuda")
     generator = torch.Generator().manual_seed(0)
-    config = json.loads((export / "config.json").read_text())
-    length = 64 if smoke else 512
-    tokens = torch.randint(3, config["vocab_size"], (2, length), generator=generator).to(device)
+    vocab_size = read(export / "config.json")["vocab_size"]
+    tokens = torch.randint(3, vocab_size, (2, 64 if smoke else 512), generator=generator).to(device)
     logits = {}
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16):

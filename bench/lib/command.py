@@ -6,7 +6,7 @@ import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from halny.model.exits import REFUSED, Refused
@@ -30,6 +30,10 @@ def at_least_one(given: argparse.Namespace, *names: str) -> None:
         value = getattr(given, name)
         if value is not None and value < 1:
             raise Refused(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+
+
+def no_such(only: str, names: Iterable[str]) -> Refused:
+    return Refused(f"--only {only!r} is part of no name; there are {'; '.join(names)}")
 
 
 def passed_on(given: argparse.Namespace, *names: str) -> list[str]:

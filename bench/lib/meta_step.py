@@ -117,6 +117,11 @@ class MetaCase:
         return self.micro_batch * self.seq_len
 
     @property
+    def tokens(self) -> str:
+        """Those of a step, in words."""
+        return f"{self.accumulation} x " * (self.accumulation > 1) + f"{self.micro_batch} x {self.seq_len} tokens"
+
+    @property
     def lengths(self) -> list[int]:
         return [self.seq_len] * self.micro_batch
 

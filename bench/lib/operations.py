@@ -4,9 +4,9 @@ An operation has inputs, a reference in plain PyTorch, and modes; who does it, a
 
 ``minimum`` and ``Update.counts`` say how many bytes a mode must move if every tensor crosses the memory bus once, and
 how many FLOPs of matrix products it must do. GB/s in tables are these bytes over the time, whatever a provider moves.
-One operation can be had for less: RoPE's forward need not move v, which a view of the input can be (``unmoved``). Ours
-copies it into one packed output, so its rate counts it; the rate of a provider that leaves v where it is
-(``Peer.leaves_v``) does not. A row has both figures, "bytes" for its rate and "least_bytes".
+One operation can be had for less: RoPE's forward need not move v, which a view of the input can be
+(``Operation.unmoved``). Ours copies it into one packed output, so its rate counts it; the rate of a provider that
+leaves v where it is (``Peer.leaves_v``) does not. A row has both figures, "bytes" for its rate and "least_bytes".
 """
 
 from __future__ import annotations
@@ -71,13 +71,6 @@ def minimum(operation: str, mode: str, shape: dict, b: int) -> tuple[int, int]:
     return b * sum(elements[operation, m] for m in modes), 0
 
 
-def unmoved(operation: str, mode: str, shape: dict, b: int) -> int:
-    """Bytes of ``minimum`` that a provider can leave out: RoPE's v, read and written, if it stays where it is."""
-    if operation != "rope" or mode == "backward":  # whose three gradients become one packed tensor
-        return 0
-    return b * 2 * shape["tokens"] * shape["kv_heads"] * shape["head_dim"]
-
-
 # ---------------------------------------------------------------------------------------------------------- operations
 
 
@@ -95,7 +88,10 @@ class Operation:
         return minimum(self.name, mode, shape, b)
 
     def unmoved(self, mode: str, shape: dict, b: int) -> int:
-        return unmoved(self.name, mode, shape, b)
+        """Bytes of ``counts`` that a provider can leave out: RoPE's v, read and written, if it stays where it is."""
+        if self.name != "rope" or mode == "backward":  # whose three gradients become one packed tensor
+            return 0
+        return b * 2 * shape["tokens"] * shape["kv_heads"] * shape["head_dim"]
 
     def results(self, function: Callable, inputs: list, upstream: list[Tensor]) -> list[Tensor]:
         """Outputs, then the gradients of inputs."""
@@ -192,11 +188,8 @@ def linear_cross_entropy_inputs(shape, dtype, device):
 
 def update_inputs(shape, dtype, device):
     """A weight in fp32, and its gradient in the dtype of the computation."""
-    size = shape["hidden"], shape["dim"]
-    return [
-        random(*size, dtype=torch.float32, device=device, scale=0.02),
-        random(*size, dtype=dtype, device=device, scale=1e-3),
-    ]
+    kinds = (torch.float32, 0.02), (dtype, 1e-3)
+    return [random(shape["hidden"], shape["dim"], dtype=kind, device=device, scale=scale) for kind, scale in kinds]
 
 
 ROW_MODES, LOSS_MODES = ("forward", "backward", "both"), ("both", "loss only")

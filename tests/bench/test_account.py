@@ -304,7 +304,10 @@ def test_host_time_of_operations():
         (["--layers", "0"], "--layers must be at least 1, got 0"),
         (["--seq-len", "40000"], "--seq-len 40000 is beyond mistral-7b's limit of 32768"),
         (["--gpu", "NVIDIA A100-SXM4-80GB"], "--gpu NVIDIA A100-SXM4-80GB is not known; use one of NVIDIA H100"),
-        (["--moments", "8bit", "--ranks", "2"], "--moments 8bit is for one rank, and --ranks is 2"),
+        (
+            ["--moments", "8bit", "--ranks", "2"],
+            "--moments 8bit is for one rank in bf16, and this is bf16 on 2",
+        ),
         (["--reshard", "node"], "--reshard node is for several ranks, and --ranks is 1; leave it out"),
         (["--reshard", "node", "--ranks", "6"], "--reshard node (4 ranks) does not divide the 6 shards"),
         (["--accumulation", "2", "--ranks", "2"], "--accumulation 2 is counted on one rank only; leave out --ranks"),
