@@ -205,10 +205,6 @@ def spread(excluded: dict, operations: dict[str, Attention], dtype: torch.dtype,
     return found
 
 
-def warm_bytes(operation: Attention) -> float:
-    return 2e9 + 2 * operation.counts("both", operation.shape, 2)[0]
-
-
 @command
 def main(arguments: list[str]) -> int:
     start = time.monotonic()
@@ -227,12 +223,10 @@ def main(arguments: list[str]) -> int:
     if not by_title:
         raise no_such(given.only, every)
     folder = given.out or results_folder(bench, partial=bool(given.only))
-    excluded = {}
-    if not given.resume:
-        jobs_of = lambda: warm_jobs(by_title, dtype, device, given.flex)  # noqa: E731
-        sizes = {name: warm_bytes(operation) for name, operation in by_title.items()}
-        excluded = kernels.warmed(given, bench, "attention", folder, jobs_of, sizes=sizes)
-        excluded = spread({n: r for n, r in excluded.items() if n in by_title}, by_title, dtype, device)
+    jobs_of = lambda: warm_jobs(by_title, dtype, device, given.flex)  # noqa: E731
+    sizes = {name: 2e9 + 2 * operation.counts("both", operation.shape, 2)[0] for name, operation in by_title.items()}
+    excluded = kernels.warmed(given, bench, "attention", folder, jobs_of, sizes=sizes)
+    excluded = spread({n: r for n, r in excluded.items() if n in by_title}, by_title, dtype, device)
     if given.warm_only:
         return 0
     jobs = [

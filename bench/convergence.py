@@ -27,7 +27,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -41,7 +40,6 @@ import train
 from bench import report
 from bench.lib.clocks import Bench, bench_on
 from bench.lib.command import at_least_one, command
-from bench.lib.process import ROOT
 from bench.lib.results import new_result, results_folder, write_result
 from halny.kernels import adamw
 from halny.model.data.batches import IGNORED, Corpus, read_in_turn
@@ -257,13 +255,11 @@ def main(arguments: list[str]) -> int:
 
     if torch.cuda.is_available():
         bench = bench_on(smoke=False)
-        folder = results_folder(bench)
     else:
         torch.set_num_threads(1)  # tensors this small are no faster with two, and the same bits on any machine's cores
         bench = Bench(torch.device("cpu"), False, 0)
-        folder = ROOT / "bench" / "results" / f"{datetime.now(UTC):%Y-%m-%d}-cpu"
     name = "convergence" if given.beta2 == 0.95 else f"convergence-beta2-{given.beta2:g}"
-    path = (given.out or folder) / f"{name}.json"
+    path = (given.out or results_folder(bench)) / f"{name}.json"
     png = given.png or path.with_suffix(".png")
     result, text = new_result("convergence", bench), Text(bench.device)
     model = MistralConfig(vocab_size=text.vocab_size, **SIZES)

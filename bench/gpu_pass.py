@@ -345,23 +345,20 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
     given = parser(parts).parse_args(arguments)
     names = names_of(parts)
     wanted = given.only.split(",") if given.only else names
-    problems = [f"--only {name}: there are {', '.join(names)}" for name in wanted if name not in names]
+    if unknown := [name for name in wanted if name not in names]:
+        raise Refused(f"--only {unknown[0]}: there are {', '.join(names)}")
     calls = [float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0 for text in (given.calls or "1").split(",")]
     if not all(0 < s <= LONGEST_CALL_S for s in calls):
-        problems.append(f"--calls must be seconds with commas, each at most {LONGEST_CALL_S}, got {given.calls!r}")
+        raise Refused(f"--calls must be seconds with commas, each at most {LONGEST_CALL_S}, got {given.calls!r}")
     if given.visit_s <= 0:
-        problems.append(f"--visit-s must be positive, got {given.visit_s:g}")
+        raise Refused(f"--visit-s must be positive, got {given.visit_s:g}")
     for name in ("data", "caches"):
         if getattr(given, name) and not getattr(given, name).exists():
-            problems.append(f"--{name} {getattr(given, name)} does not exist")
-    if given.calls and not problems:
+            raise Refused(f"--{name} {getattr(given, name)} does not exist")
+    if given.calls:
         for seconds, chosen in zip(calls, calls_of(parts, calls), strict=True):
             print(f"python bench/gpu_pass.py --visit-s {seconds:g} --only '{','.join(chosen)}'")
         return 0
-    if importlib.util.find_spec("halny") is None:
-        problems.append("halny is not installed here; pip install -e . first")
-    if problems:
-        raise Refused(problems[0])
     bench = bench_on(given.smoke)
     began = time.monotonic()
     out = given.out or Path(os.environ.get("OUT") or results_folder(bench, bool(given.only)))

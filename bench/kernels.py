@@ -424,6 +424,8 @@ def warm_all(
 def warmed(given: argparse.Namespace, bench: Bench, script: str, folder: Path, jobs: Callable, **options) -> dict:
     """case -> provider -> why it is not tried, from a warm-up that has been or takes place now. jobs makes the list."""
     path = folder / f"warm-{script}.json"
+    if given.resume:  # which file has them
+        return {}
     if not given.warm_only:
         found = None if bench.smoke else read_warm(path)
         if found is not None:
@@ -598,10 +600,7 @@ def main(arguments: list[str]) -> int:
     folder = given.out or results_folder(bench, partial=bool(given.only or given.set))
     sizes = {operation.name: warm_bytes(operation, sets) for operation, _, _ in operations.cases(sets, given.only)}
     more = tuple(argument for name in given.set or () for argument in ("--set", name))
-    jobs_of = lambda: warm_jobs(given.only, sets)  # noqa: E731
-    excluded = {}
-    if not given.resume:
-        excluded = warmed(given, bench, "kernels", folder, jobs_of, sizes=sizes, more=more)
+    excluded = warmed(given, bench, "kernels", folder, lambda: warm_jobs(given.only, sets), sizes=sizes, more=more)
     if given.warm_only:
         return 0
     jobs = [

@@ -37,7 +37,7 @@ from bench.lib.clocks import Bench, bench_on
 from bench.lib.command import at_least_one, command, leave, no_such, parser_of, passed_on
 from bench.lib.process import be_a_case, in_its_own_process, line_of
 from bench.lib.results import new_result, results_folder, write_json, write_result
-from bench.lib.steps import memory_figures, mfu_words, random_tokens, steady_steps, step_figures, way_words
+from bench.lib.steps import gib, memory_figures, mfu_words, random_tokens, steady_steps, step_figures, way_words
 from halny.model.estimate.memory import activation_bytes_per_token
 from halny.model.estimate.sizes import parameters
 from halny.model.mistral import PRESETS, MistralConfig
@@ -167,7 +167,7 @@ def attempt(
     memory = bench.memory_bytes
     needed = least_bytes(step.opponent, step.config, micro_batch, checkpointing)
     if memory is not None and needed > memory:
-        reason = f"needs at least {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"
+        reason = f"needs at least {gib(needed)} of {gib(memory)}"
         return tried | {"status": "does not fit", "reason": reason}
     seq_len = 64 if bench.smoke else SEQ_LEN
     began = time.monotonic()
@@ -223,7 +223,7 @@ def measured(bench: Bench, opponent: Opponent, given: argparse.Namespace, save: 
     save(row)
     needed, memory = opponent.state_bytes * parameters(config), bench.memory_bytes
     if memory is not None and needed > memory:
-        reason = f"weights, gradients and moments alone take {needed / 2**30:.1f} GiB of {memory / 2**30:.1f}"
+        reason = f"weights, gradients and moments alone take {gib(needed)} of {gib(memory)}"
         save({"status": "does not fit", "reason": reason})
         return
     try:
@@ -258,7 +258,7 @@ def words(row: dict, smoke: bool) -> str:
         return f"{row['label']}: ran (smoke: no performance figure)"
     return (
         f"{row['label']}: {row['tokens_per_second']:,.0f} tokens/s at {way_words(row)}, MFU {mfu_words(row)}, "
-        f"{row['peak_memory_bytes'] / 2**30:.1f} GiB; {len(row['attempts'])} ways tried"
+        f"{gib(row['peak_memory_bytes'])}; {len(row['attempts'])} ways tried"
     )
 
 

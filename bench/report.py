@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from bench.lib.process import ROOT
 from bench.lib.results import BadResult
-from bench.lib.steps import MODE_LABELS, memory_words, mfu_words, way_words
+from bench.lib.steps import MODE_LABELS, gib, memory_words, mfu_words, span, way_words
 from bench.merge import Device, Source, best_of_each, grouped, merge, read_folders, result_folders, sources_of
 from bench.plots import overlay, plots
 from bench.rates import rate_rows
@@ -99,7 +99,12 @@ def since_list(rows: list[dict], name) -> list[str]:
             said = f"{new['status']} on {when(new['source'])}; the figure is of {when(row['source'])}. "
             names.setdefault(said + one_line(new["reason"]), []).append(name(row))
     lines = [f"- {'; '.join(which)}: {said}" for said, which in names.items()]
-    return ["† A newer attempt gave no figure:", "\n".join(lines)] if lines else []
+    return listed("† A newer attempt gave no figure:", lines)
+
+
+def listed(title: str, lines: list[str]) -> list[str]:
+    """Paragraphs: a title and its list; none without lines."""
+    return [title, "\n".join(lines)] if lines else []
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -214,8 +219,7 @@ def missing_list(rows: list[dict], device: Device, section: str) -> list[str]:
 def kernel_parts(device: Device, section: str, short: bool) -> list[str]:
     rows = device.sections.get(section, [])
     if not short:
-        missing = missing_list(rows, device, section)
-        without = ["Without a figure:", "\n".join(missing)] if missing else []
+        without = listed("Without a figure:", missing_list(rows, device, section))
         backends = [backends_table(rows)] if section == "attention" else []
         timed = [*origin(rows), *backends, kernel_table(rows), *since_list(rows, kernel_name)] if rows else []
         return [*timed, *without]
@@ -230,8 +234,7 @@ def kernel_parts(device: Device, section: str, short: bool) -> list[str]:
     parts = [*origin(shown), shapes, made(shown)] if shown else []
     ours = [row for row in rows if row["package"] == "halny"]
     parts += since_list(ours, kernel_name)
-    if missing := missing_list(ours, device, section):
-        parts += ["Of halny's without a figure:", "\n".join(missing)]
+    parts += listed("Of halny's without a figure:", missing_list(ours, device, section))
     without = sum(row["package"] != "halny" and row["status"] != "ok" for row in rows)
     if without:
         parts.append(f"{without} rows of other packages have no figure, at all shapes; {FULL} says why.")
@@ -241,11 +244,6 @@ def kernel_parts(device: Device, section: str, short: bool) -> list[str]:
 def labelled(row: dict, figure: str) -> str:
     """A figure as it may stand in a cell: those of one rank emulated, and calculated ones, say so there."""
     return figure if row["mode"] == "one-gpu" or not figure else f"{figure}<br>{MODE_LABELS[row['mode']]}"
-
-
-def span(values: list, form: str) -> str:
-    low, high = sorted(values)
-    return f"{low:{form}} to {high:{form}}"
 
 
 def step_table(rows: list[dict]) -> str:
@@ -258,7 +256,7 @@ def step_table(rows: list[dict]) -> str:
             r = row["range"]
             figures = [span(r["tokens_per_second"], ",.0f"), span(r["step_ms"], ",.0f"),
                        f"{span(r['mfu'], '.1%')} ({span(r['mfu_palm'], '.1%')})", "",
-                       f"{r['memory_bytes'] / 2**30:.1f} GiB"]  # fmt: skip
+                       gib(r["memory_bytes"])]  # fmt: skip
         else:
             mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%} ({row['mfu_palm']:.1%})"
             before, after = (row[f"ceiling_{when}"]["tflop_s"] for when in ("before", "after"))
@@ -411,7 +409,7 @@ def pass_parts(visits: list[dict], short: bool) -> list[str]:
             failing = [f"- `{test}`" for test in entry.get("failing", [])]
             if short and len(failing) > SHORT_FAILING:
                 failing = [*failing[:SHORT_FAILING], f"- and {len(failing) - SHORT_FAILING} more"]
-            parts += ["Failing:", "\n".join(failing)] if failing else []
+            parts += listed("Failing:", failing)
         if not short:
             lines = [
                 [name, entry.get("status", ""), f"{entry.get('seconds') or 0:,.0f}", one_line(entry.get("said", ""))]
@@ -478,9 +476,9 @@ def rates_parts(device: Device) -> list[str]:
     if device.name not in machines.GPUS:
         said += " This GPU is not in model/estimate/machines.py: nothing is assumed of it."
     runs = runs_of(of)
-    listed = [f"- run {n}: {machine_line(source, source.minute)}" for source, n in runs.items()]
-    above = ["\n".join(listed)] if runs else [machine_line(sources_of(of)[0])]
-    return [said, *above, with_runs(head, lines, [[row] for row in of], of)]
+    named = [f"- run {n}: {machine_line(source, source.minute)}" for source, n in runs.items()]
+    above = "\n".join(named) if runs else machine_line(sources_of(of)[0])
+    return [said, above, with_runs(head, lines, [[row] for row in of], of)]
 
 
 # ----------------------------------------------------------------------------------------------------------- documents
@@ -498,10 +496,9 @@ def sections_of(device: Device, short: bool) -> list[tuple[str, list[str]]]:
     if rows := have.get("profile"):
         found.append(("Where the time goes", [*origin(rows), *profile_parts(rows, short)]))
     if rows := have.get("opponents"):
-        tried = attempts_list(rows) if not short else []
+        tried = listed("All that was tried:", attempts_list(rows)) if not short else []
         found.append(("Beside others", [*origin(rows), opponents_table(rows, have.get("step", [])),
-                                        *since_list(rows, lambda row: row["label"]),
-                                        *(["All that was tried:", "\n".join(tried)] if tried else [])]))  # fmt: skip
+                                        *since_list(rows, lambda row: row["label"]), *tried]))  # fmt: skip
     for section, title in (("attention", "Attention"), ("kernels", "Kernels")):
         found.append((title, kernel_parts(device, section, short)))
     if not short:

@@ -56,6 +56,7 @@ def test_operation(benchmark, case_of, operation, peer, mode):
         call.run(0)
         case.bench.synchronize()
 
-    benchmark.group = f"{operation.name} {mode}"
+    small = " (no GPU: tiny sizes on a CPU, to see that the calls work; no time here is a result)" if SMOKE else ""
+    benchmark.group = f"{operation.name} {mode}{small}"
     benchmark.pedantic(synchronised, setup=call.prepare and (lambda: call.prepare(0)), rounds=3 if SMOKE else 30,
                        warmup_rounds=0 if SMOKE else 3)  # fmt: skip

@@ -53,6 +53,7 @@ from halny.model.data.writer import write_dataset
 from halny.model.exits import FAILED, FINISHED, STOPPED, Refused
 from halny.model.hf_folder import hf_config
 from halny.model.mistral import PRESETS, MistralConfig
+from halny.model.record.run_folder import RunFolder
 
 FACTOR = 10  # of the difference between two runs before the stop, on a GPU that does not repeat itself
 SAID_LINES = 80  # of a process, kept in the file
@@ -226,11 +227,7 @@ def train_command(stage: Stage, case: TrainerCase, run_dir: Path, *more: str, to
 
 def lines_of_steps(run_dir: Path) -> list[dict]:
     """metrics.jsonl's lines of training steps; of one that is being written, those that are whole."""
-    try:
-        text = (run_dir / "metrics.jsonl").read_text()
-    except OSError:
-        return []
-    return [line for line in map(json.loads, text[: text.rfind("\n") + 1].splitlines()) if "loss" in line]
+    return [line for line in RunFolder(run_dir).lines() if "loss" in line]
 
 
 def read(path: Path) -> dict:
@@ -298,8 +295,7 @@ def stop_and_resume(stage: Stage, case: TrainerCase) -> Path | None:
             code = first.wait()
             row["said"] = first.said()
             row["figures"] = figures_of_run(run_dir, row["said"]) | {"exit_code": code}
-            status = read(run_dir / "status.json") if (run_dir / "status.json").exists() else {}
-            if status.get("state") != "stopped" or not (case.torchrun[0] or code == STOPPED):
+            if RunFolder(run_dir).state() != "stopped" or not (case.torchrun[0] or code == STOPPED):
                 first.expect(code, -1)  # whatever it was
             stopped = max(int(p.name[5:]) for p in (run_dir / "checkpoints").glob("step-*"))
             row["reason"] = f"saved after step {stopped} of {case.steps}"

@@ -34,10 +34,17 @@ def copy_rate(bench: Bench) -> dict:
     n_bytes = 2**22 if bench.smoke else 2**31
     source = torch.randint(0, 255, (n_bytes,), dtype=torch.uint8, device=bench.device)
     target = torch.empty_like(source)
-    milliseconds = Clocks(bench).time({"copy": Call(lambda _: target.copy_(source), 1)})["copy"]
-    if isinstance(milliseconds, Exception):
-        raise milliseconds
-    return {"gb_s": 2 * n_bytes / milliseconds["kernel_ms"]["median"] / 1e6, "kernel_ms": milliseconds["kernel_ms"]}
+    ms = kernel_times(bench, {"copy": Call(lambda _: target.copy_(source), 1)})["copy"]
+    return {"gb_s": 2 * n_bytes / ms["median"] / 1e6, "kernel_ms": ms}
+
+
+def kernel_times(bench: Bench, calls: dict[str, Call]) -> dict[str, dict]:
+    """Milliseconds of each call's kernels. Raises what one of them raised."""
+    results = Clocks(bench).time(calls)
+    for result in results.values():
+        if isinstance(result, Exception):
+            raise result
+    return {name: result["kernel_ms"] for name, result in results.items()}
 
 
 def product_rates(bench: Bench, products: dict[str, tuple[int, int, int]]) -> dict[str, dict]:
@@ -48,13 +55,11 @@ def product_rates(bench: Bench, products: dict[str, tuple[int, int, int]]) -> di
             m, k, n = m // 128, k // 128, n // 128
         x, w = (torch.randn(*shape, device=bench.device, dtype=torch.bfloat16) for shape in ((m, k), (k, n)))
         calls[name], flops[name] = Call(lambda _, x=x, w=w: x @ w, 1), 2 * m * k * n
-    rates = {}
-    for name, result in Clocks(bench).time(calls).items():
-        if isinstance(result, Exception):
-            raise result
-        median = result["kernel_ms"]["median"]
-        rates[name] = {"tflop_s": flops[name] / median / 1e9, "flops": flops[name], "kernel_ms": result["kernel_ms"]}
-    return rates
+    times = kernel_times(bench, calls)
+    return {
+        name: {"tflop_s": flops[name] / ms["median"] / 1e9, "flops": flops[name], "kernel_ms": ms}
+        for name, ms in times.items()
+    }
 
 
 def combined_rate(rates: dict[str, dict]) -> float:

@@ -25,14 +25,22 @@ MODE_LABELS = {
 }
 
 
+def gib(n_bytes: float) -> str:
+    return f"{n_bytes / 2**30:.1f} GiB"
+
+
+def span(values: list, form: str) -> str:
+    low, high = sorted(values)
+    return f"{low:{form}} to {high:{form}}"
+
+
 def step_words(row: dict) -> str:
     """A row of step.json in a sentence, without its label."""
     if "range" in row:
         r = row["range"]
-        (low, high), (slow, fast), mfu, palm = r["tokens_per_second"], r["step_ms"], r["mfu"], r["mfu_palm"]
         return (
-            f"{low:,.0f} to {high:,.0f} tokens/s, step {slow:,.0f} to {fast:,.0f} ms, MFU {mfu[0]:.1%} to {mfu[1]:.1%} "
-            f"(PaLM's formula {palm[0]:.1%} to {palm[1]:.1%}), {r['memory_bytes'] / 2**30:.1f} GiB"
+            f"{span(r['tokens_per_second'], ',.0f')} tokens/s, step {span(r['step_ms'], ',.0f')} ms, MFU "
+            f"{span(r['mfu'], '.1%')} (PaLM's formula {span(r['mfu_palm'], '.1%')}), {gib(r['memory_bytes'])}"
         )
     ms, memory = row["step_ms"], memory_words(row)
     share = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%} (PaLM's formula {row['mfu_palm']:.1%})"
@@ -58,7 +66,7 @@ def memory_words(row: dict) -> str:
     if row["peak_memory_bytes"] is None:
         return ""
     estimated, stand_in = row.get("estimated_bytes"), row.get("stand_in_bytes", 0)
-    said = f"{row['peak_memory_bytes'] / 2**30:.1f} GiB"
+    said = gib(row["peak_memory_bytes"])
     said += f" ({estimated / 2**30:.1f} estimated)" if estimated else ""
     return said + (f", {stand_in / 2**30:.1f} of them the stand-in for the network" if stand_in else "")
 

@@ -271,7 +271,7 @@ def test_who_is_left_out_says_so():
 
 
 def options(**given) -> argparse.Namespace:
-    return argparse.Namespace(**(dict(warm_only=False, no_warm=False, budget_s=10.0, workers=2) | given))
+    return argparse.Namespace(**(dict(warm_only=False, no_warm=False, resume=None, budget_s=10.0, workers=2) | given))
 
 
 def test_a_warm_up_of_its_own_leaves_its_exclusions_for_the_run(tmp_path, monkeypatch):
