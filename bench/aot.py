@@ -152,14 +152,11 @@ def operations() -> Operations:
     for vocab_size in (32_000, 32_001, 131_072):
         yield from losses(vocab_size)
     yield from scalings()
-    for moments in adamw.MOMENTS:
-        yield update(moments, "bf16")
-    for moments in ("fp32", "bf16"):  # of several micro batches
-        yield update(moments, "fp32")
+    yield from (update(moments, "bf16") for moments in adamw.MOMENTS)
+    yield from (update(moments, "fp32") for moments in ("fp32", "bf16"))  # of several micro batches
     yield from sums()
     for part in (gradient_norms, chunk_cats):
-        for name, dtype in DTYPES.items():
-            yield part(name, dtype)
+        yield from (part(name, dtype) for name, dtype in DTYPES.items())
 
 
 def norms(name: str, dtype: torch.dtype) -> Operations:

@@ -270,24 +270,17 @@ def main(arguments: list[str]) -> int:
         weights=n_weights, train_tokens=text.train[0].numel(), held_out_tokens=text.held_out[0].numel(),
         threads=torch.get_num_threads(),
     )  # fmt: skip
-    print(
-        f"{bench.name}, torch {torch.__version__}; {n_weights:,} weights, vocabulary "
-        f"{text.vocab_size:,}, {given.steps} steps of {SAMPLES_A_STEP} x {SEQ_LEN} tokens, beta2 {given.beta2}",
-        flush=True,
-    )
+    print(f"{bench.name}, torch {torch.__version__}; {n_weights:,} weights, vocabulary {text.vocab_size:,}, "
+        f"{given.steps} steps of {SAMPLES_A_STEP} x {SEQ_LEN} tokens, beta2 {given.beta2}", flush=True)  # fmt: skip
     runs, started = [], time.monotonic()
     todo = [(seed, name) for seed in range(given.seeds) for name in OPTIMIZERS]
     for i, (seed, optimizer) in enumerate(todo, start=1):
         runs.append(run(optimizer, text, given.steps, seed, given.beta2))
         minutes = (time.monotonic() - started) / i * (len(todo) - i) / 60
-        print(
-            f"{i:3} of {len(todo)}: {optimizer:15} seed {seed}: training loss "
-            f"{statistics.mean(runs[-1]['losses'][-20:]):.4f}, held out {runs[-1]['held_out'][-1][1]:.4f}; "
-            f"{minutes:.0f} min left",
-            flush=True,
-        )
-    rows = summary(runs)
-    result |= {"setting": setting, "summary": rows, "runs": runs}
+        loss, held_out = statistics.mean(runs[-1]["losses"][-20:]), runs[-1]["held_out"][-1][1]
+        print(f"{i:3} of {len(todo)}: {optimizer:15} seed {seed}: training loss {loss:.4f}, held out {held_out:.4f}; "
+            f"{minutes:.0f} min left", flush=True)  # fmt: skip
+    result |= {"setting": setting, "summary": summary(runs), "runs": runs}
     write_result(path, result)
     png.parent.mkdir(parents=True, exist_ok=True)
     plot(result, png)

@@ -34,7 +34,7 @@ OLMO2_7B = MistralConfig(vocab_size=100352, hidden_dim=11008, n_kv_heads=32, win
 MISTRAL_7B = MistralConfig()
 
 LLM_FOUNDRY = "https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md"
-FMS_FSDP = "https://pytorch.org/blog/maximizing-training-throughput/, github.com/foundation-model-stack/fms-fsdp"
+FMS_FSDP = "https://pytorch.org/blog/maximizing-training-throughput, https://github.com/foundation-model-stack/fms-fsdp"
 TORCHTITAN = "https://github.com/pytorch/torchtitan, benchmarks/llama3_h100_202412_torchtitan.md, tables 1 and 3"
 BIELIK = "https://huggingface.co/speakleash/Bielik-7B-v0.1"
 

@@ -9,14 +9,13 @@ There is no second training loop: model, optimizer and step are train.py's ``bui
 
 **one-gpu** trains: one rank, the whole step, nothing left out, an update for every micro batch or every --accumulation
 of them. A row for each --moments, what AdamW keeps; "best" is what step_time.py expects to be fastest on this card.
-Micro batches are 2 with fp32 moments and 4 with others, or what fits the card by roofline.py's estimate; where not even
-one sequence fits beside 32 layers, as many layers as do, and the label says so (nothing is extrapolated from it).
+Micro batches are what fits it by estimate; where not even one sequence fits beside 32 layers, as many layers as do, and
+the label says so (nothing is extrapolated from it).
 
 **rank-of-256** is one rank of 256, emulated, no network. The process group is PyTorch's fake one, with 256 ranks, four
-a node; the layout is what the trainer chooses for them, so weights, moments and memory are one rank's. Each gather and
-each reduction is one copy of the same bytes on this GPU, on FSDP's own streams, from and to a buffer (``StandIn``). So
-computation, memory and its traffic are real, the numbers are not: weights are the buffer's random values, gradients are
-a chunk of this rank's own, the loss means nothing. What 256 GPUs lose to a network is not in it.
+a node; the layout is what the trainer chooses for them, so weights, moments and memory are one rank's. Each collective
+is a copy on this GPU (``StandIn``). So computation, memory and its traffic are real, the numbers are not: the loss
+means nothing. What 256 GPUs lose to a network is not in it.
 
 **model-of-256** is calculated: step_time.py's step of 256 GPUs at stated bandwidths, a range from the rates that it
 calls good to those it calls leading. Needs no GPU.
@@ -33,7 +32,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,7 +98,7 @@ class StepCase:
         return 2 if self.mode == "one-gpu" and self.moments == "fp32" else 4
 
 
-def cases(modes: list[str], moments: list[str], accumulation: int = 1) -> list[StepCase]:
+def cases(modes: list[str], moments: Sequence[str], accumulation: int = 1) -> list[StepCase]:
     """Those that need a process, in the order of MODES; model-of-256 is arithmetic."""
     found = [StepCase("rank-of-256")] if "rank-of-256" in modes else []
     return found + ([StepCase("one-gpu", m, accumulation) for m in moments] if "one-gpu" in modes else [])
@@ -107,14 +106,11 @@ def cases(modes: list[str], moments: list[str], accumulation: int = 1) -> list[S
 
 def best_moments(device: str, memory_bytes: int, accumulation: int = 1) -> str:
     """The moments with which one GPU should train fastest; "8bit" where no 7B fits, or nothing is known of the card."""
-    model = PRESETS["mistral-7b"]
-    found = [
-        (expected_rate(case, model, n, device), moments)
-        for moments in MOMENTS
-        for case in (StepCase("one-gpu", moments, accumulation),)
-        for n in fitting(case, model, memory_bytes, device)[:1]
-    ]
-    return max(found, key=lambda one: one[0], default=(0, "8bit"))[1]
+    model, rates = PRESETS["mistral-7b"], {}
+    for case in cases(["one-gpu"], MOMENTS, accumulation):
+        for n in fitting(case, model, memory_bytes, device)[:1]:
+            rates[case.moments] = expected_rate(case, model, n, device)
+    return max(rates, key=rates.get, default="8bit")
 
 
 def expected_rate(case: StepCase, model: MistralConfig, micro_batch: int, device: str) -> float:
