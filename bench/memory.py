@@ -251,7 +251,7 @@ MICRO_BATCHES = (1, 2, 4, 8)
 RANKS = 256
 
 
-def card_lines(model: MistralConfig, name: str = "mistral-7b-1gpu") -> Iterator[str]:
+def card_lines(model: MistralConfig, recompute: str, name: str = "mistral-7b-1gpu") -> Iterator[str]:
     """What memory.py predicts that a step needs, what that leaves of each card, and what the preset takes there."""
     recipe = RECIPES[name]
     seq_len, share = recipe["seq_len"], recipe["batch_tokens"] // recipe["seq_len"]
@@ -282,17 +282,17 @@ def card_lines(model: MistralConfig, name: str = "mistral-7b-1gpu") -> Iterator[
         estimate = memory.memory_estimate(Work(model, n, seq_len), Layout(RANKS))
         yield line(f"one rank of {RANKS}, {n} x {seq_len}", estimate)
 
-    yield f"\n{name}: {recipe['batch_tokens']:,} tokens a step, moments in {recipe['moments']}, takes on"
-    for card, size in sizes.items():
-        found = decide(model, ranks=1, node=1, memory_bytes=size, seq_len=seq_len, share=share,
-                       moments=recipe["moments"])  # fmt: skip
+    yield f"\n{name} --recompute {recompute}, {recipe['batch_tokens']:,} tokens a step, takes as train.py --plan says"
+    for card, machine in machines.MACHINES.items():
+        found = decide(model, ranks=1, node=1, memory_bytes=machine.gpu.memory_bytes, seq_len=seq_len, share=share,
+                       moments=recipe["moments"], recompute=recompute)  # fmt: skip
         work, needed = found.work, sum(found.memory.values())
-        if needed > rooms[card]:
-            yield f"  {card:<24} nothing: one sequence does not fit"
+        if needed > choices.room(machine.gpu.memory_bytes):
+            yield f"  {card:<12} nothing: one sequence does not fit"
             continue
         listed = ", ".join(f"{part} {x / 1e9:.1f}" for part, x in found.memory.items())
         yield (
-            f"  {card:<24} {work.accumulation:>2} x {work.micro_batch} x {seq_len}: {needed / 1e9:.1f} GB: {listed}; "
+            f"  {card:<12} {work.accumulation:>2} x {work.micro_batch} x {seq_len}: {needed / 1e9:.1f} GB: {listed}; "
             f"recomputed: {choices.recomputed(work)}"
         )
 
@@ -306,11 +306,14 @@ CASES = [
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--cards", action="store_true", help="the prediction alone, for GPUs of 80, 96 and 141 GB")
+    parser.add_argument("--cards", action="store_true", help="the prediction alone, and what fits each GPU")
+    parser.add_argument(
+        "--recompute", choices=("auto", "always", "never"), default="auto", help="with --cards: as train.py's [auto]"
+    )
     given = parser.parse_args(arguments)
     model = PRESETS["mistral-7b"]
     if given.cards:
-        print("\n".join(card_lines(model)))
+        print("\n".join(card_lines(model, given.recompute)))
         return 0
     print("counted: tensors of train.py's step on the meta device; predicted: memory.py. No GPU, nothing measured")
     fine = [print_tables(MetaCase(model, 4, 4096, **case)) for case in CASES]

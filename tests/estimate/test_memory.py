@@ -10,12 +10,14 @@ from torch.distributed.fsdp import FSDPModule
 
 from bench import memory
 from bench.lib.meta_step import MetaCase
-from halny.model.estimate import choices, sizes
+from halny.model.estimate import choices, machines, plan, sizes
 from halny.model.estimate import memory as estimate
 from halny.model.estimate.memory import memory_estimate, rank_memory
 from halny.model.estimate.out_of_memory import Shortage, explain
 from halny.model.estimate.work import ALONE, Layout, Work
 from halny.model.mistral import PRESETS
+from halny.model.run.look_ahead import plan_request
+from halny.model.run.recipe import command_line
 
 MISTRAL_7B = PRESETS["mistral-7b"]
 DEEP_ENOUGH = replace(MISTRAL_7B, n_layers=6)
@@ -142,8 +144,27 @@ def test_cards(capsys):
     assert rows["one rank of 256, 4 x 4096"][0] == "53.5" and "-" not in rows["one rank of 256, 4 x 4096"]
     assert rows["one rank, moments in 8bit, 16 x 1 x 4096"] == ["71.0", "7.7", "23.4", "67.7"]
     assert rows["one rank, moments in fp32, 8 x 2 x 4096"] == ["141.6", "-", "-", "-"]
-    for card, taken in (("H100 80GB HBM3", "16 x 1"), ("GH200 480GB", "8 x 2"), ("H200", "4 x 4")):
-        assert re.search(rf"NVIDIA {card} +{taken} x 4096: [\d.]+ GB: parameters 29.0, ", printed)
+    for card, taken in (("h100-80", "16 x 1"), ("gh200-96", "8 x 2"), ("h200-141", "4 x 4")):
+        assert re.search(rf"^  {card} +{taken} x 4096: [\d.]+ GB: parameters 29.0, ", printed, re.MULTILINE)
+
+
+@pytest.mark.parametrize("recompute", ["auto", "always", "never"])
+def test_cards_take_what_the_plan_takes(recompute, capsys):
+    """On every card; one of 40 GB takes nothing, and its plan does not fit."""
+    assert memory.main(["--cards", "--recompute", recompute]) == 0
+    printed = capsys.readouterr().out
+    for card in machines.MACHINES:
+        command = ["mistral-7b-1gpu", "--plan", "--gpu", card, "--recompute", recompute]
+        request = plan_request(command_line(command))
+        work, answered = plan.work_of(request, 1), plan.answer(request)
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"  {card} "))
+        assert (
+            ("does not fit: take" in answered) == ("nothing: one sequence does not fit" in line) == (card == "a100-40")
+        )
+        if card != "a100-40":
+            assert f" {work.accumulation} x {work.micro_batch} x 4096: " in line
+            assert f"x {work.accumulation} accumulated x {work.micro_batch} x 4096" in answered
+            assert f"recompute  {line.partition('recomputed: ')[2]}: " in answered
 
 
 # -------------------------------------------------------------------------------------------------------- out of memory
