@@ -67,10 +67,10 @@ from halny.model.run.optimizer import Guard, ShardedAdamW, SplitAdamW, narrow_
 from halny.model.run.ranks import (
     World,
     agreed,
+    anywhere,
     ask_everywhere,
     check_collectives,
     check_same_weights,
-    everywhere,
     on_main,
     say,
     start_distributed,
@@ -338,12 +338,7 @@ def train(run: Run) -> str | None:
         profiler.close()
         journal.close()
         gc.enable()
-    return stopped_by(run) or f"--max-hours {recipe.max_hours}" if stopping else None
-
-
-def stopped_by(run: Run) -> str | None:
-    """The signal that stopped the run, whichever rank it came to. A collective."""
-    return next(filter(None, everywhere(run.process.stop_signal)), None)
+    return anywhere(run.process.stop_signal) or f"--max-hours {recipe.max_hours}" if stopping else None
 
 
 def make_profiler(run: Run) -> StepProfiler:
@@ -510,7 +505,7 @@ def main(recipe: Recipe, process: RankProcess) -> int:
     if again:
         say(world, f"this run is finished: {run.step} steps in {folder.path}")
     if run.evaluation_is_due() and not on_main(world, folder.has_evaluation, run.step) and not log_evaluation(run):
-        stopped = stopped_by(run)  # in an evaluation that a signal had cut short before
+        stopped = anywhere(run.process.stop_signal)  # in an evaluation that a signal had cut short before
     if not again and not stopped:
         stopped = train(run)
     if stopped:

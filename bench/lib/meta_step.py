@@ -21,7 +21,6 @@ from halny.kernels import dispatch
 from halny.model.data.batches import Batch
 from halny.model.estimate import choices
 from halny.model.estimate.choices import Decision
-from halny.model.estimate.work import Layout, Work
 from halny.model.mistral import MistralConfig
 from halny.model.run.optimizer import Guard
 from halny.model.run.ranks import World
@@ -98,7 +97,7 @@ def world_of(ranks: int) -> Iterator[World]:
 
 
 @dataclass(frozen=True)
-class MetaCase:
+class MetaCase(choices.Decided):
     """What is counted."""
 
     config: MistralConfig
@@ -132,14 +131,6 @@ class MetaCase:
             seq_len=self.seq_len, share=self.micro_batch * self.accumulation, micro_batch=self.micro_batch,
             reshard=self.reshard, recompute=self.recompute, moments=self.moments,
         )  # fmt: skip
-
-    @property
-    def layout(self) -> Layout:
-        return self.decision.layout
-
-    @property
-    def work(self) -> Work:
-        return self.decision.work
 
     @property
     def window_hides(self) -> bool:

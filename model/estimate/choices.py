@@ -31,6 +31,20 @@ class Decision:
         return rank_memory(self.work, self.layout)
 
 
+class Decided:
+    """What holds a ``decision``, with its parts at hand."""
+
+    decision: Decision
+
+    @property
+    def work(self) -> Work:
+        return self.decision.work
+
+    @property
+    def layout(self) -> Layout:
+        return self.decision.layout
+
+
 def decide(
     config: MistralConfig,
     *,
@@ -130,7 +144,7 @@ def choose_layout(
     shard, replicate = split_world(ranks, shard, replicate)
     asked = None if reshard is None else _asked_for(reshard, shard, node)
     if ranks == 1 and work.compute_bytes == 2:
-        return replace(ALONE, reshard_why="one rank has nothing to gather", gradients_why="one rank has none to reduce")
+        return replace(ALONE, reshard_why="one rank has nothing to gather")
     spare = None
     if memory_bytes is not None:
         spare = room(memory_bytes) - memory_estimate(work, Layout(shard, replicate)).total

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from halny.model.durable import in_words, replacing
 from halny.model.estimate import machines, roofline, sizes
-from halny.model.estimate.choices import Decision, decide, divisors, recomputed
+from halny.model.estimate.choices import Decided, Decision, decide, divisors, recomputed
 from halny.model.estimate.machines import MACHINES, Machine
 from halny.model.estimate.memory import (
     MOMENT_BYTES,
@@ -25,7 +25,7 @@ from halny.model.estimate.memory import (
     checkpoint_bytes,
 )
 from halny.model.estimate.step_time import RATES, Cluster, StepTime, collective_s, step, tokens_per_second
-from halny.model.estimate.work import Layout, Work
+from halny.model.estimate.work import Work
 from halny.model.exits import Refused, unknown
 
 if TYPE_CHECKING:
@@ -39,21 +39,13 @@ POWER_SHARE = 0.9  # of the board's limit, drawn on average while training
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(Decided):
     """A decision on one machine, with its step at the rates called good."""
 
     decision: Decision
     step: StepTime
     memory: dict[str, int]  # bytes on the fullest rank at the peak, by part
     fits: bool
-
-    @property
-    def work(self) -> Work:
-        return self.decision.work
-
-    @property
-    def layout(self) -> Layout:
-        return self.decision.layout
 
     @property
     def name(self) -> str:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from torch.profiler import profile
 
 from halny.model.estimate import machines, roofline, sizes, step_time
@@ -224,8 +223,7 @@ def floors(work: Work, speeds: Speeds, layout: Layout, exposed_s: float = 0.0, s
 
 def floors_of_run(work: Work, layout: Layout, world: World) -> Floors | None:
     """The floors of a run's bf16 step on a GPU that machines.py knows, at the rates called ideal; else None."""
-    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-    cluster = step_time.cluster_of_run(name, world.size, world.node_size)
+    cluster = step_time.cluster_of_run(world.device_name, world.size, world.node_size)
     if cluster is None or work.compute_bytes != 2:
         return None
     exposed_s = step_time.step(work, cluster, layout, step_time.RATES["ideal"]).exposed

@@ -11,7 +11,6 @@ import contextlib
 import resource
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,9 +57,13 @@ class Journal:
 
     def settle(self) -> None:
         """Write down the step in flight. Raises Failed if too many updates were skipped."""
-        if self._in_flight is None:
+        settled, self._in_flight = self._in_flight, None
+        if settled is None:
             return
-        (line, remark), self._in_flight = self._in_flight.line(self.plan, self.world, self._seconds_since), None
+        settled.wait()
+        before, self._clock = self._clock, time.perf_counter()
+        self.step_s = self._clock - before
+        line, remark = settled.line(self.plan, self.world, self.step_s)
         self.skips = self.skips + 1 if "skipped" in line else 0
         self.watch.probe(self.probe.seconds())
         self.gap.add(self.step_s, line["data_wait_s"])
@@ -78,11 +81,6 @@ class Journal:
                 f"{samples[0]} to {samples[-1]}; --replay-step {line['step']} looks into them")  # fmt: skip
         if remark:
             say(self.world, remark)
-
-    def _seconds_since(self) -> float:
-        before, self._clock = self._clock, time.perf_counter()
-        self.step_s = self._clock - before
-        return self.step_s
 
     def close(self) -> None:
         self.progress.close()
@@ -107,16 +105,19 @@ class InFlight:
         ready.record()
         return cls(step, host, ready, lr, data_wait_s)
 
-    def line(self, plan: Plan, world: World, since: Callable[[], float]) -> tuple[dict, str | None]:
-        """Its metrics line, and what is to be said of its update if it was skipped or a spike.
-
-        Waits until the device is through with the step; ``since`` tells the seconds since the one before.
-        """
+    def wait(self) -> None:
+        """Until the device is through with the step."""
         if self.ready is not None:
             self.ready.synchronize()
+
+    def line(self, plan: Plan, world: World, step_s: float) -> tuple[dict, str | None]:
+        """Its metrics line, and what is to be said of its update if it was skipped or a spike.
+
+        step_s: seconds since the step before, when the device was through with this one.
+        """
         *sums, pairs, grad_norm, verdict, median = self.values.tolist()
         recipe = plan.recipe
-        rate = recipe.batch_tokens / world.size / since()
+        rate = recipe.batch_tokens / world.size / step_s
         flops = roofline.step_flops(plan.model, recipe.batch_tokens, pairs)
         line = {
             "step": self.step,
@@ -163,8 +164,7 @@ class Gap:
     def of_run(cls, work: Work, layout: Layout, world: World) -> Gap:
         """Held against step_time.py's step at the rates that it calls good, on a GPU that it knows, in bf16."""
         tokens = work.accumulation * work.tokens
-        name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
-        cluster = step_time.cluster_of_run(name, world.size, world.node_size)
+        cluster = step_time.cluster_of_run(world.device_name, world.size, world.node_size)
         if cluster is None or work.compute_bytes != 2:
             return cls(None, tokens)
         good = step_time.RATES["good"]

@@ -9,7 +9,7 @@ from halny.model.estimate.plan import Request, answer
 from halny.model.exits import FAILED, FINISHED, Failed, Refused
 from halny.model.run.preflight import Job, preflight
 from halny.model.run.rank_process import RankProcess
-from halny.model.run.ranks import agreed, everywhere, say, start_distributed
+from halny.model.run.ranks import agreed, anywhere, say, start_distributed
 from halny.model.run.recipe import Recipe
 from halny.model.run.resolve import DTYPES, describe_sharding, model_config, open_data, resolve, saving_interval
 from halny.model.run.watch import Watch
@@ -48,7 +48,7 @@ def look_before(recipe: Recipe, process: RankProcess) -> int:
 
     def stage(what: str) -> None:
         watch.at(what, long=True)
-        if told := next(filter(None, everywhere(process.stop_signal)), None):
+        if told := anywhere(process.stop_signal):
             raise Failed(f"the preflight was stopped by {told}")
 
     job = Job(plan.work, plan.layout, DTYPES[r.dtype], r.run_dir, r.keep)

@@ -99,9 +99,7 @@ class RankProcess:
                 print(f"train.py: stopped: {reason}", file=sys.stderr)
         except BaseException as error:
             lost_a_rank = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-            if (
-                lost_a_rank and self.watch is not None
-            ):  # another one died, and the reason is there: say which one it was
+            if lost_a_rank and self.watch is not None:  # another died, and the reason is there: say which one it was
                 reason, speaks = self.watch.verdict("lost the connection to another rank")
                 if speaks:
                     print(f"train.py: stopped: {reason}", file=sys.stderr)

@@ -41,6 +41,11 @@ class World:
         return self.rank == 0
 
     @property
+    def device_name(self) -> str:
+        """As its driver calls the GPU."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+
+    @property
     def memory_bytes(self) -> int | None:
         """The whole memory of this GPU; None on a CPU."""
         return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
@@ -76,6 +81,11 @@ def everywhere(value, group: dist.ProcessGroup | None = None) -> list:
     values = [None] * dist.get_world_size(group)
     dist.all_gather_object(values, value, group)
     return values
+
+
+def anywhere(value):
+    """The first rank's ``value`` that is none of None, 0 and empty; None where no rank has one. A collective."""
+    return next(filter(None, everywhere(value)), None)
 
 
 def ask_everywhere(*questions: bool) -> tuple[Tensor, dist.Work]:

@@ -22,9 +22,8 @@ from halny.model.data.dataset import DataError, Dataset, RawDataset, is_dataset,
 from halny.model.data.order import share_of, step_numbers
 from halny.model.durable import in_words
 from halny.model.estimate import machines, roofline, sizes
-from halny.model.estimate.choices import Decision, decide, recomputed
+from halny.model.estimate.choices import Decided, Decision, decide, recomputed
 from halny.model.estimate.memory import checkpoint_bytes
-from halny.model.estimate.work import Layout, Work
 from halny.model.exits import Refused, unknown
 from halny.model.hf_folder import read_hf_config
 from halny.model.mistral import PRESETS as MODELS
@@ -41,22 +40,13 @@ BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Decided):
     """The recipe with nothing left open, and what follows from it on this world."""
 
     recipe: Recipe
     model: MistralConfig
     decision: Decision
     peak_flops: float | None  # of this device, in bf16
-
-    @property
-    def work(self) -> Work:
-        """What a rank computes in a step."""
-        return self.decision.work
-
-    @property
-    def layout(self) -> Layout:
-        return self.decision.layout
 
     @property
     def accumulation(self) -> int:
@@ -92,7 +82,6 @@ def resolve(recipe: Recipe, world: World) -> Plan:
     check_profile(recipe, world)
     decision = decide_here(recipe, model, world)
     warmup_steps, decay_steps, min_lr = schedule(recipe)
-    on_gpu = world.device.type == "cuda"
     recipe = replace(
         recipe,
         model=str(recipe.init_from or recipe.model),
@@ -107,8 +96,7 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         save_every=saving_interval(recipe),
         eval_every=max(1, min(1000, recipe.steps // 5)) if recipe.eval_every is None else recipe.eval_every,
     )
-    device_name = torch.cuda.get_device_name(world.device) if on_gpu else "CPU"
-    return Plan(recipe, model, decision, machines.peak_flops(device_name, recipe.peak_tflops))
+    return Plan(recipe, model, decision, machines.peak_flops(world.device_name, recipe.peak_tflops))
 
 
 # ---------------------------------------------------------------------------------------------- what resolve stands on
@@ -284,7 +272,6 @@ def describe(plan: Plan, world: World, corpus: Corpus | None, eval_sets: EvalSet
     r, gib = plan.recipe, 2**30
     memory = plan.decision.memory
     parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in memory.items())
-    device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "CPU"
     peak = "unknown, so no MFU (--peak-tflops)" if plan.peak_flops is None else f"{plan.peak_flops / 1e12:,.0f} TFLOP/s"
     weights = f"Hugging Face weights of {r.init_from}" if r.init_from else f"fresh weights, seed {r.seed}"
     return "\n".join([
@@ -297,7 +284,8 @@ def describe(plan: Plan, world: World, corpus: Corpus | None, eval_sets: EvalSet
         f"length     {r.steps:,} steps = {r.steps * r.batch_tokens:,} tokens",
         f"schedule   {r.warmup_steps} warm-up steps to {r.lr:g}, then {r.schedule}"
         + (f" to {r.min_lr:g}" if r.schedule != "constant" else ""),
-        f"compute    {r.dtype} on {world.size} x {device}; {plan.flops_per_token / 1e9:.3f} GFLOP a token; peak {peak}",
+        f"compute    {r.dtype} on {world.size} x {world.device_name}; {plan.flops_per_token / 1e9:.3f} GFLOP a token; "
+        f"peak {peak}",
         describe_sharding(plan),
         f"recompute  {recomputed(plan.work)}: {plan.decision.recompute_why}",
         f"memory     about {sum(memory.values()) / gib:.2f} GiB a rank: {parts}",

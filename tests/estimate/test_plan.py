@@ -12,6 +12,7 @@ from runs import REPO
 sys.path.insert(0, str(REPO))
 from bench import published
 from halny.model.estimate import machines, memory, plan, roofline, sizes, step_time
+from halny.model.estimate.work import ALONE as ONE_RANK
 from halny.model.estimate.work import Layout, Work
 from halny.model.exits import Refused
 from halny.model.mistral import PRESETS
@@ -21,7 +22,7 @@ BIELIK = plan.Request(MISTRAL_7B, 4_194_304, 4096, 4, 17_350, 500, "256", "gh200
 GH200_256 = plan.cluster_of(BIELIK, 256)
 WORK = plan.work_of(BIELIK, 256)
 FSDP, KEPT, IN_NODE = (Layout(256, gathered_again=again) for again in (0, 1, 4))
-HSDP, ONE_RANK = Layout(4, 64), Layout(gathered_again=1, fsdp=False)
+HSDP = Layout(4, 64)
 
 
 def network_ms(layout: Layout) -> dict[tuple, float]:
