@@ -24,7 +24,7 @@ if __name__ == "__main__":
 
 from bench.lib.process import ROOT
 from bench.lib.results import BadResult
-from bench.lib.steps import MODE_LABELS, gib, memory_words, mfu_words, span, way_words
+from bench.lib.steps import MODE_LABELS, memory_words, mfu_words, way_words
 from bench.merge import Device, Source, best_of_each, grouped, merge, read_folders, result_folders, sources_of
 from bench.plots import overlay, plots
 from bench.rates import rate_rows
@@ -242,7 +242,7 @@ def kernel_parts(device: Device, section: str, short: bool) -> list[str]:
 
 
 def labelled(row: dict, figure: str) -> str:
-    """A figure as it may stand in a cell: those of one rank emulated, and calculated ones, say so there."""
+    """A figure as it may stand in a cell: those of one rank emulated say so there."""
     return figure if row["mode"] == "one-gpu" or not figure else f"{figure}<br>{MODE_LABELS[row['mode']]}"
 
 
@@ -252,11 +252,6 @@ def step_table(rows: list[dict]) -> str:
     for row in rows:
         if row["status"] != "ok":
             figures = [why_none(row)]
-        elif "range" in row:
-            r = row["range"]
-            figures = [span(r["tokens_per_second"], ",.0f"), span(r["step_ms"], ",.0f"),
-                       f"{span(r['mfu'], '.1%')} ({span(r['mfu_palm'], '.1%')})", "",
-                       gib(r["memory_bytes"])]  # fmt: skip
         else:
             mfu = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%} ({row['mfu_palm']:.1%})"
             before, after = (row[f"ceiling_{when}"]["tflop_s"] for when in ("before", "after"))
@@ -489,9 +484,8 @@ def sections_of(device: Device, short: bool) -> list[tuple[str, list[str]]]:
     found = []
     have = device.sections
     if rows := have.get("step"):
-        shown = [row for row in rows if not (short and "range" in row)] or rows
         beside = conditions(rows) if not short else []
-        found.append(("Step", [*origin(shown), step_table(shown), *since_list(shown, lambda row: row["label"]),
+        found.append(("Step", [*origin(rows), step_table(rows), *since_list(rows, lambda row: row["label"]),
                                *(["\n".join(beside)] if beside else [])]))  # fmt: skip
     if rows := have.get("profile"):
         found.append(("Where the time goes", [*origin(rows), *profile_parts(rows, short)]))

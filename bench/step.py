@@ -1,11 +1,11 @@
 """A training step of Mistral-7B at a context of 4096: tokens a second, share of the peak, memory, where the time goes.
 
-    python bench/step.py [--mode rank-of-256 one-gpu model-of-256] [--out DIR]      DIR/step.json
+    python bench/step.py [--mode rank-of-256 one-gpu] [--out DIR]                   DIR/step.json
     python bench/step.py --profile [--out DIR]                     the same, and DIR/profile.json, trace-CASE.json.gz
     python bench/step.py --smoke                                                    here: tiny, on the CPU, no figures
 
 There is no second training loop: model, optimizer and step are train.py's ``build_model``, ``build_optimizer`` and
-``train_step``, on random weights and tokens. Three modes; no figure of the last two stands anywhere without its label:
+``train_step``, on random weights and tokens. Two modes; no figure of the second stands anywhere without its label:
 
 **one-gpu** trains: one rank, the whole step, nothing left out, an update for every micro batch or every --accumulation
 of them. A row for each --moments, what AdamW keeps; "best" is what step_time.py expects to be fastest on this card.
@@ -15,10 +15,7 @@ the label says so (nothing is extrapolated from it).
 **rank-of-256** is one rank of 256, emulated, no network. The process group is PyTorch's fake one, with 256 ranks, four
 a node; the layout is what the trainer chooses for them, so weights, moments and memory are one rank's. Each collective
 is a copy on this GPU (``StandIn``). So computation, memory and its traffic are real, the numbers are not: the loss
-means nothing. What 256 GPUs lose to a network is not in it.
-
-**model-of-256** is calculated: step_time.py's step of 256 GPUs at stated bandwidths, a range from the rates that it
-calls good to those it calls leading. Needs no GPU.
+means nothing. What 256 GPUs lose to a network is not in it; `train.py bielik-7b --plan --gpus 256` calculates that.
 
 Each case runs in a process of its own; one that fails or runs out of memory is recorded so, and the next goes on.
 Before and after its steps the same process times the step's matrix products alone (matmul_ceiling). With
@@ -49,15 +46,14 @@ from bench.lib.ceilings import copy_rate, matmul_ceiling
 from bench.lib.clocks import Bench, bench_on
 from bench.lib.command import at_least_one, command, leave, parser_of, passed_on
 from bench.lib.emulated import StandIn, one_of
-from bench.lib.process import ROOT, Watch, be_a_case, in_its_own_process, line_of
+from bench.lib.process import Watch, be_a_case, in_its_own_process, line_of
 from bench.lib.results import new_result, results_folder, write_json, write_result
 from bench.lib.steps import MODE_LABELS, SIZES, memory_figures, random_tokens, steady_steps, step_figures, step_words
 from halny.model.data.batches import Batch
-from halny.model.estimate import choices, machines, plan, roofline, step_time
+from halny.model.estimate import choices, machines, plan, step_time
 from halny.model.estimate.memory import RESERVED, memory_estimate
 from halny.model.estimate.sizes import parameters
 from halny.model.estimate.work import ALONE, Layout, Work
-from halny.model.exits import Refused
 from halny.model.mistral import PRESETS, MistralConfig
 from halny.model.record import breakdown
 from halny.model.run.optimizer import Guard
@@ -66,7 +62,7 @@ from halny.model.run.resolve import DTYPES, resolve
 
 SEQ_LEN = 4096
 TRACE_BYTES = 15 * 2**20
-MODES = ("rank-of-256", "one-gpu", "model-of-256")  # the most telling first: a visit to a GPU is short
+MODES = ("rank-of-256", "one-gpu")  # the most telling first: a visit to a GPU is short
 MOMENTS = ("8bit", "bf16", "fp32")
 BEST = "best"
 RANKS, NODE = 256, 4
@@ -99,7 +95,7 @@ class StepCase:
 
 
 def cases(modes: list[str], moments: Sequence[str], accumulation: int = 1) -> list[StepCase]:
-    """Those that need a process, in the order of MODES; model-of-256 is arithmetic."""
+    """Those of the modes, in the order of MODES."""
     found = [StepCase("rank-of-256")] if "rank-of-256" in modes else []
     return found + ([StepCase("one-gpu", m, accumulation) for m in moments] if "one-gpu" in modes else [])
 
@@ -364,50 +360,12 @@ def profiled(bench: Bench, step: TimedStep, mode: str, trace: Path, ceiling: dic
     }
 
 
-# --------------------------------------------------------------------------------------------------------- calculated
-
-NICS_GB_S = (25.0, 50.0)
-
-
-def calculated(device: str) -> list[dict]:
-    """Rows of model-of-256, for this GPU if step_time.py knows it, and for GH200: ranges, each with its label."""
-    here = [name for name, m in machines.MACHINES.items() if m.gpu == machines.GPUS.get(device)]
-    rows = []
-    for name in dict.fromkeys([*here[:1], "gh200-96"]):
-        for nic in NICS_GB_S:
-            machine = machines.MACHINES[name]
-            work = Work(PRESETS["mistral-7b"], 4, SEQ_LEN)
-            cluster = step_time.Cluster(machine.gpu, RANKS, NODE, machine.nvlink, nic * 1e9)
-            chosen = plan.choose(work, cluster)
-            work, between = chosen.work, [step_time.RATES[name] for name in ("good", "leading")]
-            steps = [step_time.step(work, cluster, chosen.layout, rates) for rates in between]
-            rates = [step_time.tokens_per_second(work, step) for step in steps]
-            flops = roofline.flops_per_token(work.config, SEQ_LEN), roofline.palm_flops_per_token(work.config, SEQ_LEN)
-            stated = f"{RANKS} x {name}, {NODE} a node, {nic:g} GB/s a NIC"
-            rows.append({
-                "case": f"model-of-256 {name} {nic:g}", "mode": "model-of-256", "moments": "fp32", "status": "ok",
-                "reason": "", "label": f"{MODE_LABELS['model-of-256']}, {stated}: Mistral-7B, 4 x {SEQ_LEN}, "
-                f"{chosen.name}, rates from good to leading",
-                "n_layers": work.config.n_layers, "micro_batch": 4, "seq_len": SEQ_LEN,
-                "sharding": chosen.name,
-                "range": {
-                    "tokens_per_second": rates,
-                    "step_ms": [1e3 * step.total for step in steps],
-                    "exposed_ms": [1e3 * step.exposed for step in steps],
-                    "mfu": [machines.mfu(rate, flops[0], machine.gpu.bf16_flops) for rate in rates],
-                    "mfu_palm": [machines.mfu(rate, flops[1], machine.gpu.bf16_flops) for rate in rates],
-                    "memory_bytes": chosen.bytes,
-                },
-            })  # fmt: skip
-    return rows
-
-
 # ---------------------------------------------------------------------------------------------------------------- main
 
 
 def parser() -> argparse.ArgumentParser:
     made = parser_of(__doc__, "bench/results/DATE-DEVICE; else runs/bench", 600)
-    made.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="what to measure [all three]")
+    made.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="what to measure [both]")
     made.add_argument("--moments", nargs="+", choices=(*MOMENTS, BEST), default=list(MOMENTS),
         help="what AdamW keeps in one-gpu, a row each; best: should be fastest on this card [all three]")  # fmt: skip
     made.add_argument("--accumulation", type=int, default=1, help="micro batches of an update in one-gpu [1]")
@@ -428,16 +386,13 @@ def main(arguments: list[str]) -> int:
         mode, _, moments = given.case.partition(":")
         case = StepCase(mode, moments, given.accumulation if mode == "one-gpu" else 1)
         return be_a_case(given.case, Path(given.row), lambda save: measured(bench_on(given.smoke), case, given, save))
-    needs_gpu = {"one-gpu", "rank-of-256"} & set(given.mode)
-    if given.profile and not needs_gpu:
-        raise Refused("--profile needs a mode that runs; model-of-256 is arithmetic")
-    bench = replace(bench_on(given.smoke or not needs_gpu), smoke=given.smoke)
+    bench = bench_on(given.smoke)
     started = time.monotonic()
     if BEST in given.moments:
         best = best_moments(bench.name, bench.memory_bytes, given.accumulation) if bench.on_gpu else "8bit"
         given.moments = list(dict.fromkeys(best if m == BEST else m for m in given.moments))
     wanted = cases(given.mode, given.moments, given.accumulation)
-    out = given.out or (results_folder(bench) if wanted else ROOT / "runs" / "bench")
+    out = given.out or results_folder(bench)
     out.mkdir(parents=True, exist_ok=True)
     result = new_result("step", bench, given.commit) | {"rows": []}
     profiles = new_result("profile", bench, given.commit) | {"profiles": []}
@@ -463,9 +418,6 @@ def main(arguments: list[str]) -> int:
         print("\n".join(lines), flush=True)
     bad = [row["case"] for row in [*result["rows"], *profiles["profiles"]] if row["status"] != "ok"]
     n_run = len(result["rows"])
-    if "model-of-256" in given.mode:
-        result["rows"] += calculated(result["machine"]["device"])
-        print("\n".join(line for row in result["rows"] if "range" in row for line in lines_of(row, given.smoke)))
     write_result(out / "step.json", result)
     print(f"step: {n_run - len(set(bad))} of {n_run} cases" + "".join(f"; {c} failed" for c in dict.fromkeys(bad)))
     return 1 if bad else 0
@@ -475,7 +427,7 @@ def lines_of(row: dict, smoke: bool) -> list[str]:
     """A row for people: its figures and its label in one line."""
     if row["status"] != "ok":
         return [f"{row['label']}: {row['status']}, {row['reason']}"]
-    if smoke and "range" not in row:
+    if smoke:
         return [f"{row['case']}: ran"]
     if "gaps" in row:
         return [row["label"], *row["text"]]

@@ -144,15 +144,11 @@ Figures = row("Figures", Row, label=str,  # of a step, ours or another's
             micro_batch=int, seq_len=int, flops_per_token=float, peak_memory_bytes=int | None),
     also="tflop_s peak_flops peak_reserved_bytes device_used_bytes")
 Ceiling = row("Ceiling", tflop_s=float, also="ms flops products")
-Range = row("Range", tokens_per_second=list, step_ms=list, mfu=list, mfu_palm=list, memory_bytes=int,
-    also="exposed_ms")
 StepRow = row("StepRow", Figures, case=str, mode=str,
     ok=dict(of_ceiling=float, ceiling_before=Ceiling, ceiling_after=Ceiling),
     may=dict(moments=str, accumulation=int, estimated_bytes=int | None, stand_in_bytes=int,
              nvidia_smi_beside=dict | None),
     also="n_parameters tried sharding recomputed copy_gb_s loss collectives nvidia_smi_before nvidia_smi_after")
-CalculatedRow = row("CalculatedRow", Row, case=str, mode=str, label=str, range=Range,
-    also="moments n_layers micro_batch seq_len sharding")
 Attempt = row("Attempt", Row, micro_batch=int, compiled=str, checkpointing=bool, ok=dict(tokens_per_second=float),
     also="first_step_s graphs step_ms mfu mfu_palm flops_per_token peak_memory_bytes " + " ".join(Figures.also))
 Opponent = row("Opponent", Figures, name=str, attempts=list[Attempt], ok=dict(compiled=str, checkpointing=bool),
@@ -179,8 +175,7 @@ File = row("File", format=int, kind=str, smoke=bool, machine=Machine, also="note
 FILES = {
     "kernels": row("Kernels", File, ceilings=Ceilings, rows=list[KernelRow],
                    may=dict(not_reached=list, broken=list), also="excluded seconds lost ceilings_after resumed"),
-    "step": row("Steps", File, rows=list[StepRow | CalculatedRow], may=dict(opponents=list[Opponent],
-                opponents_command=str)),
+    "step": row("Steps", File, rows=list[StepRow], may=dict(opponents=list[Opponent], opponents_command=str)),
     "profile": row("Profiles", File, profiles=list[Profile]),
     "aot": row("Aot", File, rows=list[MachineCode]),
     "pass": row("Pass", File, parts=dict[str, Part]),
@@ -201,9 +196,6 @@ def check(value, form, where: str) -> None:
         check(value, dict, where)
         for name, entry in value.items():
             check(entry, of[1], f"{where}.{name}")
-    elif StepRow in of:
-        check(value, dict, where)
-        check(value, CalculatedRow if "range" in value else StepRow, where)
     elif is_dataclass(form):
         check(value, dict, where)
         is_ok, known = value.get("status", "ok") == "ok", {field.name: field for field in fields(form)}

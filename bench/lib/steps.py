@@ -18,30 +18,15 @@ from halny.model.mistral import MistralConfig
 # What a profile takes from its step, whose sizes and ceiling it is read by (bench/rates.py).
 SIZES = ("n_layers", "micro_batch", "seq_len", "accumulation", "ceiling_before")
 # What every figure of a mode of bench/step.py says of itself, in the same cell or sentence.
-MODE_LABELS = {
-    "rank-of-256": "one rank of 256, emulated, no network",
-    "one-gpu": "training on one GPU",
-    "model-of-256": "calculated",
-}
+MODE_LABELS = {"rank-of-256": "one rank of 256, emulated, no network", "one-gpu": "training on one GPU"}
 
 
 def gib(n_bytes: float) -> str:
     return f"{n_bytes / 2**30:.1f} GiB"
 
 
-def span(values: list, form: str) -> str:
-    low, high = sorted(values)
-    return f"{low:{form}} to {high:{form}}"
-
-
 def step_words(row: dict) -> str:
     """A row of step.json in a sentence, without its label."""
-    if "range" in row:
-        r = row["range"]
-        return (
-            f"{span(r['tokens_per_second'], ',.0f')} tokens/s, step {span(r['step_ms'], ',.0f')} ms, MFU "
-            f"{span(r['mfu'], '.1%')} (PaLM's formula {span(r['mfu_palm'], '.1%')}), {gib(r['memory_bytes'])}"
-        )
     ms, memory = row["step_ms"], memory_words(row)
     share = "unknown" if row["mfu"] is None else f"{row['mfu']:.1%} (PaLM's formula {row['mfu_palm']:.1%})"
     return (
