@@ -1,7 +1,6 @@
 """A whole visit to a GPU machine in one command: the 7B step, tests, train.py itself, kernels, attention, opponents.
 
     python bench/gpu_pass.py --visit-s 840 [--only step,tests] [--out DIR]
-    python bench/gpu_pass.py --calls 400,390  which parts go into which call, where one command may not run so long
     python bench/gpu_pass.py --smoke          here: the same parts at tiny sizes, under 4 minutes, no figures
 
 bench/VISIT.md is the recipe for a visit. The most valuable part comes first. Each is a process of its own, ended when
@@ -9,10 +8,8 @@ its share of the time is over (what one leaves goes to those after it), and writ
 a crash nor a clock takes more than what was not done yet. In the end report.py's short tables are printed, and how each
 part ended; the exit code is 1 if any failed.
 
-A visit may be several calls. A part that an earlier call did on this device is left out, as long as the files that it
-depends on are what they were then (``Part.reads``; the call's pass.json, found in bench/results/ or in DIR, holds their
-checksum); --again runs it all the same. With --pack-caches what Triton and Inductor have compiled is packed into
-DIR/caches.tar.xz at the end of a call, and unpacked from --caches at the start of the next.
+A visit may be several calls, each with its own --only. What Triton and Inductor have compiled stays in their caches on
+the machine as long as it is held.
 
 In DIR (or $OUT, or bench/results/DATE-DEVICE): pass.json says what ran and how it ended, with the tests' counts;
 log.txt is all that was printed; step.json, profile.json, trainer.json, kernels.json and attention.json are the parts'.
@@ -22,15 +19,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import importlib.util
-import json
 import os
 import re
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -51,8 +45,6 @@ from halny.model.exits import Refused
 FAILING = 10  # tests named in the summary
 GRACE_S = 10  # between asking a part to end and killing it; between its own budget and its limit
 TEST_BYTES = 35e9  # of GPU memory for each process that tests
-CACHE_VARIABLES = ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
-CACHE_BYTES = 15 * 2**20  # of the packed caches: more is not worth carrying
 
 
 @dataclass(frozen=True)
@@ -89,38 +81,21 @@ class Part:
     command: Callable[[Visit, float], list[str]]  # given the seconds it may take
     timed: bool = True
     ahead_of: str | None = None  # the part that it prepares; it runs where that one does
-    reads: tuple[str, ...] = ("kernels/*.py", "bench/lib/*.py")  # what its results depend on, as globs
-
-    def fingerprint(self) -> str:
-        """A checksum of the files that the part's results depend on."""
-        found = hashlib.sha256()
-        for path in sorted({path for pattern in self.reads for path in ROOT.glob(pattern)}):
-            found.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
-        return found.hexdigest()[:16]
 
 
-SHARED = tuple(f"bench/lib/{name}.py" for name in ("ceilings", "clocks", "command", "process", "results", "steps"))
-KERNELS = ("kernels/*.py", *SHARED)
-TIMED = ("bench/kernels.py", "bench/lib/operations.py", "bench/lib/peers.py")
-TRAINER = (*KERNELS, "model/**/*.py", "train.py")
-TESTS = (*TRAINER, "tests/**/*.py")
 LAST = "flex or two_to_the_31"  # tests that compile for long, or need much of the memory
 PARTS = (
-    Part("step", 210, lambda v, s: v.script("step", s, "--profile", "--moments", "best", "bf16"),
-         reads=(*TRAINER, "bench/step.py", "bench/lib/emulated.py")),
-    Part("tests", 90, lambda v, s: v.tests(f"not ({LAST})", True), timed=False, reads=TESTS),
-    Part("trainer", 75, lambda v, s: v.script("trainer", s, *(["--data", str(v.data)] if v.data else [])), timed=False,
-         reads=(*TRAINER, "bench/trainer.py", "bench/lib/operations.py", "bench/lib/peers.py")),
+    Part("step", 210, lambda v, s: v.script("step", s, "--profile", "--moments", "best", "bf16")),
+    Part("tests", 90, lambda v, s: v.tests(f"not ({LAST})", True), timed=False),
+    Part("trainer", 75, lambda v, s: v.script("trainer", s, *(["--data", str(v.data)] if v.data else [])), timed=False),
     Part("warm kernels", 90, lambda v, s: v.script("kernels", s, *warm_up(v)), timed=False, ahead_of="kernels"),
     Part("warm attention", 90, lambda v, s: v.script("attention", s, *warm_up(v)), timed=False,
          ahead_of="attention"),
     # Liger-Kernel's variants in the CuTe DSL keep nothing that they compile, 20 s: for a visit with time to spare
-    Part("kernels", 100, lambda v, s: v.script("kernels", s, "--without", "CuTe DSL"),
-         reads=(*KERNELS, *TIMED)),
-    Part("attention", 60, lambda v, s: v.script("attention", s),
-         reads=("kernels/attention*.py", "kernels/dispatch.py", *SHARED, *TIMED, "bench/attention.py")),
-    Part("opponents", 110, lambda v, s: v.script("opponents", s), reads=(*SHARED, "bench/opponents.py")),
-    Part("last tests", 90, lambda v, s: v.tests(LAST, False), timed=False, reads=TESTS),
+    Part("kernels", 100, lambda v, s: v.script("kernels", s, "--without", "CuTe DSL")),
+    Part("attention", 60, lambda v, s: v.script("attention", s)),
+    Part("opponents", 110, lambda v, s: v.script("opponents", s)),
+    Part("last tests", 90, lambda v, s: v.tests(LAST, False), timed=False),
 )  # fmt: skip
 
 
@@ -219,7 +194,7 @@ def run_parts(visit: Visit, parts: list[Part], visit_s: float, result: dict, log
             status = status if left > 5 else "not reached"
             words = last_words(said) if not good else said[-1][:300] if said else ""
             entry = {"status": status, "seconds": seconds, "limit_s": limit, "exit_code": code, "said": words}
-            entry |= {"fingerprint": part.fingerprint()} | (test_counts(said) if is_test else {})
+            entry |= test_counts(said) if is_test else {}
             result["parts"][part.name] = entry
             write_json(visit.out / "pass.json", result)
             print(part_line(part.name, entry), flush=True)
@@ -245,44 +220,6 @@ def run_group(visit: Visit, group: list[Part], limit: float, log) -> list[tuple[
     return [(code, seconds, lines) for (code, seconds), lines in zip(ended, said, strict=True)]
 
 
-def done_before(part: Part, device: str, smoke: bool, folders: list[Path]) -> dict | None:
-    """What an earlier call on such a device says of this part, and its "date"; None if it failed or files changed."""
-    for path in sorted(path for folder in folders for path in folder.glob("pass*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError):
-            earlier = json.loads(path.read_text(encoding="utf-8"))
-            entry = earlier["parts"][part.name]
-            same = earlier["machine"]["device"] == device and earlier["smoke"] == smoke
-            if same and entry["status"] == "ok" and entry["fingerprint"] == part.fingerprint():
-                return {"date": earlier["machine"]["date"]} | entry
-    return None
-
-
-# ---------------------------------------------------------------------------------------------------- compilers' caches
-
-
-def use_caches(root: Path, packed: Path | None) -> None:
-    """Have Triton and Inductor, in all processes to come, keep what they compile under root; first unpack into it."""
-    for name in CACHE_VARIABLES:
-        os.environ[name] = str(root / name.split("_")[0].lower())
-    if packed:
-        with tarfile.open(packed) as archive:
-            archive.extractall(root, filter="data")
-
-
-def pack_caches(root: Path, packed: Path) -> str:
-    """What has been compiled, as one file; in words."""
-    partial = packed.with_name(f".partial-{packed.name}")
-    with tarfile.open(partial, "w:xz", preset=2) as archive:
-        for name in sorted(path.name for path in root.iterdir()):
-            archive.add(root / name, name)
-    size = partial.stat().st_size
-    if size > CACHE_BYTES:
-        partial.unlink()
-        return f"compiled kernels: {size / 2**20:.1f} MiB packed, too much to keep"
-    partial.replace(packed)
-    return f"compiled kernels: {packed.name}, {size / 2**20:.1f} MiB"
-
-
 # ------------------------------------------------------------------------------------------------------------- summary
 
 
@@ -304,25 +241,6 @@ def summary(visit: Visit, result: dict) -> list[str]:
     return lines
 
 
-LONGEST_CALL_S = 600
-
-
-def calls_of(parts: tuple[Part, ...], seconds: list[float]) -> list[list[str]]:
-    """The parts of each call, in order, by their shares taken for seconds; what no call has room for comes last.
-
-    The first part of a call always belongs to it, however short the call is.
-    """
-    calls: list[list[str]] = [[] for _ in seconds]
-    left, i = list(seconds), 0
-    for group in groups_of(list(parts)):
-        share = max(part.share for part in group)
-        while calls[i] and share > left[i] and i + 1 < len(calls):
-            i += 1
-        calls[i] += names_of(tuple(group))
-        left[i] -= share
-    return calls
-
-
 def names_of(parts: tuple[Part, ...]) -> list[str]:
     """Those that --only takes: what is only a preparation comes with what it is for."""
     return [part.name for part in parts if part.ahead_of is None]
@@ -332,11 +250,7 @@ def parser(parts: tuple[Part, ...]) -> argparse.ArgumentParser:
     made = parser_of(__doc__, "$OUT, or as bench/kernels.py")
     made.add_argument("--visit-s", type=float, default=840, help="seconds for everything [840]")
     made.add_argument("--only", help=f"parts to run, with commas: {','.join(names_of(parts))} [all]")
-    made.add_argument("--again", action="store_true", help="run also what an earlier call did, nothing changed since")
     made.add_argument("--data", type=Path, help="folder that train.py trains on [random tokens]; see bench/trainer.py")
-    made.add_argument("--calls", help="print the commands of calls of so many seconds each, at most 600, and end")
-    made.add_argument("--pack-caches", action="store_true", help="leave caches.tar.xz for the next call")
-    made.add_argument("--caches", type=Path, help="caches.tar.xz of an earlier call, so that less is compiled [none]")
     return made
 
 
@@ -347,18 +261,10 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
     wanted = given.only.split(",") if given.only else names
     if unknown := [name for name in wanted if name not in names]:
         raise Refused(f"--only {unknown[0]}: there are {', '.join(names)}")
-    calls = [float(text) if re.fullmatch(r"\d+(\.\d+)?", text) else 0 for text in (given.calls or "1").split(",")]
-    if not all(0 < s <= LONGEST_CALL_S for s in calls):
-        raise Refused(f"--calls must be seconds with commas, each at most {LONGEST_CALL_S}, got {given.calls!r}")
     if given.visit_s <= 0:
         raise Refused(f"--visit-s must be positive, got {given.visit_s:g}")
-    for name in ("data", "caches"):
-        if getattr(given, name) and not getattr(given, name).exists():
-            raise Refused(f"--{name} {getattr(given, name)} does not exist")
-    if given.calls:
-        for seconds, chosen in zip(calls, calls_of(parts, calls), strict=True):
-            print(f"python bench/gpu_pass.py --visit-s {seconds:g} --only '{','.join(chosen)}'")
-        return 0
+    if given.data and not given.data.exists():
+        raise Refused(f"--data {given.data} does not exist")
     bench = bench_on(given.smoke)
     began = time.monotonic()
     out = given.out or Path(os.environ.get("OUT") or results_folder(bench, bool(given.only)))
@@ -366,25 +272,13 @@ def main(arguments: list[str], parts: tuple[Part, ...] = PARTS) -> int:
     with tempfile.TemporaryDirectory() as scratch, (out / "log.txt").open("w+", encoding="utf-8") as log:
         data = given.data.resolve() if given.data else None
         visit = Visit(given.smoke, out.resolve(), Path(scratch), given.commit or commit(), data)
-        caches = visit.scratch / "caches"
-        use_caches(caches, given.caches)
         result = new_result("pass", bench, visit.commit) | {"parts": {}}
-        folders = [out, *sorted((ROOT / "bench" / "results").glob("*/"))]
-        for part in (part for part in parts if part.name in wanted and not given.again):
-            earlier = done_before(part, result["machine"]["device"], given.smoke, folders)
-            if earlier is not None:
-                result["parts"][part.name] = earlier
-                print(f"{part.name:15}done on {earlier['date']}, and nothing that it depends on has changed since; "
-                      "--again repeats it")  # fmt: skip
-        left = [name for name in wanted if name not in result["parts"]]
-        chosen = [part for part in parts if (part.ahead_of or part.name) in left]
+        chosen = [part for part in parts if (part.ahead_of or part.name) in wanted]
         with contextlib.suppress(KeyboardInterrupt):  # what is done is kept, and said below
             run_parts(visit, chosen, given.visit_s - (time.monotonic() - began), result, log)
         write_result(out / "pass.json", result)
         for path in out.glob("warm-*.json"):  # of this machine only
             path.unlink()
-        if given.pack_caches and caches.exists():
-            print(pack_caches(caches, out / "caches.tar.xz"), flush=True)
     print("\n" + "\n".join(summary(visit, result)), flush=True)
     return 0 if all(result["parts"].get(name, {}).get("status") == "ok" for name in wanted) else 1
 

@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import account, aot, gpu_pass, kernels, merge, report, step
 from bench import attention as bench_attention
-from bench.lib import operations, peers, results
+from bench.lib import operations, peers
 from bench.lib.clocks import Bench, Call, Clocks, quantiles
 from bench.lib.process import ROOT
 from bench.lib.results import BadResult, read_result, repeatable, write_json
@@ -664,54 +663,6 @@ time.sleep(600)
     assert not state or state.startswith("Z"), "the part's child outlived it"
 
 
-def test_what_is_done_is_left_out_until_its_files_change(tmp_path, monkeypatch, capsys):
-    """Twice the same visit: nothing runs again. A file touched: only what depends on it does. --again: everything."""
-    root, out = tmp_path / "repository", tmp_path / "out"
-    for name in ("a", "b"):
-        (root / name).mkdir(parents=True)
-        (root / name / "code.py").write_text("1\n")
-    monkeypatch.setattr(gpu_pass, "ROOT", root)
-    for name in gpu_pass.CACHE_VARIABLES:
-        monkeypatch.setenv(name, "")  # which a visit sets
-    parts = tuple(replace(part(name, f"print('this is {name}')"), reads=(f"{name}/*.py",)) for name in ("a", "b"))
-
-    def visit(*more: str) -> list[str]:
-        """The parts that ran."""
-        assert gpu_pass.main(["--smoke", "--out", str(out), *more], parts) == 0
-        said = capsys.readouterr().out.partition("smoke:")[0]
-        return re.findall(r"^(\w+) +ok .*this is \1", said, re.M)
-
-    assert visit() == ["a", "b"] and visit() == []
-    (root / "b" / "code.py").write_text("2\n")
-    assert visit() == ["b"] and visit() == [] and visit("--again") == ["a", "b"]
-    states = read_result(out / "pass.json")["parts"]
-    assert {name: entry["status"] for name, entry in states.items()} == {"a": "ok", "b": "ok"}
-    monkeypatch.setattr(results, "machine", lambda *_: machine() | {"device": "another"})
-    assert visit() == ["a", "b"]  # what another device did says nothing
-
-
-def imported_by(path: Path) -> set[Path]:
-    """The files of bench/ that one of them imports, whichever way round."""
-    found, left = set(), [path]
-    while left:
-        names = re.findall(r"^ *from (bench[.\w]*) import \(?([\w, ]*)", left.pop().read_text(), re.M)
-        modules = {f"{of}.{name}" for of, what in names for name in what.split(", ")} | {of for of, _ in names}
-        files = {gpu_pass.ROOT / f"{module.replace('.', '/')}.py" for module in modules}
-        new = {file for file in files - found if file.is_file()}
-        found |= new
-        left += new
-    return found
-
-
-@pytest.mark.parametrize("part", [p for p in gpu_pass.PARTS if "tests" not in p.name and not p.ahead_of])
-def test_a_part_reads_what_its_script_imports(part):
-    """So that what an earlier call did is repeated once any file of bench/ that it depends on has changed."""
-    script = gpu_pass.ROOT / "bench" / f"{part.name}.py"
-    read = {path for pattern in part.reads for path in gpu_pass.ROOT.glob(pattern)}
-    assert {script, *imported_by(script)} <= read
-    assert all(list(gpu_pass.ROOT.glob(pattern)) for pattern in part.reads)
-
-
 def test_what_is_not_timed_runs_side_by_side(tmp_path):
     """Each of two parts waits for the other; the third begins when both have ended. Log and states are whole."""
     code = f"""
@@ -737,18 +688,6 @@ print("met", sys.argv[2])
     assert [p.name for p in gpu_pass.groups_of(list(gpu_pass.PARTS))[0]] == ["step"]
 
 
-def test_a_visit_in_several_calls(capsys, tmp_path):
-    """Every part is in one call, in order; preparations come with what they prepare; no call may be too long."""
-    assert gpu_pass.main(["--calls", "240,300,290"]) == 0
-    commands = capsys.readouterr().out.splitlines()
-    chosen = [command.partition("--only ")[2].strip("'").split(",") for command in commands]
-    assert [name for one in chosen for name in one] == gpu_pass.names_of(gpu_pass.PARTS) and chosen[0] == ["step"]
-    assert [re.search(r"--visit-s (\d+)", command)[1] for command in commands] == ["240", "300", "290"]
-    for calls in ("400,700", "0", "400,", "a"):
-        assert gpu_pass.main(["--calls", calls, "--out", str(tmp_path / "out")]) == 2
-        assert f"--calls must be seconds with commas, each at most 600, got {calls!r}" in capsys.readouterr().err
-
-
 def test_a_part_that_fails_says_why():
     traceback = ["Traceback (most recent call last):", '  File "x.py", line 1', "ValueError: no such thing", "bye"]
     assert gpu_pass.last_words(traceback) == "ValueError: no such thing"
@@ -756,20 +695,6 @@ def test_a_part_that_fails_says_why():
     interrupted = ["step 5 of 9", "Traceback (most recent call last):", "  os.unlink(entry)", "KeyboardInterrupt"]
     assert gpu_pass.last_words(interrupted) == "step 5 of 9"
     assert gpu_pass.last_words([]) == ""
-
-
-def test_compiled_kernels_travel(tmp_path, monkeypatch):
-    for name in gpu_pass.CACHE_VARIABLES:
-        monkeypatch.setenv(name, "")
-    gpu_pass.use_caches(tmp_path / "here", None)
-    for name in gpu_pass.CACHE_VARIABLES:
-        Path(os.environ[name]).mkdir(parents=True)
-        (Path(os.environ[name]) / "kernel").write_bytes(b"cubin")
-    assert "caches.tar.xz, 0.0 MiB" in gpu_pass.pack_caches(tmp_path / "here", tmp_path / "caches.tar.xz")
-    gpu_pass.use_caches(tmp_path / "there", tmp_path / "caches.tar.xz")
-    for name in gpu_pass.CACHE_VARIABLES:
-        assert os.environ[name].startswith(str(tmp_path / "there"))
-        assert (Path(os.environ[name]) / "kernel").read_bytes() == b"cubin"
 
 
 def test_tests_are_counted_from_their_lines():
