@@ -223,12 +223,12 @@ def main(arguments: list[str]) -> int:
     if not by_title:
         raise no_such(given.only, every)
     folder = given.out or results_folder(bench, partial=bool(given.only))
-    jobs_of = lambda: warm_jobs(by_title, dtype, device, given.flex)  # noqa: E731
     sizes = {name: 2e9 + 2 * operation.counts("both", operation.shape, 2)[0] for name, operation in by_title.items()}
-    excluded = kernels.warmed(given, bench, "attention", folder, jobs_of, sizes=sizes)
-    excluded = spread({n: r for n, r in excluded.items() if n in by_title}, by_title, dtype, device)
     if given.warm_only:
-        return 0
+        jobs = warm_jobs(by_title, dtype, device, given.flex)
+        return kernels.warm_up("attention", jobs, given, folder, sizes=sizes)
+    excluded = kernels.read_warm(folder / "warm-attention.json")
+    excluded = spread({n: r for n, r in excluded.items() if n in by_title}, by_title, dtype, device)
     jobs = [
         (operation, name, operation.shape, operation.peers(dtype, device, given.flex), name)
         for name, operation in by_title.items()

@@ -1,7 +1,7 @@
 """Every kernel beside its peers, as a share of what this machine can do.
 
     python bench/kernels.py [--set 7b] [--only swiglu] [--out DIR]     on a GPU: DIR/kernels.json
-    python bench/kernels.py --warm-only --out DIR           compile everything, DIR/warm-kernels.json; then run as above
+    python bench/kernels.py --warm-only --out DIR           before: compile everything, in several processes
     python bench/kernels.py --smoke                         here: the same code at tiny sizes, no figures
     python bench/kernels.py --loss-error [--smoke]          the loss and its gradients beside PyTorch's, against fp64
     pytest bench --benchmark-only                           the everyday interface (test_benchmarks.py)
@@ -14,10 +14,10 @@ tried; one that raises, failed: never left out. How time is taken, short kernels
 
 **Ceilings.** of_ceiling is the share of a large copy's rate (2 GiB) or of cuBLAS's: the figure of the goals.
 
-**Warm-up.** What is compiled lies in caches on disk, so a plain run first compiles for all providers in processes
-beside one another, within half its budget; who hangs or crashes there is not tried again. --warm-only does just that
-and names them in warm-kernels.json; a run that finds the file in DIR, or is told --no-warm, does without. It may share
-the GPU with tests: torch.compile does time tiles then, but takes the least of up to a hundred samples.
+**Warm-up.** What is compiled lies in caches on disk, so --warm-only compiles for all providers in processes beside one
+another and times nothing; who hangs or crashes there is named in DIR/warm-kernels.json, and a run with the same DIR
+leaves it alone. It may share the GPU with tests: torch.compile does time tiles then, but takes the least of up to a
+hundred samples. Without it a run compiles as it comes to each case.
 
 A provider that leaves the GPU in error (an illegal address) would fail all that come after it: the script then starts
 itself anew without it, from the case at which it was.
@@ -308,7 +308,6 @@ def loss_errors(bench: Bench, rows: int, dim: int, vocabulary: int) -> Iterator[
 # ------------------------------------------------------------------------------------------------------------- warm-up
 
 WARM_S = 60  # for one provider in all cases of an operation; more if the budget is more
-WARM_SHARE = 0.5  # of the budget, for all of them
 WARM_BYTES = 48e9  # of GPU memory, for all the processes together; a third of a smaller GPU's
 # In this order: those that take seconds first, since torch.compile, which tries dozens of tiles, took all the time once
 COMPILED_AT_FIRST = ("Liger-Kernel", "halny", "cut-cross-entropy", "quack", "torch.compile")
@@ -365,9 +364,8 @@ def warm_bytes(operation: Operation, sets: dict[str, dict]) -> float:
 
 
 def warm_all(
-    script: str, jobs: list[tuple[str, str]], workers: int, budget_s: float = float("inf"),
-    sizes: dict[str, float] | None = None, more: tuple[str, ...] = (),
-    save: Callable[[dict], None] = lambda excluded: None,
+    script: str, jobs: list[tuple[str, str]], workers: int, save: Callable[[dict], None],
+    budget_s: float = float("inf"), sizes: dict[str, float] | None = None, more: tuple[str, ...] = (),
 ) -> dict[str, dict[str, str]]:  # fmt: skip
     """``script --warm CASE PROVIDER`` of all jobs, in processes beside one another, within budget_s for all of them.
 
@@ -421,44 +419,32 @@ def warm_all(
     return excluded
 
 
-def warmed(given: argparse.Namespace, bench: Bench, script: str, folder: Path, jobs: Callable, **options) -> dict:
-    """case -> provider -> why it is not tried, from a warm-up that has been or takes place now. jobs makes the list."""
-    path = folder / f"warm-{script}.json"
-    if given.resume:  # which file has them
-        return {}
-    if not given.warm_only:
-        found = None if bench.smoke else read_warm(path)
-        if found is not None:
-            print(f"warmed before: {path.name}", flush=True)
-        if bench.smoke or given.no_warm or found is not None:
-            return found or {}
+def warm_up(script: str, jobs: list[tuple[str, str]], given: argparse.Namespace, folder: Path, **options) -> int:
+    """--warm-only: ``warm_all``, and the file that tells the run after it what to leave alone."""
     start = time.monotonic()
 
     def save(excluded: dict) -> None:
         seconds = time.monotonic() - start
         about = {"format": 1, "kind": "warm", "host": platform.node(), "seconds": seconds, "excluded": excluded}
-        write_json(path, about)
+        write_json(folder / f"warm-{script}.json", about)
 
-    if given.warm_only:
-        options["save"] = save
-    budget_s = given.budget_s if given.warm_only else given.budget_s * WARM_SHARE
-    listed = [] if bench.smoke else jobs()
-    excluded = warm_all(f"{script}.py", listed, given.workers, budget_s, **options)
+    jobs = [] if given.smoke else jobs
+    excluded = warm_all(f"{script}.py", jobs, given.workers, save, given.budget_s, **options)
     kept = sum(1 for _ in CACHES.rglob("*.o"))  # none, where a package is installed, says that its cache is off
-    print(f"{len(listed)} jobs in {time.monotonic() - start:.0f} s; {kept} kernels of CuTe DSL on disk", flush=True)
+    print(f"{len(jobs)} jobs in {time.monotonic() - start:.0f} s; {kept} kernels of CuTe DSL on disk")
     for case, reasons in excluded.items():
         for provider, reason in reasons.items():
-            print(f"{case:30}{provider:40}{reason}", flush=True)
-    return excluded
+            print(f"{case:30}{provider:40}{reason}")
+    return 0
 
 
-def read_warm(path: Path) -> dict[str, dict[str, str]] | None:
-    """What a warm-up on this machine left; None if there was none, so that nothing is taken for compiled."""
+def read_warm(path: Path) -> dict[str, dict[str, str]]:
+    """case -> provider -> why it is not tried, as a warm-up on this machine left it; nothing if there was none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    return found["excluded"] if found.get("kind") == "warm" and found.get("host") == platform.node() else None
+        return {}
+    return found["excluded"] if found.get("kind") == "warm" and found.get("host") == platform.node() else {}
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -569,7 +555,6 @@ def options_of(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--only", default="", help="operations whose name contains this [all]")
     parser.add_argument("--warm", nargs=2, metavar=("CASE", "PROVIDER"), help="compile for one provider, and no more")
     parser.add_argument("--warm-only", action="store_true", help="compile for all, time nothing; DIR/warm-NAME.json")
-    parser.add_argument("--no-warm", action="store_true", help="no warm-up now, whether there was one or not")
     parser.add_argument("--without", action="append", default=[], help="do not try providers named so, or in part")
     parser.add_argument("--resume", type=Path, help="the file to go on with, after a provider left the GPU in error")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
@@ -600,9 +585,9 @@ def main(arguments: list[str]) -> int:
     folder = given.out or results_folder(bench, partial=bool(given.only or given.set))
     sizes = {operation.name: warm_bytes(operation, sets) for operation, _, _ in operations.cases(sets, given.only)}
     more = tuple(argument for name in given.set or () for argument in ("--set", name))
-    excluded = warmed(given, bench, "kernels", folder, lambda: warm_jobs(given.only, sets), sizes=sizes, more=more)
     if given.warm_only:
-        return 0
+        return warm_up("kernels", warm_jobs(given.only, sets), given, folder, sizes=sizes, more=more)
+    excluded = read_warm(folder / "warm-kernels.json")
     jobs = [
         (operation, name, shape, peers.PEERS[operation.name], operation.name)
         for operation, name, shape in operations.cases(sets, given.only)

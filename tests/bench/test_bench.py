@@ -253,11 +253,11 @@ def test_compiling_beforehand_names_only_who_hangs_or_crashes(tmp_path, monkeypa
     )
     monkeypatch.setattr(kernels, "WARM_S", 2)
     jobs = [("case", name) for name in ("hangs", "crashes", "raises", "works")]
-    assert kernels.warm_all(str(script), jobs, workers=2) == {
+    assert kernels.warm_all(str(script), jobs, 2, lambda _: None) == {
         "case": {"hangs": "was still compiling after 2 s", "crashes": "its process was ended by signal 11"}
     }
     jobs = [("case", "hangs"), ("case", "works")]
-    assert kernels.warm_all(str(script), jobs, workers=1, budget_s=1) == {
+    assert kernels.warm_all(str(script), jobs, 1, lambda _: None, budget_s=1) == {
         "case": {"hangs": "was still compiling after 1 s", "works": "no time was left to compile it"}
     }
 

@@ -270,35 +270,25 @@ def test_who_is_left_out_says_so():
 # ------------------------------------------------------------------------------------------------------------- warm-up
 
 
-def options(**given) -> argparse.Namespace:
-    return argparse.Namespace(**(dict(warm_only=False, no_warm=False, resume=None, budget_s=10.0, workers=2) | given))
+def test_a_warm_up_leaves_its_exclusions_for_the_run(tmp_path, monkeypatch):
+    given = argparse.Namespace(smoke=False, budget_s=10.0, workers=2)
+    listed, excluded = (
+        [("swiglu", "quack"), ("swiglu", "halny")],
+        {"swiglu": {"quack": "was still compiling after 9 s"}},
+    )
 
-
-def test_a_warm_up_of_its_own_leaves_its_exclusions_for_the_run(tmp_path, monkeypatch):
-    bench, listed = Bench(CPU.device, False, 2**16), [("swiglu", "quack"), ("swiglu", "halny")]
-    seen = []
-
-    def warm_all(script, jobs, workers, budget_s, save=None, **more):
-        seen.append((script, jobs, budget_s))
-        excluded = {"swiglu": {"quack": "was still compiling after 9 s"}}
-        if save:
-            save(excluded)
+    def warm_all(script, jobs, workers, save, budget_s, **more):
+        assert (script, jobs, workers, budget_s) == ("kernels.py", listed, 2, 10.0)
+        save(excluded)
         return excluded
 
     monkeypatch.setattr(kernels, "warm_all", warm_all)
-    found = kernels.warmed(options(), bench, "kernels", tmp_path, lambda: listed)
-    assert found["swiglu"] and seen == [("kernels.py", listed, 5.0)] and not list(tmp_path.iterdir())  # as ever
-    kernels.warmed(options(warm_only=True), bench, "kernels", tmp_path, lambda: listed)
-    assert seen[1:] == [("kernels.py", listed, 10.0)]
-    again = kernels.warmed(options(), bench, "kernels", tmp_path, lambda: listed)
-    assert again == found and len(seen) == 2
-    assert kernels.warmed(options(no_warm=True), bench, "kernels", tmp_path, lambda: listed) == found
-    assert kernels.warmed(options(no_warm=True), bench, "kernels", tmp_path / "other", lambda: listed) == {}
-    assert len(seen) == 2
     path = tmp_path / "warm-kernels.json"
+    assert kernels.read_warm(path) == {}
+    assert kernels.warm_up("kernels", listed, given, tmp_path) == 0
+    assert kernels.read_warm(path) == excluded
     path.write_text(path.read_text().replace(json.dumps(platform.node()), '"another machine"'))
-    kernels.warmed(options(), bench, "kernels", tmp_path, lambda: listed)
-    assert len(seen) == 3, "what another machine compiled is not on this one"
+    assert kernels.read_warm(path) == {}, "what another machine compiled is not on this one"
 
 
 def test_a_warm_up_that_is_ended_has_excluded_what_it_did_not_do(tmp_path):
@@ -308,7 +298,7 @@ def test_a_warm_up_that_is_ended_has_excluded_what_it_did_not_do(tmp_path):
     saved = []
     jobs = [("a", "quack"), ("a", "halny"), ("b", "quack")]
     save = lambda excluded: saved.append(json.loads(json.dumps(excluded)))  # noqa: E731
-    assert kernels.warm_all(str(script), jobs, 1, save=save) == {"a": {}, "b": {}}
+    assert kernels.warm_all(str(script), jobs, 1, save) == {"a": {}, "b": {}}
     no_time = {"quack": "no time was left to compile it"}
     assert saved == [{"a": no_time, "b": no_time}, {"a": {}, "b": no_time}, {"a": {}, "b": no_time}, {"a": {}, "b": {}}]
 
@@ -322,7 +312,7 @@ def test_large_jobs_do_not_run_beside_one_another(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(kernels, "WARM_BYTES", 10)
     jobs = [(name, "quack") for name in "abc"]
-    kernels.warm_all(str(script), jobs, 3, sizes={"a": 8, "b": 8, "c": 99})
+    kernels.warm_all(str(script), jobs, 3, lambda _: None, sizes={"a": 8, "b": 8, "c": 99})
     lines = log.read_text().split("\n")[:-1]
     assert len(lines) == 6
     assert all(lines[i].split()[0] == lines[i + 1].split()[0] for i in range(0, 6, 2)), lines
@@ -406,7 +396,7 @@ def test_what_could_not_be_compiled_counts_for_its_kind_and_for_ours(on_h200):
 def test_rehearsals_take_the_new_options(tmp_path, capsys):
     assert kernels.main(["--smoke", "--warm-only", "--set", "7b", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "warm-kernels.json").read_text()) if (tmp_path / "warm-kernels.json").exists() else 1
-    arguments = ["--smoke", "--set", "128k", "--only", "linear", "--no-warm", "--out", str(tmp_path)]
+    arguments = ["--smoke", "--set", "128k", "--only", "linear", "--out", str(tmp_path)]
     assert kernels.main(arguments) == 0
     assert {row["set"] for row in read_result(tmp_path / "kernels.json")["rows"]} == {"128k"}
     with pytest.raises(SystemExit):
