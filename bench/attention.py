@@ -14,8 +14,7 @@ Right is decided as in kernels.py, against the reference on the first sequence a
 query head at a time: its score matrix of 32,768 positions takes 4 GB a head. The reference itself is not timed.
 
 FlexAttention takes 30 s or more a case to compile, so it runs only with --flex, or where "auto" has nothing else.
-flash-attn-4 compiles a kernel a kind of mask, whatever the lengths: one case of each kind is compiled beforehand, and
-its cache on disk serves the others (kernels.py switches that on, it is off by default).
+flash-attn-4 keeps what it compiles on disk, which is off by default, for a kind of mask, whatever the lengths.
 """
 
 from __future__ import annotations
@@ -110,12 +109,6 @@ class Attention(Operation):
         size = shape["sequences"], shape["seq_len"], shape["head_dim"]
         return plan_attention(*size, dtype, device, **options)
 
-    @property
-    def kind(self) -> tuple[bool, bool]:
-        """What a backend compiles for: whether the window hides anything, whether there are documents."""
-        window = self.shape["window"]
-        return window is not None and window < max(self.lengths), bool(self.shape["documents"])
-
     def peers(self, dtype: torch.dtype, device: torch.device, flex: bool) -> list[Peer]:
         left_out = {"reference"} if flex else {"reference", "flex", "flex_flash"}
         left_out.add(self.plan("auto", dtype, device).backend)  # it is measured as ours
@@ -169,40 +162,14 @@ def cases(smoke: bool) -> list[Attention]:
 COMPILED_AT_FIRST = ("flash4", "flex", "flex_flash")
 
 
-def warm_jobs(operations: dict[str, Attention], dtype: torch.dtype, device: torch.device, flex: bool) -> list:
-    """(title, backend) of all that runs and compiles: of flash4 one case a kind of mask, of FlexAttention each."""
-    jobs, kinds = [], set()
-    for name, operation in operations.items():
-        chosen = operation.plan("auto", dtype, device).backend
-        for peer in operation.peers(dtype, device, flex):
-            backend = chosen if peer.package == "halny" else peer.name
-            known = (backend, operation.kind) in kinds
-            if backend not in COMPILED_AT_FIRST or (backend == "flash4" and known) or kernels.load(peer)[0] is None:
-                continue
-            kinds.add((backend, operation.kind))
-            jobs.append((name, backend))
-    return jobs
-
-
-def spread(excluded: dict, operations: dict[str, Attention], dtype: torch.dtype, device: torch.device) -> dict:
-    """What could not be compiled for one case counts for all of its kind, and for ours where "auto" would take it."""
-    by_kind = {}
-    for name, reasons in excluded.items():
-        for backend, reason in reasons.items():
-            key = (backend, operations[name].kind) if backend == "flash4" else (backend, name)
-            by_kind[key] = reason
-    found = {}
-    for name, operation in operations.items():
-        found[name] = {
-            backend: by_kind[key]
-            for backend in COMPILED_AT_FIRST
-            for key in ((backend, operation.kind), (backend, name))
-            if key in by_kind
-        }
-        chosen = operation.plan("auto", dtype, device).backend
-        if chosen in found[name]:
-            found[name][f"halny, {chosen}"] = found[name].pop(chosen)
-    return found
+def warm_jobs(providers: dict[str, list[Peer]]) -> list[tuple[str, str]]:
+    """(title, provider) of all that runs and compiles."""
+    return [
+        (name, peer.name)
+        for name, listed in providers.items()
+        for peer in listed
+        if (peer.note or peer.package) in COMPILED_AT_FIRST and kernels.load(peer)[0] is not None
+    ]
 
 
 @command
@@ -217,22 +184,19 @@ def main(arguments: list[str]) -> int:
     if given.warm:
         die_with_parent()
         operation = every[given.warm[0]]
-        kernels.run_once(bench, operation, operation.peer(given.warm[1], dtype, device).load(), operation.shape)
+        peer = next(peer for peer in operation.peers(dtype, device, flex=True) if peer.name == given.warm[1])
+        kernels.run_once(bench, operation, peer.load(), operation.shape)
         return 0
     by_title = {name: operation for name, operation in every.items() if given.only in name}
     if not by_title:
         raise no_such(given.only, every)
     folder = given.out or results_folder(bench, partial=bool(given.only))
+    providers = {name: operation.peers(dtype, device, given.flex) for name, operation in by_title.items()}
     sizes = {name: 2e9 + 2 * operation.counts("both", operation.shape, 2)[0] for name, operation in by_title.items()}
     if given.warm_only:
-        jobs = warm_jobs(by_title, dtype, device, given.flex)
-        return kernels.warm_up("attention", jobs, given, folder, sizes=sizes)
+        return kernels.warm_up("attention", warm_jobs(providers), given, folder, sizes=sizes)
     excluded = kernels.read_warm(folder / "warm-attention.json")
-    excluded = spread({n: r for n, r in excluded.items() if n in by_title}, by_title, dtype, device)
-    jobs = [
-        (operation, name, operation.shape, operation.peers(dtype, device, given.flex), name)
-        for name, operation in by_title.items()
-    ]
+    jobs = [(operation, name, operation.shape, providers[name], name) for name, operation in by_title.items()]
     return kernels.run_jobs(bench, given, "attention", folder, jobs, excluded, start, dtype)
 
 

@@ -19,8 +19,8 @@ another and times nothing; who hangs or crashes there is named in DIR/warm-kerne
 leaves it alone. It may share the GPU with tests: torch.compile does time tiles then, but takes the least of up to a
 hundred samples. Without it a run compiles as it comes to each case.
 
-A provider that leaves the GPU in error (an illegal address) would fail all that come after it: the script then starts
-itself anew without it, from the case at which it was.
+A provider that leaves the GPU in error (an illegal address) makes all fail that come after it: a warm-up leaves it out
+of the run, and a run that meets one ends, says whose it was, and has the cases before it in its file.
 
 **Modes.** "forward" (with gradients wanted, so what the backward needs is saved), "backward" (a kept graph, run again,
 which hides what the host spends: only its kernel time says something), "both" (a fresh graph each time). Losses may
@@ -140,14 +140,6 @@ def copied(values: list) -> list:
     return [x.clone() if isinstance(x, Tensor) else x for x in values]
 
 
-class DeviceLost(Exception):
-    """A provider left the GPU in an error that every later call of this process will raise too."""
-
-    def __init__(self, provider: str, reason: str):
-        super().__init__(f"{provider}: {reason}")
-        self.provider, self.reason = provider, reason
-
-
 def works(bench: Bench) -> bool:
     """Whether this process can still use the GPU."""
     try:
@@ -158,9 +150,9 @@ def works(bench: Bench) -> bool:
 
 
 def check_device(bench: Bench, provider: str, error: BaseException) -> None:
-    """DeviceLost if the device does not work any more after a provider's error."""
+    """RuntimeError if the device does not work any more after a provider's error: no later call of ours will either."""
     if not works(bench):
-        raise DeviceLost(provider, line_of(error)) from None
+        raise RuntimeError(f"{provider} left the GPU in error: {line_of(error)}") from None
 
 
 def load(peer: Peer) -> tuple[Callable | None, str, str]:
@@ -175,7 +167,7 @@ def load(peer: Peer) -> tuple[Callable | None, str, str]:
         return None, "failed", line_of(error)
 
 
-BY_SIGNAL, IN_ERROR, NO_TIME = "was ended by signal", "left the GPU in error", "no time was left to compile it"
+BY_SIGNAL, NO_TIME = "was ended by signal", "no time was left to compile it"
 
 
 def judge(case: KernelCase, providers: list[Peer], excluded: dict[str, str]) -> tuple[dict, dict, dict]:
@@ -183,7 +175,7 @@ def judge(case: KernelCase, providers: list[Peer], excluded: dict[str, str]) -> 
     functions, status, errors = {}, {}, {}
     for peer in providers:
         if peer.name in excluded:
-            crashed = any(word in excluded[peer.name] for word in (BY_SIGNAL, IN_ERROR))
+            crashed = BY_SIGNAL in excluded[peer.name]
             status[peer.name] = "failed" if crashed else "not tried", excluded[peer.name]
             continue
         function, *state = load(peer)
@@ -316,15 +308,21 @@ COMPILED_AT_FIRST = ("Liger-Kernel", "halny", "cut-cross-entropy", "quack", "tor
 def run_once(bench: Bench, operation: Operation, function: Callable, shape: dict) -> None:
     """Forward and backward of one provider in one case, so that what it compiles lies in the caches on disk."""
     torch.manual_seed(0)
-    inputs = operation.inputs(shape, torch.bfloat16, bench.device)
-    leaves = [x.requires_grad_() if i in operation.gradients else x for i, x in enumerate(inputs)]
-    outputs = operations.tuple_of(function(*leaves))
-    if operation.gradients:
-        torch.autograd.grad(outputs, [leaves[i] for i in operation.gradients], [torch.ones_like(y) for y in outputs])
-    if "loss only" in operation.modes:
-        with torch.no_grad():
-            function(*(x.detach() if isinstance(x, Tensor) else x for x in inputs))
-    bench.synchronize()
+    try:
+        inputs = operation.inputs(shape, torch.bfloat16, bench.device)
+        leaves = [x.requires_grad_() if i in operation.gradients else x for i, x in enumerate(inputs)]
+        outputs = operations.tuple_of(function(*leaves))
+        if operation.gradients:
+            wanted = [leaves[i] for i in operation.gradients]
+            torch.autograd.grad(outputs, wanted, [torch.ones_like(y) for y in outputs])
+        if "loss only" in operation.modes:
+            with torch.no_grad():
+                function(*(x.detach() if isinstance(x, Tensor) else x for x in inputs))
+        bench.synchronize()
+    except Exception:
+        if not works(bench):
+            os.abort()  # so that who leaves the GPU in error is left alone, as who crashes is
+        raise
 
 
 def warm(bench: Bench, operation: Operation, provider: str, sets: dict[str, dict]) -> None:
@@ -463,21 +461,15 @@ def line(row: dict, smoke: bool) -> str:
 
 
 def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float, dtype: torch.dtype) -> int:
-    """Every job (operation, set, shape, providers, excluded) until the deadline; the file is whole after each mode.
-
-    A result with "resumed" is one that an earlier process left: its ceilings and rows are kept, its cases not repeated.
-    """
+    """Every job (operation, set, shape, providers, excluded) until the deadline; the file is whole after each mode."""
     names = [f"{operation.name} {set_name}" for operation, set_name, *_ in jobs]
-    if "resumed" not in result:
-        result |= {"not_reached": list(names), "broken": [], "seconds": {}, "lost": {}, "rows": []}
-        result["ceilings"] = ceilings(bench)
-        write_json(path, result)
+    result |= {"not_reached": list(names), "broken": [], "seconds": {}, "rows": [], "ceilings": ceilings(bench)}
+    write_json(path, result)
     clocks = Clocks(bench, rounds=1, least=1) if bench.smoke else Clocks(bench)
     for name, (operation, set_name, shape, providers, excluded) in zip(names, jobs, strict=True):
-        if name not in result["not_reached"] or time.monotonic() > deadline:
-            continue
+        if time.monotonic() > deadline:
+            break
         began, reached = time.monotonic(), []
-        excluded = excluded | result["lost"].get(name, {})
         try:
             for rows in run_case(
                 bench, operation, set_name, shape, providers, result["ceilings"], excluded, dtype, clocks
@@ -488,13 +480,7 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
                 for row in rows:
                     print(line(row, bench.smoke), flush=True)
         except Exception as error:  # out of memory, say: the other cases are still worth having
-            reason, culprit = line_of(error), getattr(error, "provider", None)
-            if culprit in {peer.name for peer in providers} - set(excluded):
-                result["rows"] = [r for r in result["rows"] if (r["operation"], r["set"]) != (operation.name, set_name)]
-                result["lost"].setdefault(name, {})[culprit] = f"{IN_ERROR}: {error.reason}"
-                write_json(path, result)
-                print(f"{name}: {error}; starting anew without it", flush=True)
-                start_anew(path, deadline)
+            reason = line_of(error)
             result["broken"].append(f"{name}: {reason}")
             for mode in operation.modes:
                 if mode not in reached:
@@ -506,9 +492,10 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
         result["seconds"][name] = time.monotonic() - began
         write_json(path, result)
         if not works(bench):
-            start_anew(path, deadline)
+            print("no later call on this GPU can work: run again, its culprit left out by --without", flush=True)
+            break
         bench.release()
-    if not bench.smoke and time.monotonic() < deadline:
+    if not bench.smoke and time.monotonic() < deadline and works(bench):
         result["ceilings_after"] = {"copy_gb_s": copy_rate(bench)["gb_s"]}
     write_result(path, result)
     bad = [row for row in result["rows"] if row["package"] == "halny" and row["status"] != "ok"]
@@ -517,12 +504,6 @@ def run_all(bench: Bench, path: Path, jobs: list, result: dict, deadline: float,
     if result["not_reached"]:
         print(f"not reached: {'; '.join(result['not_reached'])}")
     return 1 if bad or not timed or result["broken"] else 0
-
-
-def start_anew(path: Path, deadline: float) -> None:
-    """This process again, in its own place, for the cases that the file at path lacks. Does not return."""
-    left = str(max(1.0, deadline - time.monotonic()))
-    os.execv(sys.executable, [sys.executable, *sys.argv, "--resume", str(path), "--budget-s", left])
 
 
 def left_out(providers: list[Peer], without: list[str]) -> dict[str, str]:
@@ -535,19 +516,13 @@ def run_jobs(
     bench: Bench, given: argparse.Namespace, script: str, folder: Path, jobs: list[tuple],
     excluded: dict[str, dict[str, str]], start: float, dtype: torch.dtype,
 ) -> int:  # fmt: skip
-    """``run_all`` of jobs (operation, set, shape, providers, key into excluded), from the beginning or where it was."""
-    path = folder / f"{script}.json"
-    if given.resume:
-        path = given.resume
-        result = json.loads(path.read_text(encoding="utf-8")) | {"resumed": True}
-        excluded = result["excluded"]
-    else:
-        result = new_result("kernels", bench, given.commit) | {"excluded": excluded}
+    """``run_all`` of jobs (operation, set, shape, providers, key into excluded)."""
+    result = new_result("kernels", bench, given.commit) | {"excluded": excluded}
     jobs = [
         (operation, name, shape, providers, excluded.get(key, {}) | left_out(providers, given.without))
         for operation, name, shape, providers, key in jobs
     ]
-    return run_all(bench, path, jobs, result, start + given.budget_s, dtype)
+    return run_all(bench, folder / f"{script}.json", jobs, result, start + given.budget_s, dtype)
 
 
 def options_of(doc: str) -> argparse.ArgumentParser:
@@ -556,7 +531,6 @@ def options_of(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--warm", nargs=2, metavar=("CASE", "PROVIDER"), help="compile for one provider, and no more")
     parser.add_argument("--warm-only", action="store_true", help="compile for all, time nothing; DIR/warm-NAME.json")
     parser.add_argument("--without", action="append", default=[], help="do not try providers named so, or in part")
-    parser.add_argument("--resume", type=Path, help="the file to go on with, after a provider left the GPU in error")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that compile")
     return parser
 

@@ -8,7 +8,7 @@ There is no second training loop: model, optimizer and step are train.py's ``bui
 ``train_step``, on random weights and tokens. Two modes; no figure of the second stands anywhere without its label:
 
 **one-gpu** trains: one rank, the whole step, nothing left out, an update for every micro batch or every --accumulation
-of them. A row for each --moments, what AdamW keeps; "best" is what step_time.py expects to be fastest on this card.
+of them. A row for each --moments, what AdamW keeps.
 Micro batches are what fits it by estimate; where not even one sequence fits beside 32 layers, as many layers as do, and
 the label says so (nothing is extrapolated from it).
 
@@ -64,7 +64,6 @@ SEQ_LEN = 4096
 TRACE_BYTES = 15 * 2**20
 MODES = ("rank-of-256", "one-gpu")  # the most telling first: a visit to a GPU is short
 MOMENTS = ("8bit", "bf16", "fp32")
-BEST = "best"
 RANKS, NODE = 256, 4
 START_S = 8  # that a process takes before it can do anything: imports, CUDA
 AROUND_S = 10  # for the steps before those that are timed, and the ceiling after them
@@ -98,15 +97,6 @@ def cases(modes: list[str], moments: Sequence[str], accumulation: int = 1) -> li
     """Those of the modes, in the order of MODES."""
     found = [StepCase("rank-of-256")] if "rank-of-256" in modes else []
     return found + ([StepCase("one-gpu", m, accumulation) for m in moments] if "one-gpu" in modes else [])
-
-
-def best_moments(device: str, memory_bytes: int, accumulation: int = 1) -> str:
-    """The moments with which one GPU should train fastest; "8bit" where no 7B fits, or nothing is known of the card."""
-    model, rates = PRESETS["mistral-7b"], {}
-    for case in cases(["one-gpu"], MOMENTS, accumulation):
-        for n in fitting(case, model, memory_bytes, device)[:1]:
-            rates[case.moments] = expected_rate(case, model, n, device)
-    return max(rates, key=rates.get, default="8bit")
 
 
 def expected_rate(case: StepCase, model: MistralConfig, micro_batch: int, device: str) -> float:
@@ -366,8 +356,8 @@ def profiled(bench: Bench, step: TimedStep, mode: str, trace: Path, ceiling: dic
 def parser() -> argparse.ArgumentParser:
     made = parser_of(__doc__, "bench/results/DATE-DEVICE; else runs/bench", 600)
     made.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES), help="what to measure [both]")
-    made.add_argument("--moments", nargs="+", choices=(*MOMENTS, BEST), default=list(MOMENTS),
-        help="what AdamW keeps in one-gpu, a row each; best: should be fastest on this card [all three]")  # fmt: skip
+    made.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS),
+        help="what AdamW keeps in one-gpu, a row each [all three]")  # fmt: skip
     made.add_argument("--accumulation", type=int, default=1, help="micro batches of an update in one-gpu [1]")
     made.add_argument("--profile", action="store_true", help="also profile one step of each case")
     made.add_argument("--steps", type=int, default=50, help="steps timed [50]")
@@ -388,9 +378,6 @@ def main(arguments: list[str]) -> int:
         return be_a_case(given.case, Path(given.row), lambda save: measured(bench_on(given.smoke), case, given, save))
     bench = bench_on(given.smoke)
     started = time.monotonic()
-    if BEST in given.moments:
-        best = best_moments(bench.name, bench.memory_bytes, given.accumulation) if bench.on_gpu else "8bit"
-        given.moments = list(dict.fromkeys(best if m == BEST else m for m in given.moments))
     wanted = cases(given.mode, given.moments, given.accumulation)
     out = given.out or results_folder(bench)
     out.mkdir(parents=True, exist_ok=True)

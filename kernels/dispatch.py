@@ -251,7 +251,7 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 # By GPU generation (the major number of the compute capability; 0 for those not listed): rows of (columns up to which
-# it holds, the launch constants). bench/tiles.py searches for better rows and prints them.
+# it holds, the launch constants). `bench/kernels.py --only NAME` says what a change of a row is worth.
 TileTable = dict[int, list[tuple[int, dict[str, int]]]]
 
 
