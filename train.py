@@ -78,7 +78,7 @@ from halny.model.run.ranks import (
 from halny.model.run.replay import replay
 from halny.model.run.resolve import (
     DTYPES,
-    Plan,
+    RunSpec,
     check_disk,
     check_looking,
     data_or_refused,
@@ -94,7 +94,7 @@ from halny.model.run.watch import Watch
 # ---------------------------------------------------------------------------------------------- 1 model and optimizer
 
 
-def build_model(plan: Plan, world: World) -> Mistral:
+def build_model(spec: RunSpec, world: World) -> Mistral:
     """The model, allocated, its weights in fp32 and not yet filled.
 
     Sharded by FSDP2 or HSDP (run/fsdp.py): each layer is gathered in the compute dtype when it is needed, and gradients
@@ -102,22 +102,22 @@ def build_model(plan: Plan, world: World) -> Mistral:
     is, and ``begin_computing`` makes its weights bf16.
     """
     with torch.device("meta"):
-        model = Mistral(plan.model, plan.work.recompute)
+        model = Mistral(spec.model, spec.work.recompute)
     for name, p in model.named_parameters():
-        p.requires_grad_(not is_frozen(name, plan.recipe))
-    if plan.layout.fsdp:
-        fsdp.shard_model(model, plan.layout, world, DTYPES[plan.recipe.dtype])
+        p.requires_grad_(not is_frozen(name, spec.recipe))
+    if spec.layout.fsdp:
+        fsdp.shard_model(model, spec.layout, world, DTYPES[spec.recipe.dtype])
     model.to_empty(device=world.device)
     return model
 
 
-def fill_model(model: Mistral, plan: Plan, world: World) -> None:
+def fill_model(model: Mistral, spec: RunSpec, world: World) -> None:
     """Fresh weights, or those of --init-from, of which each rank reads only its own rows."""
-    if plan.recipe.init_from:
-        load_hf_weights(model, plan.recipe.init_from)
+    if spec.recipe.init_from:
+        load_hf_weights(model, spec.recipe.init_from)
         model.init_buffers()
     else:
-        model.init_weights(plan.recipe.seed)
+        model.init_weights(spec.recipe.seed)
 
 
 def build_optimizer(model: Mistral, recipe: Recipe) -> ShardedAdamW | SplitAdamW:
@@ -206,7 +206,7 @@ def train_step(
 class Run:
     """A run in progress: what its loop holds in its hands."""
 
-    plan: Plan
+    spec: RunSpec
     world: World
     folder: RunFolder
     corpus: Corpus | None  # None: --eval-only on other data than a run's own
@@ -231,7 +231,7 @@ class Run:
         """Begin a checkpoint of the last step done, after a look whether all ranks see the same weights."""
         self.watch.at("checkpoint", self.step, long=True)
         if self.world.size > 1:  # one layer at a time: in the end all of them
-            layer = self.step // self.plan.recipe.save_every % self.plan.model.n_layers
+            layer = self.step // self.spec.recipe.save_every % self.spec.model.n_layers
             check_same_weights(self.model.layers[layer], f"layer {layer}", self.world)
         updates = int(next(iter(self.optimizer.state.values()))["step"])  # steps less those that were skipped
         facts = {
@@ -269,17 +269,17 @@ class Run:
 
     def out_of_time(self) -> bool:
         """Whether another step and a checkpoint may not fit into --max-hours."""
-        limit = self.plan.recipe.max_hours
+        limit = self.spec.recipe.max_hours
         soon = time.monotonic() - self.began + 2 * self.journal.step_s + 1.5 * self.saver.took_s
         return limit is not None and soon > limit * 3600
 
     def take_step(self, step: int, batches: list[Batch]) -> tuple[Tensor, float]:
         """``train_step`` at the learning rate of that step: its values, and the rate."""
-        rate = learning_rate(self.plan.recipe, step)
-        return train_step(self.model, self.optimizer, self.guard, step, batches, rate, self.plan.recipe.clip), rate
+        rate = learning_rate(self.spec.recipe, step)
+        return train_step(self.model, self.optimizer, self.guard, step, batches, rate, self.spec.recipe.clip), rate
 
     def evaluation_is_due(self) -> bool:
-        every, last = self.plan.recipe.eval_every, self.step == self.plan.recipe.steps
+        every, last = self.spec.recipe.eval_every, self.step == self.spec.recipe.steps
         return bool(every and self.eval_sets.rows) and self.step > 0 and (last or self.step % every == 0)
 
 
@@ -288,9 +288,9 @@ class Run:
 
 @spent_on("steps")
 def train(run: Run) -> str | None:
-    """The steps after run.step up to the plan's last; why it stopped before that, or None."""
-    recipe, journal = run.plan.recipe, run.journal
-    loader = run.plan.load_steps(run.step + 1, recipe.steps, run.corpus, run.world)
+    """The steps after run.step up to the recipe's last; why it stopped before that, or None."""
+    recipe, journal = run.spec.recipe, run.journal
+    loader = run.spec.load_steps(run.step + 1, recipe.steps, run.corpus, run.world)
     journal.begin(run.step + 1)
     profiler = make_profiler(run)
     gc.collect()
@@ -343,10 +343,10 @@ def train(run: Run) -> str | None:
 
 def make_profiler(run: Run) -> StepProfiler:
     """--profile's; without it one of step 0, which never comes."""
-    recipe, world, first, last, floors = run.plan.recipe, run.world, 0, 0, None
+    recipe, world, first, last, floors = run.spec.recipe, run.world, 0, 0, None
     if recipe.profile:
         first, last = steps_to_profile(recipe.profile, run.step + 1, recipe.steps)
-        floors = floors_of_run(run.plan.work, run.plan.layout, world)
+        floors = floors_of_run(run.spec.work, run.spec.layout, world)
         if first <= run.step:
             say(world, f"--profile {recipe.profile}: nothing is profiled, step {run.step} is done already")
     chosen = world.rank in ranks_to_profile(recipe.profile_ranks or "0", world.size)
@@ -357,7 +357,7 @@ def score(run: Run) -> dict | None:
     """Evaluate every set as of run.step: that and the metrics. None if a signal came in between."""
     scores, alive = {"step": run.step}, lambda: run.watch.at("evaluation", run.step)
     for key, rows in run.eval_sets.rows.items():
-        found = evaluate(run.model, rows, run.plan.recipe.micro_batch, run.world, alive, run.process.stopping)
+        found = evaluate(run.model, rows, run.spec.recipe.micro_batch, run.world, alive, run.process.stopping)
         if found is None:
             return None
         scores |= {f"{key}_{name}": value for name, value in found.items()}
@@ -385,7 +385,7 @@ def evaluate_only(run: Run) -> int:
         say(run.world, "stopped by a signal; nothing was written")
         return STOPPED
     if run.world.is_main:
-        source = f"step {run.step} of {run.folder.path}" if run.step else str(run.plan.recipe.init_from)
+        source = f"step {run.step} of {run.folder.path}" if run.step else str(run.spec.recipe.init_from)
         write_json(run.folder.path / "evaluation.json", {"weights": source} | scores)
         say(run.world, f"evaluation {run.folder.path / 'evaluation.json'}")
     return FINISHED
@@ -398,29 +398,29 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     """Everything before the first step: refusals first, then the folder, the data, the model and its weights."""
     began, looking = time.monotonic(), recipe.replay_step is not None or recipe.eval_only
     world = start_distributed(recipe.deadline)
-    plan = agreed(resolve, recipe, world)
+    spec = agreed(resolve, recipe, world)
     agreed(check_looking, recipe)
-    corpus = agreed(open_data, recipe.data, plan) if recipe.data else None
-    eval_sets = agreed(open_eval_sets, corpus, plan)
+    corpus = agreed(open_data, recipe.data, spec) if recipe.data else None
+    eval_sets = agreed(open_eval_sets, corpus, spec)
     if not looking:
-        agreed(check_disk, plan)
-        on_main(world, check_loggers, plan.recipe.tensorboard, plan.recipe.wandb)
+        agreed(check_disk, spec)
+        on_main(world, check_loggers, spec.recipe.tensorboard, spec.recipe.wandb)
     set_reference_only(recipe.kernels == "reference")
 
     folder = RunFolder(recipe.run_dir)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, so --no-resume has had its turn
     on_main(world, folder.open, None if restarted else recipe.resume)
     watch = Watch(world, recipe.deadline, folder.path, process.write_failure)
-    process.run_begins(plan, watch, None if looking else folder)
+    process.run_begins(spec, watch, None if looking else folder)
     if corpus is None and (not (recipe.eval_only and recipe.eval_data) or on_main(world, folder.data.exists)):
-        corpus = builtin_corpus(folder, plan, world)
-        eval_sets = agreed(open_eval_sets, corpus, plan)
+        corpus = builtin_corpus(folder, spec, world)
+        eval_sets = agreed(open_eval_sets, corpus, spec)
     watch.at("verifying the data", long=True)
     if recipe.eval_only and not eval_sets.rows:
         raise Refused("--eval-only: nothing was held out; name something to evaluate on with --eval-data NAME:DIR")
     for read in filter(None, (corpus, eval_sets)):
         agreed(data_or_refused, read.verify, world.rank, world.size)
-    config = {"recipe": asdict(plan.recipe), "model": asdict(plan.model), "data": corpus and corpus.fingerprint}
+    config = {"recipe": asdict(spec.recipe), "model": asdict(spec.model), "data": corpus and corpus.fingerprint}
     asked = [other for name in recipe.allow_change or () for other in (name, *IMPLIED.get(name, ()))]
     history, changed = on_main(world, folder.check_config, config, FREE_TO_CHANGE, asked)
     watch.at("testing the collectives", long=True)
@@ -429,36 +429,36 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     path = newest_checkpoint(recipe, folder, world)
     watch.done = checkpoint.step_of(path) if path else 0
     if world.is_main and not looking:
-        open_records(folder, plan, world, watch.done, config, history, changed)
+        open_records(folder, spec, world, watch.done, config, history, changed)
         watch.writes_heartbeat = True
-    say(world, describe(plan, world, corpus, eval_sets))
+    say(world, describe(spec, world, corpus, eval_sets))
 
     watch.at("filling the model", long=True)
-    model = build_model(plan, world)
-    optimizer = None if recipe.eval_only else build_optimizer(model, plan.recipe)
+    model = build_model(spec, world)
+    optimizer = None if recipe.eval_only else build_optimizer(model, spec.recipe)
     guard = Guard(recipe.spike, recipe.skip_spikes, world.device)
     say_all, spent = functools.partial(say, world), {}
     hook = CheckpointHook(recipe.on_checkpoint, folder.path, say_all)
     saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world, eval_sets.decides, hook.saved)
-    journal = Journal(plan, world, folder, watch, spent)
-    run = Run(plan, world, folder, corpus, eval_sets, model, optimizer, guard, saver, hook, watch, journal, process,
+    journal = Journal(spec, world, folder, watch, spent)
+    run = Run(spec, world, folder, corpus, eval_sets, model, optimizer, guard, saver, hook, watch, journal, process,
         config, began, spent=spent)  # fmt: skip
     if path:
         run.restore(path)
         say(world, f"{'evaluating' if recipe.eval_only else 'resuming after'} step {run.step} from {path}")
     else:
-        fill_model(model, plan, world)
+        fill_model(model, spec, world)
     begin_computing(model, optimizer)
     spent["start-up"], run.energy_j = time.monotonic() - began, energy_joules(world.device)
     return run
 
 
-def builtin_corpus(folder: RunFolder, plan: Plan, world: World) -> Corpus:
+def builtin_corpus(folder: RunFolder, spec: RunSpec, world: World) -> Corpus:
     """The Python language reference, prepared in the run's folder by whoever comes first."""
     if world.is_main and not folder.data.exists():
         say(world, "preparing the built-in corpus: the Python language reference, Mistral-7B-v0.1's tokenizer")
     on_main(world, lambda: folder.data.exists() or prepare_builtin(folder.data))
-    return agreed(open_data, (str(folder.data),), plan)
+    return agreed(open_data, (str(folder.data),), spec)
 
 
 def newest_checkpoint(recipe: Recipe, folder: RunFolder, world: World) -> Path | None:
@@ -471,13 +471,13 @@ def newest_checkpoint(recipe: Recipe, folder: RunFolder, world: World) -> Path |
 
 
 def open_records(
-    folder: RunFolder, plan: Plan, world: World, step: int, config: dict, history: list[dict], changed: dict
+    folder: RunFolder, spec: RunSpec, world: World, step: int, config: dict, history: list[dict], changed: dict
 ) -> None:
     """On rank 0: what the run writes down from ``step`` on; config.json says with what, and what was changed."""
     versions = {"torch": torch.__version__, "python": sys.version.split()[0], "numpy": np.__version__}
     say_all = functools.partial(say, world)
-    if step < plan.recipe.steps:
-        folder.loggers = start_loggers(plan.recipe.tensorboard, plan.recipe.wandb, folder.path, step, config, say_all)
+    if step < spec.recipe.steps:
+        folder.loggers = start_loggers(spec.recipe.tensorboard, spec.recipe.wandb, folder.path, step, config, say_all)
     if changed:
         history = [*history, {"after_step": step, "changed": changed}]
         changes = "; ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items())
@@ -496,7 +496,7 @@ def main(recipe: Recipe, process: RankProcess) -> int:
         return look_before(recipe, process)
     run = set_up(recipe, process)
     if recipe.replay_step:
-        replay(recipe.replay_step, run.step, run.plan, run.world, run.corpus, run.model, run.optimizer, run.take_step,
+        replay(recipe.replay_step, run.step, run.spec, run.world, run.corpus, run.model, run.optimizer, run.take_step,
             run.watch)  # fmt: skip
         return FINISHED
     if recipe.eval_only:
@@ -532,14 +532,14 @@ def main(recipe: Recipe, process: RankProcess) -> int:
 def leave_results(run: Run, again: bool) -> None:
     """Export, curves and a sample of text; of a run that was finished before, those that are missing."""
     run.watch.at("export", run.step, long=True)
-    leave_export(run.folder, run.plan, run.world, run.corpus, run.model, run.optimizer, again)
+    leave_export(run.folder, run.spec, run.world, run.corpus, run.model, run.optimizer, again)
     leave_curves(run.folder, run.world, again)
-    leave_sample(run.folder, run.plan, run.world, run.corpus, run.model, again)
+    leave_sample(run.folder, run.spec, run.world, run.corpus, run.model, again)
 
 
 def summarize_run(run: Run) -> None:
     wall_s = time.monotonic() - run.began
-    leave_summary(run.folder, run.plan, run.world, run.spent, wall_s, run.energy_j)
+    leave_summary(run.folder, run.spec, run.world, run.spent, wall_s, run.energy_j)
 
 
 run_to_exit_code = functools.partial(PROCESS.run_to_exit_code, main)

@@ -169,9 +169,9 @@ class TimedStep:
         )  # fmt: skip
         resolved = resolve(recipe, world)
         decision = replace(resolved.decision, work=replace(resolved.work, config=model))
-        self.plan = replace(resolved, model=model, decision=decision)
-        self.recipe, self.layout = self.plan.recipe, self.plan.layout
-        self.model = train.build_model(self.plan, world)
+        self.spec = replace(resolved, model=model, decision=decision)
+        self.recipe, self.layout = self.spec.recipe, self.spec.layout
+        self.model = train.build_model(self.spec, world)
         dtype = DTYPES[self.recipe.dtype]
         self.stand_in = StandIn(model, world.size, dtype, world.device).on(self.model) if world.size > 1 else None
         with torch.no_grad():  # much as train.fill_model, which draws on the CPU, at 7B for a while
@@ -211,7 +211,7 @@ class TimedStep:
 
     def estimated_bytes(self) -> int:
         """The trainer's estimate for what this step keeps and gathers, and the stand-in's buffers."""
-        estimate = sum(self.plan.decision.memory.values())
+        estimate = sum(self.spec.decision.memory.values())
         return estimate + (self.stand_in.source.nbytes + self.stand_in.target.nbytes if self.stand_in else 0)
 
     def floors(self, ceiling: dict, copy_gb_s: float, attention_flops: float) -> breakdown.Floors:
@@ -221,7 +221,7 @@ class TimedStep:
             f"measured beside it: matmuls at {ceiling['tflop_s']:,.0f} TFLOP/s (cuBLAS, these shapes), all else at "
             f"{copy_gb_s:,.0f} GB/s (copy); assumed: attention at {attention_flops / 1e12:,.0f} TFLOP/s",
         )  # fmt: skip
-        return breakdown.floors(self.plan.work, speeds, self.layout, stand_in=self.stand_in is not None)
+        return breakdown.floors(self.spec.work, speeds, self.layout, stand_in=self.stand_in is not None)
 
 
 def build(bench: Bench, world: World, case: StepCase, candidates: list[tuple]) -> tuple[TimedStep, list[str]]:
@@ -273,7 +273,7 @@ def measured(bench: Bench, case: StepCase, given: argparse.Namespace, save: Call
         "n_layers": step.config.n_layers, "micro_batch": step.micro_batch, "seq_len": step.seq_len,
         "accumulation": step.accumulation, "n_parameters": parameters(step.config), "tried": tried,
         "sharding": step.layout.name,
-        "recomputed": choices.recomputed(step.plan.work),
+        "recomputed": choices.recomputed(step.spec.work),
         "ceiling_before": before, "copy_gb_s": copy_gb_s,
     }  # fmt: skip
     seconds = given.budget_s - (time.monotonic() - began) - START_S - AROUND_S - PROFILE_S * given.profile

@@ -110,11 +110,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False)
         self.out = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
 
-    def forward(self, qkv_btz, cos, sin, positions_bt, plan):
+    def forward(self, qkv_btz, cos, sin, positions_bt, attention_plan):
         """From the packed projection on: Block joins it to the norm before it."""
         qkv_bthc = qkv_btz.unflatten(-1, (-1, self.head_dim))
         q, k, v = rope_split_qkv(qkv_bthc, cos, sin, self.n_heads, self.n_kv_heads, positions_bt)
-        return self.out(planned_attention(q, k, v, plan).flatten(2))
+        return self.out(planned_attention(q, k, v, attention_plan).flatten(2))
 
 
 class MLP(nn.Module):
@@ -163,13 +163,13 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x_btd, residual_btd, cos, sin, positions_bt, plan):
+    def forward(self, x_btd, residual_btd, cos, sin, positions_bt, attention_plan):
         """(x, residual): what this layer adds to the residual stream, and the stream before that is added.
 
         So each addition is made by the norm that follows it, in the same pass over memory, the last in the next layer.
         """
         qkv_btz, residual_btd = self.attention_norm.linear(x_btd, residual_btd, self.attention.qkv, self.recompute)
-        attended_btd = self.attention(qkv_btz, cos, sin, positions_bt, plan)
+        attended_btd = self.attention(qkv_btz, cos, sin, positions_bt, attention_plan)
         attended_btd = attended_btd.to(residual_btd.dtype)  # they differ under autocast only
         gate_up_btf, residual_btd = self.mlp_norm.linear(attended_btd, residual_btd, self.mlp.gate_up, self.recompute)
         return self.mlp(gate_up_btf, self.recompute).to(residual_btd.dtype), residual_btd
@@ -225,7 +225,7 @@ class Mistral(nn.Module):
             positions_bt = torch.arange(B * T, device=tokens.device).view(B, T) - cu_seqlens[document_bt]
 
         x_btd = self.embed(tokens)
-        plan = plan_attention(
+        attention_plan = plan_attention(
             B,
             T,
             self.config.head_dim,
@@ -237,7 +237,7 @@ class Mistral(nn.Module):
         )
         residual_btd = None
         for layer in self.layers:
-            x_btd, residual_btd = layer(x_btd, residual_btd, self.rope_cos, self.rope_sin, positions_bt, plan)
+            x_btd, residual_btd = layer(x_btd, residual_btd, self.rope_cos, self.rope_sin, positions_bt, attention_plan)
         x_btd = self.norm(x_btd, residual_btd)
         if labels is None:
             return self.head(x_btd)

@@ -188,7 +188,7 @@ class Clocks:
         wall = (time.perf_counter() - start) * 1e3 / n
         return wall, (returned - start) * 1e3 / n
 
-    def _plan(self, call: Call) -> dict:
+    def _schedule(self, call: Call) -> dict:
         """What a round of the call consists of: bursts, calls a burst, host time, wall rounds and their calls."""
         self._wall_round(call, 1)  # compiles
         wall, host = self._wall_round(call, min(call.n_sets, 2))  # fills the allocator
@@ -206,23 +206,23 @@ class Clocks:
     def time(self, calls: dict[str, Call]) -> dict[str, dict | Exception]:
         """name -> {"kernel_ms", "wall_ms", "host_ms"} of summaries and "burst", or the exception that a call raised."""
         results: dict[str, dict | Exception] = {}
-        plans: dict[str, dict] = {}
+        schedules: dict[str, dict] = {}
         for name, call in calls.items():
             try:
-                plans[name] = self._plan(call)
+                schedules[name] = self._schedule(call)
             except Exception as error:
                 results[name] = error.with_traceback(None)  # whose frames hold tensors
-        times = {name: ([], [], []) for name in plans}
+        times = {name: ([], [], []) for name in schedules}
         for i_round in range(self.rounds):
-            for name in random.Random(i_round).sample(list(plans), len(plans)):
+            for name in random.Random(i_round).sample(list(schedules), len(schedules)):
                 if name in results:
                     continue
                 try:
-                    plan, (kernel, walls, hosts) = plans[name], times[name]
-                    n, burst = plan["n"], plan["burst"]
-                    kernel.append(self._kernel_round(calls[name], n, i_round * n * burst, plan["host_ms"], burst))
-                    for _ in range(plan["n_walls"]):
-                        wall, one_host = self._wall_round(calls[name], plan["n_wall"])
+                    schedule, (kernel, walls, hosts) = schedules[name], times[name]
+                    n, burst = schedule["n"], schedule["burst"]
+                    kernel.append(self._kernel_round(calls[name], n, i_round * n * burst, schedule["host_ms"], burst))
+                    for _ in range(schedule["n_walls"]):
+                        wall, one_host = self._wall_round(calls[name], schedule["n_wall"])
                         walls.append(wall)
                         hosts.append(one_host)
                 except Exception as error:
@@ -233,7 +233,7 @@ class Clocks:
                     "kernel_ms": summary(kernel),
                     "wall_ms": summary([[w] for w in walls]),
                     "host_ms": summary([[h] for h in hosts]),
-                    "burst": plans[name]["burst"],
+                    "burst": schedules[name]["burst"],
                 }
         return results
 

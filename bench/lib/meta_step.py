@@ -142,8 +142,8 @@ class MetaStep:
 
     def __init__(self, case: MetaCase, world: World):
         self.recipe = train.Recipe(dtype="bf16", moments=case.moments)
-        plan = SimpleNamespace(model=case.config, recipe=self.recipe, layout=case.layout, work=case.work)
-        self.model = train.build_model(plan, world)
+        spec = SimpleNamespace(model=case.config, recipe=self.recipe, layout=case.layout, work=case.work)
+        self.model = train.build_model(spec, world)
         self.optimizer = train.build_optimizer(self.model, self.recipe)
         train.begin_computing(self.model, self.optimizer)
         self.guard = Guard(self.recipe.spike, self.recipe.skip_spikes, META)

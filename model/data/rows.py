@@ -30,7 +30,7 @@ class Packing:
     A document of n tokens has n - 1 positions, and one of more than seq_len is cut into pieces that overlap by a token,
     so every token but a document's first is predicted exactly once an epoch. Full pieces are rows; the others are
     packed by best-fit decreasing (Ding et al. 2024, Fewer Truncations Improve Language Modeling,
-    https://arxiv.org/abs/2404.10830), AT_ONCE documents at a time. The plan is a function of the documents' lengths
+    https://arxiv.org/abs/2404.10830), AT_ONCE documents at a time. The packing is a function of the documents' lengths
     and seq_len, and takes 12 bytes a piece and 8 a row.
     """
 

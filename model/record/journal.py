@@ -25,7 +25,7 @@ from halny.model.record.run_folder import RunFolder
 from halny.model.run.evaluation import loss_metrics
 from halny.model.run.optimizer import NOT_FINITE, SPIKE, SPIKE_SKIPPED
 from halny.model.run.ranks import World, say
-from halny.model.run.resolve import Plan
+from halny.model.run.resolve import RunSpec
 from halny.model.run.watch import Probe, Watch
 
 
@@ -36,15 +36,15 @@ class Journal:
     step_s  how long that step took
     """
 
-    def __init__(self, plan: Plan, world: World, folder: RunFolder, watch: Watch, spent: dict[str, float]):
-        self.plan, self.world, self.folder, self.watch, self.spent = plan, world, folder, watch, spent
+    def __init__(self, spec: RunSpec, world: World, folder: RunFolder, watch: Watch, spent: dict[str, float]):
+        self.spec, self.world, self.folder, self.watch, self.spent = spec, world, folder, watch, spent
         self.skips, self.step_s = 0, 0.0
         self._in_flight: InFlight | None = None
 
     def begin(self, first: int) -> None:
         """The loop begins, with step ``first``."""
-        self.progress = Progress(self.world, first, self.plan.recipe.steps)
-        self.gap = Gap.of_run(self.plan.work, self.plan.layout, self.world)
+        self.progress = Progress(self.world, first, self.spec.recipe.steps)
+        self.gap = Gap.of_run(self.spec.work, self.spec.layout, self.world)
         self.probe = Probe(self.world.device)
         self._clock = time.perf_counter()
 
@@ -63,7 +63,7 @@ class Journal:
         settled.wait()
         before, self._clock = self._clock, time.perf_counter()
         self.step_s = self._clock - before
-        line, remark = settled.line(self.plan, self.world, self.step_s)
+        line, remark = settled.line(self.spec, self.world, self.step_s)
         self.skips = self.skips + 1 if "skipped" in line else 0
         self.watch.probe(self.probe.seconds())
         self.gap.add(self.step_s, line["data_wait_s"])
@@ -74,9 +74,9 @@ class Journal:
             self.progress.complain(self.watch.slowest)
             if line["step"] % self.progress.every == 0 and (text := self.gap.words(self.watch.slowest)):
                 say(self.world, text)
-        most = self.plan.recipe.max_skips
+        most = self.spec.recipe.max_skips
         if self.skips > most:
-            samples = step_numbers(line["step"], self.plan.samples_a_step)
+            samples = step_numbers(line["step"], self.spec.samples_a_step)
             raise Failed(f"{remark}, {self.skips} in a row now (--max-skips {most}). Its samples have the numbers "
                 f"{samples[0]} to {samples[-1]}; --replay-step {line['step']} looks into them")  # fmt: skip
         if remark:
@@ -110,15 +110,15 @@ class InFlight:
         if self.ready is not None:
             self.ready.synchronize()
 
-    def line(self, plan: Plan, world: World, step_s: float) -> tuple[dict, str | None]:
+    def line(self, spec: RunSpec, world: World, step_s: float) -> tuple[dict, str | None]:
         """Its metrics line, and what is to be said of its update if it was skipped or a spike.
 
         step_s: seconds since the step before, when the device was through with this one.
         """
         *sums, pairs, grad_norm, verdict, median = self.values.tolist()
-        recipe = plan.recipe
+        recipe = spec.recipe
         rate = recipe.batch_tokens / world.size / step_s
-        flops = roofline.step_flops(plan.model, recipe.batch_tokens, pairs)
+        flops = roofline.step_flops(spec.model, recipe.batch_tokens, pairs)
         line = {
             "step": self.step,
             **loss_metrics(*sums),
@@ -126,7 +126,7 @@ class InFlight:
             "grad_norm": grad_norm,
             "tokens": self.step * recipe.batch_tokens,
             "tokens_per_second_per_gpu": rate,
-            "mfu": machines.mfu(rate, flops / recipe.batch_tokens, plan.peak_flops),
+            "mfu": machines.mfu(rate, flops / recipe.batch_tokens, spec.peak_flops),
             "peak_memory_gib": peak_memory_bytes(world) / 2**30,
             "data_wait_s": self.data_wait_s,
         }
@@ -151,9 +151,9 @@ def peak_memory_bytes(world: World) -> int:
 class Gap:
     """Adds up steps until ``words`` asks.
 
-    expected     the plan's step; None for a device that it does not know: then only what is lost is named
+    expected     the step that --plan expects; None for a device that it does not know: only what is lost is named
     tokens       of a rank in a step
-    probe_s      seconds that the watch's matrix product takes at the rate that the plan expects
+    probe_s      seconds that the watch's matrix product takes at the rate that --plan expects
     """
 
     def __init__(self, expected: step_time.StepTime | None, tokens: int, probe_s: float | None = None):

@@ -17,26 +17,26 @@ from halny.model.record.summary import energy_joules, in_lines, summarize
 from halny.model.run import fsdp
 from halny.model.run.optimizer import ShardedAdamW, SplitAdamW, master_weights
 from halny.model.run.ranks import World, everywhere, on_main, say
-from halny.model.run.resolve import DTYPES, Plan
+from halny.model.run.resolve import DTYPES, RunSpec
 from halny.model.tokenizer_files import has_tokenizer
 
 
 def leave_export(
-    folder: RunFolder, plan: Plan, world: World, corpus: Corpus,
+    folder: RunFolder, spec: RunSpec, world: World, corpus: Corpus,
     model: Mistral, optimizer: ShardedAdamW | SplitAdamW, missing_only: bool,
 ) -> None:  # fmt: skip
     """The master weights as a Hugging Face folder, with the tokenizer of the data or of --init-from. A collective."""
-    path, start = folder.path / "export", plan.recipe.init_from
+    path, start = folder.path / "export", spec.recipe.init_from
     if missing_only and on_main(world, is_complete_export, path):
         return
-    tokenizer, dtype = corpus.tokenizer or (start if has_tokenizer(start) else None), DTYPES[plan.recipe.export_dtype]
+    tokenizer, dtype = corpus.tokenizer or (start if has_tokenizer(start) else None), DTYPES[spec.recipe.export_dtype]
     try:
         if fsdp.is_sharded(model):
             save_hf(model, path, dtype=dtype, tokenizer=tokenizer)
         else:
             weights = dict(master_weights(model, optimizer))
-            whole = ((name, weights[name].joined()) for name, _ in pieces(plan.model))
-            write_hf(plan.model, dtype, whole, path, tokenizer=tokenizer)
+            whole = ((name, weights[name].joined()) for name, _ in pieces(spec.model))
+            write_hf(spec.model, dtype, whole, path, tokenizer=tokenizer)
     except ValueError as error:  # on all ranks: a tokenizer that is gone, say
         raise Failed(f"the export could not be written: {error}; the same command again makes it") from None
     say(world, f"export     {path}")
@@ -50,7 +50,7 @@ def leave_curves(folder: RunFolder, world: World, missing_only: bool) -> None:
 
 
 def leave_sample(
-    folder: RunFolder, plan: Plan, world: World, corpus: Corpus, model: Mistral, missing_only: bool
+    folder: RunFolder, spec: RunSpec, world: World, corpus: Corpus, model: Mistral, missing_only: bool
 ) -> None:
     """Text that the model continues from the beginning of the held-out split, or of the data. A collective."""
     path = folder.path / "sample.txt"
@@ -59,7 +59,7 @@ def leave_sample(
     streams = [rows.stream for rows in corpus.held_out + corpus.train]
     stream = next((stream for stream in streams if len(stream) >= 16), streams[-1])
     prompt = torch.from_numpy(stream.read(0, min(16, len(stream))))
-    ids = model.generate(prompt[None].to(world.device), 48, temperature=0.7, seed=plan.recipe.seed)[0].tolist()
+    ids = model.generate(prompt[None].to(world.device), 48, temperature=0.7, seed=spec.recipe.seed)[0].tolist()
     fsdp.reshard(model)
     if world.is_main:
         begins, text = decode(corpus.tokenizer, ids[: len(prompt)]), decode(corpus.tokenizer, ids)
@@ -68,12 +68,12 @@ def leave_sample(
 
 
 def leave_summary(
-    folder: RunFolder, plan: Plan, world: World, spent: dict[str, float], wall_s: float, energy_j: float | None
+    folder: RunFolder, spec: RunSpec, world: World, spent: dict[str, float], wall_s: float, energy_j: float | None
 ) -> None:
     """summary.json, and the same in lines; energy_j is what this rank's GPU had drawn when the steps began."""
     drawn = everywhere(None if energy_j is None else energy_joules(world.device) - energy_j)
     if world.is_main:
-        summary = summarize(folder.lines(), plan, spent, wall_s, None if None in drawn else sum(drawn))
+        summary = summarize(folder.lines(), spec, spent, wall_s, None if None in drawn else sum(drawn))
         write_json(folder.path / "summary.json", summary)
         say(world, in_lines(summary))
 

@@ -49,14 +49,14 @@ def energy_joules(device: torch.device) -> float | None:
         return None
 
 
-def summarize(lines: list[dict], plan, spent: dict[str, float], wall_s: float, energy_j: float | None) -> dict:
-    """``lines`` of metrics.jsonl; ``plan`` of train.py; ``spent`` seconds by what they were spent on, this start."""
-    tokens = plan.recipe.batch_tokens
+def summarize(lines: list[dict], spec, spent: dict[str, float], wall_s: float, energy_j: float | None) -> dict:
+    """``lines`` of metrics.jsonl; the run's RunSpec; ``spent`` seconds by what they were spent on, this start."""
+    tokens = spec.recipe.batch_tokens
     rates = [(line["tokens_per_second_per_gpu"], line.get("mfu")) for line in lines if "loss" in line]
     gpu_s = sum(tokens / rate for rate, _ in rates)
     rate = tokens * len(rates) / gpu_s if gpu_s else None
     mfus = [(mfu, tokens / rate) for rate, mfu in rates if mfu is not None]
-    palm = palm_flops_per_token(plan.model, plan.recipe.seq_len)
+    palm = palm_flops_per_token(spec.model, spec.recipe.seq_len)
     evaluations = [line for line in lines if line.get("val_loss") is not None]
     best = min(evaluations, key=lambda line: line["val_loss"], default=None)
     return {
@@ -65,7 +65,7 @@ def summarize(lines: list[dict], plan, spent: dict[str, float], wall_s: float, e
         "gpu_seconds": gpu_s,
         "tokens_per_second_per_gpu": rate,
         "mfu": sum(mfu * s for mfu, s in mfus) / sum(s for _, s in mfus) if mfus else None,
-        "mfu_palm": rate * palm / plan.peak_flops if rate and plan.peak_flops else None,
+        "mfu_palm": rate * palm / spec.peak_flops if rate and spec.peak_flops else None,
         "best_evaluation": best and {"step": best["step"], "val_loss": best["val_loss"]},
         "this_start": {"wall_s": wall_s, "spent_s": dict(spent), "energy_j": energy_j},
     }

@@ -42,16 +42,16 @@ def plan_request(recipe: Recipe) -> Request:
 def look_before(recipe: Recipe, process: RankProcess) -> int:
     """--preflight: whether these machines are fit for this run, and how fast it will be (preflight.py)."""
     world = start_distributed(recipe.deadline)
-    plan = agreed(resolve, recipe, world)
-    r, watch = plan.recipe, Watch(world, min(recipe.deadline, 60.0), recipe.run_dir, process.write_failure)
-    process.run_begins(plan, watch)
+    spec = agreed(resolve, recipe, world)
+    r, watch = spec.recipe, Watch(world, min(recipe.deadline, 60.0), recipe.run_dir, process.write_failure)
+    process.run_begins(spec, watch)
 
     def stage(what: str) -> None:
         watch.at(what, long=True)
         if told := anywhere(process.stop_signal):
             raise Failed(f"the preflight was stopped by {told}")
 
-    job = Job(plan.work, plan.layout, DTYPES[r.dtype], r.run_dir, r.keep)
-    say(world, describe_sharding(plan))
-    opening = functools.partial(open_data, recipe.data, plan) if recipe.data else None
+    job = Job(spec.work, spec.layout, DTYPES[r.dtype], r.run_dir, r.keep)
+    say(world, describe_sharding(spec))
+    opening = functools.partial(open_data, recipe.data, spec) if recipe.data else None
     return FINISHED if preflight(job, world, opening, functools.partial(say, world), stage) else FAILED

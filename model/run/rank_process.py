@@ -25,7 +25,7 @@ from halny.model.run.recipe import Recipe, command_line
 if TYPE_CHECKING:
     import torch
 
-    from halny.model.run.resolve import Plan
+    from halny.model.run.resolve import RunSpec
     from halny.model.run.watch import Watch
 
 
@@ -33,14 +33,14 @@ class RankProcess:
     """What a signal handler and the last words of a failing run need of it; made once, and handed around.
 
     stop_signal   the name of a signal that asked this rank to stop; the loop looks at it between steps
-    watch, plan   of the run that has begun
+    watch, spec   of the run that has begun
     folder        of the run, whose status.json is told how it ended; None: it is not to be touched
     """
 
     def __init__(self):
         self.stop_signal: str | None = None
         self.watch: Watch | None = None
-        self.plan: Plan | None = None
+        self.spec: RunSpec | None = None
         self.folder = None
 
     def begin(self, arguments: list[str]) -> Recipe:
@@ -74,9 +74,9 @@ class RankProcess:
     def stopping(self) -> bool:
         return self.stop_signal is not None
 
-    def run_begins(self, plan: Plan, watch: Watch, folder=None) -> None:
+    def run_begins(self, spec: RunSpec, watch: Watch, folder=None) -> None:
         """From here on a signal is told to the watch, and status.json in the folder how the run ended."""
-        self.plan, self.watch, self.folder = plan, watch, folder
+        self.spec, self.watch, self.folder = spec, watch, folder
 
     def run_to_exit_code(self, main: Callable[[Recipe, RankProcess], int], recipe: Recipe) -> int:
         """``main`` with its failures turned into one line, a status and an exit code."""
@@ -103,8 +103,8 @@ class RankProcess:
                 reason, speaks = self.watch.verdict("lost the connection to another rank")
                 if speaks:
                     print(f"train.py: stopped: {reason}", file=sys.stderr)
-            elif isinstance(error, torch.OutOfMemoryError) and self.plan is not None:
-                reason, speaks = f"rank {rank} on {host}: {explain_shortage(error, self.plan)}", True
+            elif isinstance(error, torch.OutOfMemoryError) and self.spec is not None:
+                reason, speaks = f"rank {rank} on {host}: {explain_shortage(error, self.spec)}", True
                 print(f"train.py: stopped: {reason}", file=sys.stderr)
             elif isinstance(error, OSError) and error.strerror and self.watch is not None:  # a full disk, a folder gone
                 where = error.filename or f"in {self.watch.phase}"
@@ -142,7 +142,7 @@ def refuse(message: object) -> typing.NoReturn:
     os._exit(REFUSED)
 
 
-def explain_shortage(error: torch.OutOfMemoryError, plan: Plan) -> str:
+def explain_shortage(error: torch.OutOfMemoryError, spec: RunSpec) -> str:
     """What to change, and by how much, for a run that a GPU has no memory for (estimate/out_of_memory.py)."""
     import torch
 
@@ -151,7 +151,7 @@ def explain_shortage(error: torch.OutOfMemoryError, plan: Plan) -> str:
     free, total, reserved = None, None, None
     if torch.cuda.is_available():
         (free, total), reserved = torch.cuda.mem_get_info(), torch.cuda.memory_reserved()
-    return out_of_memory.explain(error, plan.work, plan.layout, free=free, total=total, reserved=reserved)
+    return out_of_memory.explain(error, spec.work, spec.layout, free=free, total=total, reserved=reserved)
 
 
 def exit_at_once(code: int) -> typing.NoReturn:

@@ -13,7 +13,7 @@ from halny.model.data.tokenizer import decode
 from halny.model.mistral import Mistral
 from halny.model.run import fsdp
 from halny.model.run.ranks import World, everywhere, say
-from halny.model.run.resolve import Plan
+from halny.model.run.resolve import RunSpec
 from halny.model.run.watch import Watch
 
 
@@ -57,7 +57,7 @@ def examine(model: nn.Module, optimizer, batch: Batch) -> Found:
 
 
 def replay(
-    step: int, done: int, plan: Plan, world: World, corpus: Corpus, model: Mistral, optimizer,
+    step: int, done: int, spec: RunSpec, world: World, corpus: Corpus, model: Mistral, optimizer,
     take_step: Callable[[int, list[Batch]], object], watch: Watch,
 ) -> None:  # fmt: skip
     """Run one step again from the checkpoint of step ``done``, sample by sample, and print what is not finite where.
@@ -67,16 +67,16 @@ def replay(
     """
     first = done + 1
     say(world, f"replaying step {step}" + (f", after steps {first} to {step - 1}" if first < step else ""))
-    loader = plan.load_steps(first, step - 1, corpus, world)
+    loader = spec.load_steps(first, step - 1, corpus, world)
     for again in range(first, step):
         watch.at("replay", again)
         take_step(again, next(loader))
 
     fsdp.reduce_gradients(model, last=True)
     rows = []
-    for number in plan.own_numbers(step, world).ravel():
+    for number in spec.own_numbers(step, world).ravel():
         watch.at("replay", step)
-        source, row = corpus.locate(number[None], plan.recipe.seed)
+        source, row = corpus.locate(number[None], spec.recipe.seed)
         batch = read_batch(corpus.train, source, row)
         found = examine(model, optimizer, batch.to(world.device))
         text = decode(corpus.tokenizer, batch.tokens[0, :24].tolist()) if corpus.tokenizer else ""

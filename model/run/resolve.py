@@ -1,4 +1,4 @@
-"""From a recipe to a plan: everything that the recipe leaves open, filled in, or a refusal that names flag and value.
+"""From a recipe to the run's spec: what the recipe leaves open, filled in, or a refusal that names flag and value.
 
 Nothing is allocated or written here, and of the data and of weights only their descriptions are read.
 """
@@ -40,7 +40,7 @@ BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
 
 
 @dataclass(frozen=True)
-class Plan(Decided):
+class RunSpec(Decided):
     """The recipe with nothing left open, and what follows from it on this world."""
 
     recipe: Recipe
@@ -75,7 +75,7 @@ class Plan(Decided):
         return Loader(corpus, self.recipe.seed, steps, world.device)
 
 
-def resolve(recipe: Recipe, world: World) -> Plan:
+def resolve(recipe: Recipe, world: World) -> RunSpec:
     """Fill in what the recipe leaves open and refuse what cannot be."""
     model = model_config(recipe)
     check_flags(recipe, model, world)
@@ -96,7 +96,7 @@ def resolve(recipe: Recipe, world: World) -> Plan:
         save_every=saving_interval(recipe),
         eval_every=max(1, min(1000, recipe.steps // 5)) if recipe.eval_every is None else recipe.eval_every,
     )
-    return Plan(recipe, model, decision, machines.peak_flops(world.device_name, recipe.peak_tflops))
+    return RunSpec(recipe, model, decision, machines.peak_flops(world.device_name, recipe.peak_tflops))
 
 
 # ---------------------------------------------------------------------------------------------- what resolve stands on
@@ -236,14 +236,14 @@ def saving_interval(recipe: Recipe) -> int:
     return recipe.save_every or max(1, min(500, recipe.steps // 10))
 
 
-def check_disk(plan: Plan) -> None:
+def check_disk(spec: RunSpec) -> None:
     """Refuse a run whose first checkpoint and export cannot fit on the disk."""
-    existing = next(p for p in (plan.recipe.run_dir, *plan.recipe.run_dir.absolute().parents) if p.exists())
-    export = DTYPES[plan.recipe.export_dtype].itemsize * plan.n_parameters
-    free, needed = shutil.disk_usage(existing).free, checkpoint_bytes(plan.model, plan.recipe.moments) + export
+    existing = next(p for p in (spec.recipe.run_dir, *spec.recipe.run_dir.absolute().parents) if p.exists())
+    export = DTYPES[spec.recipe.export_dtype].itemsize * spec.n_parameters
+    free, needed = shutil.disk_usage(existing).free, checkpoint_bytes(spec.model, spec.recipe.moments) + export
     if free < needed:
         raise Refused(
-            f"--run-dir {plan.recipe.run_dir} has {in_words(free)} free, but one checkpoint and the export take "
+            f"--run-dir {spec.recipe.run_dir} has {in_words(free)} free, but one checkpoint and the export take "
             f"{in_words(needed)}"
         )
 
@@ -267,40 +267,40 @@ def check_looking(recipe: Recipe) -> None:
 # ---------------------------------------------------------------------------------------------------------- in words
 
 
-def describe(plan: Plan, world: World, corpus: Corpus | None, eval_sets: EvalSets) -> str:
+def describe(spec: RunSpec, world: World, corpus: Corpus | None, eval_sets: EvalSets) -> str:
     """Everything derived, for the log, before the first step."""
-    r, gib = plan.recipe, 2**30
-    memory = plan.decision.memory
+    r, gib = spec.recipe, 2**30
+    memory = spec.decision.memory
     parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in memory.items())
-    peak = "unknown, so no MFU (--peak-tflops)" if plan.peak_flops is None else f"{plan.peak_flops / 1e12:,.0f} TFLOP/s"
+    peak = "unknown, so no MFU (--peak-tflops)" if spec.peak_flops is None else f"{spec.peak_flops / 1e12:,.0f} TFLOP/s"
     weights = f"Hugging Face weights of {r.init_from}" if r.init_from else f"fresh weights, seed {r.seed}"
     return "\n".join([
-        f"model      {plan.n_parameters:,} parameters; {weights}"
+        f"model      {spec.n_parameters:,} parameters; {weights}"
         + (f"; frozen: {r.freeze} (memory and MFU as if not)" if r.freeze else ""),
-        *(f"data       {line}" for line in shortened(corpus.describe(r.steps * plan.samples_a_step) if corpus else [])),
+        *(f"data       {line}" for line in shortened(corpus.describe(r.steps * spec.samples_a_step) if corpus else [])),
         *(f"evaluated  {line}" for line in shortened(eval_sets.describe())),
-        f"batch      {r.batch_tokens:,} tokens a step = {world.size} rank(s) x {plan.accumulation} accumulated x "
+        f"batch      {r.batch_tokens:,} tokens a step = {world.size} rank(s) x {spec.accumulation} accumulated x "
         f"{r.micro_batch} x {r.seq_len}",
         f"length     {r.steps:,} steps = {r.steps * r.batch_tokens:,} tokens",
         f"schedule   {r.warmup_steps} warm-up steps to {r.lr:g}, then {r.schedule}"
         + (f" to {r.min_lr:g}" if r.schedule != "constant" else ""),
-        f"compute    {r.dtype} on {world.size} x {world.device_name}; {plan.flops_per_token / 1e9:.3f} GFLOP a token; "
+        f"compute    {r.dtype} on {world.size} x {world.device_name}; {spec.flops_per_token / 1e9:.3f} GFLOP a token; "
         f"peak {peak}",
-        describe_sharding(plan),
-        f"recompute  {recomputed(plan.work)}: {plan.decision.recompute_why}",
+        describe_sharding(spec),
+        f"recompute  {recomputed(spec.work)}: {spec.decision.recompute_why}",
         f"memory     about {sum(memory.values()) / gib:.2f} GiB a rank: {parts}",
         f"run        {r.run_dir}: a checkpoint every {r.save_every} steps"
         + (f", evaluation every {r.eval_every}" if r.eval_every else ", no evaluation"),
     ])  # fmt: skip
 
 
-def describe_sharding(plan: Plan) -> str:
-    if plan.layout.fsdp:
-        return fsdp.describe(plan.layout)
-    sums = {"8bit": "bf16, rounded stochastically"}.get(plan.recipe.moments, "fp32")
+def describe_sharding(spec: RunSpec) -> str:
+    if spec.layout.fsdp:
+        return fsdp.describe(spec.layout)
+    sums = {"8bit": "bf16, rounded stochastically"}.get(spec.recipe.moments, "fp32")
     return (
-        f"sharding   none: bf16 weights, the lower halves of their fp32 masters, and moments in {plan.recipe.moments}\n"
-        "gradients  in bf16" + (f", summed over {plan.accumulation} micro batches in {sums}" * (plan.accumulation > 1))
+        f"sharding   none: bf16 weights, the lower halves of their fp32 masters, and moments in {spec.recipe.moments}\n"
+        "gradients  in bf16" + (f", summed over {spec.accumulation} micro batches in {sums}" * (spec.accumulation > 1))
     )
 
 
@@ -311,35 +311,35 @@ def shortened(lines: list[str], most: int = 9) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ its data
 
 
-def open_one(path: Path, plan: Plan) -> Dataset | RawDataset:
-    return open_dataset(path, None if is_dataset(path) else plan.recipe.data_dtype, plan.model.vocab_size)
+def open_one(path: Path, spec: RunSpec) -> Dataset | RawDataset:
+    return open_dataset(path, None if is_dataset(path) else spec.recipe.data_dtype, spec.model.vocab_size)
 
 
-def open_data(sources: tuple[str, ...], plan: Plan) -> Corpus:
+def open_data(sources: tuple[str, ...], spec: RunSpec) -> Corpus:
     """The data that --data names, opened and cut into samples; Refused if this model cannot train on it."""
-    r, open_source = plan.recipe, functools.partial(open_one, plan=plan)
+    r, open_source = spec.recipe, functools.partial(open_one, spec=spec)
     corpus = data_or_refused(Corpus, sources, r.seq_len, r.documents, open_source)
     if r.data_dtype and not any(isinstance(source.dataset, RawDataset) for source in corpus.sources):
         raise Refused(f"--data-dtype {r.data_dtype} belongs to raw .bin files, and {' '.join(sources)} is none; "
             "leave it out")  # fmt: skip
-    check_vocabulary(corpus.vocab_size, f"--data {' '.join(sources)}", plan)
+    check_vocabulary(corpus.vocab_size, f"--data {' '.join(sources)}", spec)
     return corpus
 
 
-def open_eval_sets(corpus: Corpus | None, plan: Plan) -> EvalSets:
+def open_eval_sets(corpus: Corpus | None, spec: RunSpec) -> EvalSets:
     """The held-out split, if it has one, and what --eval-data names; Refused if this model cannot read that."""
-    r, open_source = plan.recipe, functools.partial(open_one, plan=plan)
+    r, open_source = spec.recipe, functools.partial(open_one, spec=spec)
     named = data_or_refused(parse_named, r.eval_data or (), of="--eval-data")
     sets = data_or_refused(EvalSets, corpus, named, r.seq_len, r.documents, open_source, of="--eval-data")
     for dataset in sets.datasets.values():
-        check_vocabulary(dataset.vocab_size, f"--eval-data {dataset.path}", plan)
+        check_vocabulary(dataset.vocab_size, f"--eval-data {dataset.path}", spec)
     return sets
 
 
-def check_vocabulary(size: int, of: str, plan: Plan) -> None:
+def check_vocabulary(size: int, of: str, spec: RunSpec) -> None:
     padded = -(-size // 128) * 128  # models are often padded to a multiple of 128 rows, and that is fine
-    if not size <= plan.model.vocab_size <= padded:
+    if not size <= spec.model.vocab_size <= padded:
         raise Refused(
-            f"{of} has a vocabulary of {size}, but the model's is of {plan.model.vocab_size}; prepare the data with "
+            f"{of} has a vocabulary of {size}, but the model's is of {spec.model.vocab_size}; prepare the data with "
             "the model's tokenizer"
         )

@@ -80,8 +80,8 @@ def test_each_collective_is_one_copy_of_its_bytes(one_rank, reshard, again):
     figures = step.stand_in_figures(made)
     assert figures["collectives"]["all-gather"]["bytes"] == sum(b for k, b, _ in whole if k == "all-gather")
     assert figures["stand_in_bytes"] == made.stand_in.source.nbytes + made.stand_in.target.nbytes
-    memory = rank_memory(made.plan.work, made.layout)
-    assert made.plan.work.config == SMALL
+    memory = rank_memory(made.spec.work, made.layout)
+    assert made.spec.work.config == SMALL
     assert made.estimated_bytes() == sum(memory.values()) + figures["stand_in_bytes"]
 
 

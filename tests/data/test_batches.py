@@ -307,7 +307,7 @@ document_lengths = st.lists(st.integers(1, 60), max_size=40)
 @given(lengths=document_lengths, seq_len=st.integers(1, 24), at_once=st.integers(1, 40))
 @settings(max_examples=60, deadline=None)
 def test_packing_predicts_every_token_but_the_first_once(lengths, seq_len, at_once):
-    """The plan alone, from boundaries made by hand."""
+    """The packing alone, from boundaries made by hand."""
     ends = np.array([0, *itertools.accumulate(lengths)])
     parts = [_pack(ends[i : i + at_once + 1], seq_len) for i in range(0, len(lengths), at_once)]
     predicted = Counter()

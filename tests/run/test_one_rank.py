@@ -214,8 +214,8 @@ def test_gradients_of_micro_batches_are_summed_and_clipped(moments):
 
 def test_one_rank_under_fp32_is_sharded_as_ever(tmp_path):
     world = World(0, 1, torch.device("cpu"), mesh=None)
-    plans = {dtype: resolve(train.Recipe(run_dir=tmp_path, dtype=dtype), world) for dtype in ("fp32", "bf16")}
-    assert [plans[dtype].layout.fsdp for dtype in ("fp32", "bf16")] == [True, False]
+    specs = {dtype: resolve(train.Recipe(run_dir=tmp_path, dtype=dtype), world) for dtype in ("fp32", "bf16")}
+    assert [specs[dtype].layout.fsdp for dtype in ("fp32", "bf16")] == [True, False]
 
 
 @dataclass(frozen=True)
@@ -235,16 +235,16 @@ def test_the_7b_fits_one_card(mib, micro_batch, keeps, tmp_path, monkeypatch):
     monkeypatch.setattr("halny.model.run.resolve.INTERPRETED", True)  # as where kernels run
     recipe = replace(command_line(["mistral-7b-1gpu"]), run_dir=tmp_path, dtype="bf16")
     card = Card(0, 1, torch.device("cpu"), mesh=None, mib=mib)
-    plan = resolve(recipe, card)
-    assert plan.work.recompute != keeps and train.build_model(plan, card).layers[0].recompute != keeps
+    spec = resolve(recipe, card)
+    assert spec.work.recompute != keeps and train.build_model(spec, card).layers[0].recompute != keeps
     assert (
         "room for" if keeps else "keeping them takes 11.8 GB more, and 10.7 GB are left"
-    ) in plan.decision.recompute_why
+    ) in spec.decision.recompute_why
     for asked in ("always", "never"):
-        plans = resolve(replace(recipe, recompute=asked), card)
-        assert (plans.work.recompute, plans.decision.recompute_why) == (asked == "always", "as asked for")
-        assert plans.recipe.micro_batch == micro_batch - (asked == "never" and not keeps)
-    assert not plan.layout.fsdp and plan.recipe.micro_batch == micro_batch and plan.accumulation == 16 // micro_batch
-    assert plan.n_parameters == 7_241_732_096
-    gb = sum(plan.decision.memory.values()) / 2**30
+        other = resolve(replace(recipe, recompute=asked), card)
+        assert (other.work.recompute, other.decision.recompute_why) == (asked == "always", "as asked for")
+        assert other.recipe.micro_batch == micro_batch - (asked == "never" and not keeps)
+    assert not spec.layout.fsdp and spec.recipe.micro_batch == micro_batch and spec.accumulation == 16 // micro_batch
+    assert spec.n_parameters == 7_241_732_096
+    gb = sum(spec.decision.memory.values()) / 2**30
     assert 0.6 * mib / 1024 < gb < 0.92 * mib / 1024

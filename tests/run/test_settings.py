@@ -21,7 +21,7 @@ from runs import REPO
 from halny.model.exits import Refused
 from halny.model.run.ranks import World
 from halny.model.run.recipe import COMMAND, PRESETS, SETTINGS, Recipe, command_line, read_toml
-from halny.model.run.resolve import Plan, resolve
+from halny.model.run.resolve import RunSpec, resolve
 from halny.model.run.settings import NAMES
 
 # The README's recipes: a command line, the number of ranks it is for, and what it must come to.
@@ -50,8 +50,8 @@ RECIPES = {
 }
 
 
-def plan_on(size: int, recipe: Recipe) -> Plan:
-    """The plan on so many ranks; without the weights of --init-from, which are not here."""
+def spec_on(size: int, recipe: Recipe) -> RunSpec:
+    """The run's spec on so many ranks; without the weights of --init-from, which are not here."""
     model = "mistral-7b" if recipe.init_from else recipe.model
     return resolve(
         dataclasses.replace(recipe, init_from=None, model=model), World(0, size, torch.device("cpu"), mesh=None)
@@ -69,9 +69,9 @@ def printed_config(arguments: list[str], capsys) -> str:
 def test_recipe_of_the_readme_resolves(name):
     arguments, size, expected = RECIPES[name]
     recipe = command_line(arguments.split())
-    plan = plan_on(size, recipe)
-    facts = dataclasses.asdict(plan.model) | dataclasses.asdict(plan.recipe)
-    facts |= {"init_from": recipe.init_from, "accumulation": plan.accumulation, "samples_a_step": plan.samples_a_step}
+    spec = spec_on(size, recipe)
+    facts = dataclasses.asdict(spec.model) | dataclasses.asdict(spec.recipe)
+    facts |= {"init_from": recipe.init_from, "accumulation": spec.accumulation, "samples_a_step": spec.samples_a_step}
     assert {key: facts[key] for key in expected} == expected
 
 

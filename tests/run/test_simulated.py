@@ -66,8 +66,8 @@ def build(config, world: int, rank: int = 0, **asked):
     everyone = World(rank, world, torch.device("cpu"), init_device_mesh("cpu", (world,)), NODE)
     layout = choose_layout(Work(config, 1, 8, 2), ranks=world, node=NODE, **asked)
     recipe, work = SimpleNamespace(dtype="bf16", freeze=None), Work(config, 1, 1)
-    plan = SimpleNamespace(model=config, recipe=recipe, layout=layout, work=work)
-    model = train.build_model(plan, everyone)
+    spec = SimpleNamespace(model=config, recipe=recipe, layout=layout, work=work)
+    model = train.build_model(spec, everyone)
     return model, train.build_optimizer(model, train.Recipe()), layout
 
 

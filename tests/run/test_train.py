@@ -54,7 +54,7 @@ def world(rank: int = 0, size: int = 1) -> World:
     return World(rank, size, CPU, mesh=None)
 
 
-# ------------------------------------------------------------------------------------------------------ recipe and plan
+# ------------------------------------------------------------------------------------------------------ recipe and spec
 
 
 def test_command_line_preset_then_file_then_flags(tmp_path):
@@ -158,11 +158,11 @@ def test_help_needs_neither_torch_nor_three_seconds():
 
 
 def test_resolve_divides_the_batch():
-    plan = resolve(command_line(["--batch-tokens", "8192"]), world(size=4))
-    assert (plan.samples_a_step, plan.recipe.micro_batch, plan.accumulation) == (64, 8, 2)
-    plan = resolve(command_line(["bielik-7b"]), world(size=256))
-    assert (plan.samples_a_step, plan.recipe.micro_batch, plan.accumulation) == (1024, 4, 1)
-    assert plan.n_parameters == 7_241_732_096 and plan.recipe.dtype == "fp32"
+    spec = resolve(command_line(["--batch-tokens", "8192"]), world(size=4))
+    assert (spec.samples_a_step, spec.recipe.micro_batch, spec.accumulation) == (64, 8, 2)
+    spec = resolve(command_line(["bielik-7b"]), world(size=256))
+    assert (spec.samples_a_step, spec.recipe.micro_batch, spec.accumulation) == (1024, 4, 1)
+    assert spec.n_parameters == 7_241_732_096 and spec.recipe.dtype == "fp32"
 
 
 @pytest.mark.parametrize(
@@ -194,8 +194,8 @@ def test_data_dtype_is_for_raw_files(small, tmp_path, monkeypatch):
     np.arange(250, dtype="<u4").tofile("ids.bin")
 
     def opened(*arguments):
-        plan = resolve(command_line(["--model", "test", "--seq-len", "64", "--data", *arguments]), world())
-        return open_data(plan.recipe.data, plan)
+        spec = resolve(command_line(["--model", "test", "--seq-len", "64", "--data", *arguments]), world())
+        return open_data(spec.recipe.data, spec)
 
     assert opened("ids.bin", "--data-dtype", "uint32").vocab_size == 256
     assert len(opened("ids.bin:1", f"{small}:1", "--data-dtype", "uint32").sources) == 2
