@@ -30,18 +30,6 @@ if TYPE_CHECKING:
     from halny.model.run.ranks import World
 
 
-def describe(layout: Layout) -> str:
-    """Two lines for the log."""
-    what = {
-        "always": "dropped after the forward pass",
-        "never": "kept from the forward to the backward pass",
-    }.get(layout.reshard, f"kept after the forward pass as parts on {layout.reshard} ranks")
-    return (
-        f"sharding   {layout.shard} shard(s) x {layout.replicate} replica(s); gathered weights are {what}: "
-        f"{layout.reshard_why}\ngradients  {layout.gradients_why}"
-    )
-
-
 def shard_model(model: Mistral, layout: Layout, world: World, compute_dtype: torch.dtype) -> None:
     """fully_shard the model, on the meta device, each layer a group; embedding, final norm and head are the root's.
 

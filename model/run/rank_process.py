@@ -80,12 +80,8 @@ class RankProcess:
 
     def run_to_exit_code(self, main: Callable[[Recipe, RankProcess], int], recipe: Recipe) -> int:
         """``main`` with its failures turned into one line, a status and an exit code."""
-        import torch
         import torch.distributed as dist
 
-        from halny.model.data.dataset import DataError
-
-        rank, host = int(os.environ.get("RANK", "0")), socket.gethostname()
         try:
             code = main(recipe, self)
             if dist.is_initialized():
@@ -93,26 +89,12 @@ class RankProcess:
             return code
         except Refused as refusal:
             refuse(refusal)
-        except (Failed, DataError) as failure:  # this rank alone may have missed a shard
-            reason, speaks = str(failure), rank == 0 or isinstance(failure, DataError)
-            if speaks:
-                print(f"train.py: stopped: {reason}", file=sys.stderr)
         except BaseException as error:
-            lost_a_rank = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-            if lost_a_rank and self.watch is not None:  # another died, and the reason is there: say which one it was
-                reason, speaks = self.watch.verdict("lost the connection to another rank")
-                if speaks:
-                    print(f"train.py: stopped: {reason}", file=sys.stderr)
-            elif isinstance(error, torch.OutOfMemoryError) and self.spec is not None:
-                reason, speaks = f"rank {rank} on {host}: {explain_shortage(error, self.spec)}", True
+            reason, speaks, foreseen = self.last_words(error)
+            if speaks and foreseen:
                 print(f"train.py: stopped: {reason}", file=sys.stderr)
-            elif isinstance(error, OSError) and error.strerror and self.watch is not None:  # a full disk, a folder gone
-                where = error.filename or f"in {self.watch.phase}"
-                reason, speaks = f"rank {rank} on {host}: {where}: {error.strerror}", True
-                print(f"train.py: stopped: {reason}", file=sys.stderr)
-            else:
-                reason, speaks = f"rank {rank} on {host}: {type(error).__name__}: {error}", True
-                print(f"train.py: rank {rank} on {host} failed", file=sys.stderr)
+            elif speaks:
+                print(f"train.py: {reason.partition(': ')[0]} failed", file=sys.stderr)
                 traceback.print_exc()
         finally:
             if self.folder is not None:
@@ -120,6 +102,30 @@ class RankProcess:
         if speaks:
             self.write_failure(reason)
         return FAILED
+
+    def last_words(self, error: BaseException) -> tuple[str, bool, bool]:
+        """Why the run failed; whether this rank is to say so; whether a sentence says it all, without a traceback."""
+        import torch
+        import torch.distributed as dist
+
+        from halny.model.data.dataset import DataError
+
+        rank, host = int(os.environ.get("RANK", "0")), socket.gethostname()
+        here = f"rank {rank} on {host}: "
+        if isinstance(error, Failed | DataError):
+            return (
+                str(error),
+                rank == 0 or isinstance(error, DataError),
+                True,
+            )  # this rank alone may have missed a shard
+        if self.watch is not None and (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            # another rank died, and the reason is there: say which one it was
+            return *self.watch.verdict("lost the connection to another rank"), True
+        if self.spec is not None and isinstance(error, torch.OutOfMemoryError):
+            return here + explain_shortage(error, self.spec), True, True
+        if self.watch is not None and isinstance(error, OSError) and error.strerror:  # a full disk, a folder gone
+            return f"{here}{error.filename or f'in {self.watch.phase}'}: {error.strerror}", True, True
+        return f"{here}{type(error).__name__}: {error}", True, False
 
     def write_failure(self, reason: str) -> None:
         """Tell status.json, unless another rank has already said why; that was first and is the one to keep."""

@@ -28,7 +28,6 @@ from halny.model.exits import Refused, unknown
 from halny.model.hf_folder import read_hf_config
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import MistralConfig
-from halny.model.run import fsdp
 from halny.model.run.checkpoint import complete
 from halny.model.run.evaluation import EvalSets, parse_named
 from halny.model.run.ranks import World
@@ -295,8 +294,17 @@ def describe(spec: RunSpec, world: World, corpus: Corpus | None, eval_sets: Eval
 
 
 def describe_sharding(spec: RunSpec) -> str:
-    if spec.layout.fsdp:
-        return fsdp.describe(spec.layout)
+    """Two lines for the log: where weights and gradients are."""
+    layout = spec.layout
+    if layout.fsdp:
+        what = {
+            "always": "dropped after the forward pass",
+            "never": "kept from the forward to the backward pass",
+        }.get(layout.reshard, f"kept after the forward pass as parts on {layout.reshard} ranks")
+        return (
+            f"sharding   {layout.shard} shard(s) x {layout.replicate} replica(s); gathered weights are {what}: "
+            f"{layout.reshard_why}\ngradients  {layout.gradients_why}"
+        )
     sums = {"8bit": "bf16, rounded stochastically"}.get(spec.recipe.moments, "fp32")
     return (
         f"sharding   none: bf16 weights, the lower halves of their fp32 masters, and moments in {spec.recipe.moments}\n"
