@@ -38,7 +38,8 @@ def bars(columns: list[dict[str, list[dict]]], rate: str, title: str, xlabel: st
             y += 1.4
         ax.set_yticks(list(names), list(names.values()), fontsize=8.5)
         for tick, name in zip(ax.get_yticklabels(), names.values(), strict=True):
-            tick.set(color=OURS, fontweight="bold") if name.startswith("halny") else tick.set(color=INK)
+            ours = name.startswith("halny")
+            tick.set(color=OURS if ours else INK, fontweight="bold" if ours else "normal")
         ax.tick_params(axis="y", length=0)
         ax.set(xmargin=0.13, ylim=(n_lines - 0.6, -0.7))
         ax.set_xlabel(xlabel, fontsize=8.5, color=INK)
