@@ -6,8 +6,8 @@
 
 Mistral-7B's heads, 32 queries for 8 keys, head_dim 128, bf16; a step's 16,384 tokens, or 32,768. TFLOP/s count what the
 mask admits and nothing else, so a window or documents that save no time show as a low rate: forward 4 H c FLOPs a
-visible pair of query and key (two products), backward 2.5 times that (five products, one of which recomputes the scores),
-as flash-attention's own benchmarks count. "halny, BACKEND" is ``backend="auto"`` and what that chose, in one row. Masks
+visible pair of query and key (two products), backward 2.5 times that (five, one of which recomputes the scores), as
+flash-attention's own benchmarks count. "halny, BACKEND" is ``backend="auto"`` and what that chose, in one row. Masks
 are made once and outside the clock, as a step makes them once for all its layers.
 
 Right is decided as in kernels.py, against the reference on the first sequence and the heads of the last group, one
