@@ -1,17 +1,17 @@
 """The memory of the trainer's step, counted without a GPU and held against model/estimate/memory.py's prediction.
 
     python bench/memory.py             Mistral-7B at 4 x 4096: one rank of 256 under FSDP2, and one rank alone
-    python bench/memory.py --cards     what roofline.py predicts for GPUs of 80, 96 and 141 GB; nothing is counted
+    python bench/memory.py --cards     what memory.py predicts for GPUs of 80, 96 and 141 GB; nothing is counted
 
 The step is train.py's own, at full size, on the meta device, with kernels and FSDP2 going the way of a Hopper GPU
 (bench/account.py): every tensor that a GPU would hold has its size here, and no bytes. For the other 255 ranks stands
 PyTorch's fake process group. A dispatch mode sees each tensor made and follows its storage until it is freed, those
 included that FSDP2 empties and fills again: the largest sum of all that live at once is the step's peak, and what makes
-it up is known by part. The prediction is the largest of roofline.py's moments. More than 1% of the peak apart in any
+it up is known by part. The prediction is the largest of memory.py's moments. More than 1% of the peak apart in any
 part, or in the sum, ends with exit code 1. The loss, where the logits are, is a moment beside it.
 
 Counted are bytes that tensors ask for. What a GPU holds besides is not: CUDA's context, workspaces of cuBLAS and
-FlashAttention, NCCL's buffers, what the allocator rounds up and cannot use for its holes; roofline.RESERVED stands for
+FlashAttention, NCCL's buffers, what the allocator rounds up and cannot use for its holes; memory.RESERVED stands for
 these. A tensor is held until the last reference is gone; FSDP2's streams may free some of them some kernels later.
 """
 
@@ -256,7 +256,7 @@ def card_lines(model: MistralConfig, recompute: str, name: str = "mistral-7b-1gp
     recipe = RECIPES[name]
     seq_len, share = recipe["seq_len"], recipe["batch_tokens"] // recipe["seq_len"]
     sizes = {card: machines.GPUS[card].memory_bytes for card in CARDS}
-    rooms = {card: size * (1 - memory.RESERVED) for card, size in sizes.items()}
+    rooms = {card: memory.room(size) for card, size in sizes.items()}
     yield (
         f"predicted by model/estimate/memory.py, nothing measured: GB at a step's peak for {parameters(model):,} "
         f"parameters, sequences of {seq_len}"
@@ -287,7 +287,7 @@ def card_lines(model: MistralConfig, recompute: str, name: str = "mistral-7b-1gp
         found = decide(model, ranks=1, node=1, memory_bytes=machine.gpu.memory_bytes, seq_len=seq_len, share=share,
                        moments=recipe["moments"], recompute=recompute)  # fmt: skip
         work, needed = found.work, sum(found.memory.values())
-        if needed > choices.room(machine.gpu.memory_bytes):
+        if needed > memory.room(machine.gpu.memory_bytes):
             yield f"  {card:<12} nothing: one sequence does not fit"
             continue
         listed = ", ".join(f"{part} {x / 1e9:.1f}" for part, x in found.memory.items())

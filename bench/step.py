@@ -51,7 +51,7 @@ from bench.lib.results import new_result, results_folder, write_json, write_resu
 from bench.lib.steps import MODE_LABELS, SIZES, memory_figures, random_tokens, steady_steps, step_figures, step_words
 from halny.model.data.batches import Batch
 from halny.model.estimate import choices, machines, plan, step_time
-from halny.model.estimate.memory import RESERVED, memory_estimate
+from halny.model.estimate.memory import memory_estimate, room
 from halny.model.estimate.sizes import parameters
 from halny.model.estimate.work import ALONE, Layout, Work
 from halny.model.mistral import PRESETS, MistralConfig
@@ -111,8 +111,7 @@ def expected_rate(case: StepCase, model: MistralConfig, micro_batch: int, device
 
 def fitting(case: StepCase, model: MistralConfig, memory_bytes: int, device: str = "") -> list[int]:
     """Micro batches that fit a card of so much memory by the estimate, the fastest first."""
-    room = memory_bytes * (1 - RESERVED)
-    fit = [n for n in (4, 2, 1) if n <= case.micro_batch and estimated_bytes(case, model, n) <= room]
+    fit = [n for n in (4, 2, 1) if n <= case.micro_batch and estimated_bytes(case, model, n) <= room(memory_bytes)]
     return sorted(fit, key=lambda n: -expected_rate(case, model, n, device))
 
 

@@ -34,6 +34,11 @@ def in_words(n_bytes: float) -> str:
     return f"{n_bytes / 1e3:.0f} kB"
 
 
+def folder_above(path: Path) -> Path:
+    """``path``, or where there is no such folder yet the nearest one above it: on the disk that it will be on."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.is_dir())
+
+
 @contextmanager
 def replacing(path: Path, synced: bool = False) -> Iterator[Path]:
     """A path beside ``path`` to write to. It takes that name when the block ends well, and goes away when it does not.

@@ -23,15 +23,14 @@ from torch import Tensor
 from halny.model.convert import pieces, write_hf
 from halny.model.data.batches import parse_sources
 from halny.model.data.dataset import DataError
-from halny.model.durable import in_words
+from halny.model.durable import folder_above, in_words
 from halny.model.estimate import sizes
 from halny.model.exits import FAILED, FINISHED, REFUSED, Failed, Refused
 from halny.model.hf_folder import check_replaceable
 from halny.model.mistral import MistralConfig
 from halny.model.run import checkpoint
+from halny.model.run.resolve import DTYPES
 from halny.model.tokenizer_files import TOKENIZERS, has_tokenizer
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | None = None) -> None:
@@ -55,7 +54,7 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
         check_replaceable(out)
     except ValueError as error:
         raise Refused(str(error)) from None
-    existing = next(p for p in (out, *out.absolute().parents) if p.exists())
+    existing = folder_above(out)
     free, needed = shutil.disk_usage(existing).free, sizes.parameters(config) * torch_dtype.itemsize
     if free < needed:
         raise Refused(f"{out} takes {in_words(needed)}, and {existing} has {in_words(free)} free; make room")

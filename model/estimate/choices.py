@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from halny.model.durable import in_words
 from halny.model.estimate import sizes
-from halny.model.estimate.memory import RESERVED, memory_estimate, rank_memory
+from halny.model.estimate.memory import memory_estimate, rank_memory, room
 from halny.model.estimate.work import ALONE, Layout, Work
 from halny.model.exits import Refused
 
@@ -96,11 +96,6 @@ def decide(
         return Decision(least, layout, "PyTorch's own layers")
     work, why = choose_recompute(least, layout, memory_bytes, recompute)
     return Decision(work, layout, why)
-
-
-def room(memory_bytes: int) -> int:
-    """What of a GPU's memory is there for tensors."""
-    return int(memory_bytes * (1 - RESERVED))
 
 
 def divisors(n: int) -> list[int]:

@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 # Of a GPU's memory, for what no estimate here counts: CUDA's context, NCCL's and cuBLAS's buffers, fragments. Assumed.
 RESERVED = 0.08
 
+
+def room(memory_bytes: int) -> int:
+    """Bytes of a GPU's memory that are there for tensors."""
+    return int(memory_bytes * (1 - RESERVED))
+
+
 MOMENT_BYTES = {"fp32": 8, "bf16": 4, "8bit": 2}  # a weight, both of AdamW's moments
 GROUP_OF_8BIT = 256  # weights that share an exponent of one byte in each moment (kernels/adamw.py)
 

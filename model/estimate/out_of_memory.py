@@ -7,7 +7,7 @@ PyTorch's own message knows bytes and no settings. The trainer knows its setting
                5.5 GB more than the 78.2 GB that 8% kept for CUDA and fragments leave of 85.0 GB
     change     --micro-batch 1 instead of 2                  12.7 GB less: 71.0 GB, which fits
 
-The estimate is --plan's (model/estimate/plan.py), its arithmetic roofline.py's. Nothing here needs a GPU.
+The estimate is memory.py's, as --plan prints it. Nothing here needs a GPU.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Shortage:
         """What an estimate may need."""
         if self.total is None:
             return None
-        return int(self.total * (1 - memory.RESERVED)) - sum(self.others.values())
+        return memory.room(self.total) - sum(self.others.values())
 
 
 def explain(
@@ -126,7 +126,7 @@ def remedies(work: Work, layout: Layout, short: Shortage) -> Iterator[tuple[str,
 
     def needs(work: Work, layout: Layout = layout) -> int:
         """As the trainer would then choose: whole gradients only where by the estimate there is room for them."""
-        limit = short.total and short.total * (1 - memory.RESERVED)
+        limit = short.total and memory.room(short.total)
         held = sum(rank_memory(work, replace(layout, holds_gradients=True)).values())
         if limit is not None and held <= limit:
             return held

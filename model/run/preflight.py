@@ -29,9 +29,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from halny.model.durable import in_words
+from halny.model.durable import folder_above, in_words
 from halny.model.estimate import machines, memory, sizes, step_time
-from halny.model.estimate.memory import RESERVED
 from halny.model.estimate.work import Layout, Work
 from halny.model.exits import Failed
 from halny.model.run.ranks import World, all_gather, check_collectives, everywhere, reduce_scatter
@@ -313,7 +312,7 @@ def too_little_memory(job: Job, world: World, hosts: list[str], say: Callable) -
         say(f"checked    memory: about {in_words(needed)} a rank; that of a CPU is not looked at")
         return []
     least = min(range(world.size), key=lambda rank: free[rank])
-    room = free[least] * (1 - RESERVED)
+    room = memory.room(free[least])
     say(f"checked    memory: about {in_words(needed)} a rank of {in_words(free[least])} free")
     if needed <= room:
         return []
@@ -348,7 +347,7 @@ def poor_disk(job: Job, world: World, hosts: list[str], effort: Effort, say: Cal
     """Every rank writes and syncs a file where the run's checkpoints will lie; rank 0 must find them all."""
     total = memory.checkpoint_bytes(job.work.config, job.work.moments)
     export = 2 * sizes.parameters(job.work.config)
-    existing = next(p for p in (job.folder, *job.folder.absolute().parents) if p.is_dir())
+    existing = folder_above(job.folder)
     folder, problem = None, None
     if world.is_main:
         try:
@@ -399,7 +398,7 @@ def predict(job: Job, rates: dict[str, float], world: World) -> tuple[float, dic
     """(tokens/s a rank, seconds of a step by part): step_time.py's step, with measured rates for data sheets.
 
     Measured are matrix products, memory and the network; attention is taken to be as much slower than the products, and
-    gaps and straggling as large, as in the rates that plan.py calls good. Where nothing overlaps, as on a CPU, all
+    gaps and straggling as large, as in the rates that step_time.py calls good. Where nothing overlaps, as on a CPU, all
     communication counts.
     """
     good, n = step_time.RATES["good"], job.layout.shard

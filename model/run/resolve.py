@@ -20,7 +20,7 @@ from halny.model.convert import check_hf_weights, pieces
 from halny.model.data.batches import Corpus, Loader, parse_sources
 from halny.model.data.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset
 from halny.model.data.order import share_of, step_numbers
-from halny.model.durable import in_words
+from halny.model.durable import folder_above, in_words
 from halny.model.estimate import machines, roofline, sizes
 from halny.model.estimate.choices import Decided, Decision, decide, recomputed
 from halny.model.estimate.memory import checkpoint_bytes
@@ -237,9 +237,9 @@ def saving_interval(recipe: Recipe) -> int:
 
 def check_disk(spec: RunSpec) -> None:
     """Refuse a run whose first checkpoint and export cannot fit on the disk."""
-    existing = next(p for p in (spec.recipe.run_dir, *spec.recipe.run_dir.absolute().parents) if p.exists())
     export = DTYPES[spec.recipe.export_dtype].itemsize * spec.n_parameters
-    free, needed = shutil.disk_usage(existing).free, checkpoint_bytes(spec.model, spec.recipe.moments) + export
+    free = shutil.disk_usage(folder_above(spec.recipe.run_dir)).free
+    needed = checkpoint_bytes(spec.model, spec.recipe.moments) + export
     if free < needed:
         raise Refused(
             f"--run-dir {spec.recipe.run_dir} has {in_words(free)} free, but one checkpoint and the export take "

@@ -26,8 +26,8 @@ from bench.lib.process import ROOT, Watch, in_its_own_process, watched
 from bench.lib.results import BadResult, machine, read_result, write_json
 from bench.lib.steps import MODE_LABELS, random_tokens, steady_steps
 from halny.model.convert import save_hf
-from halny.model.estimate import choices, machines, roofline, sizes
-from halny.model.estimate.memory import memory_estimate, rank_memory
+from halny.model.estimate import machines, roofline, sizes
+from halny.model.estimate.memory import memory_estimate, rank_memory, room
 from halny.model.estimate.work import ALONE, Work
 from halny.model.mistral import PRESETS, Mistral
 from halny.model.run.ranks import start_distributed
@@ -116,7 +116,7 @@ def wanted(memory: int, case: step.StepCase) -> list[tuple[int, int]]:
 
 
 def test_the_step_fits_the_card():
-    """The whole model at the largest micro batch that roofline.py lets in; else as many layers as leave room for it."""
+    """The whole model at the largest micro batch that memory.py lets in; else as many layers as leave room for it."""
     h200, h100, gh200 = (machines.GPUS[name].memory_bytes for name in
                          ("NVIDIA H200", "NVIDIA H100 80GB HBM3", "NVIDIA GH200 480GB"))  # fmt: skip
     assert wanted(h200, step.StepCase("one-gpu", "fp32")) == [(32, 2), (32, 1)]
@@ -124,7 +124,7 @@ def test_the_step_fits_the_card():
     assert wanted(h200, step.StepCase("one-gpu", "bf16"))[0] == (32, 4)
     for memory, case in ((h100, "fp32"), (h100, "bf16"), (gh200, "fp32"), (h100, "8bit")):
         (layers, micro), *smaller = wanted(memory, step.StepCase("one-gpu", case))
-        fits = memory_estimate(Work(MISTRAL_7B, 1, step.SEQ_LEN, moments=case), ALONE).total <= choices.room(memory)
+        fits = memory_estimate(Work(MISTRAL_7B, 1, step.SEQ_LEN, moments=case), ALONE).total <= room(memory)
         assert layers == 32 if fits else 10 < layers < 32 and smaller[0][0] == layers - 2
         assert micro <= (2 if case == "fp32" else 4)
     assert wanted(gh200, RANK)[0] == wanted(h200, RANK)[0] == (32, 4)

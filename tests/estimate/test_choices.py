@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from halny.model.estimate import choices, machines, plan
-from halny.model.estimate.memory import RESERVED, memory_estimate, rank_memory
+from halny.model.estimate.memory import RESERVED, memory_estimate, rank_memory, room
 from halny.model.estimate.work import ALONE, Work
 from halny.model.mistral import PRESETS
 from halny.model.run.look_ahead import plan_request
@@ -101,8 +101,8 @@ def test_it_fits_under_fsdp_too(ranks):
         assert found.work.micro_batch == 1
         return
     more = choices.decide(MISTRAL_7B, micro_batch=2 * found.work.micro_batch, **asked)
-    assert sum(rank_memory(found.work, found.layout).values()) <= choices.room(memory_bytes)
-    assert sum(rank_memory(more.work, more.layout).values()) > choices.room(memory_bytes)
+    assert sum(rank_memory(found.work, found.layout).values()) <= room(memory_bytes)
+    assert sum(rank_memory(more.work, more.layout).values()) > room(memory_bytes)
 
 
 def test_a_cpu_takes_what_divides():
