@@ -15,7 +15,7 @@ given to cuBLAS. So the list is of what a Hopper GPU would run, in that order.
 Then the list is held against the arithmetic that everything else quotes, model/estimate/roofline.py: FLOPs and bytes of
 each kind of kernel, counted | roofline's | difference. More than 1% apart anywhere ends with exit code 1: either the
 step moves bytes that it need not, or roofline.py leaves some out. The last columns are the floor of each kind on a GPU,
-the longer of FLOPs and bytes at plan.py's ideal rates, and the step's. These are calculated, no measurement.
+the longer of FLOPs and bytes at step_time.py's ideal rates, and the step's. These are calculated, no measurement.
 
 What is counted, and what not:
 - An operand is read once and a result written once, as many bytes as it has elements. Caches can make it less (a
@@ -362,7 +362,7 @@ def expected(case: MetaCase) -> dict[str, tuple[int, int]]:
 
 
 def parts_of(calls: list[Call], case: MetaCase, gpu: machines.GPU) -> list[KernelPart]:
-    """The calls by kind, beside roofline.py's; floors at plan.py's ideal rates, none for communication: it hides."""
+    """The calls by kind, beside roofline.py's; floors at the ideal rates of step_time.py, communication hidden."""
     rates, wanted, parts = RATES["ideal"], expected(case), []
     for name in PARTS:
         mine = [call for call in calls if call.part == name]
@@ -550,7 +550,7 @@ def operation_lines(calls: int = 2000) -> Iterator[str]:
 
 
 def gpu_names() -> dict[str, str]:
-    """What --gpu takes -> the driver's name: Hopper GPUs, whose kernels are counted, by that or by plan.py's."""
+    """What --gpu takes -> the driver's name: Hopper GPUs, whose kernels are counted, by that or by machines.py's."""
     names = {name: name for name in machines.GPUS if any(kind in name for kind in ("H100", "H200", "GH200"))}
     return names | {short: machine.name for short, machine in MACHINES.items() if machine.name in names}
 

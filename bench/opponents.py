@@ -147,7 +147,7 @@ class OpponentStep:
 def least_bytes(opponent: Opponent, config: MistralConfig, micro_batch: int, checkpointing: bool) -> int:
     """What it needs at least: weights, gradients, moments; and what any such model keeps for its backward.
 
-    With checkpointing a layer's input; without it what roofline.py counts with all cheap things recomputed, as a
+    With checkpointing a layer's input; without it what memory.py counts with all cheap things recomputed, as a
     compiler may.
     """
     tokens = micro_batch * SEQ_LEN

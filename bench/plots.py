@@ -24,6 +24,7 @@ def bars(columns: list[dict[str, list[dict]]], rate: str, title: str, xlabel: st
     n_lines = max(sum(1.4 + len(rows) for rows in groups.values()) for groups in columns)
     size = 9 if len(columns) == 1 else 6.4 * len(columns), 1.2 + 0.26 * n_lines
     figure = Figure(figsize=size, dpi=130, layout="constrained", facecolor="white")
+    behind = dict(facecolor="white", edgecolor="none", pad=0.6)  # so that no line runs through a figure
     figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold", color=INK)
     for ax, groups in zip(figure.subplots(1, len(columns), sharex=True, squeeze=False)[0], columns, strict=True):
         y, names = 0.0, {}
@@ -33,7 +34,6 @@ def bars(columns: list[dict[str, list[dict]]], rate: str, title: str, xlabel: st
                 y += 1.0
                 names[y] = row["provider"]
                 bar = ax.barh(y, row[rate], height=0.72, color=OURS if row["package"] == "halny" else PEER)
-                behind = dict(facecolor="white", edgecolor="none", pad=0.6)  # so that no line runs through a figure
                 ax.bar_label(bar, fmt="{:,.0f}", padding=4, fontsize=8, color=INK, bbox=behind)
             y += 1.4
         ax.set_yticks(list(names), list(names.values()), fontsize=8.5)
@@ -86,7 +86,7 @@ def plots(device: Device) -> list[Path]:
             sources = sources_of(rows)
             dates = " and ".join(dict.fromkeys(source.date[:10] for source in sources))
             ceiling, path = sources[-1].ceilings[ceiling_name], device.newest_folder / f"{name}.png"
-            limit = {"copy_gb_s": "device copy"}.get(ceiling_name, "cuBLAS")
+            limit = "device copy" if ceiling_name == "copy_gb_s" else "cuBLAS"
             about = f"{xlabel}; further right is better; the line: {limit}, {ceiling:,.0f}"
             bars(columns, rate, f"{device.name}, {dates}: {title}", about, ceiling, path)
             made.append(path)

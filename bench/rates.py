@@ -16,7 +16,7 @@ from halny.model.mistral import PRESETS
 
 
 def rate_rows(device: Device) -> list[tuple]:
-    """(what, unit, field of plan.Rates, the data sheet's peak, measured, the row it is from) of all that was measured.
+    """(what, unit, field of Rates, the data sheet's peak, measured, the row it is from) of all that was measured.
 
     Field and peak are None where the plan assumes nothing of it, or does not know the GPU.
     """

@@ -47,7 +47,7 @@ def way_words(row: dict) -> str:
 
 
 def memory_words(row: dict) -> str:
-    """Its peak, what roofline.py had estimated, and what of both is in the place of a network."""
+    """Its peak, what memory.py had estimated, and what of both is in the place of a network."""
     if row["peak_memory_bytes"] is None:
         return ""
     estimated, stand_in = row.get("estimated_bytes"), row.get("stand_in_bytes", 0)

@@ -188,7 +188,7 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
         choices.append(chosen)
     per_token = roofline.flops_per_token(config, r.seq_len)
     lines = [
-        "a model of the run, calculated from stated constants (model/estimate/plan.py): nothing here is measured",
+        "a model of the run, calculated from stated constants (model/estimate/step_time.py): nothing here is measured",
         "",
         f"machine    {cluster.gpus} x {m.name}, {cluster.node} a node; {r.nic_gbs:g} GB/s a NIC, NVLink "
         f"{m.nvlink / 1e9:g} GB/s, peak {m.gpu.bf16_flops / 1e12:,.0f} TFLOP/s",
@@ -302,7 +302,7 @@ def sweep(request: Request, clusters: list[Cluster], plot: Path | None) -> str:
     r = request
     grown = Work(r.config, r.micro_batch or 4, r.seq_len, moments=r.moments)
     lines = [
-        "a model, calculated from stated constants (plan.py), at the rates called good: nothing here is measured",
+        "a model, calculated from stated constants (step_time.py), at the rates called good: nothing here is measured",
         f"{r.gpu}, {r.nic_gbs:g} GB/s a NIC, {r.gpus_per_node} a node, sharding as the trainer chooses it. Left the "
         f"recipe's batch of {r.batch_tokens:,} tokens, right {grown.micro_batch} x {r.seq_len} tokens a GPU",
         "",

@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, status.json, metrics.jsonl and curves.png. train.py is its only user.
+"""The folder of a run: its lock, status.json, metrics.jsonl and curves.png.
 
 What lies in it is described in README's first section; checkpoints/ is checkpoint.py's. One run at a time has the
 folder: the lock (flock) goes with the process, however that ends.

@@ -467,7 +467,7 @@ each_recompute = pytest.mark.parametrize("name", recompute_operations())
 @on_the_cpu
 @each_recompute
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lean_numerics(name, dtype, launches):
+def test_recompute_numerics(name, dtype, launches):
     ours, theirs, inputs, _ = recompute_operations(dtype)[name]
     # a matrix product rounds its input and sums in another order than the one of another process
     compare(ours, theirs, *inputs, roundings=4)
@@ -477,7 +477,7 @@ def test_lean_numerics(name, dtype, launches):
 
 @on_the_cpu
 @each_recompute
-def test_lean_equals_the_composition_and_any_input_may_be_frozen(name):
+def test_recompute_equals_the_composition_and_any_input_may_be_frozen(name):
     ours, _, inputs, _ = recompute_operations()[name]
     plain = getattr(recompute_linear, f"{name}_reference")
     arguments = () if name == "swiglu_linear" else (EPS,)
@@ -501,7 +501,7 @@ def test_lean_equals_the_composition_and_any_input_may_be_frozen(name):
 
 @on_the_cpu
 @each_recompute
-def test_lean_saves_what_it_says(name):
+def test_recompute_saves_what_it_says(name):
     ours, _, inputs, want = recompute_operations()[name]
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
@@ -511,7 +511,7 @@ def test_lean_saves_what_it_says(name):
 
 @on_the_cpu
 @each_recompute
-def test_lean_compiles_without_a_graph_break(name):
+def test_recompute_compiles_without_a_graph_break(name):
     ours, _, inputs, _ = recompute_operations()[name]
     inputs = [x.requires_grad_() for x in inputs]
     torch._dynamo.reset()
@@ -526,7 +526,7 @@ def test_lean_compiles_without_a_graph_break(name):
 
 @on_the_cpu
 @each_recompute
-def test_lean_under_autocast_and_checkpointing(name):
+def test_recompute_under_autocast_and_checkpointing(name):
     """Autocast runs the product in bf16 and leaves weights and their gradients fp32, as for the plain composition."""
     ours, _, inputs, _ = recompute_operations()[name]
     plain = getattr(recompute_linear, f"{name}_reference")

@@ -106,7 +106,7 @@ def test_memory_of_one_gpu_is_that_without_fsdp(moments, fits, monkeypatch):
 
 
 def test_the_prediction_is_the_plans_at_measured_rates():
-    """Rates that are what plan.py assumes of a GH200 give what it predicts; a slow network, or a CPU's, shows."""
+    """Rates that are what step_time.py assumes of a GH200 give what it predicts; a slow network, or a CPU's, shows."""
     model, machine, good = MODELS["mistral-7b"], machines.MACHINES["gh200-96"], step_time.RATES["good"]
     layout = choose_layout(Work(model, 4, 4096), ranks=256, node=4, memory_bytes=machine.gpu.memory_bytes)
     job = Job(Work(model, 4, 4096), layout, torch.bfloat16, None, 2)
