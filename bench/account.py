@@ -55,6 +55,7 @@ from torch.utils._pytree import tree_leaves
 
 from bench.lib.command import at_least_one, command
 from bench.lib.meta_step import HOPPER, MetaCase, MetaMode, MetaStep, on_hopper, world_of
+from bench.lib.traffic import TRAFFIC, size
 from halny.kernels import dispatch, rms_norm, rope, swiglu
 from halny.kernels.adamw import MOMENTS
 from halny.model.estimate import machines, roofline
@@ -119,46 +120,6 @@ class Call:
         return self.read + self.written
 
 
-def size(*tensors: Tensor) -> int:
-    """Bytes of what tensors have: an expanded dimension is there once."""
-    total = 0
-    for x in tensors:
-        n = x.element_size()
-        for length, stride in zip(x.shape, x.stride(), strict=True):
-            n *= length if stride else min(length, 1)
-        total += n
-    return total
-
-
-# What each kernel of ours reads and writes, from its arguments as launched (a) and its constants (c). One that is not
-# here stops the count: state its traffic.
-TRAFFIC = {
-    "rms_norm_forward_kernel": lambda a, c: (
-        [a[0], a[2], *[a[1]] * c["ADD"], *[a[5]] * c["RECOMPUTE"]],
-        [a[3], *[a[4]] * c["ADD"], *[a[5]] * (not c["RECOMPUTE"])],
-    ),
-    "rms_norm_backward_kernel": lambda a, c: (
-        [a[0], a[2], a[3], a[4], *[a[1]] * c["HAS_DS"]],
-        [*[a[5]] * c["NEEDS_DX"], *[a[6]] * c["NEEDS_DW"], *[a[7]] * c["RECOMPUTE_Y"]],
-    ),
-    "rope_kernel": lambda a, c: (  # of the tables the rows of positions 0 .. T - 1
-        [a[0], a[1], a[4][: a[7]], a[5][: a[7]], *[a[2]] * c["WITH_V"], *[a[6]] * c["HAS_POSITIONS"]],
-        [a[3] if c["WITH_V"] else a[3][:, :, : c["N_HEADS"] + c["N_KV_HEADS"]]],
-    ),
-    "swiglu_forward_kernel": lambda a, c: ([a[0]], [a[1]]),
-    "swiglu_backward_kernel": lambda a, c: ([a[0], a[1]], [a[2], *[a[3]] * c["RECOMPUTE_H"]]),
-    "one_block_kernel": lambda a, c: (a[:3], [a[3], a[4], *[a[5]] * c["WITH_GRADIENT"]]),
-    "online_kernel": lambda a, c: (a[:3], [a[3], a[4], *[a[5]] * c["WITH_GRADIENT"]]),  # its second pass is from L2
-    "scale_kernel": lambda a, c: (a[:2], [a[2]]),
-    "adamw_kernel": lambda a, c: (
-        [*a[:5], *a[5:7] * c["EIGHT_BITS"], a[7]],
-        [a[0], a[1], a[3], a[4], *a[5:7] * c["EIGHT_BITS"]],
-    ),
-    "block_norms_kernel": lambda a, c: ([a[0]], [a[1][a[3] : a[3] + -(-a[2] // c["BLOCK"])]]),
-    "add_rounded_kernel": lambda a, c: (a[:2], [a[0]]),
-    "add_wide_kernel": lambda a, c: (a[:2], [a[2]]),
-    "chunk_cat_kernel": lambda a, c: ([a[0]], [a[1]]),
-}
 PART_OF = {
     **dict.fromkeys(("one_block_kernel", "online_kernel", "scale_kernel"), "loss"),
     **dict.fromkeys(("embedding", "embedding_dense_backward"), OTHER + "embedding"),
@@ -207,10 +168,10 @@ class Count(MetaMode):
         self.calls: list[Call] = []
         self._inside: str | None = None  # the operator of ours that is being run
 
-    def launched(self, kernel, arguments: tuple, constants: dict) -> None:
+    def launched(self, kernel, grid: tuple[int, ...], arguments: tuple, constants: dict) -> None:
         name = kernel.__name__
         if name not in TRAFFIC:
-            raise KeyError(f"bench/account.py does not know what {name} reads and writes; add it to TRAFFIC")
+            raise KeyError(f"bench/lib/traffic.py does not know what {name} reads and writes; add it to TRAFFIC")
         read, written = TRAFFIC[name](arguments, constants)
         self._add(name, PART_OF.get(name, ROWS), read, written)
 

@@ -1,6 +1,7 @@
 """Compile every kernel for GPUs that are not here, and hold registers, spills and load widths against recorded limits.
 
     python bench/aot.py [--arch sm_90] [--only rope] [--json FILE]      no GPU needed; exits 1 if a limit is exceeded
+    python bench/aot.py --issue             what each kernel issues on sm_90, beside the time that its bytes take
 
 A memory-bound kernel is fast if it moves the minimum of bytes in 16-byte instructions with enough warps in flight. The
 first two show in the machine code, and the third needs few registers and no spills; so a table of these, at the shapes
@@ -15,18 +16,21 @@ there fails, and so does a launch that is no case's, so that nothing slips in un
 The columns "load" and "store" count global memory instructions by width in bytes: 8x16 is eight of 16 bytes. They come
 from the machine code (SASS), not PTX: what the hardware runs. "occup" is theoretical occupancy, for sm_90: the share of
 a multiprocessor's 64 warps that registers, shared memory and warps a program let be there at once.
+
+``--issue`` counts the instructions along the path taken (bench/lib/machine_code.py) and divides the time that they need
+by the time that the launch's bytes need on an H200: "issue" of the four schedulers' slots, "ALU" of the unit for
+integers and comparisons, "special" of the one for roots, exponentials and most conversions. A row is one of the
+launch's largest tensor, a token for RoPE. "early" is the share of a thread's loads that are asked for before it first
+waits for the other threads of its program; in a kernel that loops over rows, within one run through the loop.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
-import re
-import subprocess
 import sys
-import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +42,9 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
+from bench.lib import machine_code
+from bench.lib.machine_code import Compiled, binary, path_taken, resident_programs, widths_words
+from bench.lib.traffic import TRAFFIC, size
 from halny.kernels import adamw, dispatch, rms_norm, rope, swiglu
 from halny.kernels.chunk_cat import chunk_cat
 from halny.kernels.cross_entropy import cross_entropy
@@ -50,59 +57,59 @@ from halny.kernels.stochastic_rounding import add_rounded_, add_wide
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
 # Recorded on sm_90 with triton 3.9, held by 3.6: name -> (most registers, most bytes of shared memory, global memory
-# instructions narrower than 16 bytes). The narrow ones are named: rstd, positions, a row's scalars; never a row's
-# elements.
-LIMITS: dict[str, tuple[int, int, int]] = {
-    "rms_norm forward 4096 bf16": (56, 32, 1),  # stores rstd
-    "rms_norm forward 4096 fp32": (72, 32, 1),
-    "add_rms_norm forward 4096 bf16": (64, 32, 1),
-    "add_rms_norm forward 4096 fp32": (72, 32, 1),
-    "rms_norm recompute 4096 bf16": (40, 0, 1),  # loads rstd
-    "rms_norm recompute 4096 fp32": (56, 0, 1),
-    "rms_norm backward 4096 bf16": (80, 8192, 1),  # loads rstd; 80 registers are the most for 3 programs an SM
-    "rms_norm backward 4096 fp32": (80, 32, 1),
-    "add_rms_norm backward 4096 bf16": (80, 8192, 1),
-    "add_rms_norm backward 4096 fp32": (80, 32, 1),
-    "rms_norm backward and y 4096 bf16": (64, 16384, 1),
-    "rms_norm backward and y 4096 fp32": (64, 64, 1),
-    "add_rms_norm backward and y 4096 bf16": (64, 16384, 1),  # 64 are the most for 2 programs of 16 warps an SM
-    "add_rms_norm backward and y 4096 fp32": (64, 64, 1),
-    "rope forward 32/8x128 bf16": (56, 0, 0),
-    "rope forward 32/8x128 fp32": (56, 0, 0),
-    "rope forward, positions 32/8x128 bf16": (56, 0, 1),  # loads the position
-    "rope forward, positions 32/8x128 fp32": (56, 0, 1),
-    "rope in place 32/8x128 bf16": (56, 0, 0),
-    "rope in place 32/8x128 fp32": (56, 0, 0),
-    "rope backward 32/8x128 bf16": (56, 0, 0),
-    "rope backward 32/8x128 fp32": (56, 0, 0),
-    "swiglu forward 14336 bf16": (32, 0, 0),
-    "swiglu forward 14336 fp32": (40, 0, 0),
-    "swiglu backward 14336 bf16": (40, 0, 0),
-    "swiglu backward 14336 fp32": (40, 0, 0),
-    "swiglu backward and h 14336 bf16": (40, 0, 0),
-    "swiglu backward and h 14336 fp32": (48, 0, 0),
+# instructions narrower than 16 bytes, most percent of the time of its bytes that a unit needs for its instructions).
+# The narrow ones are named: rstd, positions, a row's scalars; never a row's elements.
+LIMITS: dict[str, tuple[int, int, int, int]] = {
+    "rms_norm forward 4096 bf16": (56, 32, 1, 30),  # stores rstd
+    "rms_norm forward 4096 fp32": (72, 32, 1, 15),
+    "add_rms_norm forward 4096 bf16": (64, 32, 1, 20),
+    "add_rms_norm forward 4096 fp32": (72, 32, 1, 10),
+    "rms_norm recompute 4096 bf16": (40, 0, 1, 20),  # loads rstd
+    "rms_norm recompute 4096 fp32": (56, 0, 1, 9),
+    "rms_norm backward 4096 bf16": (80, 8192, 1, 34),  # loads rstd; 80 registers are the most for 3 programs an SM
+    "rms_norm backward 4096 fp32": (80, 32, 1, 14),
+    "add_rms_norm backward 4096 bf16": (80, 8192, 1, 31),
+    "add_rms_norm backward 4096 fp32": (80, 32, 1, 13),
+    "rms_norm backward and y 4096 bf16": (64, 16384, 1, 34),
+    "rms_norm backward and y 4096 fp32": (64, 64, 1, 16),
+    "add_rms_norm backward and y 4096 bf16": (64, 16384, 1, 32),  # 64 are the most for 2 programs of 16 warps an SM
+    "add_rms_norm backward and y 4096 fp32": (64, 64, 1, 15),
+    "rope forward 32/8x128 bf16": (56, 0, 0, 62),
+    "rope forward 32/8x128 fp32": (56, 0, 0, 29),
+    "rope forward, positions 32/8x128 bf16": (56, 0, 1, 64),  # loads the position
+    "rope forward, positions 32/8x128 fp32": (56, 0, 1, 30),
+    "rope in place 32/8x128 bf16": (56, 0, 0, 57),
+    "rope in place 32/8x128 fp32": (56, 0, 0, 30),
+    "rope backward 32/8x128 bf16": (56, 0, 0, 63),
+    "rope backward 32/8x128 fp32": (56, 0, 0, 29),
+    "swiglu forward 14336 bf16": (32, 0, 0, 49),
+    "swiglu forward 14336 fp32": (40, 0, 0, 21),
+    "swiglu backward 14336 bf16": (40, 0, 0, 47),
+    "swiglu backward 14336 fp32": (40, 0, 0, 20),
+    "swiglu backward and h 14336 bf16": (40, 0, 0, 42),
+    "swiglu backward and h 14336 fp32": (48, 0, 0, 18),
     # a row's scalars: label, its logit, the scale; loss, correct, the target's gradient (once for each path)
-    "cross_entropy 32000 bf16": (64, 128, 8),  # 1024 threads have 64 registers each
-    "cross_entropy, loss only 32000 bf16": (40, 32, 7),
-    "cross_entropy 32001 bf16": (64, 128, 8),
-    "cross_entropy, loss only 32001 bf16": (64, 32, 7),
-    "cross_entropy 131072 bf16": (64, 128, 7),
-    "cross_entropy, loss only 131072 bf16": (40, 32, 7),
-    "scale_gradient in place bf16": (32, 0, 1),
-    "scale_gradient fp32": (32, 0, 1),
+    "cross_entropy 32000 bf16": (64, 128, 8, 71),  # 1024 threads have 64 registers each
+    "cross_entropy, loss only 32000 bf16": (40, 32, 7, 118),
+    "cross_entropy 32001 bf16": (64, 128, 8, 80),
+    "cross_entropy, loss only 32001 bf16": (64, 32, 7, 140),
+    "cross_entropy 131072 bf16": (64, 128, 7, 101),
+    "cross_entropy, loss only 131072 bf16": (40, 32, 7, 109),
+    "scale_gradient in place bf16": (32, 0, 1, 40),
+    "scale_gradient fp32": (32, 0, 1, 31),
     # five scalars; of four elements a thread, bf16 is 8 bytes, and of eight a code is; a group's exponents
-    "adamw, fp32 moments bf16": (32, 0, 10),
-    "adamw, bf16 moments bf16": (48, 0, 5),
-    "adamw, fp32 moments fp32": (32, 0, 9),
-    "adamw, bf16 moments fp32": (48, 0, 5),
-    "adamw, 8bit moments bf16": (56, 64, 13),
-    "add_rounded bf16": (32, 0, 0),
-    "add_rounded fp32": (32, 0, 0),
-    "add_wide bf16": (32, 4096, 0),
-    "chunk_cat bf16": (32, 4096, 0),
-    "chunk_cat fp32": (32, 0, 0),
-    "gradient_norm bf16": (32, 32, 1),  # stores a program's sum
-    "gradient_norm fp32": (32, 32, 1),
+    "adamw, fp32 moments bf16": (32, 0, 10, 22),
+    "adamw, bf16 moments bf16": (48, 0, 5, 37),
+    "adamw, fp32 moments fp32": (32, 0, 9, 21),
+    "adamw, bf16 moments fp32": (48, 0, 5, 34),
+    "adamw, 8bit moments bf16": (56, 64, 13, 72),
+    "add_rounded bf16": (32, 0, 0, 38),
+    "add_rounded fp32": (32, 0, 0, 31),
+    "add_wide bf16": (32, 4096, 0, 21),
+    "chunk_cat bf16": (32, 4096, 0, 19),
+    "chunk_cat fp32": (32, 0, 0, 10),
+    "gradient_norm bf16": (32, 32, 1, 36),  # stores a program's sum
+    "gradient_norm fp32": (32, 32, 1, 20),
 }
 
 
@@ -110,9 +117,10 @@ LIMITS: dict[str, tuple[int, int, int]] = {
 
 
 class Launch(NamedTuple):
-    """What dispatch.launch was given, but for the grid."""
+    """What dispatch.launch was given."""
 
     kernel: Callable
+    grid: tuple[int, ...]
     arguments: tuple
     constants: dict[str, object]  # num_warps among them
 
@@ -248,7 +256,7 @@ def specialised(launch: Launch, arch: str):
     from triton.compiler import make_backend
     from triton.runtime.jit import create_function_from_signature
 
-    kernel, arguments, constants = launch
+    kernel, _, arguments, constants = launch
     target = GPUTarget("cuda", int(arch.removeprefix("sm_")), 32)
     backend = make_backend(target)
     bound, specialization, options = create_function_from_signature(kernel.signature, kernel.params, backend)(
@@ -273,39 +281,6 @@ def of_no_case(launches: list[Launch], named: list[Launch]) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- the machine code
 
 
-class Compiled(NamedTuple):
-    registers: int
-    spills: int  # bytes of local memory and the instructions that touch it
-    shared_bytes: int
-    loads: Counter[int]  # width in bytes -> global loads in the machine code
-    stores: Counter[int]
-
-    @property
-    def narrow(self) -> int:
-        return sum(n for widths in (self.loads, self.stores) for width, n in widths.items() if width < 16)
-
-
-def occupancy(registers: int, shared_bytes: int, num_warps: int) -> float:
-    """Resident warps over the most there can be, on sm_90.
-
-    CUDA's occupancy calculation with the limits of compute capability 9.0 (CUDA C++ Programming Guide, Technical
-    Specifications): 64 warps, 32 blocks and 228 KB of shared memory a multiprocessor; 16,384 registers in each of its
-    four partitions, given to a warp 256 at a time; shared memory 128 bytes at a time, 1 KB of each block the system's.
-    """
-    by_warps = 64 // num_warps
-    a_warp = -(-registers * 32 // 256) * 256
-    warps_a_block = -(-num_warps // 4) * 4  # spread over the partitions
-    by_registers = 16384 // a_warp * 4 // warps_a_block
-    by_shared = 228 * 1024 // (-(-(shared_bytes + 1024) // 128) * 128)
-    return min(by_warps, by_registers, by_shared, 32) * num_warps / 64
-
-
-def binary(name: str) -> Path:
-    import triton.backends.nvidia as nvidia
-
-    return Path(nvidia.__path__[0]) / "bin" / name
-
-
 def compile_launch(launch: Launch, arch: str) -> Compiled:
     """One kernel for one GPU generation. Raises what Triton or ptxas raises."""
     import triton
@@ -313,41 +288,67 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
 
     *source, options, target = specialised(launch, arch)
     compiled = triton.compile(ASTSource(launch.kernel, *source), target=target, options=options.__dict__)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage, code = (
-            subprocess.run([binary("cuobjdump"), option, file.name], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
+    return machine_code.compiled(compiled.asm["cubin"], compiled.metadata.shared)
+
+
+# An H200: the rate at which it copies, and a clock between that of a kernel alone, 1.98 GHz, and that of the 7B's step
+# at 700 W, 1.49 GHz (bench/results/2026-11-27-NVIDIA-H200)
+MULTIPROCESSORS, BYTES_A_SECOND, HERTZ = 132, 4.3e12, 1.75e9
+
+# Programs loop over rows, or over pieces of one: kernel -> how often, from the programs and the launch
+TRIPS: dict[str, Callable[[int, tuple, dict], float]] = {
+    "rms_norm_backward_kernel": lambda programs, a, c: a[8] / (programs * c["ROWS"]),
+    "online_kernel": lambda programs, a, c: math.ceil(a[6] / c["BLOCK"]),
+    "scale_kernel": lambda programs, a, c: a[3] * math.ceil(a[4] / c["BLOCK"]) / programs,
+}
+
+
+class Issue(NamedTuple):
+    """What a launch issues, beside the time that its bytes take."""
+
+    rows: int
+    bytes: int
+    instructions: float  # of warps, in the whole launch
+    issue: float  # shares of that time
+    alu: float
+    special: float
+    early: float  # share of a thread's loads that are asked for before its first barrier
+
+    @property
+    def busiest(self) -> float:
+        return max(self.issue, self.alu, self.special)
+
+
+def issue_of(launch: Launch, code: tuple[machine_code.Instruction, ...]) -> Issue:
+    name, programs = launch.kernel.__name__, math.prod(launch.grid)
+    read, written = TRAFFIC[name](launch.arguments, launch.constants)
+    trips = TRIPS[name](programs, launch.arguments, launch.constants) if name in TRIPS else None
+    path, warps = path_taken(code, trips), programs * launch.constants["num_warps"]
+    largest = max((*read, *written), key=torch.Tensor.numel)
+    row = largest.shape[-1] * (largest.shape[-2] if name == "rope_kernel" else 1)
+    cycles = size(*read, *written) / BYTES_A_SECOND * HERTZ * MULTIPROCESSORS
+    shares = (
+        warps * n / (rate * cycles)
+        for n, rate in (
+            (path.instructions, machine_code.SCHEDULERS),
+            (path.alu, machine_code.ALU_RATE),
+            (path.special, machine_code.SPECIAL_RATE),
         )
-    number = {name: int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "LOCAL")}
-    spills = number["STACK"] + number["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", code))
-    # LDG and STG are global accesses; LDGSTS is a load that goes to shared memory
-    loads, stores = (
-        Counter(_width(modifiers) for modifiers in re.findall(rf"\b(?:{names})((?:\.\w+)*)", code))
-        for names in ("LDG|LDGSTS", "STG")
     )
-    return Compiled(number["REG"], spills, compiled.metadata.shared, loads, stores)
+    early = path.early_bytes / path.load_bytes
+    return Issue(largest.numel() // row, size(*read, *written), warps * path.instructions, *shares, early)
 
 
-def _width(modifiers: str) -> int:
-    """Bytes of LDG.E.128 and the like: 4 unless a modifier says otherwise."""
-    bits = re.search(r"\.(?:[US](8|16)|(64|128|256))\b", modifiers)
-    return 4 if bits is None else int(bits[1] or bits[2]) // 8
-
-
-def widths_words(counts: Counter[int]) -> str:
-    return " ".join(f"{n}x{width}" for width, n in sorted(counts.items(), reverse=True))
-
-
-def complaints(name: str, arch: str, result: Compiled) -> list[str]:
-    """What is beyond the limits: spills anywhere; registers, shared memory and widths where they were recorded."""
+def complaints(name: str, arch: str, result: Compiled, issue: Issue | None = None) -> list[str]:
+    """What is beyond the limits: spills anywhere; the rest where it was recorded."""
     found = [f"{result.spills} bytes of spills"] if result.spills else []
     if name not in LIMITS:
         return [*found, "no row in LIMITS"]
-    registers, shared_bytes, narrow = LIMITS[name]
+    registers, shared_bytes, narrow, percent = LIMITS[name]
     if result.narrow > narrow:
         found.append(f"{result.narrow} global accesses below 16 bytes, the limit is {narrow}")
+    if issue is not None and issue.busiest * 100 > percent:
+        found.append(f"{issue.busiest:.0%} of the time of its bytes to issue its instructions, the limit is {percent}%")
     if arch == "sm_90" and result.registers > registers:
         found.append(f"{result.registers} registers, the limit is {registers}")
     if arch == "sm_90" and result.shared_bytes > shared_bytes:
@@ -364,39 +365,70 @@ def write_rows(path: Path, rows: list[dict]) -> None:
     write_json(path, {"format": 1, "kind": "aot", "smoke": False, "machine": described, "rows": rows})
 
 
+def widths_row(name: str, arch: str, warps: int, result: Compiled, share: float | None) -> str:
+    row = f"{name:42} {arch:7} {warps:5} {result.registers:5} {result.spills:6} {result.shared_bytes:6} "
+    row += f"{share:5.0%}" if share is not None else f"{'':5}"
+    return f"{row}  {' / '.join(widths_words(x) for x in (result.loads, result.stores))}"
+
+
+WIDTHS_HEAD = (
+    f"{'kernel, shape, dtype':42} {'arch':7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>6} {'occup':>5}"
+    "  load / store"
+)
+
+
+def issue_row(name: str, result: Compiled, issue: Issue, programs: int) -> str:
+    a_row = f"{issue.bytes / issue.rows:14,.0f} {issue.instructions / issue.rows:12,.1f}"
+    shares = f"{issue.issue:6.0%} {issue.alu:6.0%} {issue.special:7.0%} {issue.early:6.0%}"
+    return f"{name:42} {a_row} {shares} {result.registers:5} {result.spills:6} {programs:9}"
+
+
+ISSUE_HEAD = (
+    f"{'kernel, shape, dtype':42} {'bytes per row':>14} {'instructions':>12} {'issue':>6} {'ALU':>6} {'special':>7} "
+    f"{'early':>6} {'regs':>5} {'spills':>6} {'resident':>9}"
+)
+
+
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--arch", choices=ARCHS, action="append", help="GPU generation; may be repeated [all]")
+    parser.add_argument("--issue", action="store_true", help="what is issued while the bytes move; sm_90 alone")
     parser.add_argument("--only", help="kernels whose name contains this [all]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to a result file, for report.py")
     given = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         print("aot.py: TRITON_INTERPRET is set; interpreted kernels cannot be compiled", file=sys.stderr)
         return 2
+    if given.issue and (given.arch or given.json):
+        parser.error("--issue is for sm_90 and prints its table only: leave out --arch and --json")
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # triton 3.9's default; 3.10 would change it under us
     warnings.filterwarnings("ignore", module="triton")
     import triton
 
-    archs = [arch for arch in given.arch or ARCHS if arch != "sm_100" or binary("ptxas-blackwell").exists()]
+    wanted = ["sm_90"] if given.issue else given.arch or ARCHS
+    archs = [arch for arch in wanted if arch != "sm_100" or binary("ptxas-blackwell").exists()]
     print(f"triton {triton.__version__}; no GPU is used; registers a thread, shared memory a program")
-    if len(archs) < len(given.arch or ARCHS):
+    if len(archs) < len(wanted):
         print("sm_100: absent, this triton package has no ptxas-blackwell")
-    head = f"{'kernel, shape, dtype':42} {'arch':7} {'warps':>5} {'regs':>5} {'spills':>6} {'shared':>6} {'occup':>5}"
-    print(f"{head}  load / store")
+    if given.issue:
+        gpu = f"{MULTIPROCESSORS} multiprocessors at {HERTZ / 1e9} GHz"
+        print(f"instructions of warps per row; shares of the time of the bytes at {BYTES_A_SECOND / 1e12} TB/s, {gpu}")
+    print(ISSUE_HEAD if given.issue else WIDTHS_HEAD)
     failures, rows = 0, []
     launches = cases(given.only)
     jobs = [(name, found[-1], arch) for name, found in launches.items() for arch in archs]
     with ThreadPoolExecutor(2) as pool:  # ptxas and cuobjdump are processes of their own
         results = list(pool.map(lambda job: compile_launch(*job[1:]), jobs))
     for (name, launch, arch), result in zip(jobs, results, strict=True):
-        widths = " / ".join(widths_words(x) for x in (result.loads, result.stores))
-        warps = launch.constants["num_warps"]
-        share = occupancy(result.registers, result.shared_bytes, warps) if arch == "sm_90" else None
-        row = f"{name:42} {arch:7} {warps:5} {result.registers:5} {result.spills:6} {result.shared_bytes:6} "
-        row += f"{share:5.0%}" if share is not None else f"{'':5}"
-        wrong = complaints(name, arch, result)
+        warps, issue, share = launch.constants["num_warps"], None, None
+        if arch == "sm_90":
+            issue = issue_of(launch, result.code)
+            programs = resident_programs(result.registers, result.shared_bytes, warps)
+            share = programs * warps / 64
+        wrong = complaints(name, arch, result, issue)
         failures += bool(wrong)
-        print(f"{row}  {widths}{'  <- ' + '; '.join(wrong) if wrong else ''}")
+        row = issue_row(name, result, issue, programs) if given.issue else widths_row(name, arch, warps, result, share)
+        print(f"{row}{'  <- ' + '; '.join(wrong) if wrong else ''}")
         rows.append({
             "kernel": name, "arch": arch, "warps": warps, "registers": result.registers, "spills": result.spills,
             "shared_bytes": result.shared_bytes, "occupancy": share, "loads": result.loads, "stores": result.stores,

@@ -42,7 +42,7 @@ class StandIn(NamedTuple):
     capability: tuple[int, int]
     multiprocessors: int
     packages: tuple[str, ...]  # those of attention_backends.PACKAGES that it has
-    record: Callable[[Callable, tuple, dict], None]  # called in place of a launch: kernel, arguments, constants
+    record: Callable[[Callable, tuple, tuple, dict], None]  # in place of a launch: kernel, grid, arguments, constants
 
 
 _stand_in: StandIn | None = None
@@ -85,7 +85,7 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
     launches[named.__name__] += 1
     device = args[0].device
     if gpu := stands_for(device):
-        gpu.record(named, args, constants)
+        gpu.record(named, grid, args, constants)
     elif device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
             kernel[grid](*args, **constants)

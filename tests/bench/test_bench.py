@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import account, aot, gpu_pass, kernels, merge, report, step
 from bench import attention as bench_attention
-from bench.lib import operations, peers
+from bench.lib import machine_code, operations, peers
 from bench.lib.clocks import Bench, Call, Clocks, quantiles
 from bench.lib.process import ROOT
 from bench.lib.results import BadResult, read_result, repeatable, write_json
@@ -292,7 +292,43 @@ def test_compiling_beforehand_runs_forward_and_backward():
     ],
 )
 def test_occupancy_by_hand(registers, shared, warps, expected):
-    assert aot.occupancy(registers, shared, warps) == expected
+    assert machine_code.resident_programs(registers, shared, warps) * warps / 64 == expected
+
+
+LISTING = """
+        /*0000*/                   S2R R0, SR_TID.X ;                 /* 0x0 */
+        /*0010*/               @P0 BRA 0x{skip} ;                     /* 0x0 */
+        /*0020*/                   LDG.E.128 R4, desc[UR4][R2.64] ;   /* 0x0 */
+        /*0030*/                   FMUL R4, R4, R5 ;                  /* 0x0 */
+        /*0040*/                   BAR.SYNC.DEFER_BLOCKING 0x0 ;      /* 0x0 */
+        /*0050*/                   LDG.E.64 R6, desc[UR4][R2.64] ;    /* 0x0 */
+        /*0060*/                   LOP3.LUT R6, R6, R7, RZ, 0x3c, !PT ;  /* 0x0 */
+        /*0070*/              @!P1 BRA 0x{again} ;                    /* 0x0 */
+        /*0080*/              @!P2 BRA 0xa0 ;                         /* 0x0 */
+        /*0090*/                   CALL.REL.NOINC 0xc0 ;              /* 0x0 */
+        /*00a0*/                   STG.E.128 desc[UR4][R2.64], R4 ;   /* 0x0 */
+        /*00b0*/                   EXIT ;                             /* 0x0 */
+        /*00c0*/                   MUFU.RSQ R0, R0 ;                  /* 0x0 */
+        /*00d0*/                   RET.REL.NODEC R8 0x0 ;             /* 0x0 */
+        /*00e0*/                   BRA 0xe0;                          /* 0x0 */
+"""
+
+
+def test_the_path_taken_by_hand():
+    straight = machine_code.instructions(LISTING.format(skip="a0", again="80"))
+    path = machine_code.path_taken(straight)  # the branch that skips is shorter, the subroutine is for denormals
+    assert path.instructions == 11 and path.alu == 1 and path.special == 0
+    assert (path.early_bytes, path.load_bytes) == (16, 24)
+
+    loop = machine_code.instructions(LISTING.format(skip="a0", again="20"))
+    path = machine_code.path_taken(loop, 10)
+    assert path.instructions == 2 + 10 * 6 + 3 and path.alu == 10
+    assert (path.early_bytes, path.load_bytes) == (16, 24)
+    with pytest.raises(ValueError, match="instructions 2 to 7 are a loop"):
+        machine_code.path_taken(loop)
+
+    idle = machine_code.instructions(LISTING.format(skip="a0", again="50"))  # nothing is multiplied in 5 .. 7
+    assert machine_code.path_taken(idle, 10).instructions == 8
 
 
 def test_every_kernel_is_compiled_ahead_of_time():

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.aot import LIMITS, Compiled, complaints
+from bench.aot import LIMITS, Compiled, Issue, complaints
 from halny.kernels import dispatch
 from halny.model.data.writer import write_dataset
 
@@ -50,11 +50,14 @@ def test_ahead_of_time_compiles_for_other_generations():
 
 
 def test_ahead_of_time_limits_can_fail():
-    """The gate notices a spill, a register, a byte of shared memory, a narrow access and an unknown kernel."""
+    """The gate notices a spill, a register, a byte of shared memory, a narrow access, instructions, another kernel."""
     name = "rms_norm forward 4096 bf16"
-    registers, shared, narrow = LIMITS[name]
+    registers, shared, narrow, percent = LIMITS[name]
     fine = Compiled(registers, 0, shared, {16: 8}, {16: 4, 4: narrow})
-    assert complaints(name, "sm_90", fine) == []
+    issue = Issue(16384, 0, 0, issue=percent / 100, alu=0, special=0, early=1)
+    assert complaints(name, "sm_90", fine, issue) == []
+    for unit in ("issue", "alu", "special"):
+        assert len(complaints(name, "sm_90", fine, issue._replace(**{unit: (percent + 1) / 100}))) == 1
     for worse in (
         fine._replace(registers=registers + 1),
         fine._replace(spills=8),
