@@ -122,7 +122,7 @@ class Call:
 
 PART_OF = {
     **dict.fromkeys(("one_block_kernel", "online_kernel", "scale_kernel"), "loss"),
-    **dict.fromkeys(("embedding", "embedding_dense_backward"), OTHER + "embedding"),
+    **dict.fromkeys(("embedding", "embedding_backward", "embedding_backward_kernel"), OTHER + "embedding"),
     **dict.fromkeys(("adamw_kernel", "_fused_adamw_", "_foreach_mul_", "_foreach_norm"), "optimizer"),
     **dict.fromkeys(("block_norms_kernel", "linalg_vector_norm"), "optimizer"),
     **{"add_rounded_kernel": SUMS, "add_wide_kernel": SUMS},
@@ -220,9 +220,6 @@ class Count(MetaMode):
             self._add(label, "attention", read, written, flops=attention_flops(name, args))
         elif name == "embedding":
             self._add(label, PART_OF[name], [args[1], out], [out])  # the rows that it looks up, not the table
-        elif name == "embedding_dense_backward":
-            rows = out[: min(args[1].numel(), len(out))]
-            self._add(label, PART_OF[name], read, [out, rows])  # zeros, then the rows that have a gradient
         elif name == "all_gather_copy_in":
             self._add(label, "copies", args[0], args[0])
         elif name == "_fused_adamw_":
@@ -567,7 +564,7 @@ def main(arguments: list[str]) -> int:
     parts = parts_of(calls, case, machines.GPUS[gpu_name])
     where = f"one rank, moments in {case.moments}"
     if case.ranks > 1:
-        where = f"one of {case.ranks} ranks under FSDP2, --reshard {case.layout.reshard_name}"
+        where = f"one of {case.ranks} ranks under FSDP2, --reshard {case.layout.reshard}"
     where += f", recomputed: {recomputed(case.work)}"
     title = f"{given.model}, {case.config.n_layers} layers, {case.tokens}, bf16, {where}"
     if given.host:

@@ -48,6 +48,7 @@ from bench.lib.traffic import TRAFFIC, size
 from halny.kernels import adamw, dispatch, rms_norm, rope, swiglu
 from halny.kernels.chunk_cat import chunk_cat
 from halny.kernels.cross_entropy import cross_entropy
+from halny.kernels.embedding import embedding
 from halny.kernels.gradient_norm import gradient_norm
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
 from halny.kernels.recompute_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
@@ -108,6 +109,9 @@ LIMITS: dict[str, tuple[int, int, int, int]] = {
     "add_wide bf16": (32, 4096, 0, 21),
     "chunk_cat bf16": (32, 4096, 0, 19),
     "chunk_cat fp32": (32, 0, 0, 10),
+    # tokens and the places of up to 8 of them; the longest way adds 8 rows, which one program in eight can go
+    "embedding backward bf16": (56, 0, 18, 126),
+    "embedding backward fp32": (56, 0, 18, 46),
     "gradient_norm bf16": (32, 32, 1, 36),  # stores a program's sum
     "gradient_norm fp32": (32, 32, 1, 20),
 }
@@ -163,7 +167,7 @@ def operations() -> Operations:
     yield from (update(moments, "bf16") for moments in adamw.MOMENTS)
     yield from (update(moments, "fp32") for moments in ("fp32", "bf16"))  # of several micro batches
     yield from sums()
-    for part in (gradient_norms, chunk_cats):
+    for part in (embeddings, gradient_norms, chunk_cats):
         yield from (part(name, dtype) for name, dtype in DTYPES.items())
 
 
@@ -230,6 +234,11 @@ def sums() -> Operations:
     yield "add_rounded bf16", lambda: add_rounded_(x, x, seed=0)
     yield "add_rounded fp32", lambda: add_rounded_(x, y, seed=0)
     yield "add_wide bf16", lambda: add_wide(x, x)
+
+
+def embeddings(name: str, dtype: torch.dtype) -> tuple[str, Callable[[], None]]:
+    tokens, weight = meta(B, T, dtype=torch.int64), meta(VOCABULARY, DIM, dtype=dtype, leaf=True)
+    return f"embedding backward {name}", lambda: gradients(embedding(tokens, weight), weight)
 
 
 def gradient_norms(name: str, dtype: torch.dtype) -> tuple[str, Callable[[], Tensor]]:
@@ -299,6 +308,7 @@ MULTIPROCESSORS, BYTES_A_SECOND, HERTZ = 132, 4.3e12, 1.75e9
 TRIPS: dict[str, Callable[[int, tuple, dict], float]] = {
     "rms_norm_backward_kernel": lambda programs, a, c: a[8] / (programs * c["ROWS"]),
     "online_kernel": lambda programs, a, c: math.ceil(a[6] / c["BLOCK"]),
+    "embedding_backward_kernel": lambda programs, a, c: 1,
     "scale_kernel": lambda programs, a, c: a[3] * math.ceil(a[4] / c["BLOCK"]) / programs,
 }
 

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from halny.kernels.attention import check_documents, document_ids, plan_attention, planned_attention
 from halny.kernels.dispatch import autocast_dtype, can_check_values, check_integer
+from halny.kernels.embedding import embedding
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
 from halny.kernels.recompute_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.rms_norm import add_rms_norm, rms_norm
@@ -82,25 +83,8 @@ PRESETS: dict[str, MistralConfig] = {
 
 
 class Embedding(nn.Embedding):
-    """nn.Embedding with a gradient that repeats itself to the bit, each row summed in fp32 and rounded once.
-
-    PyTorch sums the gradients of up to 4,096 tokens by a kernel (embedding_backward_feature_kernel) whose warps read
-    the tokens of one block of 1,024 while others load those of the next, so that rarely a sum is another one, and that
-    in bf16 rounds every 32 tokens. More tokens than that it sorts first, and neither happens. So a shorter batch is
-    filled up: with token 0, whose gradient there is 0. To be deleted once no supported torch (2.11 has it) races.
-    """
-
-    SORTED_FROM = 4097  # tokens
-
     def forward(self, tokens):
-        n = tokens.numel()
-        if not self.races(tokens) or n >= self.SORTED_FROM:
-            return F.embedding(tokens, self.weight)
-        filled = F.pad(tokens.flatten(), (0, self.SORTED_FROM - n))
-        return F.embedding(filled, self.weight)[:n].view(*tokens.shape, self.embedding_dim)
-
-    def races(self, tokens: Tensor) -> bool:
-        return tokens.is_cuda and torch.is_grad_enabled() and self.weight.requires_grad
+        return embedding(tokens, self.weight)
 
 
 class Attention(nn.Module):

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from halny.kernels.rope import rope_tables
 from halny.model import mistral
@@ -297,70 +296,3 @@ def test_a_growing_prompt_has_few_lengths():
         for n in (120, 127, 128, 129, 149, 150, 151, 159):
             logits_v = model(grown[:, max(0, n - 150) : n])[0, -1]
             assert logits_v[grown[0, n]] >= logits_v.max() - 1e-4 * logits_v.abs().max()
-
-
-# ----------------------------------------------------------------------------------------------------- the embedding
-
-
-class Sums(TorchDispatchMode):
-    """How many tokens each gradient of an embedding is summed of."""
-
-    def __init__(self):
-        super().__init__()
-        self.tokens = []
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        if operator is torch.ops.aten.embedding_dense_backward.default:
-            self.tokens.append(args[1].numel())
-        return operator(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("shape, summed", [((2, 7), 4097), ((1, 4096), 4097), ((3, 0), 4097), ((2, 4096), 8192)])
-def test_gradients_of_few_tokens_are_summed_as_those_of_many(shape, summed, dtype, monkeypatch):
-    """As on a GPU: the same rows and the same gradient, to the bit."""
-    monkeypatch.setattr(mistral.Embedding, "races", lambda self, tokens: True)
-    torch.manual_seed(0)
-    embedding = mistral.Embedding(50, 8, dtype=dtype)
-    tokens, upstream = torch.randint(50, shape), torch.randn(*shape, 8, dtype=dtype)
-    expected = F.embedding(tokens, embedding.weight)
-    (gradient,) = torch.autograd.grad(expected, embedding.weight, upstream)
-    rows = embedding(tokens)
-    with Sums() as sums:
-        rows.backward(upstream)
-    assert torch.equal(rows, expected) and torch.equal(embedding.weight.grad, gradient)
-    assert sums.tokens == [summed] and rows.is_contiguous()
-
-
-def test_the_embedding_is_pytorchs_elsewhere(monkeypatch):
-    """On the CPU, and on a GPU that computes no gradient; and compiled it is one graph either way."""
-    embedding, tokens = mistral.Embedding(50, 8), torch.arange(6).view(2, 3)
-    assert not embedding.races(tokens)
-    with Sums() as sums:
-        embedding(tokens).sum().backward()
-    assert sums.tokens == [6]
-    for races in (False, True):
-        monkeypatch.setattr(mistral.Embedding, "races", lambda self, tokens, races=races: races)
-        compiled = torch.compile(embedding, fullgraph=True, backend="aot_eager")
-        assert torch.equal(compiled(tokens), F.embedding(tokens, embedding.weight))
-        torch._dynamo.reset()
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_embeddings_gradient_repeats_itself_on_a_gpu(dtype):
-    """One sequence of 4,096 tokens at 7B's sizes, few of them different: each sum within a rounding, and always it."""
-    torch.manual_seed(0)
-    embedding = mistral.Embedding(32_000, 4096, dtype=dtype, device="cuda")
-    tokens = torch.randint(200, (1, 4096), device="cuda")
-    upstream = torch.randn(1, 4096, 4096, device="cuda").to(dtype)
-    truth = torch.zeros(200, 4096, dtype=torch.float64, device="cuda")
-    truth.index_add_(0, tokens[0], upstream[0].double())
-    first = None
-    for _ in range(20):
-        (gradient,) = torch.autograd.grad(embedding(tokens), embedding.weight, upstream)
-        first = gradient if first is None else first
-        assert torch.equal(gradient, first)
-    size = torch.zeros_like(truth).index_add_(0, tokens[0], upstream[0].double().abs())
-    bound = truth.abs() * torch.finfo(dtype).eps / 2 + size * 4096 * EPS / 2
-    assert ((first[:200].double() - truth).abs() <= bound).all() and not first[200:].any()

@@ -29,6 +29,7 @@ TRAFFIC = {
         [a[0], a[1], a[4][: a[7]], a[5][: a[7]], *[a[2]] * c["WITH_V"], *[a[6]] * c["HAS_POSITIONS"]],
         [a[3] if c["WITH_V"] else a[3][:, :, : c["N_HEADS"] + c["N_KV_HEADS"]]],
     ),
+    "embedding_backward_kernel": lambda a, c: (a[:3], [a[3][: a[4]]]),  # at most as many rows as there are tokens
     "swiglu_forward_kernel": lambda a, c: ([a[0]], [a[1]]),
     "swiglu_backward_kernel": lambda a, c: ([a[0], a[1]], [a[2], *[a[3]] * c["RECOMPUTE_H"]]),
     "one_block_kernel": lambda a, c: (a[:3], [a[3], a[4], *[a[5]] * c["WITH_GRADIENT"]]),

@@ -275,6 +275,15 @@ def test_the_7b_step(ranks, moments):
     assert 15_000 < rate < 15_350  # the floor that the trainer's notes derive by hand is 15,250
 
 
+@pytest.mark.parametrize("given", ["--ranks 256", "--ranks 8 --reshard node", "--moments 8bit --accumulation 4"])
+def test_the_documented_commands(given, capsys):
+    assert account.main(["--model", "tiny", "--layers", "2", "--seq-len", "512", *given.split()]) == 0
+    captured = capsys.readouterr()
+    assert "<- apart" not in captured.out and not captured.err
+    title = captured.out.splitlines()[0]
+    assert (f"one of {given.split()[1]} ranks under FSDP2, --reshard" in title) == ("--ranks" in given)
+
+
 def test_what_the_step_need_not_move_is_found(monkeypatch, capsys):
     """A planted copy in each layer: the table names its kind, the exit code is 1."""
     arguments = ["--model", "tiny", "--layers", "2", "--seq-len", "512"]
