@@ -49,6 +49,12 @@ def test_ahead_of_time_compiles_for_other_generations():
     run("bench/aot.py", "--arch", "sm_80", "--arch", "sm_100", "--only", "bf16", interpreted=False)
 
 
+def test_what_is_issued_is_a_table():
+    *_, head, row, last = run("bench/aot.py", "--issue", "--only", "rope in place", interpreted=False).splitlines()
+    assert [head.split()[0], row.split()[0]] == ["rope", "rope"] and last == "2 kernels compiled, 0 beyond their limits"
+    assert row.split()[-1].isdigit() and row.count("%") == 4
+
+
 def test_ahead_of_time_limits_can_fail():
     """The gate notices a spill, a register, a byte of shared memory, a narrow access, instructions, another kernel."""
     name = "rms_norm forward 4096 bf16"
