@@ -75,14 +75,14 @@ LIMITS: dict[str, tuple[int, int, int, int]] = {
     "rms_norm backward and y 4096 fp32": (64, 64, 1, 16),
     "add_rms_norm backward and y 4096 bf16": (64, 16384, 1, 32),  # 64 are the most for 2 programs of 16 warps an SM
     "add_rms_norm backward and y 4096 fp32": (64, 64, 1, 15),
-    "rope forward 32/8x128 bf16": (56, 0, 0, 62),
-    "rope forward 32/8x128 fp32": (56, 0, 0, 29),
-    "rope forward, positions 32/8x128 bf16": (56, 0, 1, 64),  # loads the position
-    "rope forward, positions 32/8x128 fp32": (56, 0, 1, 30),
-    "rope in place 32/8x128 bf16": (56, 0, 0, 57),
-    "rope in place 32/8x128 fp32": (56, 0, 0, 30),
-    "rope backward 32/8x128 bf16": (56, 0, 0, 63),
-    "rope backward 32/8x128 fp32": (56, 0, 0, 29),
+    "rope forward 32/8x128 bf16": (72, 0, 0, 29),
+    "rope forward 32/8x128 fp32": (64, 0, 0, 19),
+    "rope forward, positions 32/8x128 bf16": (72, 0, 1, 30),  # loads the position
+    "rope forward, positions 32/8x128 fp32": (64, 0, 1, 19),
+    "rope in place 32/8x128 bf16": (64, 0, 0, 31),
+    "rope in place 32/8x128 fp32": (48, 0, 0, 19),
+    "rope backward 32/8x128 bf16": (72, 0, 0, 29),
+    "rope backward 32/8x128 fp32": (64, 0, 0, 19),
     "swiglu forward 14336 bf16": (32, 0, 0, 49),
     "swiglu forward 14336 fp32": (40, 0, 0, 21),
     "swiglu backward 14336 bf16": (40, 0, 0, 47),

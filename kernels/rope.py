@@ -14,7 +14,8 @@ attention makes them. Left to autograd, they would be written into one zeroed pa
 rotated; here one kernel reads the three where they lie and writes the packed gradient, 2M(Hq + 2 Hkv)Db once more.
 
 So there is one kernel: it reads three tensors, whatever their strides, and writes a packed one. In the forward the
-three are views of the packed input.
+three are views of the packed input. A program has all heads of a token: it computes addresses and reads the tables
+once for them, and no load has to choose between the three.
 """
 
 import torch
@@ -72,15 +73,52 @@ def rope_qkv_reference(
 
 # --------------------------------------------------------------------------------------------------------------- kernel
 
-# By head_dim: HEADS of one token that a program takes
+# By bytes of a token's queries: a thread takes 64, and up to 128 in larger models
 TILES: TileTable = {
     0: [
-        (32, {"HEADS": 16, "num_warps": 1}),
-        (64, {"HEADS": 16, "num_warps": 2}),
-        (128, {"HEADS": 16, "num_warps": 4}),
-        (2**62, {"HEADS": 8, "num_warps": 4}),
+        (2048, {"num_warps": 1}),
+        (4096, {"num_warps": 2}),
+        (8192, {"num_warps": 4}),
+        (32768, {"num_warps": 8}),
+        (2**62, {"num_warps": 16}),
     ]
 }
+
+
+@triton.jit
+def first_halves(
+    p_token, head_stride, N: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr
+):
+    """Pointers to the first halves of a token's N heads, [BLOCK, BLOCK_HALF], and the mask of those there are."""
+    i_head, i_half = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_HALF)[None, :]
+    return p_token + i_head.to(tl.int64) * head_stride + i_half, (i_head < N) & (i_half < HALF)
+
+
+@triton.jit
+def load_heads(
+    p_token, head_stride, N: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr
+):
+    p_half, m = first_halves(p_token, head_stride, N, HALF, BLOCK, BLOCK_HALF)
+    return tl.load(p_half, mask=m), tl.load(p_half + HALF, mask=m)
+
+
+@triton.jit
+def store_heads(
+    p_token, head_stride, b_1, b_2,
+    N: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, BLOCK_HALF: tl.constexpr,
+):  # fmt: skip
+    p_half, m = first_halves(p_token, head_stride, N, HALF, BLOCK, BLOCK_HALF)
+    tl.store(p_half, b_1, mask=m)
+    tl.store(p_half + HALF, b_2, mask=m)
+
+
+@triton.jit
+def rotate(b_1, b_2, b_cos, b_sin):
+    b_x1, b_x2 = b_1.to(tl.float32), b_2.to(tl.float32)
+    b_y1 = b_x1 * b_cos - b_x2 * b_sin
+    # As the compiler fuses the line above. Of a sum it chooses which product to round first by the code around it.
+    b_y2 = tl.fma(b_x1, b_sin, b_x2 * b_cos)
+    return b_y1.to(b_1.dtype), b_y2.to(b_2.dtype)
 
 
 @triton.jit(do_not_specialize=["n_positions"])
@@ -91,51 +129,42 @@ def rope_kernel(
     v_batch_stride, v_position_stride, v_head_stride, packed_batch_stride, packed_position_stride, packed_head_stride,
     positions_batch_stride, positions_position_stride,
     N_HEADS: tl.constexpr, N_KV_HEADS: tl.constexpr, HALF: tl.constexpr, WITH_V: tl.constexpr,
-    HAS_POSITIONS: tl.constexpr, CONJUGATE: tl.constexpr, HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
+    HAS_POSITIONS: tl.constexpr, CONJUGATE: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr, BLOCK_KV_HEADS: tl.constexpr, BLOCK_HALF: tl.constexpr,
 ):  # fmt: skip
-    """Program: HEADS packed heads of one token. May be in place: a program writes only what it alone has read."""
-    N_ROTATED: tl.constexpr = N_HEADS + N_KV_HEADS
-    N_PACKED: tl.constexpr = N_ROTATED + N_KV_HEADS if WITH_V else N_ROTATED
-    PIECES: tl.constexpr = (N_PACKED + HEADS - 1) // HEADS
-    i_token = tl.program_id(0) // PIECES
+    """Program: one token. May be in place: a program writes only what it alone has read."""
+    i_token = tl.program_id(0)
     i_batch, i_position = (i_token // n_positions).to(tl.int64), (i_token % n_positions).to(tl.int64)
-    i_head = tl.program_id(0) % PIECES * HEADS + tl.arange(0, HEADS).to(tl.int64)
-    i_half = tl.arange(0, BLOCK_HALF)
-    m_half = i_half < HALF
-    m = (i_head < N_PACKED)[:, None] & m_half[None, :]
-
     i_angle = i_position
     if HAS_POSITIONS:
         p_position = p_positions + i_batch * positions_batch_stride + i_position * positions_position_stride
         i_angle = tl.load(p_position).to(tl.int64)
-    b_cos = tl.load(p_cos + i_angle * HALF + i_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
-    b_sin = tl.load(p_sin + i_angle * HALF + i_half, mask=m_half, other=0.0).to(tl.float32)[None, :]
+
+    p_q += i_batch * q_batch_stride + i_position * q_position_stride
+    p_k += i_batch * k_batch_stride + i_position * k_position_stride
+    b_q1, b_q2 = load_heads(p_q, q_head_stride, N_HEADS, HALF, BLOCK_HEADS, BLOCK_HALF)
+    b_k1, b_k2 = load_heads(p_k, k_head_stride, N_KV_HEADS, HALF, BLOCK_KV_HEADS, BLOCK_HALF)
+    if WITH_V:  # copied as it is, with the bits of its NaNs
+        p_v += i_batch * v_batch_stride + i_position * v_position_stride
+        b_v1, b_v2 = load_heads(p_v, v_head_stride, N_KV_HEADS, HALF, BLOCK_KV_HEADS, BLOCK_HALF)
+    o_angle = i_angle * HALF + tl.arange(0, BLOCK_HALF)
+    m_angle = tl.arange(0, BLOCK_HALF) < HALF
+    b_cos = tl.load(p_cos + o_angle, mask=m_angle).to(tl.float32)[None, :]
+    b_sin = tl.load(p_sin + o_angle, mask=m_angle).to(tl.float32)[None, :]
     if CONJUGATE:
         b_sin = 0.0 - b_sin
 
-    # Three masked loads and a choice of values: a choice of pointers would be one load, but Triton then forgets that
-    # they are aligned and makes it 16 scalar ones. Lanes that a mask turns off move nothing.
-    i_k, i_v = i_head - N_HEADS, i_head - N_ROTATED
-    m_q, m_v = (i_head < N_HEADS)[:, None] & m, (i_head >= N_ROTATED)[:, None] & m
-    m_k = (i_head >= N_HEADS)[:, None] & (i_head < N_ROTATED)[:, None] & m
-    p_q_head = p_q + i_batch * q_batch_stride + i_position * q_position_stride
-    p_k_head = p_k + i_batch * k_batch_stride + i_position * k_position_stride
-    p_q_head += (i_head * q_head_stride)[:, None] + i_half[None, :]
-    p_k_head += (i_k * k_head_stride)[:, None] + i_half[None, :]
-    b_x1 = tl.where(m_q, tl.load(p_q_head, mask=m_q, other=0.0), tl.load(p_k_head, mask=m_k, other=0.0)).to(tl.float32)
-    b_x2 = tl.where(m_q, tl.load(p_q_head + HALF, mask=m_q, other=0.0), tl.load(p_k_head + HALF, mask=m_k, other=0.0))
-    b_x2 = b_x2.to(tl.float32)
-    b_y1, b_y2 = b_x1 * b_cos - b_x2 * b_sin, b_x2 * b_cos + b_x1 * b_sin
+    # In the order v, k, q, ptxas has all loads begin before it uses the first. In the order q, k, v it loads and
+    # rotates a part of q, and only then asks for the rest: a program waits for memory twice.
+    p_packed += i_batch * packed_batch_stride + i_position * packed_position_stride
+    p_packed_k = p_packed + tl.cast(packed_head_stride, tl.int64) * N_HEADS
     if WITH_V:
-        p_v_head = p_v + i_batch * v_batch_stride + i_position * v_position_stride
-        p_v_head += (i_v * v_head_stride)[:, None] + i_half[None, :]
-        b_y1 = tl.where(m_v, tl.load(p_v_head, mask=m_v, other=0.0).to(tl.float32), b_y1)
-        b_y2 = tl.where(m_v, tl.load(p_v_head + HALF, mask=m_v, other=0.0).to(tl.float32), b_y2)
-
-    p_packed_token = p_packed + i_batch * packed_batch_stride + i_position * packed_position_stride
-    p_packed_head = p_packed_token + i_head[:, None] * packed_head_stride + i_half[None, :]
-    tl.store(p_packed_head, b_y1.to(p_packed.dtype.element_ty), mask=m)
-    tl.store(p_packed_head + HALF, b_y2.to(p_packed.dtype.element_ty), mask=m)
+        p_packed_v = p_packed_k + tl.cast(packed_head_stride, tl.int64) * N_KV_HEADS
+        store_heads(p_packed_v, packed_head_stride, b_v1, b_v2, N_KV_HEADS, HALF, BLOCK_KV_HEADS, BLOCK_HALF)
+    b_k1, b_k2 = rotate(b_k1, b_k2, b_cos, b_sin)
+    store_heads(p_packed_k, packed_head_stride, b_k1, b_k2, N_KV_HEADS, HALF, BLOCK_KV_HEADS, BLOCK_HALF)
+    b_q1, b_q2 = rotate(b_q1, b_q2, b_cos, b_sin)
+    store_heads(p_packed, packed_head_stride, b_q1, b_q2, N_HEADS, HALF, BLOCK_HEADS, BLOCK_HALF)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
@@ -148,17 +177,20 @@ def _launch(q, k, v, packed, cos, sin, positions, conjugate: bool, with_v: bool)
         return
     # heads are read where they lie, but each in one piece: a stride inside it costs a copy
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
-    constants = tile(TILES, head_dim, generation_of(packed))
-    n_packed = n_heads + (2 if with_v else 1) * n_kv_heads
+    n_bytes, block_half = q.element_size(), next_power_of_2(head_dim // 2)
+    constants = tile(TILES, n_heads * head_dim * n_bytes, generation_of(packed))
+    # A block has 16 bytes for every thread: of few heads, lanes that a mask turns off cost less than narrow accesses.
+    least = cdiv(constants["num_warps"] * 32 * 16, block_half * n_bytes)
     launch(
-        rope_kernel, (B * T * cdiv(n_packed, constants["HEADS"]),),
+        rope_kernel, (B * T,),
         q, k, v, packed, cos.contiguous(), sin.contiguous(), cos if positions is None else positions,
         T,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *packed.stride()[:3],
         *((0, 0) if positions is None else positions.stride()),
         N_HEADS=n_heads, N_KV_HEADS=n_kv_heads, HALF=head_dim // 2, WITH_V=with_v,
         HAS_POSITIONS=positions is not None, CONJUGATE=conjugate,
-        BLOCK_HALF=next_power_of_2(head_dim // 2), **constants,
+        BLOCK_HEADS=next_power_of_2(max(n_heads, least)), BLOCK_KV_HEADS=next_power_of_2(max(n_kv_heads, least)),
+        BLOCK_HALF=block_half, **constants,
     )  # fmt: skip
 
 
