@@ -493,7 +493,7 @@ def operation_lines(calls: int = 2000) -> Iterator[str]:
         "rms_norm": (lambda: rms_norm.rms_norm(x, weight, 1e-5), [x, weight]),
         "add_rms_norm": (lambda: rms_norm.add_rms_norm(x, residual, weight, 1e-5), [x, residual, weight]),
         "swiglu": (lambda: swiglu.swiglu(gate_up), [gate_up]),
-        "rope_split_qkv": (lambda: rope.rope_split_qkv(qkv, cos, sin, 4, 2), [qkv]),
+        "rope_split_qkv_": (lambda: rope.rope_split_qkv_(Bare.apply(qkv), cos, sin, 4, 2), [qkv]),  # no leaf may change
     }
     with contextlib.ExitStack() as stack:
         for module in (rms_norm, rope, swiglu):

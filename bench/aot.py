@@ -75,12 +75,12 @@ LIMITS: dict[str, tuple[int, int, int, int]] = {
     "rms_norm backward and y 4096 fp32": (64, 64, 1, 16),
     "add_rms_norm backward and y 4096 bf16": (64, 16384, 1, 32),  # 64 are the most for 2 programs of 16 warps an SM
     "add_rms_norm backward and y 4096 fp32": (64, 64, 1, 15),
-    "rope forward 32/8x128 bf16": (72, 0, 0, 29),
-    "rope forward 32/8x128 fp32": (64, 0, 0, 19),
-    "rope forward, positions 32/8x128 bf16": (72, 0, 1, 30),  # loads the position
-    "rope forward, positions 32/8x128 fp32": (64, 0, 1, 19),
-    "rope in place 32/8x128 bf16": (64, 0, 0, 31),
-    "rope in place 32/8x128 fp32": (48, 0, 0, 19),
+    "rope out of place 32/8x128 bf16": (72, 0, 0, 29),
+    "rope out of place 32/8x128 fp32": (64, 0, 0, 19),
+    "rope forward 32/8x128 bf16": (64, 0, 0, 31),
+    "rope forward 32/8x128 fp32": (48, 0, 0, 19),
+    "rope forward, positions 32/8x128 bf16": (64, 0, 1, 32),  # loads the position
+    "rope forward, positions 32/8x128 fp32": (48, 0, 1, 19),
     "rope backward 32/8x128 bf16": (72, 0, 0, 29),
     "rope backward 32/8x128 fp32": (64, 0, 0, 19),
     "swiglu forward 14336 bf16": (32, 0, 0, 49),
@@ -189,10 +189,10 @@ def rotations(name: str, dtype: torch.dtype) -> Operations:
     leaf = qkv.detach().requires_grad_()
     rest = (*(meta(T, HEAD_DIM // 2, dtype=torch.float32) for _ in range(2)), HEADS, KV_HEADS)
     of = f"{HEADS}/{KV_HEADS}x{HEAD_DIM} {name}"
-    yield f"rope forward {of}", lambda: rope.rope_split_qkv(qkv, *rest)
-    yield f"rope forward, positions {of}", lambda: rope.rope_split_qkv(qkv, *rest, positions)
-    yield f"rope in place {of}", lambda: rope.rope_qkv_(qkv, *rest)
-    yield f"rope backward {of}", lambda: gradients(rope.rope_split_qkv(leaf, *rest), leaf)
+    yield f"rope out of place {of}", lambda: rope.rope_qkv(qkv, *rest)
+    yield f"rope forward {of}", lambda: rope.rope_split_qkv_(qkv, *rest)
+    yield f"rope forward, positions {of}", lambda: rope.rope_split_qkv_(qkv, *rest, positions)
+    yield f"rope backward {of}", lambda: gradients(rope.rope_split_qkv_(leaf.clone(), *rest), leaf)
 
 
 def mlps(name: str, dtype: torch.dtype) -> Operations:

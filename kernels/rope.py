@@ -9,9 +9,10 @@ Face; the rotation is computed in fp32 and rounded once, which is closer to the 
 A rotation is orthogonal, so its backward is the rotation by -a: no activation is saved, nothing but the tables.
 
 **Bytes.** For M tokens, D = head_dim, elements of b bytes: in place 2M(Hq + Hkv)Db, v being left alone; out of place
-2M(Hq + 2 Hkv)Db, v being copied; the tables stay in the L2 cache. The backward is given dq, dk and dv apart, as
-attention makes them. Left to autograd, they would be written into one zeroed packed tensor and read again to be
-rotated; here one kernel reads the three where they lie and writes the packed gradient, 2M(Hq + 2 Hkv)Db once more.
+2M(Hq + 2 Hkv)Db, v being copied; the tables stay in the L2 cache. A model rotates in place, since nobody else reads
+its packed projection. The backward is given dq, dk and dv apart, as attention makes them. Left to autograd, they would
+be written into one zeroed packed tensor and read again to be rotated; here one kernel reads the three where they lie
+and writes the packed gradient, 2M(Hq + 2 Hkv)Db once more.
 
 So there is one kernel: it reads three tensors, whatever their strides, and writes a packed one. In the forward the
 three are views of the packed input. A program has all heads of a token: it computes addresses and reads the tables
@@ -194,6 +195,14 @@ def _launch(q, k, v, packed, cos, sin, positions, conjugate: bool, with_v: bool)
     )  # fmt: skip
 
 
+def _by_heads(qkv: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+    """A linear layer's [B, T, heads * head_dim] as [B, T, heads, head_dim]; whatever is not one stays as it is."""
+    heads = n_heads + 2 * n_kv_heads
+    if qkv.ndim != 3 or qkv.shape[2] % heads:
+        return qkv
+    return qkv.view(*qkv.shape[:2], heads, qkv.shape[2] // heads)
+
+
 def _split(qkv: Tensor, n_heads: int, n_kv_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return qkv.split([n_heads, n_kv_heads, n_kv_heads], dim=2)
 
@@ -258,17 +267,35 @@ class RopeQKVInPlace(torch.autograd.Function):
 
 
 class RopeSplit(torch.autograd.Function):
-    """Packed in, q, k and v apart, which is how their gradients come back."""
+    """In place, with q, k and v apart as views: their gradients come back apart, and become the packed one in one pass.
+
+    Also returns qkv, as autograd asks of what is overwritten. Whoever goes on with it, beside q, k and v, has a
+    gradient of it added here. Whoever overwrites it again has autograd's error, as has who overwrites q, k or v.
+    """
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, n_heads, n_kv_heads, positions):
         ctx.save_for_backward(cos, sin, positions)
-        return _split(rope_rotate(*_split(qkv, n_heads, n_kv_heads), cos, sin, positions, False), n_heads, n_kv_heads)
+        ctx.mark_dirty(qkv)
+        ctx.set_materialize_grads(False)  # qkv's would be zeros of its size
+        ctx.heads, ctx.shape = (n_heads, n_kv_heads), qkv.shape
+        packed = _by_heads(qkv.detach(), n_heads, n_kv_heads)
+        rope_rotate_(packed, cos, sin, n_heads, n_kv_heads, positions)
+        q, k, v = _split(packed, n_heads, n_kv_heads)
+        ctx.shapes = q.shape, k.shape, v.shape
+        return qkv, q, k, v
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq, dk, dv):
-        return rope_rotate(dq, dk, dv, *ctx.saved_tensors, True), None, None, None, None, None
+    def backward(ctx, d_qkv, *gradients):
+        some = next((g for g in (d_qkv, *gradients) if g is not None), None)
+        if some is None:
+            return (None,) * 6
+        if d_qkv is not None:
+            of_qkv = _split(_by_heads(d_qkv, *ctx.heads), *ctx.heads)
+            gradients = [a if b is None else a + b for a, b in zip(of_qkv, gradients, strict=True)]
+        dq, dk, dv = (some.new_zeros(shape) if g is None else g for g, shape in zip(gradients, ctx.shapes, strict=True))
+        return rope_rotate(dq, dk, dv, *ctx.saved_tensors, True).view(ctx.shape), None, None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------- public functions
@@ -287,9 +314,7 @@ def rope_qkv(
     T, or positions outside the table (on CUDA tensors only under ``dispatch.set_debug_checks``).
     """
     _check(qkv, cos, sin, n_heads, n_kv_heads, positions)
-    if not _runs_kernel(qkv):
-        return rope_qkv_reference(qkv, cos, sin, n_heads, n_kv_heads, positions)
-    return RopeQKV.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
+    return _rotated(qkv, cos, sin, n_heads, n_kv_heads, positions)
 
 
 def rope_qkv_(
@@ -297,26 +322,57 @@ def rope_qkv_(
 ) -> Tensor:
     """``rope_qkv`` in place: overwrites qkv and returns it. Arguments and errors are those of ``rope_qkv``."""
     _check(qkv, cos, sin, n_heads, n_kv_heads, positions)
-    if not _runs_kernel(qkv):
-        return qkv.copy_(rope_qkv_reference(qkv, cos, sin, n_heads, n_kv_heads, positions))
-    return RopeQKVInPlace.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
+    _check_overwritable(qkv)
+    return _rotated_in_place(qkv, cos, sin, n_heads, n_kv_heads, positions)
 
 
-def rope_split_qkv(
+def rope_split_qkv_(
     qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``rope_qkv(...).split([n_heads, n_kv_heads, n_kv_heads], dim=2)``, whose backward takes dq, dk, dv as they are.
+    """``rope_qkv_(...).split([n_heads, n_kv_heads, n_kv_heads], dim=2)``: overwrites qkv; q, k and v are views of it.
 
-    For attention: its three gradients, of any strides, become the packed one in one pass. Otherwise as ``rope_qkv``.
+    For attention: its three gradients, of any strides, become the packed one in one pass. qkv may also be what a linear
+    layer returns, [B, T, (n_heads + 2 * n_kv_heads) * head_dim]. If it is a view of another tensor, autograd takes more
+    passes: of a Function that overwrites a view it allows one output. Otherwise as ``rope_qkv``.
     """
-    _check(qkv, cos, sin, n_heads, n_kv_heads, positions)
+    check_floating("qkv", qkv)
+    _check_heads(n_heads, n_kv_heads)
+    by_heads = _by_heads(qkv, n_heads, n_kv_heads)
+    _check(by_heads, cos, sin, n_heads, n_kv_heads, positions)
+    _check_overwritable(by_heads)
+    if not _runs_kernel(qkv) or torch.compiler.is_compiling() or qkv._is_view():
+        return _split(_rotated_in_place(by_heads, cos, sin, n_heads, n_kv_heads, positions), n_heads, n_kv_heads)
+    return RopeSplit.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)[1:]
+
+
+def _rotated(qkv, cos, sin, n_heads, n_kv_heads, positions) -> Tensor:
+    """``rope_qkv``, its arguments checked; so the next."""
     if not _runs_kernel(qkv):
-        return _split(rope_qkv_reference(qkv, cos, sin, n_heads, n_kv_heads, positions), n_heads, n_kv_heads)
-    return RopeSplit.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
+        return rope_qkv_reference(qkv, cos, sin, n_heads, n_kv_heads, positions)
+    return RopeQKV.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
+
+
+def _rotated_in_place(qkv, cos, sin, n_heads, n_kv_heads, positions) -> Tensor:
+    # Compiled graphs leave out a copy that nobody reads. Of a Function that overwrites a graph's argument torch 2.13's
+    # compiler loses the gradient, without a word.
+    if not _runs_kernel(qkv) or torch.compiler.is_compiling():
+        return qkv.copy_(_rotated(qkv, cos, sin, n_heads, n_kv_heads, positions))
+    return RopeQKVInPlace.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
 
 
 def _runs_kernel(qkv: Tensor) -> bool:
     return runs_kernel(qkv) and qkv.dtype != torch.float64
+
+
+def _check_heads(n_heads: int, n_kv_heads: int) -> None:
+    for name, n in (("n_heads", n_heads), ("n_kv_heads", n_kv_heads)):
+        if not isinstance(n, int) or n < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {n!r}")
+
+
+def _check_overwritable(qkv: Tensor) -> None:
+    if any(n > 1 and stride == 0 for n, stride in zip(qkv.shape, qkv.stride(), strict=True)):
+        raise ValueError(f"qkv is expanded, and what shares memory cannot be overwritten: strides {qkv.stride()}")
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, positions: Tensor | None) -> None:
@@ -324,9 +380,7 @@ def _check(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int,
     check_floating("cos", cos)
     check_floating("sin", sin)
     check_same_device(qkv=qkv, cos=cos, sin=sin)
-    for name, n in (("n_heads", n_heads), ("n_kv_heads", n_kv_heads)):
-        if not isinstance(n, int) or n < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {n!r}")
+    _check_heads(n_heads, n_kv_heads)
     if qkv.ndim != 4 or qkv.shape[2] != n_heads + 2 * n_kv_heads:
         raise ValueError(
             f"qkv must be [B, T, n_heads + 2 * n_kv_heads = {n_heads + 2 * n_kv_heads}, head_dim], "

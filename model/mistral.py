@@ -24,7 +24,7 @@ from halny.kernels.embedding import embedding
 from halny.kernels.linear_cross_entropy import linear_cross_entropy
 from halny.kernels.recompute_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.rms_norm import add_rms_norm, rms_norm
-from halny.kernels.rope import rope_split_qkv, rope_tables
+from halny.kernels.rope import rope_split_qkv_, rope_tables
 from halny.kernels.swiglu import swiglu
 
 
@@ -95,9 +95,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
 
     def forward(self, qkv_btz, cos, sin, positions_bt, attention_plan):
-        """From the packed projection on: Block joins it to the norm before it."""
-        qkv_bthc = qkv_btz.unflatten(-1, (-1, self.head_dim))
-        q, k, v = rope_split_qkv(qkv_bthc, cos, sin, self.n_heads, self.n_kv_heads, positions_bt)
+        """From the packed projection on, which is overwritten: Block joins it to the norm before it."""
+        q, k, v = rope_split_qkv_(qkv_btz, cos, sin, self.n_heads, self.n_kv_heads, positions_bt)
         return self.out(planned_attention(q, k, v, attention_plan).flatten(2))
 
 

@@ -134,8 +134,8 @@ def test_positions_to_4096():
 def test_packed_documents_equal_the_documents_alone(monkeypatch):
     # RoPE being relative, logits cannot tell whether positions restart with each document; the calls can
     positions = []
-    rope = mistral.rope_split_qkv
-    monkeypatch.setattr(mistral, "rope_split_qkv", lambda *args: (positions.append(args[-1]), rope(*args))[1])
+    rope = mistral.rope_split_qkv_
+    monkeypatch.setattr(mistral, "rope_split_qkv_", lambda *args: (positions.append(args[-1]), rope(*args))[1])
     config = MistralConfig(**{**BASE, "window": 9})
     model = ours_from(oracle(config), config)
     tokens, labels = batch(config, B=2, T=24)

@@ -5,8 +5,8 @@ An operation has inputs, a reference in plain PyTorch, and modes; who does it, a
 ``minimum`` and ``Update.counts`` say how many bytes a mode must move if every tensor crosses the memory bus once, and
 how many FLOPs of matrix products it must do. GB/s in tables are these bytes over the time, whatever a provider moves.
 One operation can be had for less: RoPE's forward need not move v, which a view of the input can be
-(``Operation.unmoved``). Ours copies it into one packed output, so its rate counts it; the rate of a provider that
-leaves v where it is (``Peer.leaves_v``) does not. A row has both figures, "bytes" for its rate and "least_bytes".
+(``Operation.unmoved``). The rate of a provider that copies it into a new output counts it; that of one that leaves v
+where it is, as ours does (``Peer.leaves_v``), does not. A row has both figures, "bytes" for its rate and "least_bytes".
 """
 
 from __future__ import annotations

@@ -91,6 +91,18 @@ def split(qkv, n_heads: int, n_kv_heads: int):
     return qkv.split([n_heads, n_kv_heads, n_kv_heads], dim=2)
 
 
+class Projected(torch.autograd.Function):
+    """x for what a linear layer returns: to autograd neither a leaf nor a view, so that it may be overwritten."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx, dx):
+        return dx
+
+
 def eager_rope(qkv, cos, sin, n_heads, n_kv_heads):
     return split(rope.rope_qkv_reference(qkv, cos, sin, n_heads, n_kv_heads), n_heads, n_kv_heads)
 
@@ -230,7 +242,8 @@ PEERS: dict[str, list[Peer]] = {
                lambda their: lambda x, residual, weight: their(x, weight, residual=residual, eps=EPS, prenorm=True)),
     ],
     "rope": [
-        Peer("halny", lambda: rope.rope_split_qkv),
+        Peer("halny", lambda: lambda qkv, *rest: rope.rope_split_qkv_(Projected.apply(qkv), *rest),
+             ruins=True, leaves_v=True),
         Peer("PyTorch eager", lambda: eager_rope),
         Peer("torch.compile", lambda: compiled(eager_rope)),
         absent("torch native", "PyTorch has no rotary embedding of its own"),

@@ -120,18 +120,18 @@ def row_kernel_bytes(
     """Norms, RoPE and SwiGLU of a micro batch, (forward, backward); q, kv and f elements a token.
 
     A norm with the addition before it is 4d each way, and a layer has two; the first of all has nothing to add, 2d and
-    3d, and the last's sum goes nowhere else, 4d and 3d. RoPE moves q, k and the v that it copies along, 2 (q + 2kv)
-    each way, SwiGLU 3f and 5f, and with ``recompute`` the backward also writes the outputs of norms and SwiGLU, 2d + f.
-    Each norm's fp32 rstd is written and read, its weight read twice, and of the weight's gradient each of ``programs``
-    (two on each of an H100's 132 multiprocessors) writes an fp32 row; their sum is rounded. 7B, 16,384 tokens: 92.6
-    and 146.9 GB.
+    3d, and the last's sum goes nowhere else, 4d and 3d. RoPE turns q and k where they lie, 2 (q + kv), and backward
+    packs the gradients of all three, 2 (q + 2kv). SwiGLU moves 3f and 5f, and with ``recompute`` the backward also
+    writes the outputs of norms and SwiGLU, 2d + f. Each norm's fp32 rstd is written and read, its weight read twice,
+    and of the weight's gradient each of ``programs`` (two on each of an H100's 132 multiprocessors) writes an fp32 row;
+    their sum is rounded. 7B, 16,384 tokens: 90.5 and 146.9 GB.
     """
     b, d, T, L = compute_bytes, config.dim, n_tokens, config.n_layers
     q, kv, f = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.hidden_dim
-    rope, norms = 2 * (q + 2 * kv), 2 * L + 1
+    norms = 2 * L + 1
     again = 2 * d + f if recompute else 0
-    forward = T * b * (L * (8 * d + rope + 3 * f) + 2 * d) + norms * (FP32_BYTES * T + b * d)
-    backward = T * b * (L * (8 * d + rope + 5 * f + again) + 2 * d) + norms * (FP32_BYTES * T + b * d)
+    forward = T * b * (L * (8 * d + 2 * (q + kv) + 3 * f) + 2 * d) + norms * (FP32_BYTES * T + b * d)
+    backward = T * b * (L * (8 * d + 2 * (q + 2 * kv) + 5 * f + again) + 2 * d) + norms * (FP32_BYTES * T + b * d)
     return forward, backward + norms * d * (FP32_BYTES * (2 * programs + 2) + b)
 
 

@@ -94,10 +94,16 @@ def test_row_kernels_move_what_they_say(function, shapes, forward, backward):
     assert call.bytes == 2 * (backward + weight) + (4 * 24 if weight else 0) + partials
 
 
-def test_rope_moves_the_packed_projection_and_the_rows_of_its_tables():
+def test_rope_moves_what_it_turns_and_the_rows_of_its_tables():
+    """Forward q and k, read and written where they lie; backward three gradients, read, and the packed one, written."""
     cos, sin = (x.to(META) for x in rope.rope_tables(64, 16, 1e4))
-    (call,) = counted(lambda qkv: rope.rope_split_qkv(qkv, cos, sin, 4, 2), bf16(2, 10, 8, 16))
-    assert call.name == "rope_kernel" and call.bytes == 2 * (2 * 2 * 10 * 8 * 16) + 2 * 4 * 10 * 8
+    rotate = lambda x: rope.rope_split_qkv_(x.clone(), cos, sin, 4, 2)  # noqa: E731
+    copied, forward = counted(rotate, bf16(2, 10, 8, 16))
+    (backward,) = counted(rotate, bf16(2, 10, 8, 16), backward=True)
+    tables = 2 * 4 * 10 * 8
+    assert forward.name == backward.name == "rope_kernel" != copied.name
+    assert forward.bytes == 2 * (2 * 2 * 10 * 6 * 16) + tables
+    assert backward.bytes == 2 * (2 * 2 * 10 * 8 * 16) + tables
 
 
 def test_a_loss_alone_and_with_its_projection():

@@ -320,8 +320,8 @@ def test_positions_restart_with_each_document_unless_told_not_to(restart, monkey
     config = PRESETS["test"]
     model, (tokens, _) = Mistral(config), tiny_batch(config)
     positions = []
-    rope = mistral.rope_split_qkv
-    monkeypatch.setattr(mistral, "rope_split_qkv", lambda *args: positions.append(args[-1]) or rope(*args))
+    rope = mistral.rope_split_qkv_
+    monkeypatch.setattr(mistral, "rope_split_qkv_", lambda *args: positions.append(args[-1]) or rope(*args))
     with torch.no_grad():
         logits = model(tokens, cu_seqlens=DOCUMENTS, restart_positions=restart)
         if restart:

@@ -24,7 +24,7 @@ from halny.kernels.cross_entropy import cross_entropy, cross_entropy_reference
 from halny.kernels.dispatch import reference_only
 from halny.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 from halny.kernels.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
-from halny.kernels.rope import rope_qkv, rope_qkv_, rope_qkv_reference, rope_tables
+from halny.kernels.rope import rope_qkv, rope_qkv_, rope_qkv_reference, rope_split_qkv_, rope_tables
 from halny.kernels.swiglu import swiglu, swiglu_reference
 from halny.model.mistral import PRESETS, Mistral
 
@@ -167,6 +167,13 @@ CASES = {
         rotated,
         lambda f, x, cos, sin: f(x.clone(), cos, sin, 4, 2),
         rope_qkv_reference,
+        1,
+    ),
+    "rope_split_qkv_": Case(
+        rope_split_qkv_,
+        rotated,
+        lambda f, x, cos, sin: f(x.clone(), cos, sin, 4, 2),
+        lambda *arguments: rope_qkv_reference(*arguments).split([4, 2, 2], dim=2),
         1,
     ),
     "swiglu": Case(swiglu, lambda: [torch.randn(3, 82)], lambda f, x: f(x), swiglu_reference, 1),
@@ -486,6 +493,126 @@ def test_rope_in_place_writes_only_where_it_may(layout):
     assert torch.equal(x, want) and torch.equal(storage.isnan(), gaps)
 
 
+@pytest.mark.parametrize("flat", [False, True], ids=["by heads", "as a linear layer returns it"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rope_split_overwrites_what_it_is_given(layout, flat):
+    qkv, cos, sin = rotated()
+    want = rope_qkv(qkv, cos, sin, 4, 2)
+    x = layout(qkv.flatten(2) if flat else qkv)
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    gaps = storage.isnan()
+    outputs = rope_split_qkv_(x, cos, sin, 4, 2)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, want.split([4, 2, 2], dim=2), strict=True))
+    assert torch.equal(x, want.view(x.shape)) and torch.equal(storage.isnan(), gaps)
+    assert {y.untyped_storage().data_ptr() for y in outputs} == {x.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("function", [rope_qkv_, rope_split_qkv_])
+def test_rope_refuses_to_overwrite_elements_that_share_memory(function):
+    qkv, cos, sin = rotated()
+    for shared in (qkv[:1].expand(2, 6, 8, 8), qkv[:, :1].expand(2, 6, 8, 8)):
+        with pytest.raises(ValueError, match="expanded"):
+            function(shared, cos, sin, 4, 2)
+    function(qkv[:, :1].as_strided((2, 1, 8, 8), (512, 0, 8, 1)), cos, sin, 4, 2)  # of one position, any stride is fine
+
+
+def after_a_linear(bias: bool):
+    """(weight, the projection of the same inputs with it, cos, sin); with a bias torch returns a view."""
+    qkv, cos, sin = rotated()
+    linear, x = torch.nn.Linear(7, 64, bias=bias), torch.randn(2, 6, 7)
+    return linear.weight, lambda: linear(x), cos, sin
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("used", ["qkv", "qk", "v", "q and the projection", "the projection", "qkv and the projection"])
+def test_rope_split_gradients_are_those_of_rope_qkv(used, bias):
+    """Whatever is used afterwards, the overwritten projection among it, which then stands for what it holds."""
+    weight, projection, cos, sin = after_a_linear(bias)
+    parts, _, projected = used.partition("the projection")
+    results = []
+    for in_place in (True, False):
+        y = projection()
+        if in_place:
+            assert y._is_view() == bias
+            outputs, y = rope_split_qkv_(y, cos, sin, 4, 2), y.view(2, 6, 8, 8)
+        else:
+            y = rope_qkv(y.view(2, 6, 8, 8), cos, sin, 4, 2)
+            outputs = y.split([4, 2, 2], dim=2)
+        losses = [(i + 1) * outputs["qkv".index(name)].sin().sum() for i, name in enumerate(parts.partition(" ")[0])]
+        if projected or not parts:
+            losses.append(y.cos().sum())
+        results.append([*outputs, *torch.autograd.grad(sum(losses), weight)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rope_split_in_place_is_noticed_by_autograd(bias):
+    weight, projection, cos, sin = after_a_linear(bias)
+
+    def split(y):
+        return rope_split_qkv_(y, cos, sin, 4, 2)
+
+    leaf = torch.randn(2, 6, 64, requires_grad=True)
+    with pytest.raises(RuntimeError, match="in-place operation"):
+        split(leaf)
+    with torch.no_grad():
+        want = rope_qkv(leaf.view(2, 6, 8, 8), cos, sin, 4, 2)
+        split(leaf)
+    assert torch.equal(leaf.view(2, 6, 8, 8), want) and leaf.is_leaf
+    y = projection()
+    saved = y.sin()  # which keeps y for its backward
+    q, _, _ = split(y)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        (q.sum() + saved.sum()).backward()
+    for overwrite in (lambda q, y: q.mul_(2), lambda q, y: y.mul_(2)):
+        y = projection()
+        q, _, _ = split(y)
+        with pytest.raises(RuntimeError, match="modified inplace"):
+            overwrite(q, y)
+            q.sum().backward()
+
+
+def test_rope_split_of_a_projection_without_a_gradient():
+    """Frozen, or under inference_mode: nothing is asked of autograd, and the numbers are the same."""
+    weight, projection, cos, sin = after_a_linear(bias=False)
+    want = rope_qkv(projection().view(2, 6, 8, 8), cos, sin, 4, 2)
+    weight.requires_grad_(False)
+    frozen = rope_split_qkv_(projection(), cos, sin, 4, 2)
+    with torch.inference_mode():
+        inferred = rope_split_qkv_(projection(), cos, sin, 4, 2)
+    for outputs in (frozen, inferred):
+        assert not any(y.requires_grad for y in outputs) and torch.equal(torch.cat(outputs, dim=2), want)
+
+
+@pytest.mark.parametrize(
+    "kind", ["argument", "argument without a gradient", "intermediate", "argument, used afterwards"]
+)
+@pytest.mark.parametrize("function", [rope_qkv_, rope_split_qkv_])
+def test_rope_in_place_compiles_without_a_graph_break(function, kind):
+    """Of an argument of the compiled graph as well: it is overwritten, and its gradient goes through the rotation."""
+    _, cos, sin = rotated()
+    torch.manual_seed(3)
+    x = torch.randn(2, 6, 8, 8)
+
+    def f(y):
+        y = 2 * y if kind == "intermediate" else y
+        outputs = as_tuple(function(y, cos, sin, 4, 2))
+        return [z.sin() for z in (*outputs, *([y] if "afterwards" in kind else []))]
+
+    results = []
+    torch._dynamo.reset()
+    for call in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        leaf = x.clone().requires_grad_("without" not in kind)
+        y = leaf.clone()
+        outputs = call(y)
+        results.append([*outputs, y])
+        if leaf.requires_grad:
+            results[-1] += torch.autograd.grad(sum(z.sum() for z in outputs) + y.sum(), leaf)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_rope_positions():
     qkv, cos, sin = rotated()
     default = rope_qkv(qkv, cos, sin, 4, 2)
@@ -726,20 +853,20 @@ def cu(*boundaries, dtype=torch.int32):
 
 
 def rope(qkv=None, cos=None, sin=None, n_heads=2, n_kv_heads=1, positions=None):
-    """Good arguments to begin with; both functions must refuse alike."""
+    """Good arguments to begin with; the three functions must refuse alike."""
     qkv = f32(2, 5, 4, 8) if qkv is None else qkv
     cos = f32(9, 4) if cos is None else cos
     sin = f32(9, 4) if sin is None else sin
     before = qkv.clone() if isinstance(qkv, torch.Tensor) else None
     errors = []
-    for function in (rope_qkv, rope_qkv_):
+    for function in (rope_qkv, rope_qkv_, rope_split_qkv_):
         try:
             function(qkv, cos, sin, n_heads, n_kv_heads, positions)
         except (TypeError, ValueError) as error:
             errors.append(error)
     if before is not None and errors:
         assert torch.equal(qkv, before) or qkv.is_meta
-        assert len(errors) == 2 and str(errors[0]) == str(errors[1])
+        assert len(errors) == 3 and len({str(error) for error in errors}) == 1
     if errors:
         raise errors[0]
 
