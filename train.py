@@ -44,6 +44,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from halny.kernels import stochastic_rounding
 from halny.kernels.dispatch import set_reference_only
 from halny.model.convert import load_hf_weights
 from halny.model.data.batches import IGNORED, Batch, Corpus
@@ -266,6 +267,9 @@ class Run:
             self.step, self.journal.skips = facts["step"], int(facts["skips"])
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise Refused(f"{path}: its manifest does not tell where the run was ({error!r})") from None
+        if self.spec.recipe.moments != "fp32" and facts["config"].get("rounding", 1) != stochastic_rounding.VERSION:
+            say(self.world, "moments    rounded by other random bits than before the checkpoint: as right on average, "
+                "but not to the bit what an uninterrupted run would have")  # fmt: skip
 
     def out_of_time(self) -> bool:
         """Whether another step and a checkpoint may not fit into --max-hours."""
@@ -420,7 +424,10 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
         raise Refused("--eval-only: nothing was held out; name something to evaluate on with --eval-data NAME:DIR")
     for read in filter(None, (corpus, eval_sets)):
         agreed(data_or_refused, read.verify, world.rank, world.size)
-    config = {"recipe": asdict(spec.recipe), "model": asdict(spec.model), "data": corpus and corpus.fingerprint}
+    config = {
+        "recipe": asdict(spec.recipe), "model": asdict(spec.model), "data": corpus and corpus.fingerprint,
+        "rounding": stochastic_rounding.VERSION,
+    }  # fmt: skip
     asked = [other for name in recipe.allow_change or () for other in (name, *IMPLIED.get(name, ()))]
     history, changed = on_main(world, folder.check_config, config, FREE_TO_CHANGE, asked)
     watch.at("testing the collectives", long=True)

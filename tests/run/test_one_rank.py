@@ -16,10 +16,12 @@ import torch
 from runs import SMALL, checkpoint, column, equal, lines, ranks_run, status
 
 import train
+from halny.kernels import stochastic_rounding
 from halny.kernels.adamw import MOMENTS
 from halny.model import export
 from halny.model.exits import FAILED, REFUSED
 from halny.model.mistral import PRESETS, Mistral
+from halny.model.run.checkpoint import checksum_line
 from halny.model.run.optimizer import SplitAdamW
 from halny.model.run.ranks import World
 from halny.model.run.recipe import command_line
@@ -91,9 +93,25 @@ def test_resumes_to_the_bit(runs, moments, small, tmp_path):
         shutil.rmtree(tmp_path / f"r/checkpoints/step-{step:08d}")
     shutil.rmtree(tmp_path / "r/export")
     again = ranks_run(*COMMAND, "--data", small, "--moments", moments, cwd=tmp_path)
-    assert "resuming after step 4" in again.out
+    assert "resuming after step 4" in again.out and "rounded by other random bits" not in again.out
     assert column(tmp_path / "r", "loss", "grad_norm") == column(runs[moments], "loss", "grad_norm")
     assert equal(checkpoint(tmp_path / "r", STEPS), checkpoint(runs[moments], STEPS))
+
+
+@pytest.mark.parametrize("moments", MOMENTS)
+def test_a_checkpoint_of_before_the_random_bits_changed_says_so(runs, moments, small, tmp_path):
+    """It goes on all the same: what is stored means what it did."""
+    shutil.copytree(runs[moments], tmp_path / "r")
+    shutil.rmtree(tmp_path / "r/checkpoints/step-00000012")
+    manifest = tmp_path / "r/checkpoints/step-00000008/manifest.json"
+    facts = json.loads(manifest.read_text())
+    assert facts["config"].pop("rounding") == stochastic_rounding.VERSION > 1
+    content = json.dumps(facts).encode()
+    manifest.write_bytes(content)
+    manifest.with_name("manifest.json.sha256").write_bytes(checksum_line(content))
+    again = ranks_run(*COMMAND, "--data", small, "--moments", moments, cwd=tmp_path)
+    assert "resuming after step 8" in again.out
+    assert ("rounded by other random bits than before the checkpoint" in again.out) == (moments != "fp32")
 
 
 @pytest.mark.parametrize("first, then", [("fp32", 2), ("sharded", 1)])
