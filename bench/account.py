@@ -56,7 +56,7 @@ from torch.utils._pytree import tree_leaves
 from bench.lib.command import at_least_one, command
 from bench.lib.meta_step import HOPPER, MetaCase, MetaMode, MetaStep, on_hopper, world_of
 from bench.lib.traffic import TRAFFIC, size
-from halny.kernels import dispatch, rms_norm, rope, swiglu
+from halny.kernels import rms_norm, rope, swiglu
 from halny.kernels.adamw import MOMENTS
 from halny.model.estimate import machines, roofline
 from halny.model.estimate.choices import recomputed
@@ -293,9 +293,7 @@ def apart(counted: int, expected: int) -> bool:
 def expected(case: MetaCase) -> dict[str, tuple[int, int]]:
     """Executed FLOPs and bytes of a step by roofline.py, of each of PARTS."""
     config, T, micro, recompute = case.config, case.n_tokens, case.accumulation, case.work.recompute
-    tiles = rms_norm.BACKWARD_AND_Y_TILES if recompute else rms_norm.BACKWARD_TILES
-    tile = dispatch.tile(tiles, config.dim, HOPPER["capability"][0])
-    programs = min(HOPPER["multiprocessors"] * tile["PROGRAMS"], dispatch.cdiv(T, tile["ROWS"]))
+    programs = rms_norm.backward_programs(T, config.dim, HOPPER["capability"][0], HOPPER["multiprocessors"])
     if case.ranks > 1:
         again = case.layout.gathered_again
         sent = sum(c.count * c.bytes for c in roofline.collectives(config, case.ranks, gathered_again=again))

@@ -61,20 +61,22 @@ ARCHS = ("sm_80", "sm_90", "sm_100")
 # instructions narrower than 16 bytes, most percent of the time of its bytes that a unit needs for its instructions).
 # The narrow ones are named: rstd, positions, a row's scalars; never a row's elements.
 LIMITS: dict[str, tuple[int, int, int, int]] = {
-    "rms_norm forward 4096 bf16": (56, 32, 1, 30),  # stores rstd
+    "rms_norm forward 4096 bf16": (64, 32, 1, 30),  # stores rstd
     "rms_norm forward 4096 fp32": (72, 32, 1, 15),
     "add_rms_norm forward 4096 bf16": (64, 32, 1, 20),
     "add_rms_norm forward 4096 fp32": (72, 32, 1, 10),
     "rms_norm recompute 4096 bf16": (40, 0, 1, 20),  # loads rstd
     "rms_norm recompute 4096 fp32": (56, 0, 1, 9),
-    "rms_norm backward 4096 bf16": (80, 8192, 1, 34),  # loads rstd; 80 registers are the most for 3 programs an SM
-    "rms_norm backward 4096 fp32": (80, 32, 1, 14),
-    "add_rms_norm backward 4096 bf16": (80, 8192, 1, 31),
-    "add_rms_norm backward 4096 fp32": (80, 32, 1, 13),
-    "rms_norm backward and y 4096 bf16": (64, 16384, 1, 34),
-    "rms_norm backward and y 4096 fp32": (64, 64, 1, 16),
-    "add_rms_norm backward and y 4096 bf16": (64, 16384, 1, 32),  # 64 are the most for 2 programs of 16 warps an SM
-    "add_rms_norm backward and y 4096 fp32": (64, 64, 1, 15),
+    "rms_norm dweight 4096 bf16": (96, 1024, 1, 44),  # 32 columns of weight a program, one a thread
+    "rms_norm dweight 4096 fp32": (96, 1024, 1, 44),
+    "rms_norm backward 4096 bf16": (128, 8192, 2, 36),  # loads rstd, the first row's and the next's
+    "rms_norm backward 4096 fp32": (104, 32, 1, 14),  # 128 registers are the most for 16 warps an SM
+    "add_rms_norm backward 4096 bf16": (128, 8192, 2, 33),
+    "add_rms_norm backward 4096 fp32": (120, 32, 1, 13),
+    "rms_norm backward and y 4096 bf16": (128, 8192, 2, 32),
+    "rms_norm backward and y 4096 fp32": (128, 32, 1, 13),
+    "add_rms_norm backward and y 4096 bf16": (128, 8192, 2, 30),
+    "add_rms_norm backward and y 4096 fp32": (128, 32, 1, 12),
     "rope out of place 32/8x128 bf16": (72, 0, 0, 29),
     "rope out of place 32/8x128 fp32": (64, 0, 0, 19),
     "rope forward 32/8x128 bf16": (64, 0, 0, 31),
@@ -153,8 +155,9 @@ BF16 = torch.bfloat16
 DTYPES = {"bf16": BF16, "fp32": torch.float32}
 
 
-# The cases: a name, the dtype last, and an operation whose last launch is what the name stands for
-Operations = Iterator[tuple[str, Callable[[], object]]]
+# The cases: a name, the dtype last, and an operation whose last launch is what the name stands for, or its last launch
+# of a kernel that is named third
+Operations = Iterator[tuple[str, Callable[[], object]] | tuple[str, Callable[[], object], str]]
 
 
 def operations() -> Operations:
@@ -178,10 +181,16 @@ def norms(name: str, dtype: torch.dtype) -> Operations:
     yield f"rms_norm forward {of}", lambda: rms_norm.rms_norm(x, n, eps)
     yield f"add_rms_norm forward {of}", lambda: rms_norm.add_rms_norm(x, r, n, eps)
     yield f"rms_norm recompute {of}", lambda: rms_norm.rms_norm_recompute(x, n, rstd)
-    yield f"rms_norm backward {of}", lambda: gradients(rms_norm.rms_norm(x, n, eps), x, n)
-    yield f"add_rms_norm backward {of}", lambda: gradients(rms_norm.add_rms_norm(x, r, n, eps), x, r, n)
-    yield f"rms_norm backward and y {of}", lambda: gradients(rms_norm_linear(x, n, w, eps), x, n, w)
-    yield f"add_rms_norm backward and y {of}", lambda: gradients(add_rms_norm_linear(x, r, n, w, eps), x, r, n, w)
+    backward = "rms_norm_backward_kernel"  # not the last, which is dweight's
+    yield f"rms_norm dweight {of}", lambda: gradients(rms_norm.rms_norm(x, n, eps), x, n)
+    yield f"rms_norm backward {of}", lambda: gradients(rms_norm.rms_norm(x, n, eps), x, n), backward
+    yield f"add_rms_norm backward {of}", lambda: gradients(rms_norm.add_rms_norm(x, r, n, eps), x, r, n), backward
+    yield f"rms_norm backward and y {of}", lambda: gradients(rms_norm_linear(x, n, w, eps), x, n, w), backward
+    yield (
+        f"add_rms_norm backward and y {of}",
+        lambda: gradients(add_rms_norm_linear(x, r, n, w, eps), x, r, n, w),
+        backward,
+    )
 
 
 def rotations(name: str, dtype: torch.dtype) -> Operations:
@@ -252,8 +261,12 @@ def chunk_cats(name: str, dtype: torch.dtype) -> tuple[str, Callable[[], None]]:
 
 
 def cases(only: str | None = None) -> dict[str, list[Launch]]:
-    """By name, those that contain ``only``: what the operation launches before, and last the case."""
-    return {name: launches_of(operation) for name, operation in operations() if only is None or only in name}
+    """By name, those that contain ``only``: what else the operation launches, and last the case."""
+    found = {}
+    for name, operation, *kernel in operations():
+        if only is None or only in name:
+            found[name] = sorted(launches_of(operation), key=lambda launch: launch.kernel.__name__ in kernel)
+    return found
 
 
 def specialised(launch: Launch, arch: str):
@@ -307,6 +320,7 @@ MULTIPROCESSORS, BYTES_A_SECOND, HERTZ = 132, 4.3e12, 1.75e9
 # Programs loop over rows, or over pieces of one: kernel -> how often, from the programs and the launch
 TRIPS: dict[str, Callable[[int, tuple, dict], float]] = {
     "rms_norm_backward_kernel": lambda programs, a, c: a[8] / (programs * c["ROWS"]),
+    "rms_norm_dweight_kernel": lambda programs, a, c: math.ceil(a[2] / c["ROWS"]),
     "online_kernel": lambda programs, a, c: math.ceil(a[6] / c["BLOCK"]),
     "embedding_backward_kernel": lambda programs, a, c: 1,
     "scale_kernel": lambda programs, a, c: a[3] * math.ceil(a[4] / c["BLOCK"]) / programs,

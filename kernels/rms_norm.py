@@ -14,8 +14,13 @@ that serves both branches, because d(x + residual) is the same for either). A ro
 reduction and its use, hence one block a row. Saved for the backward: x (or s) and one fp32 rstd a row.
 
 **dweight** is a sum over rows, the other way than everything else. The backward's grid is persistent: a few programs
-an SM, each adding up its rows in registers and writing one fp32 row of partials; [programs, N] is then summed once.
-Atomics would be slower and would not give the same bits twice.
+an SM, each adding up its rows in registers and writing one fp32 row of partials; a second kernel sums [programs, N],
+which is 4 MB on an H200 and still in its L2 cache, and rounds once. Atomics would be slower and would not give the same
+bits twice.
+
+**Waiting.** A row's sum makes all threads of a program wait for each other, and what is asked for only afterwards
+arrives late. So a kernel asks for all that it needs for a row before the sum, and the backward, whose programs are few,
+also for the next row's x and dy.
 """
 
 import torch
@@ -70,26 +75,27 @@ FORWARD_TILES: TileTable = {
         (MAX_COLUMNS, {"ROWS": 1, "num_warps": 32}),
     ]
 }
-# PROGRAMS an SM: as many as its registers hold at once, so that the grid is a single wave. Beyond 8192 columns spills
-# begin (sm_90, 107 bytes at 16384).
+# PROGRAMS an SM: as many as its registers hold at once, so that the grid is a single wave. Up to 8192 columns a thread
+# has 16 elements of a row and 128 registers, hence 16 warps an SM. Of the registers dweight's sums and the weight take
+# 32 in fp32, x and dy as well, and AHEAD, which keeps the next row's x and dy as they are loaded, 16 less what ptxas
+# reuses. By estimate, at 4096 columns in bf16: an H200 moves 33 KB an SM and us, so that two programs may take 1.5 us
+# for a row of 25 KB, 2.5 with ds and y. A load takes 0.8 us and the work on a row 0.5; with AHEAD the second half of
+# the work goes on meanwhile, which makes 1.1 us, with ds 1.2, and without 1.3 and 1.4. In fp32, where the next row does
+# not fit, there is twice the time. maxnreg: with no limit ptxas is content with fewer registers, and spills in fp32.
+# Beyond 8192 columns there are 32 warps of 64 registers, and spills begin (sm_90, 82 to 360 bytes at 16384).
 BACKWARD_TILES: TileTable = {
     0: [
-        (128, {"ROWS": 16, "num_warps": 4, "PROGRAMS": 6}),
-        (512, {"ROWS": 4, "num_warps": 4, "PROGRAMS": 5}),
-        (1024, {"ROWS": 1, "num_warps": 4, "PROGRAMS": 8}),
-        (4096, {"ROWS": 1, "num_warps": 8, "PROGRAMS": 3}),
-        (8192, {"ROWS": 1, "num_warps": 16, "PROGRAMS": 1}),
-        (MAX_COLUMNS, {"ROWS": 1, "num_warps": 32, "PROGRAMS": 1}),
+        (128, {"ROWS": 16, "num_warps": 4, "PROGRAMS": 4, "AHEAD": 1, "maxnreg": 128}),
+        (512, {"ROWS": 4, "num_warps": 4, "PROGRAMS": 4, "AHEAD": 1, "maxnreg": 128}),
+        (1024, {"ROWS": 2, "num_warps": 4, "PROGRAMS": 4, "AHEAD": 1, "maxnreg": 128}),
+        (2048, {"ROWS": 1, "num_warps": 4, "PROGRAMS": 4, "AHEAD": 1, "maxnreg": 128}),
+        (4096, {"ROWS": 1, "num_warps": 8, "PROGRAMS": 2, "AHEAD": 1, "maxnreg": 128}),
+        (8192, {"ROWS": 1, "num_warps": 16, "PROGRAMS": 1, "AHEAD": 1, "maxnreg": 128}),
+        (MAX_COLUMNS, {"ROWS": 1, "num_warps": 32, "PROGRAMS": 1, "AHEAD": 0}),
     ]
 }
-# With y: at 4096 columns 8 warps would need 103 registers (sm_90), 16 need the 64 of which an SM has two programs'.
-BACKWARD_AND_Y_TILES: TileTable = {
-    0: [row for row in BACKWARD_TILES[0] if row[0] <= 1024]
-    + [
-        (4096, {"ROWS": 1, "num_warps": 16, "PROGRAMS": 2}),
-        (MAX_COLUMNS, {"ROWS": 1, "num_warps": 32, "PROGRAMS": 1}),
-    ]
-}
+# dweight: 128 programs for 4096 columns, which take what an H200's programs wrote, 264 rows at most, in one step
+DWEIGHT_TILE = {"ROWS": 512, "BLOCK_N": 32, "num_warps": 8}
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -111,15 +117,33 @@ def rms_norm_forward_kernel(
         b_s = (b_x + tl.load(p_residual_rows, mask=m, other=0.0).to(tl.float32)).to(p_s.dtype.element_ty)
         tl.store(p_s + o_out, b_s, mask=m)
         b_x = b_s.to(tl.float32)  # what is normalised is what the next layer reads, rounding included
+    # a weight of 16 bits before the sum, which all threads wait for; in fp32 it would cost programs, or spills
+    EARLY: tl.constexpr = p_weight.dtype.element_ty.primitive_bitwidth <= 16
+    if EARLY:
+        b_weight = tl.load(p_weight + i_column, mask=i_column < N, other=0.0)
     if RECOMPUTE:
         b_rstd = tl.load(p_rstd + i_row, mask=m_row, other=0.0)
     else:
         b_rstd = 1.0 / tl.sqrt_rn(tl.sum(b_x * b_x, axis=1) / N + eps)
         tl.store(p_rstd + i_row, b_rstd, mask=m_row)
 
-    b_weight = tl.load(p_weight + i_column, mask=i_column < N, other=0.0).to(tl.float32)
+    if not EARLY:
+        b_weight = tl.load(p_weight + i_column, mask=i_column < N, other=0.0)
     b_x_hat = (b_x * b_rstd[:, None]).to(p_y.dtype.element_ty).to(tl.float32)
-    tl.store(p_y + o_out, (b_x_hat * b_weight[None, :]).to(p_y.dtype.element_ty), mask=m)
+    tl.store(p_y + o_out, (b_x_hat * b_weight.to(tl.float32)[None, :]).to(p_y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _load_tile(
+    p_dy, p_x, p_rstd, i_tile, n_rows, dy_stride, x_stride, i_column, m_column, ROWS: tl.constexpr
+):  # fmt: skip
+    """dy, x and rstd of a tile of rows, as they lie in memory; zeros beyond the last row."""
+    i_row = i_tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+    m_row = i_row < n_rows
+    m = m_row[:, None] & m_column[None, :]
+    b_dy = tl.load(p_dy + i_row[:, None] * dy_stride + i_column[None, :], mask=m, other=0.0)
+    b_x = tl.load(p_x + i_row[:, None] * x_stride + i_column[None, :], mask=m, other=0.0)
+    return b_dy, b_x, tl.load(p_rstd + i_row, mask=m_row, other=0.0)[:, None]
 
 
 @triton.jit(do_not_specialize=["n_rows"])
@@ -127,29 +151,45 @@ def rms_norm_backward_kernel(
     p_dy, p_ds, p_x, p_weight, p_rstd, p_dx, p_dw, p_y,
     n_rows, dy_stride, ds_stride, x_stride,
     N: tl.constexpr, HAS_DS: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_DW: tl.constexpr, RECOMPUTE_Y: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """RECOMPUTE_Y: the forward's y once more, to the bit, since x is here."""
+    """RECOMPUTE_Y: the forward's y once more, to the bit, since x is here.
+
+    AHEAD: the next tile is asked for before this one is worked on. dy and x stay as loaded until then, half of fp32.
+    """
     i_program = tl.program_id(0)
     i_column = tl.arange(0, BLOCK_N)
     m_column = i_column < N
     b_weight = tl.load(p_weight + i_column, mask=m_column, other=0.0).to(tl.float32)[None, :]
     b_dw = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
-    i_tile = i_program  # 32 bits: rows are fewer than 2^31, and 64 would cost registers for three programs an SM
+    i_tile = i_program  # 32 bits, since rows are fewer than 2^31
+    if AHEAD:
+        b_dy_next, b_x_next, b_rstd_next = _load_tile(
+            p_dy, p_x, p_rstd, i_tile, n_rows, dy_stride, x_stride, i_column, m_column, ROWS
+        )
     # not a range: triton 3.6's interpreter cannot take its bounds from numpy >= 2.4; delete when 3.9 is the least
     while i_tile * ROWS < n_rows:
+        i_next = i_tile + tl.num_programs(0)
+        if AHEAD:
+            b_dy_raw, b_x_raw, b_rstd = b_dy_next, b_x_next, b_rstd_next
+            b_dy_next, b_x_next, b_rstd_next = _load_tile(
+                p_dy, p_x, p_rstd, i_next, n_rows, dy_stride, x_stride, i_column, m_column, ROWS
+            )
+        else:
+            b_dy_raw, b_x_raw, b_rstd = _load_tile(
+                p_dy, p_x, p_rstd, i_tile, n_rows, dy_stride, x_stride, i_column, m_column, ROWS
+            )
         i_row = i_tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-        m_row = i_row < n_rows
-        m = m_row[:, None] & m_column[None, :]
-        b_x = tl.load(p_x + i_row[:, None] * x_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
-        b_dy = tl.load(p_dy + i_row[:, None] * dy_stride + i_column[None, :], mask=m, other=0.0).to(tl.float32)
-        b_rstd = tl.load(p_rstd + i_row, mask=m_row, other=0.0)[:, None]
+        m = (i_row < n_rows)[:, None] & m_column[None, :]
+        if HAS_DS:  # before the sum, which all threads wait for
+            b_ds = tl.load(p_ds + i_row[:, None] * ds_stride + i_column[None, :], mask=m, other=0.0)
+        o_out = i_row[:, None] * N + i_column[None, :]
+        b_dy, b_x = b_dy_raw.to(tl.float32), b_x_raw.to(tl.float32)
         if NEEDS_DW:
             b_dw += b_dy * (b_x * b_rstd)
         if RECOMPUTE_Y:  # here: above dw or below dx it costs registers, in triton 3.6 or 3.9
             b_x_hat = (b_x * b_rstd).to(p_y.dtype.element_ty).to(tl.float32)
-            p_y_rows = p_y + i_row[:, None] * N + i_column[None, :]
-            tl.store(p_y_rows, (b_x_hat * b_weight).to(p_y.dtype.element_ty), mask=m)
+            tl.store(p_y + o_out, (b_x_hat * b_weight).to(p_y.dtype.element_ty), mask=m)
         if NEEDS_DX:
             b_g = b_dy * b_weight
             # mean(g x-hat) rstd^2, multiplied in the order that keeps rows of 1e18 and of 1e-18 in range
@@ -157,13 +197,26 @@ def rms_norm_backward_kernel(
             b_dx = b_g * b_rstd - b_x * b_c
             if HAS_DS:
                 # s feeds the norm and the residual stream: the stream's gradient joins after the norm's backward
-                p_ds_rows = p_ds + i_row[:, None] * ds_stride + i_column[None, :]
-                b_dx += tl.load(p_ds_rows, mask=m, other=0.0).to(tl.float32)
-            p_dx_rows = p_dx + i_row[:, None] * N + i_column[None, :]
-            tl.store(p_dx_rows, b_dx.to(p_dx.dtype.element_ty), mask=m)
-        i_tile += tl.num_programs(0)
+                b_dx += b_ds.to(tl.float32)
+            tl.store(p_dx + o_out, b_dx.to(p_dx.dtype.element_ty), mask=m)
+        i_tile = i_next
     if NEEDS_DW:
         tl.store(p_dw + i_program.to(tl.int64) * N + i_column, tl.sum(b_dw, axis=0), mask=m_column)
+
+
+@triton.jit(do_not_specialize=["n_partials"])
+def rms_norm_dweight_kernel(p_partials, p_dw, n_partials, N: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """dweight of BLOCK_N columns: the sum of the partials, in one order, rounded once."""
+    i_column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    i_row = tl.arange(0, ROWS)
+    m_column = i_column < N
+    b_dw = tl.zeros([ROWS, BLOCK_N], dtype=tl.float32)
+    i_first = 0
+    while i_first < n_partials:
+        m = (i_first + i_row < n_partials)[:, None] & m_column[None, :]
+        b_dw += tl.load(p_partials + (i_first + i_row)[:, None] * N + i_column[None, :], mask=m, other=0.0)
+        i_first += ROWS
+    tl.store(p_dw + i_column, tl.sum(b_dw, axis=0).to(p_dw.dtype.element_ty), mask=m_column)
 
 
 # ------------------------------------------------------------------------------------------------------------ operators
@@ -229,18 +282,33 @@ def _backward(
     rows, N = as_rows(x), x.shape[-1]
     dy_rows = as_rows(dy)
     ds_rows = dy_rows if ds is None else as_rows(ds)
-    constants = dict(tile(BACKWARD_AND_Y_TILES if recompute_y else BACKWARD_TILES, N, generation_of(x)))
-    n_programs = min(constants.pop("PROGRAMS") * multiprocessors(x.device), cdiv(rows.shape[0], constants["ROWS"]))
+    constants = dict(tile(BACKWARD_TILES, N, generation_of(x)))
+    n_programs = backward_programs(rows.shape[0], N, generation_of(x), multiprocessors(x.device))
+    del constants["PROGRAMS"]
+    ahead = bool(constants.pop("AHEAD")) and x.element_size() == 2
     partials = torch.empty((n_programs if needs_dw else 0, N), dtype=torch.float32, device=x.device)
     launch(
         rms_norm_backward_kernel, (n_programs,),
         dy_rows, ds_rows, rows, weight.contiguous(), rstd, dx, partials, y,
         rows.shape[0], dy_rows.stride(0), ds_rows.stride(0), rows.stride(0),
         N=N, HAS_DS=ds is not None, NEEDS_DX=needs_dx, NEEDS_DW=needs_dw, RECOMPUTE_Y=recompute_y,
-        BLOCK_N=next_power_of_2(N), **constants,
+        AHEAD=ahead, BLOCK_N=next_power_of_2(N), **constants,
     )  # fmt: skip
-    dw = partials.sum(0) if needs_dw else partials.flatten()
-    return dx, dw.to(weight.dtype), y
+    dw = torch.empty(weight.shape if needs_dw else (0,), dtype=weight.dtype, device=x.device)
+    if needs_dw:
+        grid = (cdiv(N, DWEIGHT_TILE["BLOCK_N"]),)
+        launch(rms_norm_dweight_kernel, grid, partials, dw, n_programs, N=N, **DWEIGHT_TILE)
+    return dx, dw, y
+
+
+def backward_programs(n_rows: int, n_columns: int, generation: int, n_multiprocessors: int) -> int:
+    """Programs of the backward's grid: as many as run at once, less those that spare no other a tile.
+
+    They end together, at 16,384 rows 261 after 62 or 63; of 264, 16 would work on a last row while all others are done.
+    """
+    constants = tile(BACKWARD_TILES, n_columns, generation)
+    n_tiles = cdiv(n_rows, constants["ROWS"])
+    return cdiv(n_tiles, cdiv(n_tiles, constants["PROGRAMS"] * n_multiprocessors))
 
 
 def _backward_fake(dy, ds, x, weight, rstd, needs_dx, needs_dw, recompute_y=False):

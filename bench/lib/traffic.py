@@ -25,6 +25,7 @@ TRAFFIC = {
         [a[0], a[2], a[3], a[4], *[a[1]] * c["HAS_DS"]],
         [*[a[5]] * c["NEEDS_DX"], *[a[6]] * c["NEEDS_DW"], *[a[7]] * c["RECOMPUTE_Y"]],
     ),
+    "rms_norm_dweight_kernel": lambda a, c: ([a[0]], [a[1]]),
     "rope_kernel": lambda a, c: (  # of the tables the rows of positions 0 .. T - 1
         [a[0], a[1], a[4][: a[7]], a[5][: a[7]], *[a[2]] * c["WITH_V"], *[a[6]] * c["HAS_POSITIONS"]],
         [a[3] if c["WITH_V"] else a[3][:, :, : c["N_HEADS"] + c["N_KV_HEADS"]]],

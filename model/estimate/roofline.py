@@ -123,8 +123,8 @@ def row_kernel_bytes(
     3d, and the last's sum goes nowhere else, 4d and 3d. RoPE turns q and k where they lie, 2 (q + kv), and backward
     packs the gradients of all three, 2 (q + 2kv). SwiGLU moves 3f and 5f, and with ``recompute`` the backward also
     writes the outputs of norms and SwiGLU, 2d + f. Each norm's fp32 rstd is written and read, its weight read twice,
-    and of the weight's gradient each of ``programs`` (two on each of an H100's 132 multiprocessors) writes an fp32 row;
-    their sum is rounded. 7B, 16,384 tokens: 90.5 and 146.9 GB.
+    and of the weight's gradient each of ``programs`` (at most two on each of an H100's 132 multiprocessors) writes an
+    fp32 row, read once; their sum is rounded. 7B, 16,384 tokens: 90.5 and 146.9 GB.
     """
     b, d, T, L = compute_bytes, config.dim, n_tokens, config.n_layers
     q, kv, f = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim, config.hidden_dim
@@ -132,7 +132,7 @@ def row_kernel_bytes(
     again = 2 * d + f if recompute else 0
     forward = T * b * (L * (8 * d + 2 * (q + kv) + 3 * f) + 2 * d) + norms * (FP32_BYTES * T + b * d)
     backward = T * b * (L * (8 * d + 2 * (q + 2 * kv) + 5 * f + again) + 2 * d) + norms * (FP32_BYTES * T + b * d)
-    return forward, backward + norms * d * (FP32_BYTES * (2 * programs + 2) + b)
+    return forward, backward + norms * d * (FP32_BYTES * 2 * programs + b)
 
 
 def residual_bytes(config: MistralConfig, n_tokens: int, compute_bytes: int = 2) -> int:

@@ -88,10 +88,10 @@ def test_row_kernels_move_what_they_say(function, shapes, forward, backward):
     (call,) = counted(function, *tensors)
     assert call.part == account.ROWS and call.bytes == 2 * (forward + weight) + (4 * 24 if weight else 0)
     call = next(c for c in counted(function, *tensors, backward=True) if c.name.endswith("backward_kernel"))
-    partials = (
-        4 * 32 * math.ceil(24 / 16) if weight else 0
-    )  # two programs of 16 rows; the sum of their rows is PyTorch's
+    partials = 4 * 32 * math.ceil(24 / 16) if weight else 0  # two programs of 16 rows
     assert call.bytes == 2 * (backward + weight) + (4 * 24 if weight else 0) + partials
+    summed = [c for c in counted(function, *tensors, backward=True) if c.name == "rms_norm_dweight_kernel"]
+    assert [(c.part, c.bytes) for c in summed] == ([(account.ROWS, partials + 2 * 32)] if weight else [])
 
 
 def test_rope_moves_what_it_turns_and_the_rows_of_its_tables():
@@ -220,6 +220,7 @@ def check_step(case: MetaCase, calls: list[Call]) -> None:
 
     names, n = Counter(c.name for c in calls), config.n_layers
     assert names["rms_norm_forward_kernel"] == names["rms_norm_backward_kernel"] == 2 * n + 1
+    assert names["rms_norm_dweight_kernel"] == 2 * n + 1
     assert names["swiglu_forward_kernel"] == names["swiglu_backward_kernel"] == n and names["rope_kernel"] == 2 * n
     assert names["aten::clone"] == 0
     assert names["chunk_cat_kernel"] == (6 * n + 3 if case.ranks > 1 else 0)  # a gradient each

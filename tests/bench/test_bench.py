@@ -393,6 +393,7 @@ def test_a_launch_of_no_case_is_reported():
         ("fmha_cutlassF_bf16_aligned_64x128_rf_sm80(...)", "attention"),
         ("triton_tem_fused_flex_attention_0", "attention"),
         ("rms_norm_backward_kernel", "norm, RoPE, SwiGLU"),
+        ("rms_norm_dweight_kernel", "norm, RoPE, SwiGLU"),
         ("rope_kernel", "norm, RoPE, SwiGLU"),
         ("swiglu_backward_kernel", "norm, RoPE, SwiGLU"),
         ("one_block_kernel", "loss"),

@@ -4,6 +4,7 @@ Here every test runs kernels: small ones in Triton's interpreter (TRITON_INTERPR
 either they are skipped by name; test_interpreted.py runs this file in a process that has the variable.
 """
 
+from collections import Counter
 from functools import partial
 from itertools import chain, combinations
 
@@ -65,13 +66,20 @@ def row_operations(dtype=torch.float32, rows=5):
 
 
 each_operation = pytest.mark.parametrize("name", row_operations())
-KERNELS = {
-    "rms_norm": ("rms_norm_forward_kernel", "rms_norm_backward_kernel"),
-    "add_rms_norm": ("rms_norm_forward_kernel", "rms_norm_backward_kernel"),
+NORM = ("rms_norm_forward_kernel", "rms_norm_backward_kernel", "rms_norm_dweight_kernel")
+KERNELS = {  # forward, and the backward's
+    "rms_norm": NORM,
+    "add_rms_norm": NORM,
     "rope": ("rope_kernel", "rope_kernel"),
     "rope_split": ("rope_kernel", "rope_kernel"),
     "swiglu": ("swiglu_forward_kernel", "swiglu_backward_kernel"),
 }
+
+
+def passes(name, forward=1, backward=2):
+    """The launches of so many passes. Two backward ones are what compare holds against each other bit for bit."""
+    first, *rest = KERNELS[name]
+    return Counter([first] * forward + rest * backward)
 
 
 # ------------------------------------------------------------------------------------------------------------- numerics
@@ -83,9 +91,7 @@ KERNELS = {
 def test_numerics_and_one_launch_each_way(name, dtype, launches):
     ours, theirs, inputs = row_operations(dtype)[name]
     compare(ours, theirs, *inputs)
-    forward, backward = KERNELS[name]
-    # one forward; two backward passes, which compare holds against each other bit for bit
-    assert launches == ({forward: 3} if forward == backward else {forward: 1, backward: 2})
+    assert launches == passes(name)
 
 
 @on_the_cpu
@@ -96,7 +102,7 @@ def test_rms_norm_sizes(rows, N, dtype, launches):
     x, w = 3 * torch.randn(rows, N, dtype=dtype), torch.randn(N, dtype=dtype)
     compare(half_norm, torch_norm, x, w)
     compare(lambda x, r, w: add_rms_norm(x, r, w, EPS), torch_add_rms_norm, x, torch.randn_like(x), w)
-    assert launches == {"rms_norm_forward_kernel": 2, "rms_norm_backward_kernel": 4}
+    assert launches == passes("rms_norm", 2, 4)
 
 
 @on_the_cpu
@@ -105,7 +111,7 @@ def test_rms_norm_sizes(rows, N, dtype, launches):
 def test_rms_norm_weight_of_another_dtype(x_dtype, weight_dtype, launches):
     x, w = torch.randn(5, 123, dtype=x_dtype), torch.randn(123, dtype=weight_dtype)
     compare(half_norm, torch_norm, x, w, truth=lambda x, w: F.rms_norm(x, (123,), w, EPS))
-    assert sum(launches.values()) == 3
+    assert launches == passes("rms_norm")
 
 
 @on_the_cpu
@@ -183,7 +189,7 @@ def test_no_output_element_is_left_unwritten(name, monkeypatch, launches):
     launches.clear()
     for a, b in zip(chain(*outputs_and_gradients(ours, inputs, upstream)), chain(*clean), strict=True):
         assert not a.isnan().any() and torch.equal(a, b)
-    assert sum(launches.values()) == 3
+    assert launches == passes(name)
 
 
 @on_the_cpu
@@ -242,7 +248,7 @@ def test_offsets_are_64_bit_rms_norm_rope_swiglu(launches):
         want = rope_qkv(apart.clone(), cos, sin, n_heads, 1)
         assert torch.equal(rope_qkv(apart, cos, sin, n_heads, 1), want)
         assert torch.equal(rope_qkv_(apart, cos, sin, n_heads, 1), want)
-    assert sum(launches.values()) == 18
+    assert sum(launches.values()) == 20
 
 
 # ----------------------------------------------------------------------------------------------- what each one promises
@@ -274,6 +280,47 @@ def test_rms_norm_skips_the_gradients_nobody_asked_for(launches):
 
 
 @on_the_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rms_norm_backward_of_more_tiles_than_programs(dtype):
+    """Each program asks for a tile before it works on the one before; the last asks for one that is not there."""
+    x, dy, ds = (torch.randn(133, 41, dtype=dtype) for _ in range(3))  # nine tiles of 16 rows, in three programs
+    w, rstd = torch.randn(41), torch.rand(133)
+    all_rows = rms_norm.rms_norm_backward(dy, ds, x, w, rstd, True, True, True)
+    apart = [
+        rms_norm.rms_norm_backward(dy[i], ds[i], x[i], w, rstd[i], True, True, True)
+        for i in torch.arange(133).split(16)
+    ]  # fmt: skip
+    for whole, parts in ((all_rows[0], [p[0] for p in apart]), (all_rows[2], [p[2] for p in apart])):
+        assert torch.equal(whole, torch.cat(parts))
+    torch.testing.assert_close(all_rows[1], torch.stack([p[1] for p in apart]).sum(0))
+
+
+@on_the_cpu
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n_partials", [1, 512, 1030])
+def test_rms_norm_sums_its_partials_and_rounds_once(n_partials, dtype):
+    """Fewer than a step takes, as many, and more; nothing is written beyond the last column."""
+    partials, dw = torch.randn(n_partials, 41), torch.full((64,), float("nan"), dtype=dtype)
+    poisoned = torch.cat([partials.flatten(), torch.full((4096,), float("nan"))])
+    dispatch.launch(rms_norm.rms_norm_dweight_kernel, (2,), poisoned, dw, n_partials, N=41, **rms_norm.DWEIGHT_TILE)
+    ulps = 2 if dtype == torch.bfloat16 else 1  # the interpreter truncates bf16
+    truth = partials.double().sum(0)
+    limit = ulps * torch.finfo(dtype).eps / 2 * truth.abs() + 1e-6 * partials.double().abs().sum(0)
+    assert ((dw[:41].double() - truth).abs() <= limit).all() and dw[41:].isnan().all()
+
+
+@pytest.mark.parametrize("n_columns", [41, 600, 4096, 5000])
+@pytest.mark.parametrize("n_rows", [1, 263, 264, 265, 4223, 16_384])
+def test_rms_norm_backward_has_no_more_programs_than_it_needs(n_rows, n_columns):
+    constants = dispatch.tile(rms_norm.BACKWARD_TILES, n_columns, 9)
+    n_tiles, most = dispatch.cdiv(n_rows, constants["ROWS"]), 132 * constants["PROGRAMS"]
+    programs = rms_norm.backward_programs(n_rows, n_columns, 9, 132)
+    longest = dispatch.cdiv(n_tiles, programs)
+    assert 1 <= programs <= min(most, n_tiles) and longest == dispatch.cdiv(n_tiles, most)
+    assert programs == 1 or dispatch.cdiv(n_tiles, programs - 1) > longest
+
+
+@on_the_cpu
 def test_add_rms_norm_adds_the_upstream_gradient_of_s_after_the_norm(launches):
     """With s along the norm's null direction the norm contributes nothing, and ds must arrive whole and unscaled."""
     x, residual, w = torch.randn(3, 64), torch.randn(3, 64), torch.randn(64)
@@ -283,7 +330,7 @@ def test_add_rms_norm_adds_the_upstream_gradient_of_s_after_the_norm(launches):
     dx, dresidual = torch.autograd.grad([y, s], [x, residual], [torch.zeros_like(y), ds], retain_graph=True)
     assert torch.equal(dx, ds) and torch.equal(dresidual, ds)
     assert torch.equal(torch.autograd.grad(s, x, ds, retain_graph=True)[0], ds)  # y unused: no kernel at all
-    assert launches == {"rms_norm_forward_kernel": 1, "rms_norm_backward_kernel": 1}
+    assert launches == {"rms_norm_forward_kernel": 1, "rms_norm_backward_kernel": 1}  # no weight that needs a gradient
     dx, dresidual = torch.autograd.grad(y, [x, residual], ds)
     assert dx.data_ptr() == dresidual.data_ptr()  # one tensor for both branches
 
@@ -418,7 +465,7 @@ def test_activation_checkpointing(name, launches):
         upstream = upstream or [torch.randn_like(y) for y in outputs]
         gradients.append(torch.autograd.grad(outputs, inputs, upstream))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    assert sum(launches.values()) == 5  # forward, backward; forward, again, backward
+    assert launches == passes(name, forward=3)  # the second time forward, again, backward
 
 
 # ----------------------------------------------------------------------------------------------- linears that recompute
@@ -459,7 +506,7 @@ def test_recompute_numerics(name, dtype, launches):
     # a matrix product rounds its input and sums in another order than the one of another process
     compare(ours, theirs, *inputs, roundings=4)
     compare(ours, theirs, *inputs, roundings=4, layout=LAYOUTS[1])
-    assert sum(launches.values()) == 6  # what is recomputed costs no launch
+    assert launches == passes(name.removesuffix("_linear"), 2, 4)  # what is recomputed costs no launch
 
 
 @on_the_cpu
@@ -628,7 +675,7 @@ def test_the_model_equals_its_reference_rms_norm_rope_swiglu(recompute, launches
         errors = [((x - c).norm() / c.norm()).item() for x in (a, b)]
         assert errors[0] <= 2 * errors[1] + 4 * torch.finfo(torch.float32).eps
     assert launches["rope_kernel"] == 4 and launches["rms_norm_backward_kernel"] == 5
-    assert launches["rms_norm_forward_kernel"] == 5
+    assert launches["rms_norm_forward_kernel"] == launches["rms_norm_dweight_kernel"] == 5
 
 
 @on_the_cpu
@@ -715,8 +762,7 @@ def test_numerics_at_full_width(name, dtype, M, launches):
     """4,096 rows at once: the fp64 truth of more does not fit beside them."""
     ours, theirs, inputs = full_size(dtype)[name]
     compare(ours, theirs, *inputs(M))
-    forward, backward = KERNELS[name]
-    assert launches == ({forward: 3} if forward == backward else {forward: 1, backward: 2})
+    assert launches == passes(name)
 
 
 @on_a_gpu

@@ -188,8 +188,8 @@ KERNELS = {  # as CUPTI names them on a Hopper GPU: cuDNN 9, cuBLAS 13, FlashAtt
         "triton_tem_fused_flex_attention_backward_zeros_1",
         "triton_red_fused_mul_sum_zeros_0",
     ),
-    "norm, RoPE, SwiGLU": ("rms_norm_forward_kernel", "rms_norm_backward_kernel", "rope_kernel",
-        "swiglu_forward_kernel", "swiglu_backward_kernel"),
+    "norm, RoPE, SwiGLU": ("rms_norm_forward_kernel", "rms_norm_backward_kernel", "rms_norm_dweight_kernel",
+        "rope_kernel", "swiglu_forward_kernel", "swiglu_backward_kernel"),
     "loss": ("one_block_kernel", "online_kernel", "scale_kernel"),
     "matmul": (
         "nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_TNT",
