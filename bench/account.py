@@ -121,7 +121,7 @@ class Call:
 
 
 PART_OF = {
-    **dict.fromkeys(("one_block_kernel", "online_kernel", "scale_kernel"), "loss"),
+    **dict.fromkeys(("cross_entropy_kernel", "scale_kernel"), "loss"),
     **dict.fromkeys(("embedding", "embedding_backward", "embedding_backward_kernel"), OTHER + "embedding"),
     **dict.fromkeys(("adamw_kernel", "_fused_adamw_", "_foreach_mul_", "_foreach_norm"), "optimizer"),
     **dict.fromkeys(("block_norms_kernel", "linalg_vector_norm"), "optimizer"),

@@ -4,7 +4,7 @@
 
 Labels equal to ``ignore_index`` give no loss and no gradient.
 
-Bytes, for M x V logits of b bytes: the gradient is made in the forward pass, while the logits are in registers, so
+Bytes, for M x V logits of b bytes: the gradient is made in the forward pass, while a row is in registers and caches, so
 loss and gradient cost one read and one write, 2 M V b; a backward pass that came back to the logits would make it 3.
 The price is that the upstream gradient is not known yet. The backward pass multiplies by it: nothing to do where it is
 1 (decided on the device: ``loss.backward()``), another 2 M V b otherwise.
@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from halny.kernels.dispatch import (
+    cdiv,
     check_floating,
     check_same_device,
     launch,
@@ -49,32 +50,46 @@ def cross_entropy_reference(
 # accesses where the vocabulary is odd. PADDED says that there is some.
 #
 # Instructions count as bytes do: in a cycle an H200 moves 18.6 bytes for each SM (4.3 TB/s, 132 SMs at 1.75 GHz), which
-# can issue 128 instructions meanwhile: 27 for a logit's 4 bytes. exp2 is one and flushes denormals; exp is four.
+# can issue 128 instructions meanwhile, 27 for a logit's 4 bytes, and 16 exponentials, 3.4 for a logit. Without a
+# gradient it is half of each. So nothing that is rare costs every element: neither the target, which must not be in the
+# sum of the others, nor a tie with the largest logit, nor the end of the row. exp2 is one instruction and flushes
+# denormals; exp is four.
+#
+# And no thread waits for another before the row's end: each keeps the maximum and the sum of the exponentials of its
+# own columns (Milakov and Gimelshein 2018, for each thread), which are put together once. A block of [ROWS, LANES,
+# VECTOR] logits is laid out as it is loaded: VECTOR neighbours are a thread's 16 bytes, LANES are the threads.
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-TIE_BLOCK = tl.constexpr(8_192)
+PADDING = tl.constexpr(64)  # the most columns of it
+
+
+@triton.jit
+def _wide(b_x):
+    """b_x in fp32. bf16 is the upper half of fp32: one shift or mask, where ptxas's conversion takes three for two."""
+    if b_x.dtype == tl.bfloat16:
+        return (b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return b_x.to(tl.float32)
+
+
+@triton.jit
+def _accumulate(b_most, b_sum, b_x):
+    """Each thread's maximum, and its sum of exp(x - maximum), with another block; and the block's exp(x - maximum)."""
+    b_new = tl.maximum(b_most, tl.max(tl.max(b_x, 0), 1))
+    b_shift = tl.where(b_new == -float("inf"), 0.0, b_new)  # -inf - -inf is NaN
+    b_e = tl.exp2((b_x - b_shift[None, :, None]) * LOG2_E)
+    return b_new, b_sum * tl.exp2((b_most - b_shift) * LOG2_E) + tl.sum(tl.sum(b_e, 0), 1), b_e
 
 
 @triton.jit
 def _label_and_target(p_row, label, n_columns):
-    """The label's column as int32, which costs the comparisons with columns half the registers of int64, and its logit.
+    """The label's column as int32 and its logit.
 
     A label outside the vocabulary becomes -1, reads nothing and makes loss and gradient of its row NaN.
     """
     in_range = (label >= 0) & (label < n_columns)
     i_target = tl.where(in_range, label, -1).to(tl.int32)
     return i_target, tl.load(p_row + i_target, mask=in_range, other=float("nan")).to(tl.float32)
-
-
-@triton.jit
-def _loss_of_row(target, largest, others):
-    """(logsumexp - target, sum of exp(logits - largest)) from the sum over all columns but the target's."""
-    shifted = target - largest
-    total = others + tl.exp(shifted)
-    # log1p(others) by Kahan's correction: neither total's rounding nor a library function that the interpreter lacks
-    excess = tl.where(total == 1.0, 1.0, total - 1.0)
-    log1p = tl.where(total == 1.0, others, tl.log(total) * (others / excess))
-    return tl.where(shifted == 0.0, log1p, tl.log(total) - shifted), total
 
 
 @triton.jit
@@ -91,73 +106,34 @@ def _is_first(p_row, largest, i_target, n_touchable, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def one_block_kernel(
-    p_logits, p_labels, p_scale, p_loss, p_correct, p_gradient,
-    n_columns, n_touchable, ignore_index,
-    logits_stride, gradient_stride, scale_stride,
-    WITH_GRADIENT: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The row in registers: read once, written once.
-
-    One program fills an SM, and nothing runs there while it waits: what it reads is asked for at once, an ignored row
-    with it, and what is rare, a tie with the largest logit, reads again instead of costing every element.
-    """
-    i_row = tl.program_id(0).to(tl.int64)
-    i_column = tl.arange(0, BLOCK)
-    p_row, p_row_gradient = p_logits + i_row * logits_stride, p_gradient + i_row * gradient_stride
-    b_x = tl.load(p_row + i_column, mask=i_column < n_touchable, other=-float("inf")).to(tl.float32)
-    label = tl.load(p_labels + i_row)
-    if WITH_GRADIENT:
-        scale = tl.load(p_scale + i_row * scale_stride)
-    if label == ignore_index:
-        tl.store(p_loss + i_row, 0.0)
-        tl.store(p_correct + i_row, 0)
-        if WITH_GRADIENT:
-            tl.store(
-                p_row_gradient + i_column, tl.zeros([BLOCK], p_gradient.dtype.element_ty), mask=i_column < n_touchable
-            )
-    else:
-        # In place, this load is ordered before the stores by the barriers of the reductions between them.
-        i_target, target = _label_and_target(p_row, label, n_columns)
-        if PADDED:
-            b_x = tl.where(i_column < n_columns, b_x, -float("inf"))
-        b_x = tl.where(i_column == i_target, -float("inf"), b_x)
-        rival = tl.max(b_x, 0)
-        correct = target > rival
-        if target == rival:
-            correct = _is_first(p_row, rival, i_target, n_touchable, TIE_BLOCK if BLOCK > TIE_BLOCK else BLOCK)
-        largest = tl.maximum(target, rival)
-        b_e = tl.exp2((b_x - largest) * LOG2_E)
-        others = tl.sum(b_e, 0)
-        loss, total = _loss_of_row(target, largest, others)
-        tl.store(p_loss + i_row, loss)
-        tl.store(p_correct + i_row, correct.to(tl.int32))
-        if WITH_GRADIENT:
-            factor = scale / total
-            b_gradient = (b_e * factor).to(p_gradient.dtype.element_ty)
-            tl.store(p_row_gradient + i_column, b_gradient, mask=i_column < n_touchable)
-            # The target's own, over the 0 stored there: as a select in the block it costs 8 registers and so a spill
-            tl.debug_barrier()
-            at_target = (-others * factor).to(p_gradient.dtype.element_ty)
-            tl.store(p_row_gradient + i_target, at_target, mask=i_target >= 0)
+def _loss_of_row(target, largest, others):
+    """(logsumexp - target, sum of exp(logits - largest)) from the sum over all columns but the target's."""
+    shifted = target - largest
+    total = others + tl.exp(shifted)
+    # log1p(others) by Kahan's correction: neither total's rounding nor a library function that the interpreter lacks
+    excess = tl.where(total == 1.0, 1.0, total - 1.0)
+    log1p = tl.where(total == 1.0, others, tl.log(total) * (others / excess))
+    return tl.where(shifted == 0.0, log1p, tl.log(total) - shifted), total
 
 
 @triton.jit
-def online_kernel(
+def cross_entropy_kernel(
     p_logits, p_labels, p_scale, p_loss, p_correct, p_gradient,
     n_columns, n_touchable, ignore_index,
     logits_stride, gradient_stride, scale_stride,
-    WITH_GRADIENT: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    WITH_GRADIENT: tl.constexpr, PADDED: tl.constexpr,
+    VECTOR: tl.constexpr, LANES: tl.constexpr, BLOCK: tl.constexpr, AGAIN: tl.constexpr,
 ):  # fmt: skip
-    """A row too long for registers: maximum and sum in one pass (Milakov and Gimelshein 2018), the gradient in another.
-    Without a gradient one pass is all there is, whatever the length, and nothing need be kept.
+    """Maxima and sums from the row's start to its end, then the gradient from its end to its start.
 
-    The second pass reads what the first left in L2: 132 rows of 128,256 in bf16 are 34 MB.
+    The last block is still in registers then, and those before it are the likelier to be in L1 or L2 the later they
+    were read: a row crosses the memory bus once in each direction, whatever its length.
     No loop is a range, for triton 3.6's interpreter: see rms_norm_backward_kernel.
     """
     i_row = tl.program_id(0).to(tl.int64)
     label = tl.load(p_labels + i_row)
-    p_row_gradient = p_gradient + i_row * gradient_stride
+    p_row, p_row_gradient = p_logits + i_row * logits_stride, p_gradient + i_row * gradient_stride
+    i_block, i_lane = tl.arange(0, BLOCK), tl.arange(0, LANES)
     if label == ignore_index:
         tl.store(p_loss + i_row, 0.0)
         tl.store(p_correct + i_row, 0)
@@ -165,76 +141,89 @@ def online_kernel(
             b_zero = tl.zeros([BLOCK], p_gradient.dtype.element_ty)
             i_start = 0
             while i_start < n_touchable:
-                i_column = i_start + tl.arange(0, BLOCK)
-                tl.store(p_row_gradient + i_column, b_zero, mask=i_column < n_touchable)
+                tl.store(p_row_gradient + i_start + i_block, b_zero, mask=i_start + i_block < n_touchable)
                 i_start += BLOCK
     else:
-        p_row = p_logits + i_row * logits_stride
-        i_target, target = _label_and_target(p_row, label, n_columns)
+        if PADDED:  # becomes -inf, so that nothing below need know of it
+            i_padding = n_columns + tl.arange(0, PADDING)
+            tl.store(p_row + i_padding, -float("inf"), mask=i_padding < n_touchable)
+            tl.debug_barrier()
 
-        rival = -float("inf")
-        others = 0.0
+        SHAPE: tl.constexpr = [BLOCK // (LANES * VECTOR), LANES, VECTOR]
+        KEEP: tl.constexpr = "evict_last" if WITH_GRADIENT else "evict_first"
+        b_most = tl.full([LANES], -float("inf"), tl.float32)
+        b_sum = tl.zeros([LANES], tl.float32)
         i_start = 0
-        while i_start < n_columns:
-            i_column = i_start + tl.arange(0, BLOCK)
-            b_x = tl.load(
-                p_row + i_column,
-                mask=i_column < n_touchable,
-                other=-float("inf"),
-                eviction_policy="evict_last" if WITH_GRADIENT else "evict_first",
-            ).to(tl.float32)
-            if PADDED:
-                b_x = tl.where(i_column < n_columns, b_x, -float("inf"))
-            b_x = tl.where(i_column == i_target, -float("inf"), b_x)
-            new_rival = tl.maximum(rival, tl.max(b_x, 0))
-            shift = tl.where(new_rival == -float("inf"), 0.0, new_rival)  # -inf - -inf is NaN
-            others = others * tl.exp2((rival - shift) * LOG2_E) + tl.sum(tl.exp2((b_x - shift) * LOG2_E), 0)
-            rival = new_rival
+        while i_start + BLOCK < n_touchable:
+            b_x = _wide(tl.load(p_row + i_start + i_block, eviction_policy=KEEP))
+            b_most, b_sum, _ = _accumulate(b_most, b_sum, tl.reshape(b_x, SHAPE))
             i_start += BLOCK
+        m_last = i_start + i_block < n_touchable
+        b_x = _wide(tl.load(p_row + i_start + i_block, mask=m_last, other=-float("inf"), eviction_policy="evict_first"))
+        b_most, b_sum, b_e = _accumulate(b_most, b_sum, tl.reshape(b_x, SHAPE))
+        b_most_with_target = b_most  # what b_e is relative to
+
+        # The thread that had the target: its columns once more without it, dealt out among all threads
+        i_target, target = _label_and_target(p_row, label, n_columns)
+        if WITH_GRADIENT:
+            scale = tl.load(p_scale + i_row * scale_stride)
+        i_target_lane = tl.maximum(i_target, 0) // VECTOR % LANES
+        i = tl.arange(0, LANES * AGAIN)
+        i_again = i // VECTOR * (LANES * VECTOR) + i_target_lane * VECTOR + i % VECTOR
+        m_again = (i_again < n_columns) & (i_again != i_target)
+        b_again = _wide(tl.load(p_row + i_again, mask=m_again, other=-float("inf")))
+        b_most = tl.where(i_lane == i_target_lane, -float("inf"), b_most)  # which makes 0 of its sum
+        b_most, b_sum, _ = _accumulate(b_most, b_sum, tl.reshape(b_again, [1, LANES, AGAIN]))
+
+        # In place, the loads so far come before the stores, which need what these two reductions make of all of them.
+        rival = tl.max(b_most, 0)
         correct = target > rival
         if target == rival:
-            correct = _is_first(p_row, rival, i_target, n_touchable, BLOCK)
+            correct = _is_first(p_row, rival, i_target, n_touchable, LANES * VECTOR)
         largest = tl.maximum(target, rival)
-        others *= tl.where(rival == largest, 1.0, tl.exp2((rival - largest) * LOG2_E))
+        others = tl.sum(b_sum * tl.exp2((b_most - largest) * LOG2_E), 0)
         loss, total = _loss_of_row(target, largest, others)
         tl.store(p_loss + i_row, loss)
         tl.store(p_correct + i_row, correct.to(tl.int32))
         if WITH_GRADIENT:
-            factor = tl.load(p_scale + i_row * scale_stride) / total
-            i_start = 0
-            while i_start < n_touchable:
-                i_column = i_start + tl.arange(0, BLOCK)
-                b_x = tl.load(
-                    p_row + i_column, mask=i_column < n_touchable, other=-float("inf"), eviction_policy="evict_first"
-                ).to(tl.float32)
-                if PADDED:
-                    b_x = tl.where(i_column < n_columns, b_x, -float("inf"))
-                b_gradient = tl.where(i_column == i_target, -others, tl.exp2((b_x - largest) * LOG2_E)) * factor
-                tl.store(
-                    p_row_gradient + i_column,
-                    b_gradient.to(p_gradient.dtype.element_ty),
-                    mask=i_column < n_touchable,
-                )
-                i_start += BLOCK
+            factor = scale / total
+            b_factor = tl.exp2((b_most_with_target - largest) * LOG2_E) * factor
+            b_gradient = tl.reshape(b_e * b_factor[None, :, None], [BLOCK]).to(p_gradient.dtype.element_ty)
+            tl.store(p_row_gradient + i_start + i_block, b_gradient, mask=m_last)
+            while i_start > 0:
+                i_start -= BLOCK
+                b_x = _wide(tl.load(p_row + i_start + i_block, eviction_policy="evict_first"))
+                b_gradient = (tl.exp2((b_x - largest) * LOG2_E) * factor).to(p_gradient.dtype.element_ty)
+                tl.store(p_row_gradient + i_start + i_block, b_gradient)
+            # The target's own, over what its exponential left there
+            tl.debug_barrier()
+            at_target = (-others * factor).to(p_gradient.dtype.element_ty)
+            tl.store(p_row_gradient + i_target, at_target, mask=i_target >= 0)
 
 
 # ------------------------------------------------------------------------------------------------ launchers, operators
 
-# Up to here a row fits the registers of one program: 32 fp32 values for each of 1024 threads, which have 64 registers.
-# bf16 rows take 63 or 64, padded ones too; fp32 rows, and unpadded ones of an odd length, spill some into L1 (ptxas).
-ONE_BLOCK = 32_768
-ONLINE_BLOCK, ONLINE_WARPS = 16_384, 32  # one program an SM, so that the rows in flight stay in L2 for the second pass
-LOSS_BLOCK, LOSS_WARPS = 4_096, 8  # without a second pass, several programs an SM
+# A block is 64 logits for each thread. Programs are small and several an SM, so that one row's loads go on behind
+# another row's arithmetic: 4 or 5 with a gradient (sm_90), 5 or 6 without. What they have read and not yet written is
+# half a row each on average, some 128 KB an SM at 32,000 columns in bf16, which L1 holds.
+WARP_BLOCK, BLOCK = 2_048, 8_192
+# Of long rows that are read twice only 2 an SM, since L2 must hold them: half of each is 34 MB at 131,072 columns.
+LONG, LONG_BLOCK = 65_536, 16_384
 
 
-def _tile(vocab_size: int, with_gradient: bool):
-    """(kernel, BLOCK, num_warps) for a vocabulary."""
-    if not with_gradient and vocab_size > LOSS_BLOCK:
-        return online_kernel, LOSS_BLOCK, LOSS_WARPS
-    if vocab_size > ONE_BLOCK:
-        return online_kernel, ONLINE_BLOCK, ONLINE_WARPS
-    block = max(128, next_power_of_2(vocab_size))
-    return one_block_kernel, block, min(32, max(4, block // 1024))
+def _tile(logits: Tensor, with_gradient: bool) -> dict[str, int]:
+    """The launch constants for rows of logits."""
+    vocab_size = logits.shape[1]
+    block = min(next_power_of_2(vocab_size), LONG_BLOCK if with_gradient and vocab_size > LONG else BLOCK)
+    num_warps = max(1, block // WARP_BLOCK)
+    if logits.stride(0) % 16 == 0 and logits.data_ptr() % 16 == 0:  # as Triton's specialisation asks
+        vector = 16 // logits.element_size()
+    else:  # An instruction for each logit: 64 of them, and their addresses, would not fit the registers
+        vector, block = 1, block // 8
+    block = max(block, 32 * vector)
+    lanes = min(32 * num_warps, block // vector)
+    again = next_power_of_2(cdiv(cdiv(vocab_size, lanes * vector) * vector, lanes))
+    return {"VECTOR": vector, "LANES": lanes, "BLOCK": block, "AGAIN": again, "num_warps": num_warps}
 
 
 def launch_rows(
@@ -247,18 +236,21 @@ def launch_rows(
     gradient: Tensor | None,
     n_touchable: int | None = None,
 ) -> None:
-    """Fill loss and correct [M], and gradient [M, V] times scale (a scalar or [M]), which may be logits themselves."""
+    """Fill loss and correct [M], and gradient [M, V] times scale (a scalar or [M]), which may be logits themselves.
+
+    With n_touchable above V, up to PADDING columns behind the vocabulary are overwritten, without a gradient too.
+    """
     n_columns = logits.shape[1]
     n_touchable = n_touchable or n_columns
-    kernel, block, num_warps = _tile(n_columns, gradient is not None)
     written = logits if gradient is None else gradient
     launch(
-        kernel,
+        cross_entropy_kernel,
         (logits.shape[0],),
         logits, labels, scale, loss, correct, written,
         n_columns, n_touchable, ignore_index,
         logits.stride(0), written.stride(0), scale.stride(0) if scale.ndim else 0,
-        WITH_GRADIENT=gradient is not None, PADDED=n_touchable != n_columns, BLOCK=block, num_warps=num_warps,
+        WITH_GRADIENT=gradient is not None, PADDED=n_touchable != n_columns,
+        **_tile(logits, gradient is not None),
     )  # fmt: skip
 
 

@@ -33,8 +33,8 @@ TRAFFIC = {
     "embedding_backward_kernel": lambda a, c: (a[:3], [a[3][: a[4]]]),  # at most as many rows as there are tokens
     "swiglu_forward_kernel": lambda a, c: ([a[0]], [a[1]]),
     "swiglu_backward_kernel": lambda a, c: ([a[0], a[1]], [a[2], *[a[3]] * c["RECOMPUTE_H"]]),
-    "one_block_kernel": lambda a, c: (a[:3], [a[3], a[4], *[a[5]] * c["WITH_GRADIENT"]]),
-    "online_kernel": lambda a, c: (a[:3], [a[3], a[4], *[a[5]] * c["WITH_GRADIENT"]]),  # its second pass is from L2
+    # its second pass reads what is in L1 or L2
+    "cross_entropy_kernel": lambda a, c: (a[:3], [a[3], a[4], *[a[5]] * c["WITH_GRADIENT"]]),
     "scale_kernel": lambda a, c: (a[:2], [a[2]]),
     "adamw_kernel": lambda a, c: (
         [*a[:5], *a[5:7] * c["EIGHT_BITS"], a[7]],

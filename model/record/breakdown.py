@@ -37,7 +37,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     # calls cuDNN. And all that Inductor generates: FlexAttention alone is compiled.
     ("attention", r"[Ff]lash|fmha|sdpa|cudnn|scaled_dot_product|flex_attention|^triton_(tem|red|per|poi)_fused"),
     ("norm, RoPE, SwiGLU", r"^rms_norm_|^rope_kernel|^swiglu_"),
-    ("loss", r"^one_block_kernel|^online_kernel|^scale_kernel|[Ll]og_?[Ss]oft[Mm]ax|nll_loss"),
+    ("loss", r"^cross_entropy_kernel|^scale_kernel|[Ll]og_?[Ss]oft[Mm]ax|nll_loss"),
     ("matmul", r"gemm|gemv|nvjet|cublas|splitK|tensorop|aten::(add|b)?mm$"),
     ("copies", r"^Mem(cpy|set)|[Cc]opy|CatArray|chunk_cat|split_with_sizes|aten::cat$|fsdp::"),
     (

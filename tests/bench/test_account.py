@@ -110,13 +110,13 @@ def test_a_loss_alone_and_with_its_projection():
     """The operator is opened: chunks are products and launches of their own, d_weight is summed in fp32."""
     labels = torch.empty(24, dtype=torch.int64, device=META)
     calls = counted(lambda logits: cross_entropy(logits, labels), bf16(24, 256))
-    assert [(c.name, c.bytes) for c in calls if c.part == "loss"] == [("one_block_kernel", 24 * (4 * 256 + 16) + 4)]
+    assert [(c.name, c.bytes) for c in calls if c.part == "loss"] == [("cross_entropy_kernel", 24 * (4 * 256 + 16) + 4)]
     rows, dim, vocabulary = 4096, 64, 32_000
     labels = torch.empty(rows, dtype=torch.int64, device=META)
     calls = counted(lambda x, w: linear_cross_entropy(x, w, labels).loss, bf16(rows, dim), bf16(vocabulary, dim))
     assert [c.name for c in calls if c.part in ("matmul", "loss")] == [
-        *("aten::mm", "one_block_kernel", "aten::mm", "aten::mm"),
-        *("aten::mm", "one_block_kernel", "aten::mm", "aten::addmm"),
+        *("aten::mm", "cross_entropy_kernel", "aten::mm", "aten::mm"),
+        *("aten::mm", "cross_entropy_kernel", "aten::mm", "aten::addmm"),
     ]
     sums = [c for c in calls if c.product and c.product.kind == "wgrad"]
     total, operands = 4 * vocabulary * dim, 2 * 2048 * (vocabulary + dim)
@@ -171,7 +171,7 @@ def test_the_machine_code_of_a_step_is_looked_at(monkeypatch):
         for moments in MOMENTS:
             for accumulation in (1, 3):
                 count_step(replace(case, moments=moments, accumulation=accumulation, recompute=recompute))
-    assert {launch.kernel.__name__ for launch in launches} == account.TRAFFIC.keys() - {"online_kernel"}
+    assert {launch.kernel.__name__ for launch in launches} == account.TRAFFIC.keys()
     assert aot.of_no_case(launches, [found[-1] for found in aot.cases().values()]) == []
 
 

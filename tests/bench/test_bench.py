@@ -396,7 +396,7 @@ def test_a_launch_of_no_case_is_reported():
         ("rms_norm_dweight_kernel", "norm, RoPE, SwiGLU"),
         ("rope_kernel", "norm, RoPE, SwiGLU"),
         ("swiglu_backward_kernel", "norm, RoPE, SwiGLU"),
-        ("one_block_kernel", "loss"),
+        ("cross_entropy_kernel", "loss"),
         ("scale_kernel", "loss"),
         ("adamw_kernel", "optimizer"),
         ("add_rounded_kernel", "optimizer"),

@@ -92,10 +92,9 @@ def compare(ours, theirs, inputs, upstream=None, roundings=1.0):
 
 
 def every_tile(monkeypatch, tile):
-    """Make small vocabularies take the tile that large ones take."""
-    if tile == "online":
-        for name in ("ONE_BLOCK", "ONLINE_BLOCK", "LOSS_BLOCK"):
-            monkeypatch.setattr(ce, name, 64)
+    """Make the rows of small vocabularies as many blocks as those of large ones."""
+    if tile == "several blocks":
+        monkeypatch.setattr(ce, "BLOCK", 64)
 
 
 # -------------------------------------------------------------------------------------------------------- cross-entropy
@@ -103,8 +102,8 @@ def every_tile(monkeypatch, tile):
 
 @kernel
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tile", ["one_block", "online"])
-@pytest.mark.parametrize("V", [1, 41, 300])
+@pytest.mark.parametrize("tile", ["one block", "several blocks"])
+@pytest.mark.parametrize("V", [1, 41, 300, 512])  # of 512, rows are 16 bytes wide and whole blocks
 def test_against_the_truth(V, tile, dtype, monkeypatch, launches):
     every_tile(monkeypatch, tile)
     logits, labels = randn(14, V, dtype=dtype, scale=3), some_labels(14, V)
@@ -116,26 +115,24 @@ def test_against_the_truth(V, tile, dtype, monkeypatch, launches):
             [logits],
             upstream,
         )
-    used = "online_kernel" if tile == "online" and V > 64 else "one_block_kernel"
-    assert launches == {used: 3, "scale_kernel": 3}
+    assert launches == {"cross_entropy_kernel": 3, "scale_kernel": 3}
 
 
 @kernel
-@pytest.mark.parametrize("V", [31_999, 32_000, 32_001, 32_769])
+@pytest.mark.parametrize("V", [31_999, 32_000, 32_001, 65_552])  # the last in the blocks of long rows
 def test_real_vocabularies(V, launches):
     logits, labels = randn(3, V, dtype=torch.bfloat16), ints(0, V - 1, -100)
     compare(lambda x: cross_entropy(x, labels), lambda x: plain(x, labels), [logits])
     with torch.no_grad():
         assert_close_to_truth(cross_entropy(logits, labels), plain(logits, labels), plain(logits.double(), labels))
-    name = "one_block_kernel" if V <= 32_768 else "online_kernel"
-    assert launches == {name: 1, "scale_kernel": 1} | {"online_kernel": 1 + (V > 32_768)}
+    assert launches == {"cross_entropy_kernel": 2, "scale_kernel": 1}
 
 
 @kernel
-@pytest.mark.parametrize("tile", ["one_block", "online"])
+@pytest.mark.parametrize("tile", ["one block", "several blocks"])
 def test_extreme_logits(tile, monkeypatch):
     every_tile(monkeypatch, tile)
-    V, labels = 200, ints(0, 150, 199, 7, -100)
+    V, labels = 208, ints(0, 150, 207, 7, -100)
 
     def check(logits):
         compare(lambda x: cross_entropy(x, labels), lambda x: plain(x, labels), [logits])
@@ -143,8 +140,11 @@ def test_extreme_logits(tile, monkeypatch):
     check(1e4 * randn(5, V))
     check(torch.where(torch.rand(5, V, device=DEVICE) < 0.5, -1e4, 1e4))
     masked = randn(5, V)
-    masked[:, 8:150] = -INF  # whole blocks of the online form, and the first of a row
+    masked[:, 8:150] = -INF  # whole blocks, and with the next line the first of a row
     check(masked)
+    few = masked.clone()
+    few[:, 151:207] = -INF  # most threads have no logit at all
+    check(few - 1e3)
     masked[1, :150] = -INF
     check(masked)
     masked[3, 7] = -INF  # the target itself: the loss is infinite
@@ -159,7 +159,7 @@ def test_extreme_logits(tile, monkeypatch):
 
 
 @kernel
-@pytest.mark.parametrize("tile", ["one_block", "online"])
+@pytest.mark.parametrize("tile", ["one block", "several blocks"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("lead", [10.0, 20.0])  # beyond, fp64 is not the truth either
 def test_confident_targets(lead, dtype, tile, monkeypatch):
@@ -221,7 +221,7 @@ def test_label_dtypes(dtype):
 
 
 @kernel
-@pytest.mark.parametrize("tile", ["one_block", "online"])
+@pytest.mark.parametrize("tile", ["one block", "several blocks"])
 def test_unchecked_labels_out_of_range_read_nothing(tile, monkeypatch):
     """As CUDA tensors are, without the debug switch: the row becomes NaN, its neighbours do not."""
     every_tile(monkeypatch, tile)
@@ -232,7 +232,7 @@ def test_unchecked_labels_out_of_range_read_nothing(tile, monkeypatch):
 
 
 @kernel
-@pytest.mark.parametrize("tile", ["one_block", "online"])
+@pytest.mark.parametrize("tile", ["one block", "several blocks"])
 def test_the_first_of_equal_logits_is_the_prediction(tile, monkeypatch):
     every_tile(monkeypatch, tile)
     V = 100
@@ -246,7 +246,7 @@ def test_the_first_of_equal_logits_is_the_prediction(tile, monkeypatch):
 
 
 @kernel
-@pytest.mark.parametrize("first", [0, 8_191, 8_192, 17_000])
+@pytest.mark.parametrize("first", [0, 1_023, 1_024, 17_000])
 def test_a_tie_is_looked_for_all_along_the_row(first):
     """The label's equal is in the first, the second and the last block that is read again; or behind the label."""
     logits = randn(1, 20_000, dtype=torch.bfloat16)
@@ -255,6 +255,27 @@ def test_a_tie_is_looked_for_all_along_the_row(first):
         labels = torch.tensor([label], device=DEVICE)
         _, correct, _ = ce.cross_entropy_rows(logits, labels, torch.ones((), device=DEVICE), -100, True)
         assert correct.item() == (label == first)
+
+
+@kernel
+@pytest.mark.parametrize("tile", ["one block", "several blocks"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("V", [150, 256])
+def test_targets_all_along_the_row(V, dtype, tile, monkeypatch):
+    """None is among the others, which it outweighs; without a gradient too. In place the bits are the same."""
+    every_tile(monkeypatch, tile)
+    labels = torch.cat([torch.arange(0, V, 23, device=DEVICE), ints(V - 1)])
+    logits, row = randn(len(labels), V), torch.arange(len(labels), device=DEVICE)
+    logits[row, labels] = 20.0
+    logits, scale = logits.to(dtype), torch.ones((), device=DEVICE)
+    want = plain(logits.double(), labels, reduction="none")
+    loss, correct, gradient = ce.cross_entropy_rows(logits, labels, scale, -100, True)
+    for some in (loss, ce.cross_entropy_rows(logits, labels, scale, -100, False)[0]):
+        torch.testing.assert_close(some.double(), want, rtol=1e-5, atol=0)
+    assert correct.all() and (gradient[row, labels] < 0).all() and ((gradient > 0).sum(-1) == V - 1).all()
+    overwritten = logits.clone()
+    again = ce.cross_entropy_rows_(overwritten, labels, scale, -100)
+    assert torch.equal(again[0], loss) and torch.equal(again[1], correct) and torch.equal(overwritten, gradient)
 
 
 @kernel
@@ -415,6 +436,7 @@ def plain_linear(labels, **keywords):
 
 
 def test_chunk_rows():
+    assert lce.COLUMNS_MULTIPLE <= ce.PADDING.value
     assert lce.chunk_rows(16_384, 32_000, 4_096, 2) == 4_096
     assert lce.chunk_rows(16_384, 32_000, 256, 2) == 2_048
     assert lce.chunk_rows(16_384, 1_000, 256, 2) == 16_384  # all of it takes 33 MB
@@ -442,8 +464,8 @@ def test_linear_against_the_truth(n, D, V, reduction, dtype, small_chunks, launc
     compare(ours, theirs, [hidden, weight], upstream, roundings)
     n_chunks = -(-n // lce.chunk_rows(n, V, D, hidden.element_size()))
     ahead = reduction != "none" and dtype != torch.float16
-    assert launches == {"one_block_kernel": n_chunks} | (
-        {"scale_kernel": 2} if ahead else {"one_block_kernel": 2 * n_chunks}
+    assert launches == {"cross_entropy_kernel": n_chunks} | (
+        {"scale_kernel": 2} if ahead else {"cross_entropy_kernel": 2 * n_chunks}
     )
     got = linear_cross_entropy(hidden, weight, labels)
     want = linear_cross_entropy_reference(hidden, weight, labels)
@@ -524,7 +546,7 @@ def test_all_ignored_and_no_rows(n, small_chunks):
 
 
 @kernel
-@pytest.mark.parametrize("tile", ["one_block", "online"])
+@pytest.mark.parametrize("tile", ["one block", "several blocks"])
 def test_padding_of_an_odd_vocabulary_is_never_taken_for_logits(tile, small_chunks, monkeypatch):
     """The buffer's columns behind the vocabulary hold whatever was there: here NaN, then numbers above every logit."""
     every_tile(monkeypatch, tile)
@@ -661,7 +683,7 @@ def test_activation_checkpointing(how, small_chunks, launches):
     }[how]
     got = with_gradients_of_leaves(lambda x, w: checkpoint(loss, x, w, **keywords), [hidden, weight], 3.0)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-    assert launches["one_block_kernel"] == (3 if how == "save" else 6)
+    assert launches["cross_entropy_kernel"] == (3 if how == "save" else 6)
 
 
 def with_gradients_of_leaves(function, inputs, upstream):
@@ -746,7 +768,7 @@ for reshard in (False, True):
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=name)
     with torch.no_grad():
         assert not sharded(x[rank], labels[rank]).loss.requires_grad
-assert dispatch.launches["one_block_kernel"] > 0
+assert dispatch.launches["cross_entropy_kernel"] > 0
 dist.destroy_process_group()
 """
 

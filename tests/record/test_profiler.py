@@ -190,7 +190,7 @@ KERNELS = {  # as CUPTI names them on a Hopper GPU: cuDNN 9, cuBLAS 13, FlashAtt
     ),
     "norm, RoPE, SwiGLU": ("rms_norm_forward_kernel", "rms_norm_backward_kernel", "rms_norm_dweight_kernel",
         "rope_kernel", "swiglu_forward_kernel", "swiglu_backward_kernel"),
-    "loss": ("one_block_kernel", "online_kernel", "scale_kernel"),
+    "loss": ("cross_entropy_kernel", "scale_kernel"),
     "matmul": (
         "nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_TNT",
         "nvjet_hsh_256x128_64x4_2x1_v_bz_coopB_NNN",
