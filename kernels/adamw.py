@@ -13,12 +13,15 @@ https://arxiv.org/abs/2005.04680.)
 
 **Stochastic rounding.** In a step v changes by at most a few times 1 - b2 of itself, 0.05 or 0.001, while neighbours in
 bf16 lie 0.004 to 0.008 apart: rounded to nearest, v would hardly ever fall. So narrow moments are rounded up or down at
-random, right on average (stochastic_rounding.py): of an element's two random words one is for m, the other for v.
+random, right on average (stochastic_rounding.py): of an element's random word the upper bits are for m, the lower ones
+for v.
 
-**Instructions.** With 8-bit moments a weight is 14 bytes, for which an H200 has time for 90 instructions or so: the
-kernel was as slow as its instructions, not its bytes. Hence what looks roundabout: codes are moved to their bits'
-places in fp32 by a shift and a product; a group's power goes with the betas; v is made of the square of m's new part;
-a division is two products with 1 / sqrt, one instruction where div is eight; NaN is a minimum of integers.
+**Instructions.** With 8-bit moments a weight is 14 bytes, for which an H200 has time for 80 to 95 instructions, by its
+clock: the kernel was as slow as its instructions, not its bytes. Now it takes 55, some of them roundabout. Weights are
+put together two at a time, and codes are taken from words of four, and put into them, several at once by masks. A
+group's power goes with the betas; v is kept over the factor of the square of m's new part, so that it is that square
+and another one (``_root_unit``); a division is two products with 1 / sqrt, one instruction where div is eight; NaN is a
+minimum of integers.
 
 **8 bits.** A group of 256 consecutive elements of the flattened tensor shares an exponent, that of its largest element,
 and an element is a small float beneath it: for m a sign, 4 bits of exponent and 3 of mantissa; for sqrt(v) 4 and 4. The
@@ -30,8 +33,9 @@ it at e^1.5. (Dettmers et al. 2021, https://arxiv.org/abs/2110.02861: blocks of 
 itself, the nearest of a table of 256 numbers.)
 
 m and sqrt(v) are rounded apart, so m could outlive a sqrt(v) that became 0, and m / (0 + eps) would be thousands of
-steps at once. Two guards: a sqrt(v) above 0 never becomes 0 but the smallest number of its group; and the divisor is
-at least |m| times the least that sqrt(v) / |m| can be (``smallest_root``), which in exact arithmetic changes nothing.
+steps at once. Two guards: in a group that is not all 0 sqrt(v) is at least the smallest number of the group; and the
+divisor is at least |m| times the least that sqrt(v) / |m| can be (``smallest_root``), which in exact arithmetic changes
+nothing.
 """
 
 import torch
@@ -44,6 +48,7 @@ from halny.kernels.stochastic_rounding import (
     LARGEST_BF16,
     check_seed,
     keys_of,
+    lower_bits,
     random_words,
     random_words_reference,
     round_to_bf16,
@@ -122,13 +127,13 @@ def _dtype_of(moments: str) -> torch.dtype:
 # int32 stands for uint32: sums and products wrap alike, and >> needs a mask.
 
 
-def _encode(x: Tensor, largest: Tensor, random: Tensor, mantissa_bits: int) -> tuple[Tensor, Tensor]:
-    """fp32 x [groups, GROUP], largest [groups] -> int32 codes, their sign in bit 11, and exponents [groups]."""
+def _encode(x: Tensor, unit: float, largest: Tensor, random: Tensor, mantissa_bits: int) -> tuple[Tensor, Tensor]:
+    """unit * x, fp32 [groups, GROUP], largest [groups] -> int32 codes, their sign in bit 11, and exponents [groups]."""
     dropped = 23 - mantissa_bits
     # one more where the largest would round up to the next power of two
     exponents = largest.view(torch.int32) + (1 << dropped) - 1 >> 23
     exponents = torch.where(exponents >= NAN_EXPONENT - 1, NAN_EXPONENT, exponents.clamp(min=LOWEST_EXPONENT))
-    power = (254 - exponents << 23).view(torch.float32)[:, None]
+    power = (254 - exponents << 23).view(torch.float32)[:, None] * unit
     # The second product brings the exponent to 15 .. 0 in fp32, where 0 is that of denormals, evenly spaced
     bits = (x * power * FP32_TO_CODE).view(torch.int32)
     return upper_bits(bits + random, 32 - dropped), exponents
@@ -152,19 +157,18 @@ def _read(moments: dict[str, Tensor], name: str) -> Tensor:
     return x * power
 
 
-def _in_8_bits(m: Tensor, root: Tensor, random_m: Tensor, random_v: Tensor) -> dict[str, Tensor]:
-    """m and sqrt(v), fp32 [numel], as 8bit moments hold them."""
+def _in_8_bits(m: Tensor, root: Tensor, unit: float, random: Tensor) -> dict[str, Tensor]:
+    """m and unit times root, fp32 [numel], as 8bit moments hold them."""
     n = m.numel()
-    m, root, random_m, random_v = (
-        torch.nn.functional.pad(x, (0, -n % GROUP)).view(-1, GROUP) for x in (m, root, random_m, random_v)
-    )
+    m, root, random = (torch.nn.functional.pad(x, (0, -n % GROUP)).view(-1, GROUP) for x in (m, root, random))
     largest_m = m.abs().nan_to_num(0.0, torch.inf).amax(1)  # where m is NaN, so is the root
-    m_codes, m_exponents = _encode(m, largest_m, upper_bits(random_m, 20), 3)
-    m_codes = m_codes | m_codes >> 4 & 0x80
-    v_codes, v_exponents = _encode(root, root.abs().amax(1), upper_bits(random_v, 19), 4)
-    # Never 0 for what is more: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
-    v_codes = torch.maximum(v_codes, root.view(torch.int32).clamp(max=1))
-    m_exponents = torch.where(root.isnan().any(1), NAN_EXPONENT, m_exponents)
+    largest_root = root.abs().amax(1) * unit
+    m_codes, m_exponents = _encode(m, 1.0, largest_m, upper_bits(random, 20), 3)
+    m_codes = m_codes & 0x7F | m_codes >> 4 & 0x80
+    v_codes, v_exponents = _encode(root, unit, largest_root, lower_bits(random, 19), 4)
+    # Not 0 beside a number: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
+    v_codes = torch.maximum(v_codes, (largest_root != 0).int()[:, None])
+    m_exponents = torch.where(largest_root.isnan(), NAN_EXPONENT, m_exponents)
     stored = {"exp_avg": m_codes.flatten()[:n], "exp_avg_sq": v_codes.flatten()[:n]}
     stored |= {"exp_avg_exponents": m_exponents, "exp_avg_sq_exponents": v_exponents}
     return {name: x.to(torch.uint8) for name, x in stored.items()}
@@ -183,7 +187,8 @@ def adamw_reference_(
     """
     lr, c1, c2, gradient_scale, found_inf = scalars.unbind()
     dtype = moments["exp_avg"].dtype
-    random_m, random_v = random_words_reference(torch.arange(high.numel(), device=high.device), seed)
+    random = random_words_reference(torch.arange(high.numel(), device=high.device), seed)
+    unit = _root_unit(beta1, beta2) if dtype == torch.uint8 else 1.0
     w, g = join(high, low).flatten(), gradient.float().flatten()
     (m, m_power), (v, v_power) = _parts(moments, "exp_avg"), _parts(moments, "exp_avg_sq")
 
@@ -191,7 +196,8 @@ def adamw_reference_(
     if dtype == torch.uint8:
         g = g * (gradient_scale * (1 - beta1))
         m = m * (beta1 * m_power) + g
-        v = v * v * (beta2 * (v_power * v_power)) + g * g * ((1 - beta2) / (1 - beta1) ** 2)
+        old_root = v * (beta2**0.5 / unit * v_power)
+        v = g * g + old_root * old_root
     else:  # finer than beta1 in fp32, which is a few parts of 1 - beta1 in ten millions off
         g = g * gradient_scale
         m = m + (1 - beta1) * (g - m)
@@ -199,24 +205,34 @@ def adamw_reference_(
     root = v.double().sqrt().float()  # rounded to nearest, which PyTorch's fp32 root is not always on a CPU
     divisor = root
     if dtype == torch.uint8:
-        divisor = torch.maximum(root, m.abs() * smallest_root(beta1, beta2))
-    # A quotient by the square of 1 / sqrt, which is an instruction of GPUs; never by 0, though eps be next to nothing
-    inverse_step = c1 / (lr * c2)  # inf if lr is 0: not times a divisor that may be 0 too
+        divisor = torch.maximum(root, m.abs() * (smallest_root(beta1, beta2) / unit))
+    # Quotients by the square of 1 / sqrt, which is an instruction of GPUs; never by 0, though eps be next to nothing
+    inverse_step = _inverse_root(lr * c2)  # inf if lr is 0: not times a divisor that may be 0 too
+    inverse_step = inverse_step * c1 * inverse_step
     least = (c2 * eps).clamp(min=SMALLEST_NORMAL) * inverse_step
-    y = 1 / (divisor * inverse_step.clamp(max=LARGEST_BF16) + least).double().sqrt().float()
+    y = _inverse_root(divisor * (inverse_step * unit).clamp(max=LARGEST_BF16) + least)
     w = w - m * y * y
 
     new_high, new_low = split(w)
     new = {"high": new_high, "low": new_low}
     if dtype == torch.uint8:
-        new |= _in_8_bits(m, root, random_m, random_v)
+        new |= _in_8_bits(m, root, unit, random)
     elif dtype == torch.bfloat16:
-        new |= {"exp_avg": to_bf16(m, upper_bits(random_m, 16)), "exp_avg_sq": to_bf16(v, upper_bits(random_v, 16))}
+        new |= {"exp_avg": to_bf16(m, upper_bits(random, 16)), "exp_avg_sq": to_bf16(v, lower_bits(random, 16))}
     else:
         new |= {"exp_avg": m, "exp_avg_sq": v}
     skip = found_inf != 0
     for name, old in ({"high": high, "low": low} | moments).items():
         old.copy_(torch.where(skip, old, new[name].view(old.shape)))
+
+
+def _inverse_root(x: Tensor) -> Tensor:
+    return 1 / x.double().sqrt().float()
+
+
+def _root_unit(beta1: float, beta2: float) -> float:
+    """What sqrt(v) is counted in, so that v <- b2 v + ((1 - b1) g)^2."""
+    return (1 - beta2) ** 0.5 / (1 - beta1)
 
 
 def smallest_root(beta1: float, beta2: float) -> float:
@@ -228,41 +244,145 @@ def smallest_root(beta1: float, beta2: float) -> float:
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
-# A program takes BLOCK consecutive elements, as [GROUP / VECTOR, BLOCK / GROUP, VECTOR]. Each of 128 threads has VECTOR
-# = 8 in a row, 16 bytes of bf16, and a group is one warp's: its largest is found among a thread's own, then the warp's.
-# With fp32 moments each of 256 threads has 4, 16 bytes of those: with 8, values would pass through shared memory from
-# the layout of one width to that of the other.
+# A program takes BLOCK consecutive elements, as [BLOCK / GROUP, GROUP]. Each of 128 threads has 8 in a row, 16 bytes of
+# bf16, and a group is one warp's: its largest is found among a thread's own, then the warp's. With fp32 moments each of
+# 256 threads has 4, 16 bytes of those: with 8, values would pass through shared memory from the layout of one width to
+# that of the other. With 8-bit moments and another limit on registers, or none, ptxas loads the weights only when m and
+# v are computed, and a thread waits for memory twice.
 
 BLOCK, NUM_WARPS, NUM_WARPS_FP32 = 1024, 4, 8
+MOST_REGISTERS = {torch.float32: None, torch.bfloat16: None, torch.uint8: 56}
 _GROUP, _CODE_TO_FP32, _FP32_TO_CODE = (tl.constexpr(x) for x in (GROUP, CODE_TO_FP32, FP32_TO_CODE))
 _LOWEST_EXPONENT, _NAN_EXPONENT = tl.constexpr(LOWEST_EXPONENT), tl.constexpr(NAN_EXPONENT)
 _LARGEST_BF16, _SMALLEST_NORMAL = tl.constexpr(LARGEST_BF16), tl.constexpr(SMALLEST_NORMAL)
 
 
 @triton.jit
-def _power_of(b_exponents):
-    b_exponents = tl.maximum(b_exponents.to(tl.int32), _LOWEST_EXPONENT)
-    b_power = (b_exponents << 23) | tl.where(b_exponents == _NAN_EXPONENT, 1, 0)
-    return b_power.to(tl.float32, bitcast=True)[None, :, None]
+def _even_odd(b_x):
+    """[rows, columns] -> two [rows, columns / 2]: neighbours are one thread's, so nothing moves."""
+    return tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]))
 
 
 @triton.jit
-def _encoded(b_x, b_largest, b_random, MANTISSA_BITS: tl.constexpr):
+def _interleaved(b_even, b_odd):
+    return tl.reshape(tl.join(b_even, b_odd), [b_even.shape[0], b_even.shape[1] * 2])
+
+
+@triton.jit
+def _every_fourth(b_x):
+    """The first, second, third and last of each four elements."""
+    b_even, b_odd = _even_odd(b_x)
+    b_0, b_2 = _even_odd(b_even)
+    b_1, b_3 = _even_odd(b_odd)
+    return b_0, b_1, b_2, b_3
+
+
+@triton.jit
+def _fours(b_0, b_1, b_2, b_3):
+    return _interleaved(_interleaved(b_0, b_2), _interleaved(b_1, b_3))
+
+
+@triton.jit
+def _joined(b_high, b_low):
+    """``join``. Two weights at once are words as they were loaded, and take four instructions."""
+    b_even, b_odd = _even_odd(b_high.to(tl.uint16, bitcast=True))
+    b_high = (b_even.to(tl.uint32) | (b_odd.to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
+    b_even, b_odd = _even_odd(b_low.to(tl.uint16, bitcast=True))
+    b_low = (b_even.to(tl.uint32) | (b_odd.to(tl.uint32) << 16)).to(tl.int32, bitcast=True)
+    b_bits = _interleaved((b_high << 16) + ((b_low << 16) >> 16), (b_high & -0x10000) + (b_low >> 16))
+    return b_bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _load_codes(p, i_start, o_block, o_word, n, WHOLE: tl.constexpr):
+    """As words of four codes each."""
+    if WHOLE:
+        return tl.load(p.to(tl.pointer_type(tl.uint32)) + i_start // 4 + o_word)
+    b_codes = tl.load(p + i_start + o_block, mask=i_start + o_block < n, other=0).to(tl.uint32)
+    b_0, b_1, b_2, b_3 = _every_fourth(b_codes)
+    return b_0 | (b_1 << 8) | (b_2 << 16) | (b_3 << 24)
+
+
+@triton.jit
+def _store_codes(p, b_words, i_start, o_block, o_word, n, found_inf, WHOLE: tl.constexpr):
+    if WHOLE:
+        m = tl.zeros_like(o_word) + found_inf == 0.0
+        tl.store(p.to(tl.pointer_type(tl.uint32)) + i_start // 4 + o_word, b_words, mask=m)
+    else:
+        m = (i_start + o_block < n) & (tl.zeros_like(o_block) + found_inf == 0.0)
+        b_codes = _fours(b_words, b_words >> 8, b_words >> 16, b_words >> 24)
+        tl.store(p + i_start + o_block, b_codes.to(tl.uint8), mask=m)
+
+
+@triton.jit
+def _power_of(b_exponents):
+    b_exponents = b_exponents.to(tl.int32)
+    b_power = (b_exponents << 23) | tl.where(b_exponents == _NAN_EXPONENT, 1, 0)
+    return b_power.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _decoded_m(b_words):
+    """The codes' bits in their places of fp16, two in a word; of those of fp32 they would be one more product away."""
+    b_even = ((b_words << 8) & 0x80008000) | ((b_words << 7) & 0x3F803F80)
+    b_odd = (b_words & 0x80008000) | ((b_words >> 1) & 0x3F803F80)
+    b_halves = _fours(b_even, b_odd, b_even >> 16, b_odd >> 16).to(tl.uint16)
+    return b_halves.to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _decoded_root(b_words):
+    """The codes' bits in their places of fp32, times 2^112."""
+    PLACES: tl.constexpr = 0xFF << 19
+    b_bits = _fours(
+        (b_words << 19) & PLACES, (b_words << 11) & PLACES, (b_words << 3) & PLACES, (b_words >> 5) & PLACES
+    )
+    return b_bits.to(tl.float32, bitcast=True) * _CODE_TO_FP32
+
+
+@triton.jit
+def _largest_bits(b_x):
+    """[rows, 1]: of a thread's own, then of the warp, as integers: that is one instruction, and NaN is the largest."""
+    b_bits = tl.max(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 8, 8]), 2).to(tl.uint32, bitcast=True)
+    b_bits = (b_bits & 0x7FFFFFFF).to(tl.int32, bitcast=True)  # a CPU's NaN may have a sign
+    return tl.max(b_bits, 1, keep_dims=True).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
+def _scaled(b_x, unit, b_largest, MANTISSA_BITS: tl.constexpr):
+    """The bits that a code is the upper ones of, and exponents [rows, 1]."""
     DROPPED: tl.constexpr = 23 - MANTISSA_BITS
     b_exponents = ((b_largest + ((1 << DROPPED) - 1)) >> 23).to(tl.int32)
     b_exponents = tl.where(b_exponents >= _NAN_EXPONENT - 1, _NAN_EXPONENT, tl.maximum(b_exponents, _LOWEST_EXPONENT))
-    b_power = ((254 - b_exponents) << 23).to(tl.float32, bitcast=True)[None, :, None]
-    b_bits = (b_x * b_power * _FP32_TO_CODE).to(tl.uint32, bitcast=True)
-    return b_bits + (b_random >> (32 - DROPPED)), b_exponents
+    b_power = ((254 - b_exponents) << 23).to(tl.float32, bitcast=True) * unit
+    return (b_x * b_power * _FP32_TO_CODE).to(tl.uint32, bitcast=True), b_exponents
+
+
+@triton.jit
+def _encoded_m(b_bits):
+    """Words of four codes: of each the sign, bit 31, and bits 26 to 20."""
+    b_0, b_1, b_2, b_3 = _every_fourth(b_bits)
+    b_even, b_odd = (b_0 >> 16) | (b_2 & 0xFFFF0000), (b_1 >> 16) | (b_3 & 0xFFFF0000)
+    b_even = (b_even & 0x80008000) | ((b_even << 4) & 0x7FFF7FFF)
+    b_odd = (b_odd & 0x80008000) | ((b_odd << 4) & 0x7FFF7FFF)
+    return ((b_even >> 8) & 0x00FF00FF) | (b_odd & 0xFF00FF00)
+
+
+@triton.jit
+def _encoded_root(b_bits):
+    """Words of four codes: of each bits 26 to 19."""
+    b_0, b_1, b_2, b_3 = _every_fourth(b_bits)
+    return ((b_0 >> 19) & 0xFF) | ((b_1 >> 11) & 0xFF00) | ((b_2 >> 3) & 0xFF0000) | ((b_3 << 5) & 0xFF000000)
 
 
 @triton.jit(do_not_specialize=["first_key", "second_key"])
 def adamw_kernel(
     p_high, p_low, p_gradient, p_m, p_v, p_m_exponents, p_v_exponents, p_scalars,
     n, first_key, second_key,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, square_factor, eps, weight_decay, smallest_root,
-    EIGHT_BITS: tl.constexpr, VECTOR: tl.constexpr, BLOCK: tl.constexpr,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, unit, root_factor, eps, weight_decay, smallest_root,
+    EIGHT_BITS: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """unit is that of sqrt(v), of which root_factor and smallest_root are multiples."""
     lr = tl.load(p_scalars)
     c1 = tl.load(p_scalars + 1)
     c2 = tl.load(p_scalars + 2)
@@ -271,38 +391,37 @@ def adamw_kernel(
 
     ROWS: tl.constexpr = BLOCK // _GROUP
     i_start = tl.program_id(0).to(tl.int64) * BLOCK
-    o_block = tl.arange(0, _GROUP // VECTOR)[:, None, None] * VECTOR + tl.arange(0, VECTOR)[None, None, :]
-    o_block = tl.arange(0, ROWS)[None, :, None] * _GROUP + o_block
-    m = i_start + o_block < n
+    o_row = tl.arange(0, ROWS)[:, None]
+    o_block = o_row * _GROUP + tl.arange(0, _GROUP)[None, :]
+    m = tl.full(o_block.shape, True, tl.int1) if WHOLE else i_start + o_block < n
     b_high = tl.load(p_high + i_start + o_block, mask=m, other=0.0)
     b_low = tl.load(p_low + i_start + o_block, mask=m, other=0)
     b_gradient = tl.load(p_gradient + i_start + o_block, mask=m, other=0.0)
-    b_old_m = tl.load(p_m + i_start + o_block, mask=m, other=0)
-    b_old_v = tl.load(p_v + i_start + o_block, mask=m, other=0)
     if EIGHT_BITS:
-        i_group = i_start // _GROUP + tl.arange(0, ROWS)
-        m_group = i_group * _GROUP < n
+        o_word = o_row * (_GROUP // 4) + tl.arange(0, _GROUP // 4)[None, :]
+        b_old_m = _load_codes(p_m, i_start, o_block, o_word, n, WHOLE)
+        b_old_v = _load_codes(p_v, i_start, o_block, o_word, n, WHOLE)
+        i_group = i_start // _GROUP + o_row
+        m_group = tl.full(o_row.shape, True, tl.int1) if WHOLE else i_group * _GROUP < n
         b_old_m_exponents = tl.load(p_m_exponents + i_group, mask=m_group, other=0)
         b_old_v_exponents = tl.load(p_v_exponents + i_group, mask=m_group, other=0)
-        m_group_store = m_group & (tl.zeros_like(i_group) + found_inf == 0.0)
+    else:
+        b_old_m = tl.load(p_m + i_start + o_block, mask=m, other=0)
+        b_old_v = tl.load(p_v + i_start + o_block, mask=m, other=0)
 
     # A mask and no branch, so that all loads are under way at once. Added to zeros, because a scalar condition is no
     # mask in the interpreter (triton 3.9: "ufunc 'bitwise_and' not supported")
     m_store = m & (tl.zeros_like(o_block) + found_inf == 0.0)
-    b_w = ((b_high.to(tl.int16, bitcast=True).to(tl.int32) << 16) + b_low.to(tl.int32)).to(tl.float32, bitcast=True)
+    b_w = _joined(b_high, b_low)
     if p_gradient.dtype.element_ty == tl.bfloat16:  # of two in a register this is one instruction each
         b_g = (b_gradient.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
     else:
         b_g = b_gradient
     if EIGHT_BITS:
-        # the codes' bits in their places of fp32, times 2^112; the groups' powers go with the betas
-        b_m = (b_old_m.to(tl.int8, bitcast=True).to(tl.int32) << 20) & -0x78000001
-        b_m = b_m.to(tl.float32, bitcast=True) * _CODE_TO_FP32
-        b_root = (b_old_v.to(tl.int32) << 19).to(tl.float32, bitcast=True) * _CODE_TO_FP32
-        b_power = _power_of(b_old_v_exponents)  # its square is inf from 2^64 on, as v itself
         b_g = b_g * (gradient_scale * one_minus_beta1)
-        b_m = b_m * (beta1 * _power_of(b_old_m_exponents)) + b_g
-        b_v = b_root * b_root * (beta2 * (b_power * b_power)) + b_g * b_g * square_factor
+        b_m = _decoded_m(b_old_m) * (beta1 * _power_of(b_old_m_exponents)) + b_g
+        b_old_root = _decoded_root(b_old_v) * (root_factor * _power_of(b_old_v_exponents))
+        b_v = b_g * b_g + b_old_root * b_old_root
     else:
         b_m, b_v, b_g = b_old_m.to(tl.float32), b_old_v.to(tl.float32), b_g * gradient_scale
         b_m = b_m + one_minus_beta1 * (b_g - b_m)
@@ -311,9 +430,10 @@ def adamw_kernel(
     b_divisor = b_root
     if EIGHT_BITS:
         b_divisor = tl.maximum(b_root, tl.abs(b_m) * smallest_root, propagate_nan=tl.PropagateNan.ALL)
-    inverse_step = c1 / (lr * c2)  # inf if lr is 0: not times a divisor that may be 0 too
+    inverse_step = tl.rsqrt(lr * c2)  # inf if lr is 0: not times a divisor that may be 0 too
+    inverse_step = inverse_step * c1 * inverse_step
     least = tl.maximum(c2 * eps, _SMALLEST_NORMAL) * inverse_step
-    b_y = tl.rsqrt(b_divisor * tl.minimum(inverse_step, _LARGEST_BF16) + least)
+    b_y = tl.rsqrt(b_divisor * tl.minimum(inverse_step * unit, _LARGEST_BF16) + least)
     b_w = b_w - lr * weight_decay * b_w
     b_w = b_w - b_m * b_y * b_y
 
@@ -322,28 +442,34 @@ def adamw_kernel(
     b_new_high = (b_bits + 0x8000) >> 16
     tl.store(p_high + i_start + o_block, b_new_high.to(tl.int16).to(tl.bfloat16, bitcast=True), mask=m_store)
     tl.store(p_low + i_start + o_block, b_bits.to(tl.int16), mask=m_store)
-    b_random_m, b_random_v = random_words(i_start, o_block, first_key, second_key)
+    o_hash = o_row * (_GROUP // 8) + tl.arange(0, _GROUP // 8)[None, :]
+    b_random = tl.reshape(random_words(i_start, o_hash[:, :, None], first_key, second_key), [ROWS, _GROUP])
     if EIGHT_BITS:
-        # As integers, the largest root is NaN if there is one. The largest m is found among floats, whose sign is
-        # dropped at no cost; that may pass over a NaN, but there the root is NaN too
-        b_largest_root = tl.max(tl.max(b_root.to(tl.uint32, bitcast=True), 2), 0)
-        b_largest_root = tl.minimum(b_largest_root, 0x7FFFFFFF)  # a CPU's NaN may have a sign
-        b_bits, b_v_exponents = _encoded(b_root, b_largest_root, b_random_v, 4)
-        # Never 0 for what is more: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
-        b_codes = tl.maximum((b_bits >> 19).to(tl.int32), tl.minimum(b_root.to(tl.int32, bitcast=True), 1))
-        tl.store(p_v + i_start + o_block, b_codes.to(tl.uint8), mask=m_store)
-        b_largest = tl.max(tl.max(tl.abs(b_m), 2).to(tl.uint32, bitcast=True), 0)
-        b_bits, b_m_exponents = _encoded(b_m, b_largest, b_random_m, 3)
-        tl.store(p_m + i_start + o_block, ((b_bits >> 20) | ((b_bits >> 24) & 0x80)).to(tl.uint8), mask=m_store)
+        b_largest_root = _largest_bits(b_root.to(tl.uint32, bitcast=True)).to(tl.float32, bitcast=True) * unit
+        b_largest_root = b_largest_root.to(tl.uint32, bitcast=True)
+        b_bits, b_v_exponents = _scaled(b_root, unit, b_largest_root, 4)
+        # Not 0 beside a number: m may be rounded up, and m / (0 + eps) would be a thousand steps at once
+        b_least_bits = tl.where(b_largest_root == 0, 0, 1 << 19).to(tl.uint32)
+        b_words = _encoded_root(tl.maximum(b_bits + (b_random & 0x7FFFF), b_least_bits))
+        _store_codes(p_v, b_words, i_start, o_block, o_word, n, found_inf, WHOLE)
+        # Among floats, whose sign is dropped at no cost; that may pass over a NaN, but there the root is NaN too
+        b_bits, b_m_exponents = _scaled(b_m, 1.0, _largest_bits(tl.abs(b_m)), 3)
+        b_words = _encoded_m(b_bits + (b_random >> 12))
+        _store_codes(p_m, b_words, i_start, o_block, o_word, n, found_inf, WHOLE)
         b_m_exponents = tl.where(b_largest_root > 0x7F800000, _NAN_EXPONENT, b_m_exponents)
-        tl.store(p_v_exponents + i_group, b_v_exponents.to(tl.uint8), mask=m_group_store)
-        tl.store(p_m_exponents + i_group, b_m_exponents.to(tl.uint8), mask=m_group_store)
+        # A warp's exponent is stored by the thread whose place in the warp is the group's in the program: along a row
+        # addresses follow each other, which makes Triton leave the warp its row. Else it goes by shared memory
+        o_lane = tl.broadcast_to(tl.arange(0, 32)[None, :], [ROWS, 32])
+        m_lane = (o_lane == o_row) & m_group & (tl.zeros_like(o_lane) + found_inf == 0.0)
+        i_lane = i_start // _GROUP + o_lane
+        tl.store(p_v_exponents + i_lane, tl.broadcast_to(b_v_exponents, [ROWS, 32]).to(tl.uint8), mask=m_lane)
+        tl.store(p_m_exponents + i_lane, tl.broadcast_to(b_m_exponents, [ROWS, 32]).to(tl.uint8), mask=m_lane)
     elif p_m.dtype.element_ty == tl.float32:
         tl.store(p_m + i_start + o_block, b_m, mask=m_store)
         tl.store(p_v + i_start + o_block, b_v, mask=m_store)
     else:
-        tl.store(p_m + i_start + o_block, round_to_bf16(b_m, (b_random_m >> 16).to(tl.int32)), mask=m_store)
-        tl.store(p_v + i_start + o_block, round_to_bf16(b_v, (b_random_v >> 16).to(tl.int32)), mask=m_store)
+        tl.store(p_m + i_start + o_block, round_to_bf16(b_m, (b_random >> 16).to(tl.int32)), mask=m_store)
+        tl.store(p_v + i_start + o_block, round_to_bf16(b_v, (b_random & 0xFFFF).to(tl.int32)), mask=m_store)
 
 
 # ----------------------------------------------------------------------------------------------------- public functions
@@ -373,14 +499,19 @@ def adamw_(
     if not runs_kernel(high):
         return adamw_reference_(high, low, gradient, moments, scalars, **settings)
     m, v = moments["exp_avg"], moments["exp_avg_sq"]
+    eight_bits = m.dtype == torch.uint8
+    unit = _root_unit(beta1, beta2) if eight_bits else 1.0
+    # Four codes are a word, and no program has elements that are not there
+    whole = eight_bits and high.numel() % BLOCK == 0 and m.data_ptr() % 4 == 0 and v.data_ptr() % 4 == 0
     launch(
         adamw_kernel, (cdiv(high.numel(), BLOCK),),
         high, low, gradient, m, v, moments.get("exp_avg_exponents", m), moments.get("exp_avg_sq_exponents", v), scalars,
         high.numel(), *keys_of(seed),
-        beta1, 1 - beta1, beta2, 1 - beta2, (1 - beta2) / (1 - beta1) ** 2,
-        eps, weight_decay, smallest_root(beta1, beta2),
-        EIGHT_BITS=m.dtype == torch.uint8, VECTOR=4 if m.dtype == torch.float32 else 8, BLOCK=BLOCK,
+        beta1, 1 - beta1, beta2, 1 - beta2, unit, beta2**0.5 / unit,
+        eps, weight_decay, smallest_root(beta1, beta2) / unit,
+        EIGHT_BITS=eight_bits, WHOLE=whole, BLOCK=BLOCK,
         num_warps=NUM_WARPS_FP32 if m.dtype == torch.float32 else NUM_WARPS,
+        maxnreg=MOST_REGISTERS[m.dtype],
     )  # fmt: skip
 
 

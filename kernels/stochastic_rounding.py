@@ -6,8 +6,8 @@ Neighbours in bf16 lie 2^-8 to 2^-7 of a number apart. What is added again and a
 as a micro batch's gradient to a sum or a step's change to a moment, would be lost each time if rounded to nearest. So
 16 random bits are added below the last bit that is kept, and the sum is truncated: right on average. The bits are a
 hash of the element's index with two keys made of the seed. There is no state, and equal inputs give equal bits. One
-hash serves four elements: eight products of it are two words for each of them, whose upper bits are used (by AdamW to
-round m and v).
+hash serves eight elements: a product of it is a word for each of them. AdamW rounds m by the upper bits of a word and v
+by the lower ones.
 """
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from halny.kernels.dispatch import cdiv, check_same_device, check_tensor, launch, runs_kernel
 
 LARGEST_BF16 = torch.finfo(torch.bfloat16).max
-FACTORS = tuple(0x846CA68B * 747796405**k % 2**32 for k in range(8))
+FACTOR, MULTIPLIER = 0x846CA68B, 0xC653279D
 
 
 # ------------------------------------------------------------------------------------------------------------ reference
@@ -38,28 +38,32 @@ def _signed(x: int) -> int:
     return (x & 0xFFFFFFFF ^ 0x80000000) - 0x80000000
 
 
-def random_words_reference(index: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-    """Two random words for each of the elements that index, int64, numbers: int32 of its shape, to be read from above.
+def random_words_reference(index: Tensor, seed: int) -> Tensor:
+    """A random word for each of the elements that index, int64, numbers: int32 of its shape.
 
     The hash lowbias32 (Wellons 2018, https://nullprogram.com/blog/2018/07/31/), with a key before its first product and
-    another after its second, of index // 4. The second product makes eight words of it, by powers of a multiplier (that
-    of PCG, O'Neill 2014). Any two of them are a lattice in the plane, whose shortest vector is 0.31 to 0.94 of the
-    longest that there can be: their upper bits are as good as independent. The lower ones are not, and the last step of
-    the hash, which would make them so, is left out.
+    another after its second, of index // 8: after 2^35 elements the words repeat. The second product makes eight words
+    of it, by powers of a multiplier; the last step of the hash is left out. Two words of a hash are a lattice in the
+    plane, and so are the lower 16 or 19 bits of two, and the upper ones of one with the lower ones of another. The
+    multiplier was searched for: in all of these the shortest vector is at least 0.54 of the longest that there can be.
+    So the upper bits are as good as independent. The lower 16 or 19 are as uniform, and the first 8 of them are too.
     """
     first, second = keys_of(seed)
-    x = index >> 2
-    x = x.int() ^ (x >> 32).int() * _signed(0x9E3779B9) ^ first
+    x = (index >> 3).int() ^ first
     x = (x ^ x >> 16 & 0xFFFF) * 0x7FEB352D
     x = x ^ x >> 15 & 0x1FFFF
-    factors = torch.tensor([_signed(factor) for factor in FACTORS], dtype=torch.int32, device=index.device)
-    which = index & 3
-    return x * factors[which] + second, x * factors[which + 4] + second
+    factors = [_signed(FACTOR * MULTIPLIER**k) for k in range(8)]
+    return x * torch.tensor(factors, dtype=torch.int32, device=index.device)[index & 7] + second
 
 
 def upper_bits(word: Tensor, bits: int) -> Tensor:
     """That many bits of a word, from its highest: 0 .. 2^bits - 1."""
     return word >> 32 - bits & (1 << bits) - 1
+
+
+def lower_bits(word: Tensor, bits: int) -> Tensor:
+    """That many bits of a word, to its lowest: 0 .. 2^bits - 1."""
+    return word & (1 << bits) - 1
 
 
 def to_bf16(x: Tensor, random: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ def to_bf16(x: Tensor, random: Tensor) -> Tensor:
 @torch.no_grad()
 def add_rounded_reference_(total: Tensor, x: Tensor, *, seed: int) -> None:
     """The definition of ``add_rounded_``, in plain PyTorch."""
-    random, _ = random_words_reference(torch.arange(total.numel(), device=total.device), seed)
+    random = random_words_reference(torch.arange(total.numel(), device=total.device), seed)
     total.copy_(to_bf16(total.float() + x.float(), upper_bits(random, 16).view(total.shape)))
 
 
@@ -82,21 +86,23 @@ def add_rounded_reference_(total: Tensor, x: Tensor, *, seed: int) -> None:
 
 BLOCK, NUM_WARPS = 1024, 4  # eight elements a thread, 16 bytes of bf16
 _LARGEST_BF16 = tl.constexpr(LARGEST_BF16)
-_F0, _F1, _F2, _F3, _F4, _F5, _F6, _F7 = (tl.constexpr(factor) for factor in FACTORS)
+_F, _M, _M2, _M4 = (tl.constexpr(x % 2**32) for x in (FACTOR, MULTIPLIER, MULTIPLIER**2, MULTIPLIER**4))
 
 
 @triton.jit
-def random_words(i_start, o_block, first, second):
-    """The four elements of a hash are one thread's, which makes it once and knows their factors when compiled."""
-    b_x = (o_block >> 2).to(tl.uint32) + (i_start >> 2).to(tl.uint32)
-    b_x = b_x ^ ((i_start >> 34).to(tl.uint32) * 0x9E3779B9) ^ first.to(tl.uint32, bitcast=True)
+def random_words(i_start, o_hash, first, second):
+    """Words [..., 8] of the elements from i_start + 8 o_hash on, o_hash [..., 1].
+
+    A thread that has all eight makes their hash once, and the powers of the multiplier are known when compiled.
+    """
+    b_x = (o_hash.to(tl.uint32) + (i_start >> 3).to(tl.uint32)) ^ first.to(tl.uint32, bitcast=True)
     b_x = (b_x ^ (b_x >> 16)) * 0x7FEB352D
     b_x = b_x ^ (b_x >> 15)
-    m_odd, m_late = (o_block & 1) == 1, (o_block & 2) == 2
-    b_one = tl.where(m_late, tl.where(m_odd, _F3, _F2), tl.where(m_odd, _F1, _F0)).to(tl.uint32)
-    b_other = tl.where(m_late, tl.where(m_odd, _F7, _F6), tl.where(m_odd, _F5, _F4)).to(tl.uint32)
-    second = second.to(tl.uint32, bitcast=True)
-    return b_x * b_one + second, b_x * b_other + second
+    o = tl.arange(0, 8)
+    b_factor = _F * tl.where((o & 1) != 0, _M, 1).to(tl.uint32)
+    b_factor *= tl.where((o & 2) != 0, _M2, 1).to(tl.uint32)
+    b_factor *= tl.where((o & 4) != 0, _M4, 1).to(tl.uint32)
+    return b_x * b_factor + second.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
@@ -110,7 +116,8 @@ def add_rounded_kernel(p_total, p_x, n, first_key, second_key, BLOCK: tl.constex
     i_start = tl.program_id(0).to(tl.int64) * BLOCK
     o_block = tl.arange(0, BLOCK)
     m = i_start + o_block < n
-    b_random, _ = random_words(i_start, o_block, first_key, second_key)
+    b_random = random_words(i_start, tl.arange(0, BLOCK // 8)[:, None], first_key, second_key)
+    b_random = tl.reshape(b_random, [BLOCK])
     b_sum = tl.load(p_total + i_start + o_block, mask=m, other=0.0).to(tl.float32)
     b_sum += tl.load(p_x + i_start + o_block, mask=m, other=0.0).to(tl.float32)
     tl.store(p_total + i_start + o_block, round_to_bf16(b_sum, (b_random >> 16).to(tl.int32)), mask=m)

@@ -12,7 +12,7 @@ import torch
 from helpers import assert_close_to_truth, assert_passes_in_the_interpreter
 from torch import Tensor
 
-from bench import convergence
+from bench import aot, convergence
 from halny.kernels import adamw, dispatch, stochastic_rounding
 from halny.kernels.adamw import GROUP, MOMENTS, adamw_, join, moment_bytes, new_moments, split
 from halny.kernels.stochastic_rounding import (
@@ -196,25 +196,25 @@ def test_nan_of_any_kind_stays_one():
 def test_random_bits():
     """Uniform, and neither neighbouring elements, m and v, halves nor seeds know of each other: all within 5 sigma.
 
-    Of the 20 bits that are used; four elements share a hash, so that their quarter is what is independent by design.
+    Of the 20 bits that are used for m and the 19 for v, of whose lower ones neighbours do know: 8 of them are compared.
+    Eight elements share a hash, so that their eighth is what is independent by design.
     """
     n = 2**20
     index = torch.arange(n)
-    (m, v), other_seed, far = (
-        random_words_reference(index + start, seed) for start, seed in ((0, 7), (0, 8), (2**34, 7))
-    )
-    sigma = 0.5 / (n / 4) ** 0.5
+    words = [random_words_reference(index + start, seed) for start, seed in ((0, 7), (0, 8), (2**34, 7))]
+    (m, v), *others = ((word, word << 13) for word in words)  # the used bits of both are the upper ones now
+    sigma = 0.5 / (n / 8) ** 0.5
 
-    def farthest(word: Tensor) -> float:
-        """From a half: the share of ones at each of the 20 bits."""
-        return max(abs(((word >> bit) & 1).sum().item() / n - 0.5) for bit in range(12, 32))
+    def farthest(word: Tensor, bits: int) -> float:
+        """From a half: the share of ones at each of the upper bits."""
+        return max(abs(((word >> bit) & 1).sum().item() / n - 0.5) for bit in range(32 - bits, 32))
 
-    for word in (m, v):
-        assert farthest(word) < 5 * sigma
-        neighbours = [x.roll(places) for x in (m, v) for places in (1, 2, 3, 4, 256)]
-        halves = (word >> 10 & 0x3FF000) | (word << 10)  # the 20 bits, turned by 10
-        for other in (*other_seed, *far, *neighbours, v if word is m else m, halves):
-            assert farthest(word ^ other) < 5 * sigma
+    for word, used, compared in ((m, 20, 20), (v, 19, 8)):
+        assert farthest(word, used) < 5 * sigma
+        neighbours = [x.roll(places) for x in (m, v) for places in (*range(1, 9), 256)]
+        halves = (word >> 10 & 0x3FF000) | (word << 10)  # the upper 20 bits, turned by 10
+        for other in (*(x for pair in others for x in pair), *neighbours, v if word is m else m, halves):
+            assert farthest(word ^ other, compared) < 5 * sigma
     assert len({keys_of(seed) for seed in (-1, 0, 1, 2**31, 2**63, 2**64 - 2)}) == 6
 
 
@@ -295,10 +295,25 @@ def test_eight_bits_hold_every_small_float(name, exponent_bits, mantissa_bits, e
     x = torch.cat([x.flatten(), -x.flatten()])[-GROUP:] if name == "exp_avg" else x.flatten()
     assert len(x.unique()) == (255 if name == "exp_avg" else 256)
     x = (x * 2.0**exponent).float()
-    if name == "exp_avg_sq" and abs(exponent) > 40:
-        return  # the square of a gradient leaves fp32
+    expected = x
+    if name == "exp_avg_sq":
+        if abs(exponent) > 40:
+            return  # the square of a gradient leaves fp32
+        assert x[0] == 0
+        expected = x.clone()
+        expected[0] = x[1]  # the floor
     for seed in range(3):
-        assert torch.equal(read(stored(x, "8bit", seed), name), x)
+        assert torch.equal(read(stored(x, "8bit", seed), name), expected)
+
+
+def test_a_root_beside_a_number_is_not_zero():
+    """It is the smallest number of its group, whatever the seed; a group of zeros stays one."""
+    g = torch.zeros(3 * GROUP)
+    g[GROUP + 5] = -1.0
+    for seed in range(3):
+        root = read(stored(g, "8bit", seed), "exp_avg_sq").view(3, GROUP)
+        assert not root[0].any() and not root[2].any() and root[1, 5] == 1
+        assert (root[1, :5] == 2.0**-18).all() and (root[1, 6:] == 2.0**-18).all()
 
 
 @pytest.mark.parametrize("moments, relative", [("fp32", (0, 0)), ("bf16", (2**-7, 2**-7)), ("8bit", (2**-3, 2**-4))])
@@ -342,17 +357,17 @@ def test_eight_bits_are_unbiased():
 
 
 def test_neighbours_are_rounded_independently():
-    """Of four elements that share a hash and the next four, m and v: any two go up together as often as by chance."""
+    """Of eight elements that share a hash and the next eight, m and v: any two go up together as often as by chance."""
     rows = 512 if not dispatch.INTERPRETED else 64
     g = torch.full((rows, GROUP), 1 + 0.3 * 2.0**-4)  # 0.15 of a step for m, 0.3 for sqrt(v)
     state = stored(g, "8bit", seed=11)
-    up = torch.stack([read(state, name).view(-1, 8) > g[0, 0] for name in ("exp_avg", "exp_avg_sq")], 1).flatten(1)
-    up = up.double()  # [rows * GROUP / 8, m and v of eight neighbours]
-    share = torch.tensor([0.15] * 8 + [0.3] * 8).double()
+    up = torch.stack([read(state, name).view(-1, 16) > g[0, 0] for name in ("exp_avg", "exp_avg_sq")], 1).flatten(1)
+    up = up.double()  # [rows * GROUP / 16, m and v of sixteen neighbours]
+    share = torch.tensor([0.15] * 16 + [0.3] * 16).double()
     deviation = (share * (1 - share)).sqrt()
     scaled = (up - share) / deviation
     assert (scaled.mean(0).abs() < 5 / len(up) ** 0.5).all()
-    correlation = scaled.T @ scaled / len(up) - torch.eye(16)
+    correlation = scaled.T @ scaled / len(up) - torch.eye(32)
     correlation.fill_diagonal_(0)
     assert correlation.abs().max() < 5 / len(up) ** 0.5
 
@@ -484,6 +499,38 @@ def test_nothing_else_is_touched_and_the_kernel_is_the_reference(moments, dtype,
         assert torch.equal(ours.isnan(), reference.isnan())
         assert torch.equal(ours.nan_to_num(), reference.nan_to_num())
     assert all((buffer[-1031:] == 77).all() for buffer in poisoned)
+
+
+@needs_kernels
+def test_codes_are_the_same_one_by_one_and_in_words(launches):
+    """A whole number of programs moves four codes at once; any other, or codes that begin anywhere, go one by one."""
+    n = 2 * adamw.BLOCK
+    weight, gradients = torch.randn(n + 1), torch.randn(2, n + 1)
+    results = []
+    for size, offset in ((n, 0), (n + 1, 0), (n, 3)):
+        (high, low), state = split(weight[:size]), new_moments(weight[:size], "8bit")
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = torch.zeros(size + offset, dtype=torch.uint8)[offset:]
+        for step, g in enumerate(gradients, start=1):
+            adamw_(high, low, g[:size].contiguous(), state, scalars_of(step), **SETTINGS, seed=step)
+        results.append([x[:n] for x in (high, low, state["exp_avg"], state["exp_avg_sq"])])
+    assert launches["adamw_kernel"] == 6
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@without_interpreter
+def test_words_are_moved_where_they_can_be():
+    """An address that 4 does not divide is none of a word, and a GPU would stop there."""
+    n = 2 * adamw.BLOCK
+    for size, offset, whole in ((n, 0, True), (n, 4, True), (n, 3, False), (n + 8, 0, False)):
+        high = torch.empty(size, dtype=torch.bfloat16, device="meta")
+        state = new_moments(high, "8bit")
+        state["exp_avg_sq"] = torch.empty(size + offset, dtype=torch.uint8, device="meta")[offset:]
+        scalars = torch.empty(5, device="meta")
+        arguments = (high, high.to(torch.int16), high, state, scalars)
+        (launch,) = aot.launches_of(lambda arguments=arguments: adamw_(*arguments, **SETTINGS, seed=0))
+        assert launch.constants["WHOLE"] == whole, (size, offset)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -647,7 +694,7 @@ def test_beyond_two_to_the_31_elements():
     x[-tail:] = torch.randn(tail, device="cuda")
     total[-tail:] = torch.randn(tail, device="cuda")
     index = torch.arange(n - tail, n, device="cuda")
-    random, _ = random_words_reference(index, 3)
+    random = random_words_reference(index, 3)
     expected = to_bf16(total[-tail:].float() + x[-tail:].float(), upper_bits(random, 16))
     add_rounded_(total, x, seed=3)
     assert torch.equal(total[-tail:], expected) and not total[: 2**20].any()
