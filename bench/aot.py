@@ -360,7 +360,7 @@ def issue_of(launch: Launch, code: tuple[machine_code.Instruction, ...]) -> Issu
             (path.special, machine_code.SPECIAL_RATE),
         )
     )
-    early = path.early_bytes / path.load_bytes
+    early = path.early_bytes / path.load_bytes if path.load_bytes else 1.0
     return Issue(largest.numel() // row, size(*read, *written), warps * path.instructions, *shares, early)
 
 
