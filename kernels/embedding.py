@@ -42,7 +42,7 @@ def embedding_reference(tokens: Tensor, weight: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------------- kernel
 
 # 8 columns a thread: 16 bytes of bf16. Most tokens are few, but every thirtieth one may be a comma: so up to MANY rows
-# are asked for at once, and a comma's 550 of 16,384 take some 0.1 ms, in which the other tokens' programs run.
+# are asked for at once, and a comma's 550 of 16,384 take some 0.1 ms (calculated), while other tokens' programs run.
 BLOCK_D, NUM_WARPS = 1024, 4
 MANY = tl.constexpr(8)
 
