@@ -2,7 +2,7 @@
 
     out[i] = weight[tokens[i]];   d_weight[t] = sum of d_out[i] over the i with tokens[i] = t
 
-The forward pass is PyTorch's gather. Its backward pass is two kernels: up to 3,072 tokens one whose sums now and then
+The forward pass is PyTorch's gather. Its backward pass is two kernels: up to 4,096 tokens one whose sums now and then
 differ from run to run (torch 2.11, embedding_backward_feature_kernel: warps read the tokens of one block while others
 load those of the next) and that in bf16 rounds every 32 tokens; above, a sort and partial sums, 0.9 ms for a 7B's
 16,384 tokens on an H200, where the bytes take 0.1.
