@@ -915,7 +915,7 @@ REFUSED = [
     (TypeError, "qkv", lambda: rope(qkv=[1.0])),
     (TypeError, "cos", lambda: rope(cos=i64(9, 4))),
     (TypeError, "sin", lambda: rope(sin=i64(9, 4))),
-    (ValueError, "qkv", lambda: rope(qkv=f32(2, 5, 32))),
+    (ValueError, "qkv", lambda: rope(qkv=f32(2, 5, 30))),
     (ValueError, "qkv", lambda: rope(qkv=f32(2, 5, 5, 8))),
     (ValueError, "head_dim", lambda: rope(qkv=f32(2, 5, 4, 7))),
     (ValueError, "cos", lambda: rope(cos=f32(9, 8), sin=f32(9, 8))),
