@@ -57,6 +57,10 @@ from halny.kernels.stochastic_rounding import add_rounded_, add_wide
 
 ARCHS = ("sm_80", "sm_90", "sm_100")
 
+# An H200: the rate at which it copies, and a clock between that of a kernel alone, 1.98 GHz, and that of the 7B's step
+# at 700 W, 1.49 GHz (bench/results/2026-11-27-NVIDIA-H200)
+MULTIPROCESSORS, BYTES_A_SECOND, HERTZ = 132, 4.3e12, 1.75e9
+
 # Recorded on sm_90 with triton 3.9, held by 3.6: name -> (most registers, most bytes of shared memory, global memory
 # instructions narrower than 16 bytes, most percent of the time of its bytes that a unit needs for its instructions).
 # The narrow ones are named: rstd, positions, a row's scalars; never a row's elements.
@@ -135,7 +139,7 @@ class Launch(NamedTuple):
 def launches_of(operation: Callable[[], object]) -> list[Launch]:
     """Those that an operation on meta tensors would make on a Hopper GPU, in order."""
     found: list[Launch] = []
-    gpu = dispatch.StandIn((9, 0), 132, (), record=lambda *launch: found.append(Launch(*launch)))
+    gpu = dispatch.StandIn((9, 0), MULTIPROCESSORS, (), record=lambda *launch: found.append(Launch(*launch)))
     with dispatch.stand_in(gpu):
         operation()
     return found
@@ -313,10 +317,6 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
     compiled = triton.compile(ASTSource(launch.kernel, *source), target=target, options=options.__dict__)
     return machine_code.compiled(compiled.asm["cubin"], compiled.metadata.shared)
 
-
-# An H200: the rate at which it copies, and a clock between that of a kernel alone, 1.98 GHz, and that of the 7B's step
-# at 700 W, 1.49 GHz (bench/results/2026-11-27-NVIDIA-H200)
-MULTIPROCESSORS, BYTES_A_SECOND, HERTZ = 132, 4.3e12, 1.75e9
 
 # Programs loop over rows, or over pieces of one: kernel -> how often, from the programs and the launch
 TRIPS: dict[str, Callable[[int, tuple, dict], float]] = {
