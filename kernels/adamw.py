@@ -54,6 +54,7 @@ from halny.kernels.stochastic_rounding import (
     round_to_bf16,
     to_bf16,
     upper_bits,
+    widened,
 )
 
 MOMENTS = ("fp32", "bf16", "8bit")
@@ -413,10 +414,7 @@ def adamw_kernel(
     # mask in the interpreter (triton 3.9: "ufunc 'bitwise_and' not supported")
     m_store = m & (tl.zeros_like(o_block) + found_inf == 0.0)
     b_w = _joined(b_high, b_low)
-    if p_gradient.dtype.element_ty == tl.bfloat16:  # of two in a register this is one instruction each
-        b_g = (b_gradient.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        b_g = b_gradient
+    b_g = widened(b_gradient)
     if EIGHT_BITS:
         b_g = b_g * (gradient_scale * one_minus_beta1)
         b_m = _decoded_m(b_old_m) * (beta1 * _power_of(b_old_m_exponents)) + b_g

@@ -32,6 +32,7 @@ from halny.kernels.dispatch import (
 )
 from halny.kernels.loss_reduction import check_labels, mean_scale, reduce_rows
 from halny.kernels.scale_gradient import scaled_gradient
+from halny.kernels.stochastic_rounding import widened
 
 
 def cross_entropy_reference(
@@ -61,15 +62,6 @@ def cross_entropy_reference(
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PADDING = tl.constexpr(64)  # the most columns of it
-
-
-@triton.jit
-def _wide(b_x):
-    """b_x in fp32. bf16 is the upper half of fp32: one shift or mask, where ptxas's conversion takes three for two."""
-    if b_x.dtype == tl.bfloat16:
-        return (b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return b_x.to(tl.float32)
 
 
 @triton.jit
@@ -155,11 +147,12 @@ def cross_entropy_kernel(
         b_sum = tl.zeros([LANES], tl.float32)
         i_start = 0
         while i_start + BLOCK < n_touchable:
-            b_x = _wide(tl.load(p_row + i_start + i_block, eviction_policy=KEEP))
+            b_x = widened(tl.load(p_row + i_start + i_block, eviction_policy=KEEP))
             b_most, b_sum, _ = _accumulate(b_most, b_sum, tl.reshape(b_x, SHAPE))
             i_start += BLOCK
         m_last = i_start + i_block < n_touchable
-        b_x = _wide(tl.load(p_row + i_start + i_block, mask=m_last, other=-float("inf"), eviction_policy="evict_first"))
+        b_last = tl.load(p_row + i_start + i_block, mask=m_last, other=-float("inf"), eviction_policy="evict_first")
+        b_x = widened(b_last)
         b_most, b_sum, b_e = _accumulate(b_most, b_sum, tl.reshape(b_x, SHAPE))
         b_most_with_target = b_most  # what b_e is relative to
 
@@ -171,7 +164,7 @@ def cross_entropy_kernel(
         i = tl.arange(0, LANES * AGAIN)
         i_again = i // VECTOR * (LANES * VECTOR) + i_target_lane * VECTOR + i % VECTOR
         m_again = (i_again < n_columns) & (i_again != i_target)
-        b_again = _wide(tl.load(p_row + i_again, mask=m_again, other=-float("inf")))
+        b_again = widened(tl.load(p_row + i_again, mask=m_again, other=-float("inf")))
         b_most = tl.where(i_lane == i_target_lane, -float("inf"), b_most)  # which makes 0 of its sum
         b_most, b_sum, _ = _accumulate(b_most, b_sum, tl.reshape(b_again, [1, LANES, AGAIN]))
 
@@ -192,7 +185,7 @@ def cross_entropy_kernel(
             tl.store(p_row_gradient + i_start + i_block, b_gradient, mask=m_last)
             while i_start > 0:
                 i_start -= BLOCK
-                b_x = _wide(tl.load(p_row + i_start + i_block, eviction_policy="evict_first"))
+                b_x = widened(tl.load(p_row + i_start + i_block, eviction_policy="evict_first"))
                 b_gradient = (tl.exp2((b_x - largest) * LOG2_E) * factor).to(p_gradient.dtype.element_ty)
                 tl.store(p_row_gradient + i_start + i_block, b_gradient)
             # The target's own, over what its exponential left there

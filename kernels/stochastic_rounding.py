@@ -107,6 +107,15 @@ def random_words(i_start, o_hash, first, second):
 
 
 @triton.jit
+def widened(b_x):
+    """b_x in fp32. bf16 is the upper half of fp32: one shift or mask, where ptxas's conversion takes three for two."""
+    if b_x.dtype == tl.bfloat16:
+        return (b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return b_x.to(tl.float32)
+
+
+@triton.jit
 def round_to_bf16(b_x, b_random):
     b_bits = b_x.to(tl.int32, bitcast=True) + tl.where(tl.abs(b_x) < _LARGEST_BF16, b_random, 0)
     return (b_bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
