@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from halny.kernels import dispatch
-from halny.kernels.dispatch import INTERPRETED, cdiv, launch, runs_kernel
+from halny.kernels.dispatch import INTERPRETED, cdiv, launch, runs_kernel, wants_gradient
 
 
 def chunk_cat_reference(tensors: Sequence[Tensor], dim: int, num_chunks: int, *, out: Tensor) -> None:
@@ -79,6 +79,7 @@ def fits(tensors: Sequence[Tensor], dim: int, num_chunks: int, out: Tensor) -> b
     """Whether the kernel makes of them what PyTorch makes: nothing to pad, nothing to round."""
     return (
         dim == 0
+        and not wants_gradient(*tensors, out)  # which PyTorch refuses, as of every function with an out
         and num_chunks > 0
         and out.dtype == torch.float32
         and out.is_contiguous()

@@ -22,7 +22,9 @@ from torch import Tensor
 from halny.kernels.dispatch import (
     cdiv,
     check_floating,
+    check_overwritable,
     check_same_device,
+    in_transform,
     launch,
     next_power_of_2,
     once_differentiable,
@@ -309,9 +311,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 class _CrossEntropyInPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits, labels, ignore_index, reduction):
-        rows, flat_labels = logits.view(-1, logits.shape[-1]), labels.reshape(-1).long().contiguous()
-        ctx.has_kernel = runs_kernel(logits) and logits.dtype != torch.float64
+    def forward(ctx, whole, shape, labels, ignore_index, reduction):
+        rows, flat_labels = whole.detach().view(-1, shape[-1]), labels.reshape(-1).long().contiguous()
+        ctx.has_kernel = runs_kernel(rows) and rows.dtype != torch.float64
         if ctx.has_kernel:
             n_tokens, scale = mean_scale(flat_labels, ignore_index, reduction)
             loss, _ = cross_entropy_rows_(rows, flat_labels, scale, ignore_index)
@@ -322,12 +324,11 @@ class _CrossEntropyInPlace(torch.autograd.Function):
                 loss = cross_entropy_reference(leaf, flat_labels, ignore_index=ignore_index, reduction=reduction)
                 (gradient,) = torch.autograd.grad(loss.sum(), leaf)
             rows.copy_(gradient)
-        ctx.shape = logits.shape
-        ctx.mark_dirty(logits)
+        ctx.shape = whole.shape
+        ctx.mark_dirty(whole)
         ctx.set_materialize_grads(False)
-        # Not save_for_backward, whose version check would find the scaling in place of the backward pass itself
-        ctx.gradient = rows.detach()
-        return loss.detach().view(labels.shape if reduction == "none" else ()), logits
+        ctx.save_for_backward(rows)
+        return loss.detach().view(labels.shape if reduction == "none" else ()), whole
 
     @staticmethod
     @once_differentiable
@@ -337,13 +338,14 @@ class _CrossEntropyInPlace(torch.autograd.Function):
                 "cross_entropy_ overwrote logits with their gradient, and something used them afterwards"
             )
         if upstream is None:
-            return None, None, None, None
+            return None, None, None, None, None
+        (gradient,) = ctx.saved_tensors
         upstream = upstream.reshape(-1) if upstream.ndim else upstream
         if ctx.has_kernel:
-            gradient = scaled_gradient(ctx.gradient, upstream, ctx.gradient.dtype)
+            gradient = scaled_gradient(gradient, upstream, gradient.dtype)
         else:
-            gradient = ctx.gradient * (upstream[:, None] if upstream.ndim else upstream).to(ctx.gradient.dtype)
-        return gradient.view(ctx.shape), None, None, None
+            gradient = gradient * (upstream[:, None] if upstream.ndim else upstream).to(gradient.dtype)
+        return gradient.view(ctx.shape), None, None, None, None
 
 
 # ----------------------------------------------------------------------------------------------------- public functions
@@ -380,8 +382,9 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, r
 def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean") -> Tensor:
     """``cross_entropy``, with logits OVERWRITTEN by their gradient (times 1 / n for "mean"): no second buffer.
 
-    logits [..., V], with rows evenly spaced and contiguous, and neither a leaf that requires a gradient nor a view of
-    another tensor. If no gradient is to be made, this is ``cross_entropy`` and logits stay what they are.
+    logits [..., V], with rows evenly spaced and contiguous, not a leaf that requires a gradient; a view, such as
+    ``logits.view(-1, V)``, if it shows all of a contiguous tensor, which is then what is overwritten. If no gradient is
+    to be made, this is ``cross_entropy`` and logits stay what they are.
 
     Another branch that uses the logits is safe or loud: one that needs them for its own backward pass fails autograd's
     version check; one that takes them afterwards computes with the gradient's values, and this function's backward
@@ -389,21 +392,34 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, 
     A backward pass that frees the graph multiplies the same buffer by the upstream gradient and hands it to autograd.
     torch.compile(fullgraph=True) refuses it; cross_entropy compiles.
 
-    Raises as ``cross_entropy``; TypeError for fp16 logits, whose gradient may vanish before it is scaled; ValueError
-    for rows that are not as above; autograd's own RuntimeError for a leaf or a view.
+    Raises before anything is written: as ``cross_entropy``; TypeError for fp16 logits, whose gradient may vanish before
+    it is scaled; ValueError for rows that are not as above; RuntimeError for a leaf, for a view of a part, and inside
+    torch.func's transforms and forward-mode levels.
     """
     _check(logits, labels, ignore_index, reduction)
     if logits.dtype == torch.float16:
         raise TypeError("logits must not be fp16: a gradient that is scaled later would vanish in it")
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+    if in_transform():
+        raise RuntimeError("cross_entropy_ overwrites logits, which no torch.func transform follows: use cross_entropy")
+    check_overwritable("logits", logits, "cross_entropy")
     try:
         rows = logits.detach().view(-1, logits.shape[-1])
     except RuntimeError:
         rows = None
     if rows is None or rows.stride(1) != 1:
         raise ValueError(f"logits must have contiguous rows at one distance to be overwritten, got {logits.stride()}")
-    loss, _ = _CrossEntropyInPlace.apply(logits, labels, ignore_index, reduction)
+    whole = logits
+    if logits._is_view():
+        # A Function with two outputs may overwrite no view, but the tensor behind it, whose views autograd then updates
+        whole = logits._base
+        if not (logits.is_contiguous() and whole.is_contiguous() and logits.numel() == whole.numel()):
+            raise RuntimeError(
+                f"logits {tuple(logits.shape)} is a view of a part of a tensor {tuple(whole.shape)}, which autograd "
+                "cannot overwrite here: use cross_entropy, or pass the whole tensor"
+            )
+    loss, _ = _CrossEntropyInPlace.apply(whole, logits.shape, labels, ignore_index, reduction)
     return loss
 
 

@@ -5,6 +5,8 @@ tensors on CUDA                         the Triton kernel
 tensors on the CPU                      the reference, plain PyTorch
 tensors on the CPU, TRITON_INTERPRET=1  the Triton kernel, in Triton's interpreter (for its numerics)
 inside ``reference_only()``             the reference, everywhere: is a kernel to blame?
+where derivatives are wanted that       the reference, which PyTorch can differentiate: inside torch.func's transforms,
+only PyTorch's code has                 at a forward-mode level, while torch.export makes a graph that may be trained
 tensors on meta, inside ``stand_in``    the Triton kernel's path, each launch written down and none made
 ======================================  ===========================================================
 
@@ -27,6 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 # Triton reads the variable when it decorates a kernel, that is at import: later changes would split the two of us.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -71,7 +74,7 @@ def on_gpu(x: Tensor) -> bool:
 
 def runs_kernel(x: Tensor) -> bool:
     """Whether an operation on ``x`` runs its Triton kernel (True) or its reference (False)."""
-    return not _reference_only and (on_gpu(x) or (INTERPRETED and x.device.type == "cpu"))
+    return not is_reference_only() and (on_gpu(x) or (INTERPRETED and x.device.type == "cpu"))
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **constants) -> None:
@@ -104,46 +107,101 @@ def register_operator(schema: str, implementation, fake, launches: bool = True):
     implementation launches the kernels; fake makes outputs of the right shape, dtype and strides without data.
     launches: whether the kernels are ours, started by ``launch``; if not, a ``stand_in`` has the fake run.
     Autograd stays outside, in an autograd.Function that calls operators in both directions (the cheapest on the host).
+    An operator that is reached without its Function, in an exported graph for one, refuses to be differentiated.
     """
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, implementation, "CUDA")
     _library.impl(name, implementation, "CPU")  # for the interpreter
+    operator = getattr(torch.ops.halny, name).default
+    overwritten = [i for i, x in enumerate(operator._schema.arguments) if x.alias_info and x.alias_info.is_write]
 
     def without_data(*args):
         real = launches and _stand_in is not None and not any(isinstance(x, FakeTensor) for x in args)
         return (implementation if real else fake)(*args)
 
+    def without_derivative(*args):
+        if is_dual(args):
+            raise NotImplementedError(f"{operator} has no forward-mode derivative: {_REMEDY}")
+        if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)):
+            with torch._C._AutoDispatchBelowAutograd():
+                outputs = operator(*args)
+            for i in overwritten:
+                torch.autograd.graph.increment_version(args[i])
+            return outputs
+        if overwritten or in_transform():
+            raise NotImplementedError(f"{operator} has no derivative of its own: {_REMEDY}")
+        return _NoDerivative.apply(operator, *args)
+
     torch.library.register_fake(f"halny::{name}", without_data, lib=_library)
-    operator = getattr(torch.ops.halny, name).default
+    _library.impl(name, without_derivative, "Autograd")
     if launches:
         implementations[operator] = implementation
     return operator
 
 
-def once_differentiable(backward):
-    """PyTorch's decorator of that name, which refuses second derivatives, for a backward of kernels.
+_REMEDY = (
+    "call the function of halny.kernels that it belongs to, or trace and run inside "
+    "halny.kernels.dispatch.reference_only(), where all is plain PyTorch"
+)
 
-    PyTorch's refuses only where the upstream gradient asks for a gradient. The 1 that ``grad(loss, x,
-    create_graph=True)`` starts from does not, and the result would pass for a constant: a penalty on it for nothing.
+
+class _NoDerivative(torch.autograd.Function):
+    """What an operator makes of tensors that require gradients: as good as any other, but for its backward pass."""
+
+    @staticmethod
+    def forward(ctx, operator, *args):
+        ctx.operator = operator
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(f"{ctx.operator} has no derivative of its own: {_REMEDY}")
+
+
+def once_differentiable(backward):
+    """For the backward of kernels, whose results have no derivatives: refuses to run where they are asked for.
+
+    PyTorch's decorator of that name refuses later, in the second backward pass, and only on paths that lead through
+    the upstream gradient: of ``loss + grad(loss, x, create_graph=True)[0].square().sum()`` the penalty would be lost.
     """
     once = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
     def strictly(ctx, *upstream):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # enabled in a backward by create_graph
-            upstream = [g.detach().requires_grad_() if _is_constant(g) else g for g in upstream]
+            raise RuntimeError(
+                f"{type(ctx).__name__} is once_differentiable: create_graph=True asks for derivatives of its gradients,"
+                " which kernels have not; compute it inside halny.kernels.dispatch.reference_only(), and not in place"
+            )
         return once(ctx, *upstream)
 
     return strictly
 
 
-def _is_constant(gradient: Tensor | None) -> bool:
-    return gradient is not None and gradient.is_floating_point() and not gradient.requires_grad
+@torch.compiler.assume_constant_result
+def in_transform() -> bool:
+    """Whether one of torch.func's transforms or a level of forward-mode derivatives is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+@torch.compiler.assume_constant_result
+def _exports() -> bool:
+    return torch.compiler.is_exporting()
+
+
+def is_dual(args) -> bool:
+    """Whether a tensor among args carries a forward-mode derivative."""
+    return forward_ad._current_level >= 0 and any(
+        isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args
+    )
 
 
 def is_reference_only() -> bool:
-    return _reference_only
+    """Whether every operation runs its reference, by the switch or because only it has the derivatives asked for."""
+    # An exported graph holds what a Function's forward does, and no Function
+    return _reference_only or in_transform() or (torch.is_grad_enabled() and _exports())
 
 
 def set_reference_only(enabled: bool) -> None:
@@ -173,8 +231,8 @@ def set_debug_checks(enabled: bool) -> None:
 
 
 def can_check_values(x: Tensor) -> bool:
-    """Whether the values of ``x`` may be read for a check: not while tracing, not at the price of a GPU stall."""
-    if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or x.is_meta or x.numel() == 0:
+    """Whether the values of ``x`` may be read for a check: not in a trace or transform, nor if a GPU had to stall."""
+    if torch.compiler.is_compiling() or in_transform() or isinstance(x, FakeTensor) or x.is_meta or x.numel() == 0:
         return False
     return x.device.type == "cpu" or _checks_cuda_values
 
@@ -217,6 +275,39 @@ def check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], shape: t
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
     if not x.is_contiguous():
         raise ValueError(f"{name} must be contiguous, got strides {x.stride()}")
+
+
+def check_overwritable(name: str, x: Tensor, instead: str) -> None:
+    """What in-place functions ask before they write. instead: the function that writes elsewhere.
+
+    ValueError if elements of x share memory; RuntimeError, as PyTorch's but before the damage, for a leaf that requires
+    a gradient and for its views.
+    """
+    reach = 0  # of the dimensions with smaller strides, in elements
+    for stride, n in sorted((stride, n) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1):
+        if stride <= reach and x.numel():
+            raise ValueError(
+                f"{name} is expanded or overlaps itself, and what shares memory cannot be overwritten: "
+                f"strides {x.stride()} of shape {tuple(x.shape)}; use {instead}"
+            )
+        reach += stride * (n - 1)
+    if torch.is_grad_enabled() and any(y is not None and y.is_leaf and y.requires_grad for y in (x, x._base)):
+        raise RuntimeError(
+            f"{name} is a leaf that requires a gradient, or a view of one, which allows no in-place operation: "
+            f"use {instead}"
+        )
+
+
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Whether autograd is to differentiate with respect to one of them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def check_no_gradient(instead: str, **tensors: Tensor) -> None:
+    """RuntimeError naming the first tensor for which a gradient is wanted that is not made."""
+    for name, x in tensors.items():
+        if wants_gradient(x):
+            raise RuntimeError(f"{name} requires a gradient, which is not made here: detach it, or use {instead}")
 
 
 def check_same_device(**tensors: Tensor) -> None:

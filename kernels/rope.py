@@ -30,6 +30,8 @@ from halny.kernels.dispatch import (
     cdiv,
     check_floating,
     check_integer,
+    check_no_gradient,
+    check_overwritable,
     check_same_device,
     generation_of,
     launch,
@@ -39,6 +41,7 @@ from halny.kernels.dispatch import (
     runs_kernel,
     tile,
     upcast,
+    wants_gradient,
 )
 
 
@@ -255,12 +258,13 @@ class RopeQKV(torch.autograd.Function):
 
 
 class RopeQKVInPlace(torch.autograd.Function):
+    """Tells autograd, and rotates nothing: the caller does, once autograd has refused whatever it refuses."""
+
     @staticmethod
     def forward(ctx, qkv, cos, sin, n_heads, n_kv_heads, positions):
         ctx.save_for_backward(cos, sin, positions)
         ctx.heads = n_heads, n_kv_heads
         ctx.mark_dirty(qkv)
-        rope_rotate_(qkv, cos, sin, n_heads, n_kv_heads, positions)
         return qkv
 
     backward = RopeQKV.backward
@@ -269,8 +273,9 @@ class RopeQKVInPlace(torch.autograd.Function):
 class RopeSplit(torch.autograd.Function):
     """In place, with q, k and v apart as views: their gradients come back apart, and become the packed one in one pass.
 
-    Also returns qkv, as autograd asks of what is overwritten. Whoever goes on with it, beside q, k and v, has a
-    gradient of it added here. Whoever overwrites it again has autograd's error, as has who overwrites q, k or v.
+    As RopeQKVInPlace it rotates nothing. Also returns qkv, as autograd asks of what is overwritten. Whoever goes on
+    with it, beside q, k and v, has a gradient of it added here. Whoever overwrites it again has autograd's error, as
+    has who overwrites q, k or v.
     """
 
     @staticmethod
@@ -279,9 +284,7 @@ class RopeSplit(torch.autograd.Function):
         ctx.mark_dirty(qkv)
         ctx.set_materialize_grads(False)  # qkv's would be zeros of its size
         ctx.heads, ctx.shape = (n_heads, n_kv_heads), qkv.shape
-        packed = _by_heads(qkv.detach(), n_heads, n_kv_heads)
-        rope_rotate_(packed, cos, sin, n_heads, n_kv_heads, positions)
-        q, k, v = _split(packed, n_heads, n_kv_heads)
+        q, k, v = _split(_by_heads(qkv.detach(), n_heads, n_kv_heads), n_heads, n_kv_heads)
         ctx.shapes = q.shape, k.shape, v.shape
         return qkv, q, k, v
 
@@ -308,7 +311,8 @@ def rope_qkv(
 
     qkv [B, T, n_heads + 2 * n_kv_heads, head_dim]; cos and sin [max_len, head_dim // 2] from ``rope_tables``;
     positions int [B, T] (default: 0 .. T - 1 in every row) -> a new tensor like qkv. Arithmetic in fp32. Saves the
-    tables and positions. fp64 runs the reference. Any strides; a head that is not contiguous in itself costs a copy.
+    tables and positions. Any strides; a head that is not contiguous in itself costs a copy. fp64 runs the reference, as
+    do tables that require a gradient, which the kernel does not make.
 
     Raises TypeError for wrong kinds of tensors, ValueError for shapes or devices that do not fit, a table shorter than
     T, or positions outside the table (on CUDA tensors only under ``dispatch.set_debug_checks``).
@@ -320,9 +324,13 @@ def rope_qkv(
 def rope_qkv_(
     qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, positions: Tensor | None = None
 ) -> Tensor:
-    """``rope_qkv`` in place: overwrites qkv and returns it. Arguments and errors are those of ``rope_qkv``."""
+    """``rope_qkv`` in place: overwrites qkv and returns it. Arguments and errors are those of ``rope_qkv``.
+
+    Also raises, before anything is written: ValueError for a qkv that overlaps itself, RuntimeError for a leaf that
+    requires a gradient, for its views, and for tables that require one.
+    """
     _check(qkv, cos, sin, n_heads, n_kv_heads, positions)
-    _check_overwritable(qkv)
+    _check_in_place(qkv, cos, sin)
     return _rotated_in_place(qkv, cos, sin, n_heads, n_kv_heads, positions)
 
 
@@ -333,21 +341,23 @@ def rope_split_qkv_(
 
     For attention: its three gradients, of any strides, become the packed one in one pass. qkv may also be what a linear
     layer returns, [B, T, (n_heads + 2 * n_kv_heads) * head_dim]. If it is a view of another tensor, autograd takes more
-    passes: of a Function that overwrites a view it allows one output. Otherwise as ``rope_qkv``.
+    passes: of a Function that overwrites a view it allows one output. Otherwise as ``rope_qkv_``.
     """
     check_floating("qkv", qkv)
     _check_heads(n_heads, n_kv_heads)
     by_heads = _by_heads(qkv, n_heads, n_kv_heads)
     _check(by_heads, cos, sin, n_heads, n_kv_heads, positions)
-    _check_overwritable(by_heads)
+    _check_in_place(by_heads, cos, sin)
     if not _runs_kernel(qkv) or torch.compiler.is_compiling() or qkv._is_view():
         return _split(_rotated_in_place(by_heads, cos, sin, n_heads, n_kv_heads, positions), n_heads, n_kv_heads)
-    return RopeSplit.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)[1:]
+    _, q, k, v = RopeSplit.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
+    rope_rotate_(by_heads.detach(), cos, sin, n_heads, n_kv_heads, positions)
+    return q, k, v
 
 
 def _rotated(qkv, cos, sin, n_heads, n_kv_heads, positions) -> Tensor:
     """``rope_qkv``, its arguments checked; so the next."""
-    if not _runs_kernel(qkv):
+    if not _runs_kernel(qkv) or wants_gradient(cos, sin):
         return rope_qkv_reference(qkv, cos, sin, n_heads, n_kv_heads, positions)
     return RopeQKV.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
 
@@ -357,7 +367,9 @@ def _rotated_in_place(qkv, cos, sin, n_heads, n_kv_heads, positions) -> Tensor:
     # compiler loses the gradient, without a word.
     if not _runs_kernel(qkv) or torch.compiler.is_compiling():
         return qkv.copy_(_rotated(qkv, cos, sin, n_heads, n_kv_heads, positions))
-    return RopeQKVInPlace.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
+    rotated = RopeQKVInPlace.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
+    rope_rotate_(qkv.detach(), cos, sin, n_heads, n_kv_heads, positions)
+    return rotated
 
 
 def _runs_kernel(qkv: Tensor) -> bool:
@@ -370,9 +382,9 @@ def _check_heads(n_heads: int, n_kv_heads: int) -> None:
             raise ValueError(f"{name} must be an integer of at least 1, got {n!r}")
 
 
-def _check_overwritable(qkv: Tensor) -> None:
-    if any(n > 1 and stride == 0 for n, stride in zip(qkv.shape, qkv.stride(), strict=True)):
-        raise ValueError(f"qkv is expanded, and what shares memory cannot be overwritten: strides {qkv.stride()}")
+def _check_in_place(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    check_overwritable("qkv", qkv, "rope_qkv")
+    check_no_gradient("rope_qkv", cos=cos, sin=sin)
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor, n_heads: int, n_kv_heads: int, positions: Tensor | None) -> None:

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halny.kernels.dispatch import cdiv, check_same_device, check_tensor, launch, runs_kernel
+from halny.kernels.dispatch import cdiv, check_no_gradient, check_same_device, check_tensor, launch, runs_kernel
 
 LARGEST_BF16 = torch.finfo(torch.bfloat16).max
 FACTOR, MULTIPLIER = 0x846CA68B, 0xC653279D
@@ -151,11 +151,12 @@ def add_rounded_(total: Tensor, x: Tensor, *, seed: int) -> None:
 
     For gradients over micro batches. total bf16, x bf16 or fp32, contiguous and of one shape; seed as for ``adamw_``.
     6 bytes an element with a bf16 x. Raises TypeError for other dtypes, ValueError for shapes, strides or devices that
-    do not fit.
+    do not fit, RuntimeError where a gradient is wanted.
     """
     check_tensor("total", total, (torch.bfloat16,))
     check_tensor("x", x, (torch.bfloat16, torch.float32), total.shape)
     check_same_device(total=total, x=x)
+    check_no_gradient("torch.no_grad()", total=total, x=x)
     check_seed(seed)
     if total.numel() == 0:
         return
@@ -173,6 +174,7 @@ def add_wide(a: Tensor, b: Tensor) -> Tensor:
     check_tensor("a", a, (torch.bfloat16,))
     check_tensor("b", b, (torch.bfloat16,), a.shape)
     check_same_device(a=a, b=b)
+    check_no_gradient("a.float() + b.float()", a=a, b=b)
     if not runs_kernel(a):
         return a.float() + b.float()
     out = torch.empty(a.shape, dtype=torch.float32, device=a.device)

@@ -981,9 +981,8 @@ def test_flash_attention_4_refuses_second_derivatives(install):
     q, k, v = (x.requires_grad_() for x in random_qkv(2, 12, 4, 2, 16))
     for function in (torch.sum, torch.norm):
         loss = function(planned_attention(q, k, v, hopper_plan(backend="flash4")))
-        (d_q,) = torch.autograd.grad(loss, q, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            (loss + d_q.square().sum()).backward()
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            torch.autograd.grad(loss, q, create_graph=True)
 
 
 @pytest.mark.parametrize("name", VERSIONS)

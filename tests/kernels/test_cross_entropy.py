@@ -370,9 +370,8 @@ def test_loss_in_the_middle_and_another_branch_on_the_logits():
 def test_second_derivatives_are_refused(power):
     x, w, labels = randn(3, 41).requires_grad_(), randn(7, 41).requires_grad_(), ints(0, 1, 2)
     for loss in (cross_entropy, cross_entropy_, lambda x, y: linear_cross_entropy(x, w, y).loss):
-        (gradient,) = torch.autograd.grad(loss(x * 1, labels) ** power, x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            (x.sum() + gradient.sum()).backward()
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            torch.autograd.grad(loss(x * 1, labels) ** power, x, create_graph=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the in-place form
@@ -404,10 +403,6 @@ def test_in_place_is_loud_where_another_branch_would_be_wrong():
     loss = cross_entropy_(logits, labels)
     with pytest.raises(RuntimeError, match="overwrote"):
         (loss + logits.sum()).backward()
-    with pytest.raises(RuntimeError, match="leaf"):
-        cross_entropy_(leaf, labels)
-    with pytest.raises(RuntimeError, match="view"):
-        cross_entropy_((leaf * 1).view(3, 41), labels)
     with pytest.raises(ValueError, match="logits"):
         cross_entropy_((leaf * 1).mT.contiguous().mT, labels)
     with pytest.raises(TypeError, match="logits"):
