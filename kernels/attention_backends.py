@@ -86,6 +86,19 @@ def _document_keywords(cu_seqlens: Tensor, max_seqlen: int) -> dict:
     }
 
 
+class OnceDifferentiable(torch.autograd.Function):
+    """out, refused to create_graph: the packages' backward passes hand out gradients that pass for constants."""
+
+    @staticmethod
+    def forward(ctx, out):
+        return out.view_as(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out):
+        return d_out
+
+
 def run_flash(package: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     """FlashAttention 2 or 3, whose functions agree in all that is passed here."""
     module = _modules[package]
@@ -102,7 +115,7 @@ def run_flash(package: str, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan
         keywords |= _document_keywords(plan.cu_seqlens, plan.max_seqlen)
         out = module.flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), **keywords)
     out = out[0] if isinstance(out, tuple) else out  # early builds of version 3 return the log-sum-exp as well
-    return out.view(q.shape)
+    return OnceDifferentiable.apply(out.view(q.shape))
 
 
 # FlashAttention 4 is plain Python over its own compiler: to PyTorch its function is nothing, neither traceable nor an

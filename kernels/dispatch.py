@@ -23,7 +23,7 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -248,6 +248,12 @@ def autocast_dtype(x: Tensor) -> torch.dtype:
     if x.dtype == torch.float64 or not x.is_floating_point() or device not in ("cuda", "cpu"):
         return x.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def autocast_disabled(x: Tensor):
+    """A context in which what is computed on x's device is computed in the dtypes that it has."""
+    device = "cuda" if on_gpu(x) else x.device.type
+    return torch.autocast(device, enabled=False) if device in ("cuda", "cpu") else nullcontext()
 
 
 def check_floating(name: str, x: Tensor) -> None:

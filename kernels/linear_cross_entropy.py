@@ -22,6 +22,7 @@ from torch import Tensor
 
 from halny.kernels.cross_entropy import cross_entropy_reference, launch_rows
 from halny.kernels.dispatch import (
+    autocast_disabled,
     autocast_dtype,
     check_floating,
     check_same_device,
@@ -154,8 +155,7 @@ def _rows(
     n_rows, vocab_size = hidden.shape[0], weight.shape[0]
     size, columns = chunk_rows(n_rows, *weight.shape, weight.element_size()), padded_vocabulary(vocab_size)
     buffer = hidden.new_empty(min(size, n_rows), columns)
-    device = "cuda" if on_gpu(hidden) else hidden.device.type
-    with _FullPrecisionReductions(), torch.autocast(device, enabled=False):
+    with _FullPrecisionReductions(), autocast_disabled(hidden):
         for start in range(0, n_rows, size):
             part = slice(start, start + size)
             rows = hidden[part]

@@ -99,6 +99,33 @@ def test_attention_layouts(layout):
     compare_attention(*random_qkv(2, 9, 4, 2, 16), brute_mask(9, 4), layout, window=4)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("dtype, offset", [(torch.float16, 24.0), (torch.bfloat16, 2.3)])
+def test_reference_computes_scores_in_fp32(dtype, offset, autocast):
+    """fp16 cannot hold a dot product of 73,728, and bf16 has no number between 59.75 and 60.25."""
+    q, k, v = random_qkv(1, 8, 2, 2, 128)
+    q, k, v = (x.to(dtype) for x in (q + offset, k + offset, v))
+    truth = attention(q.double(), k.double(), v.double())
+    theirs = sdpa(q, k, v, brute_mask(8))
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        ours = attention(*((x.float() if autocast else x) for x in (q, k, v)))
+    assert ours.dtype == dtype
+    assert (ours - truth).abs().max() <= 2 * (theirs - truth).abs().max() < 0.02
+
+
+def test_what_is_no_number_reaches_only_those_who_may_see_it():
+    """Through values: in the output, and in the gradients of a loss of the other queries."""
+    q, k, v = random_qkv(1, 8, 2, 2, 16)
+    v[0, 5, 0, 3], v[0, 1, 1] = float("nan"), float("inf")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, window=2, cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32))
+    reached = torch.zeros(1, 8, 2, 16, dtype=torch.bool)
+    reached[0, 5:7, 0, 3] = reached[0, 1:3, 1] = True
+    assert torch.equal(out.isnan(), reached)
+    out[:, [0, 3, 4, 7]].sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves)
+
+
 def test_attention_of_a_packed_projection():
     """q, k and v as views of one buffer, the way the model calls it, gradients meeting in the buffer."""
     mask = brute_mask(11, 5)
@@ -975,12 +1002,13 @@ def test_flash_attention_4_as_operators(packed, install):
     assert calls == {"compiled": 2, "checkpointed": 3, "selectively": 2}  # forward, backward, and one forward again
 
 
-def test_flash_attention_4_refuses_second_derivatives(install):
+@pytest.mark.parametrize("name", VERSIONS)
+def test_flash_attention_refuses_second_derivatives(name, install):
     """Also of a plain sum, whose upstream gradient is a constant: the gradient must not pass for one."""
-    install("flash4")
+    install(name)
     q, k, v = (x.requires_grad_() for x in random_qkv(2, 12, 4, 2, 16))
     for function in (torch.sum, torch.norm):
-        loss = function(planned_attention(q, k, v, hopper_plan(backend="flash4")))
+        loss = function(planned_attention(q, k, v, hopper_plan(backend=name)))
         with pytest.raises(RuntimeError, match="once_differentiable"):
             torch.autograd.grad(loss, q, create_graph=True)
 
