@@ -116,7 +116,6 @@ def fill_model(model: Mistral, spec: RunSpec, world: World) -> None:
     """Fresh weights, or those of --init-from, of which each rank reads only its own rows."""
     if spec.recipe.init_from:
         load_hf_weights(model, spec.recipe.init_from)
-        model.init_buffers()
     else:
         model.init_weights(spec.recipe.seed)
 
@@ -256,7 +255,6 @@ class Run:
         """Continue from a checkpoint that ``newest_sound`` has verified, whatever number of ranks wrote it."""
         facts = checkpoint.read_manifest(path)
         checkpoint.load(path, training_state(self.model, self.optimizer), whole=self.optimizer is not None)
-        self.model.init_buffers()
         if self.optimizer is None:
             self.step = facts["step"]
             return

@@ -177,7 +177,6 @@ class TimedStep:
             for name, parameter in self.model.named_parameters():
                 local = getattr(parameter, "to_local", lambda p=parameter: p)()
                 local.fill_(1.0) if name.endswith("norm.weight") else local.normal_(0.0, 0.02)
-            self.model.init_buffers()
         self.optimizer = train.build_optimizer(self.model, self.recipe)
         train.begin_computing(self.model, self.optimizer)
         self.guard, self.n_steps = Guard(self.recipe.spike, self.recipe.skip_spikes, world.device), 0

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from halny.kernels.cross_entropy import cross_entropy_reference, launch_rows
+from halny.kernels.cross_entropy import cross_entropy, cross_entropy_reference, launch_rows
 from halny.kernels.dispatch import (
     autocast_disabled,
     autocast_dtype,
@@ -47,9 +47,13 @@ def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> LinearCrossEntropy:
     """The definition of ``linear_cross_entropy``, in plain PyTorch."""
-    labels = labels.long()
     logits = hidden @ weight.T
     loss = cross_entropy_reference(logits, labels, ignore_index=ignore_index, reduction=reduction)
+    return _counted(loss, logits, labels, ignore_index)
+
+
+def _counted(loss: Tensor, logits: Tensor, labels: Tensor, ignore_index: int) -> LinearCrossEntropy:
+    labels = labels.long()
     counted = labels != ignore_index
     n_correct = ((logits.detach().argmax(-1) == labels) & counted).sum()
     return LinearCrossEntropy(loss, counted.sum(), n_correct)
@@ -225,7 +229,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-# ------------------------------------------------------------------------------------------------------ public function
+# ----------------------------------------------------------------------------------------------------- public functions
 
 
 def linear_cross_entropy(
@@ -276,3 +280,11 @@ def linear_cross_entropy(
         loss, correct, _, _ = linear_cross_entropy_rows(rows, weight, flat_labels, scale, ignore_index, False, False)
         loss, n_correct = reduce_rows(loss, n_tokens, reduction), correct.sum()
     return LinearCrossEntropy(loss.view(labels.shape) if reduction == "none" else loss, n_tokens, n_correct)
+
+
+def counted_cross_entropy(
+    logits: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
+) -> LinearCrossEntropy:
+    """What ``linear_cross_entropy`` returns, of logits [..., V] that something else has made. Raises as that does."""
+    loss = cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+    return _counted(loss, logits, labels, ignore_index)

@@ -258,7 +258,10 @@ class RopeQKV(torch.autograd.Function):
 
 
 class RopeQKVInPlace(torch.autograd.Function):
-    """Tells autograd, and rotates nothing: the caller does, once autograd has refused whatever it refuses."""
+    """Tells autograd, and rotates nothing: the caller does, once autograd has refused whatever it refuses.
+
+    It rotates ``data``, of which autograd is told nothing: the overwriting has been counted here.
+    """
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, n_heads, n_kv_heads, positions):
@@ -351,7 +354,7 @@ def rope_split_qkv_(
     if not _runs_kernel(qkv) or torch.compiler.is_compiling() or qkv._is_view():
         return _split(_rotated_in_place(by_heads, cos, sin, n_heads, n_kv_heads, positions), n_heads, n_kv_heads)
     _, q, k, v = RopeSplit.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
-    rope_rotate_(by_heads.detach(), cos, sin, n_heads, n_kv_heads, positions)
+    rope_rotate_(by_heads.data, cos, sin, n_heads, n_kv_heads, positions)
     return q, k, v
 
 
@@ -368,7 +371,7 @@ def _rotated_in_place(qkv, cos, sin, n_heads, n_kv_heads, positions) -> Tensor:
     if not _runs_kernel(qkv) or torch.compiler.is_compiling():
         return qkv.copy_(_rotated(qkv, cos, sin, n_heads, n_kv_heads, positions))
     rotated = RopeQKVInPlace.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
-    rope_rotate_(qkv.detach(), cos, sin, n_heads, n_kv_heads, positions)
+    rope_rotate_(qkv.data, cos, sin, n_heads, n_kv_heads, positions)
     return rotated
 
 

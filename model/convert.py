@@ -46,7 +46,7 @@ from halny.model.hf_folder import (
     read_hf_config,
     read_json,
 )
-from halny.model.mistral import Mistral, MistralConfig, local_rows
+from halny.model.mistral import Mistral, MistralConfig, local_rows, unwrapped
 from halny.model.tokenizer_files import tokenizer_files
 
 # Ours: Hugging Face's, whose rows follow one another in ours, each with its shape. v vocabulary, d model width,
@@ -122,7 +122,6 @@ def load_hf(path: str | Path, dtype: torch.dtype | None = None) -> Mistral:
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.to_empty(device="cpu")
-    model.init_buffers()
     _copy_weights(model, headers, None)
     return model
 
@@ -132,15 +131,15 @@ def load_hf_weights(model: Mistral, path: str | Path, progress: Callable[[int, i
 
     The folder is ``model.safetensors``, or ``model.safetensors.index.json`` and the files it names. Each rank reads
     only the rows that it owns, cast to its parameters' dtype; there is no collective. ``progress(done, total)`` is
-    called after each read with bytes of this rank. Only parameters are loaded: after ``to_empty``, call
-    ``model.init_buffers()`` yourself.
+    called after each read with bytes of this rank.
 
     Raises ValueError before anything is copied: as ``read_hf_config``; for a config that differs from model.config in
     more than window, max_seq_len, bos_id and eos_id (a different rope_theta fits every shape and means something else);
     for tensors missing, unexpected, misshapen or not of a floating-point dtype, files missing, truncated or corrupt, an
-    index that does not match its files or names any outside the folder; for a model still on the meta device.
+    index that does not match its files or names any outside the folder; for a model still on the meta device, or with
+    other parameters than a Mistral's.
     """
-    config = read_hf_config(path)
+    model, config = unwrapped(model), read_hf_config(path)
     for name, ours in asdict(model.config).items():
         theirs = getattr(config, name)
         if name not in ("window", "max_seq_len", "bos_id", "eos_id") and theirs != ours:
@@ -227,7 +226,7 @@ def _list_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _copy_weights(model: Mistral, headers: dict[str, _Header], progress: Callable[[int, int], None] | None) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = model.weights()
     reads = []  # (file, Hugging Face name, from row, to row, where to)
     for name, placed in pieces(model.config):
         local, start = local_rows(parameters[name])
@@ -282,12 +281,14 @@ def save_hf(
     the default one). A model that is not sharded is written by whichever process calls.
 
     Raises ValueError for a path that holds anything but an earlier export, a tokenizer folder without a tokenizer, a
-    max_shard_bytes below 1 or a model on the meta device; TypeError for a dtype that is not a floating-point one; what
-    the file system raises. What goes wrong on rank 0 is raised on every rank, elsewhere as ValueError or RuntimeError,
-    and leaves ``path`` as it was.
+    max_shard_bytes below 1, a model on the meta device or with other parameters than a Mistral's, adapters for one;
+    TypeError for a dtype that is not a floating-point one; what the file system raises. What goes wrong on rank 0 is
+    raised on every rank, elsewhere as ValueError or RuntimeError, and leaves ``path`` as it was.
     """
     _check_dtype(dtype)
     _check_shard_bytes(max_shard_bytes)
+    model = unwrapped(model)
+    model.weights()
     _reshard(model)
     _check_materialised(model)
     sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
@@ -305,7 +306,7 @@ def save_hf(
     tensors = _whole_tensors(model, dtype)
     try:
         if writes:
-            stored = {name: dtype or parameter.dtype for name, parameter in model.named_parameters()}
+            stored = {name: dtype or parameter.dtype for name, parameter in model.weights().items()}
             _write(model.config, stored, tensors, partial, tokenizer, max_shard_bytes)
             check_replaceable(target)  # again: writing took a while
             move_into_place(partial, target)
@@ -353,7 +354,7 @@ def write_hf(
 
 def _whole_tensors(model: Mistral, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) one after another; one collective for each of our parameters that is sharded."""
-    parameters = dict(model.named_parameters())
+    parameters = model.weights()
     for name, placed in pieces(model.config):
         whole = parameters[name].detach()
         whole = whole.to(dtype or whole.dtype)  # before it travels

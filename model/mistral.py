@@ -10,6 +10,7 @@ f MLP width (both halves of a packed gate_up), v vocabulary, z packed h * c.
 """
 
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from halny.kernels.attention import check_documents, document_ids, plan_attention, planned_attention
 from halny.kernels.dispatch import autocast_dtype, can_check_values, check_integer
 from halny.kernels.embedding import embedding
-from halny.kernels.linear_cross_entropy import linear_cross_entropy
+from halny.kernels.linear_cross_entropy import counted_cross_entropy, linear_cross_entropy
 from halny.kernels.recompute_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.rms_norm import add_rms_norm, rms_norm
 from halny.kernels.rope import rope_split_qkv_, rope_tables
@@ -87,75 +88,93 @@ class Embedding(nn.Embedding):
         return embedding(tokens, self.weight)
 
 
-class Attention(nn.Module):
-    def __init__(self, config: MistralConfig):
-        super().__init__()
-        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
-        self.qkv = nn.Linear(config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False)
-        self.out = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
-
-    def forward(self, qkv_btz, cos, sin, positions_bt, attention_plan):
-        """From the packed projection on, which is overwritten: Block joins it to the norm before it."""
-        q, k, v = rope_split_qkv_(qkv_btz, cos, sin, self.n_heads, self.n_kv_heads, positions_bt)
-        return self.out(planned_attention(q, k, v, attention_plan).flatten(2))
-
-
-class MLP(nn.Module):
-    def __init__(self, config: MistralConfig):
-        super().__init__()
-        self.gate_up = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
-        self.down = nn.Linear(config.hidden_dim, config.dim, bias=False)
-
-    def forward(self, gate_up_btf, recompute: bool):
-        """From the packed projection on: Block joins it to the norm before it."""
-        if recompute:
-            return swiglu_linear(gate_up_btf, self.down.weight)
-        return self.down(swiglu(gate_up_btf))
-
-
 class RMSNorm(nn.Module):
-    """Holds the weight; what is done with the norm's output decides how it is computed, and whether it is kept."""
-
     def __init__(self, dim: int, eps: float):
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x_btd, residual_btd):
-        """norm(x + residual)"""
-        return add_rms_norm(x_btd, residual_btd, self.weight, self.eps)[0]
-
-    def linear(self, x_btd, residual_btd, linear: nn.Linear, recompute: bool):
-        """(linear(norm(x + residual)), x + residual); residual None stands for zero."""
+        """(norm(x + residual), x + residual); residual None stands for zero."""
         if residual_btd is None:
-            if recompute:
-                return rms_norm_linear(x_btd, self.weight, linear.weight, self.eps), x_btd
-            return linear(rms_norm(x_btd, self.weight, self.eps)), x_btd
-        if recompute:
-            return add_rms_norm_linear(x_btd, residual_btd, self.weight, linear.weight, self.eps)
-        normed_btd, s_btd = add_rms_norm(x_btd, residual_btd, self.weight, self.eps)
-        return linear(normed_btd), s_btd
+            return rms_norm(x_btd, self.weight, self.eps), x_btd
+        return add_rms_norm(x_btd, residual_btd, self.weight, self.eps)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module is what its weight says and no more, so that a fused operation may stand for it.
+
+    An adapter in its place, a parametrization, FSDP of its own, a bias, a hook or another forward ask to be called.
+    """
+    return (
+        type(module) is kind
+        and "forward" not in module.__dict__
+        and module.__dict__["_parameters"].get("bias") is None
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
+        and not nn.modules.module._has_any_global_hook()
+    )
+
+
+def normed_linear(norm: nn.Module, linear: nn.Module, x_btd, residual_btd, recompute: bool):
+    """(linear(norm(x + residual)), x + residual); residual None stands for zero."""
+    if not (recompute and is_plain(norm, RMSNorm) and is_plain(linear, nn.Linear)):
+        normed_btd, residual_btd = norm(x_btd, residual_btd)
+        return linear(normed_btd), residual_btd
+    if residual_btd is None:
+        return rms_norm_linear(x_btd, norm.weight, linear.weight, norm.eps), x_btd
+    return add_rms_norm_linear(x_btd, residual_btd, norm.weight, linear.weight, norm.eps)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: MistralConfig, recompute: bool):
+        super().__init__()
+        self.recompute = recompute
+        self.n_heads, self.n_kv_heads, self.head_dim = config.n_heads, config.n_kv_heads, config.head_dim
+        self.qkv = nn.Linear(config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, bias=False)
+        self.out = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
+
+    def forward(self, x_btd, residual_btd, norm, cos, sin, positions_bt, attention_plan):
+        """As MLP's, with the norm of this module's input."""
+        qkv_btz, residual_btd = normed_linear(norm, self.qkv, x_btd, residual_btd, self.recompute)
+        q, k, v = rope_split_qkv_(qkv_btz, cos, sin, self.n_heads, self.n_kv_heads, positions_bt)
+        return self.out(planned_attention(q, k, v, attention_plan).flatten(2)), residual_btd
+
+
+class MLP(nn.Module):
+    def __init__(self, config: MistralConfig, recompute: bool):
+        super().__init__()
+        self.recompute = recompute
+        self.gate_up = nn.Linear(config.dim, 2 * config.hidden_dim, bias=False)
+        self.down = nn.Linear(config.hidden_dim, config.dim, bias=False)
+
+    def forward(self, x_btd, residual_btd, norm):
+        """(what is to be added to the residual stream, the stream x + residual that the norm of it was made of)"""
+        gate_up_btf, residual_btd = normed_linear(norm, self.gate_up, x_btd, residual_btd, self.recompute)
+        if self.recompute and is_plain(self.down, nn.Linear):
+            return swiglu_linear(gate_up_btf, self.down.weight), residual_btd
+        return self.down(swiglu(gate_up_btf)), residual_btd
 
 
 class Block(nn.Module):
     def __init__(self, config: MistralConfig, recompute: bool):
         super().__init__()
-        self.recompute = recompute
         self.attention_norm = RMSNorm(config.dim, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, recompute)
         self.mlp_norm = RMSNorm(config.dim, config.norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, recompute)
 
     def forward(self, x_btd, residual_btd, cos, sin, positions_bt, attention_plan):
         """(x, residual): what this layer adds to the residual stream, and the stream before that is added.
 
         So each addition is made by the norm that follows it, in the same pass over memory, the last in the next layer.
         """
-        qkv_btz, residual_btd = self.attention_norm.linear(x_btd, residual_btd, self.attention.qkv, self.recompute)
-        attended_btd = self.attention(qkv_btz, cos, sin, positions_bt, attention_plan)
+        attended_btd, residual_btd = self.attention(
+            x_btd, residual_btd, self.attention_norm, cos, sin, positions_bt, attention_plan
+        )
         attended_btd = attended_btd.to(residual_btd.dtype)  # they differ under autocast only
-        gate_up_btf, residual_btd = self.mlp_norm.linear(attended_btd, residual_btd, self.mlp.gate_up, self.recompute)
-        return self.mlp(gate_up_btf, self.recompute).to(residual_btd.dtype), residual_btd
+        x_btd, residual_btd = self.mlp(attended_btd, residual_btd, self.mlp_norm)
+        return x_btd.to(residual_btd.dtype), residual_btd
 
 
 class Mistral(nn.Module):
@@ -174,6 +193,7 @@ class Mistral(nn.Module):
         self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        self.weight_names = {name for name, _ in self.named_parameters()}
         table = (config.max_seq_len, config.head_dim // 2)
         self.register_buffer("rope_cos", torch.empty(table, dtype=torch.float32), persistent=False)
         self.register_buffer("rope_sin", torch.empty(table, dtype=torch.float32), persistent=False)
@@ -208,6 +228,8 @@ class Mistral(nn.Module):
             positions_bt = torch.arange(B * T, device=tokens.device).view(B, T) - cu_seqlens[document_bt]
 
         x_btd = self.embed(tokens)
+        if self.rope_cos.is_meta and not x_btd.is_meta:  # after load_state_dict(..., assign=True)
+            self.init_buffers()
         attention_plan = plan_attention(
             B,
             T,
@@ -221,10 +243,12 @@ class Mistral(nn.Module):
         residual_btd = None
         for layer in self.layers:
             x_btd, residual_btd = layer(x_btd, residual_btd, self.rope_cos, self.rope_sin, positions_bt, attention_plan)
-        x_btd = self.norm(x_btd, residual_btd)
+        x_btd, _ = self.norm(x_btd, residual_btd)
         if labels is None:
             return self.head(x_btd)
-        return linear_cross_entropy(x_btd, self.head.weight, labels, reduction="sum")
+        if is_plain(self.head, nn.Linear):
+            return linear_cross_entropy(x_btd, self.head.weight, labels, reduction="sum")
+        return counted_cross_entropy(self.head(x_btd), labels, reduction="sum")
 
     def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
         """The tokens as int64, or an error that names what is wrong."""
@@ -248,7 +272,7 @@ class Mistral(nn.Module):
         Normal with standard deviation 0.02 (Mistral's), divided by sqrt(2 * n_layers) in the two matrices that write
         into the residual stream (Radford et al. 2019, GPT-2), so that its variance does not grow with depth; norms 1.
         """
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.weights().items():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
                 continue
@@ -261,10 +285,35 @@ class Mistral(nn.Module):
 
     @torch.no_grad()
     def init_buffers(self) -> None:
-        """Fill the RoPE tables, which ``to_empty`` leaves as garbage."""
-        cos, sin = rope_tables(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta)
-        self.rope_cos.copy_(cos)
-        self.rope_sin.copy_(sin)
+        """Fill the RoPE tables, which are fp32 whatever the weights are, where the weights are."""
+        device = self.embed.weight.device
+        if device.type == "meta":
+            return
+        tables = rope_tables(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta)
+        for name, table in zip(("rope_cos", "rope_sin"), tables, strict=True):
+            held = getattr(self, name)
+            if held.device == device and held.dtype == table.dtype:
+                held.copy_(table)
+            else:
+                setattr(self, name, table.to(device))
+
+    def _apply(self, fn, recurse=True):
+        """What ``to``, ``half``, ``cuda`` and ``to_empty`` do: the tables are not rounded, and are no garbage."""
+        super()._apply(fn, recurse)
+        self.init_buffers()
+        return self
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """The parameters by the names that they have without wrappers; ValueError if they are not this model's."""
+        weights = dict(named_weights(self))
+        if weights.keys() != self.weight_names:
+            unexpected = sorted(weights.keys() - self.weight_names)
+            missing = sorted(self.weight_names - weights.keys())
+            raise ValueError(
+                f"the model's parameters are not those of a Mistral: unexpected {unexpected[:3]}, missing {missing[:3]}"
+                f", {len(unexpected)} and {len(missing)} in all; merge adapters into the weights, or remove them, first"
+            )
+        return weights
 
     @torch.no_grad()
     def generate(self, tokens: Tensor, n_new: int, temperature: float = 0.0, seed: int = 0) -> Tensor:
@@ -292,6 +341,27 @@ class Mistral(nn.Module):
                 new = torch.multinomial((logits_v / temperature).softmax(0), 1, generator=generator)
             tokens = torch.cat([tokens, new.view(1, 1).to(tokens)], dim=1)
         return tokens
+
+
+# What torch.compile, activation checkpointing and DistributedDataParallel put into the names of what they wrap
+WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "module")
+
+
+def named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """``model.named_parameters()`` with the names that they would have without wrappers."""
+    for name, parameter in model.named_parameters():
+        yield ".".join(part for part in name.split(".") if part not in WRAPPERS), parameter
+
+
+def unwrapped(model: nn.Module) -> Mistral:
+    """The Mistral inside wrappers; TypeError if there is none."""
+    inner = model
+    while not isinstance(inner, Mistral):
+        held = [getattr(inner, name) for name in WRAPPERS if isinstance(getattr(inner, name, None), nn.Module)]
+        if not held:
+            raise TypeError(f"model must be a Mistral, or one wrapped by torch.compile or the like, got {type(model)}")
+        inner = held[0]
+    return inner
 
 
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:

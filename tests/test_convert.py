@@ -554,7 +554,6 @@ WORKER = """
     model.to_empty(device="cpu")
     for parameter in model.parameters():
         parameter.to_local().data.fill_(torch.nan)
-    model.init_buffers()
 
     read = []  # (name, rows) of every read, from safetensors itself
 

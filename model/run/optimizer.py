@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from halny.kernels.adamw import adamw_, join, new_moments, split
 from halny.kernels.gradient_norm import gradient_norm
 from halny.kernels.stochastic_rounding import add_rounded_, add_wide
+from halny.model.mistral import named_weights
 
 
 class ShardedAdamW(torch.optim.AdamW):
@@ -76,7 +77,7 @@ class SplitAdamW(torch.optim.Optimizer):
             p.register_post_accumulate_grad_hook(self._take)
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
         self._scale: Tensor | None = None  # of the gradients in the update to come
-        names = {p: name for name, p in model.named_parameters()}
+        names = {p: name for name, p in named_weights(model)}
         self._keys = {p: zlib.crc32(f"{seed} {names[p]}".encode()) for p in self.parameters}
         self._sums: dict[Tensor, Tensor] = {}  # gradients of this step, summed over its micro batches so far
         self._added: Counter[Tensor] = Counter()
@@ -159,7 +160,7 @@ def narrow_(model: nn.Module) -> dict[Tensor, Tensor]:
 def master_weights(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Tensor | Split]]:
     """(name, fp32 weight): the parameter itself, this rank's shard, or its two halves where it has been split."""
     low = getattr(optimizer, "low", {})
-    for name, p in model.named_parameters():
+    for name, p in named_weights(model):
         yield name, Split(p.data, low[p]) if p in low else p.detach()
 
 

@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor
 from halny.kernels.dispatch import next_power_of_2
 from halny.model.durable import in_words, sha256, sync, write_json
 from halny.model.exits import Failed
-from halny.model.mistral import Mistral, local_rows
+from halny.model.mistral import Mistral, local_rows, named_weights
 from halny.model.run.checkpoint import FORMAT, READERS, _line, checksum_line, one_line, prune
 from halny.model.run.optimizer import Split, master_weights
 from halny.model.run.ranks import World, everywhere
@@ -40,7 +40,7 @@ def training_state(model: Mistral, optimizer: torch.optim.Optimizer | None) -> d
 
     Without an optimizer, the weights alone.
     """
-    state, parameters = {}, dict(model.named_parameters())
+    state, parameters = {}, dict(named_weights(model))
     for name, weight in master_weights(model, optimizer):
         state[f"model.{name}"] = weight
         moments = optimizer.state.get(parameters[name], {}) if optimizer else {}

@@ -363,7 +363,6 @@ def fsdp_calls(device: torch.device, config, ranks: int) -> list[tuple]:
         with torch.no_grad():
             for p in step.model.parameters():
                 p.to_local().fill_(1.0)
-        step.model.init_buffers()
         with Record() as record:
             step.run()
     finally:

@@ -76,7 +76,6 @@ def compute(model, optimizer) -> list[list]:
     with torch.no_grad():
         for p in model.parameters():
             p.to_local().zero_()
-    model.init_buffers()
     tokens = torch.zeros(1, 8, dtype=torch.long)
     with Record() as record:
         for last in (False, True):
