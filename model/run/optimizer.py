@@ -32,10 +32,21 @@ from halny.kernels.stochastic_rounding import add_rounded_, add_wide
 from halny.model.mistral import named_weights
 
 
+def _check_groups(groups: list[dict]) -> None:
+    """TypeError for a parameter group that asks for more than its own weight decay, or not for that."""
+    for group in groups:
+        if wrong := group.keys() ^ {"params", "weight_decay"}:
+            raise TypeError(
+                f"a parameter group sets params and weight_decay, not more and not less; wrong here: "
+                f"{', '.join(sorted(wrong))} (lr comes from begin, betas and eps are the optimizer's)"
+            )
+
+
 class ShardedAdamW(torch.optim.AdamW):
     """torch.optim.AdamW, fused, on parameters that FSDP2 shards; its moments are allocated at once."""
 
     def __init__(self, groups: list[dict], betas: tuple[float, float], eps: float):
+        _check_groups(groups)
         super().__init__(groups, lr=0.0, betas=betas, eps=eps, fused=True)
         self.parameters = [p for group in groups for p in group["params"]]
         device = self.parameters[0].device
@@ -61,11 +72,14 @@ class SplitAdamW(torch.optim.Optimizer):
 
     Gradients of several micro batches are summed in fp32, or with 8bit moments in bf16, rounded stochastically: a hook
     on each parameter takes its gradient as soon as the backward has made it.
+
+    Of torch's interface it has step, zero_grad and param_groups, whose lr is one for all; run/saver.py keeps its state.
     """
 
     def __init__(
         self, model: nn.Module, groups: list[dict], betas: tuple[float, float], eps: float, moments: str, seed: int
     ):
+        _check_groups(groups)
         super().__init__(groups, {"lr": 0.0})
         self.model, self.betas, self.eps, self.moments = model, betas, eps, moments
         self.low: dict[Tensor, Tensor] = {}  # of every parameter, once ``take_weights`` has split it
@@ -82,6 +96,19 @@ class SplitAdamW(torch.optim.Optimizer):
         self._sums: dict[Tensor, Tensor] = {}  # gradients of this step, summed over its micro batches so far
         self._added: Counter[Tensor] = Counter()
         self._number = 0
+
+    def state_dict(self):
+        raise NotImplementedError(
+            "SplitAdamW's state is also half of each weight: training_state and checkpoint.load save and restore both"
+        )
+
+    def load_state_dict(self, state_dict):
+        self.state_dict()
+
+    def add_param_group(self, param_group):
+        if hasattr(self, "_keys"):
+            raise NotImplementedError("SplitAdamW takes its parameter groups when it is made, and no more afterwards")
+        super().add_param_group(param_group)
 
     def take_weights(self) -> None:
         """Split the model's weights, which have been filled in fp32; from here on it computes in bf16."""
@@ -120,9 +147,14 @@ class SplitAdamW(torch.optim.Optimizer):
     def step(self) -> None:
         (beta1, beta2), applied = self.betas, 1.0 - self.found_inf
         t = (self.updates + 1.0).double()
-        lr = torch.full_like(t, self.param_groups[0]["lr"])
+        if self._scale is None:
+            raise RuntimeError("step needs the gradients' scale: call clip_gradients before each step")
+        rates = [group["lr"] for group in self.param_groups]
+        if len(set(rates)) > 1:
+            raise ValueError(f"lr must be one for all parameter groups, got {rates}")
+        lr = torch.full_like(t, rates[0])
         scalars = [lr, 1.0 - beta1**t, (1.0 - beta2**t).sqrt(), self._scale, self.found_inf.double()]
-        scalars = torch.stack(scalars).float()
+        scalars, self._scale = torch.stack(scalars).float(), None
         for group in self.param_groups:
             for p in group["params"]:
                 if p in self._sums:

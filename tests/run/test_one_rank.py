@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from halny.model import export
 from halny.model.exits import FAILED, REFUSED
 from halny.model.mistral import PRESETS, Mistral
 from halny.model.run.checkpoint import checksum_line
-from halny.model.run.optimizer import SplitAdamW
+from halny.model.run.optimizer import ShardedAdamW, SplitAdamW
 from halny.model.run.ranks import World
 from halny.model.run.recipe import command_line
 from halny.model.run.resolve import resolve
@@ -228,6 +229,41 @@ def test_gradients_of_micro_batches_are_summed_and_clipped(moments):
     optimizer.zero_grad()
     assert not torch.equal(model.a, before) and optimizer.updates == 1
     assert not optimizer._sums
+
+
+def test_what_optimizers_do_not_do_they_refuse():
+    model = Plain()
+    a, b = ({"params": [p], "weight_decay": 0.1} for p in model.parameters())
+    for wrong in (a | {"lr": 1e-3}, a | {"betas": (0.9, 0.99)}, {"params": [model.a]}):
+        for optimizer in (partial(ShardedAdamW, [wrong], (0.9, 0.95), 1e-8),
+                          partial(SplitAdamW, model, [wrong], (0.9, 0.95), 1e-8, "8bit", seed=3)):  # fmt: skip
+            with pytest.raises(TypeError, match=r"lr|betas|weight_decay"):
+                optimizer()
+    model = Plain()
+    groups = [{"params": [p], "weight_decay": 0.1} for p in model.parameters()]
+    optimizer = SplitAdamW(model, groups, (0.9, 0.95), 1e-8, "8bit", seed=3)
+    optimizer.take_weights()
+    optimizer.begin(1, 1e-3)
+    with pytest.raises(NotImplementedError, match="training_state"):
+        optimizer.state_dict()
+    with pytest.raises(NotImplementedError, match="training_state"):
+        optimizer.load_state_dict({"state": {}, "param_groups": []})
+    with pytest.raises(NotImplementedError, match="groups"):
+        optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(3))], "weight_decay": 0.0})
+    (model.a.sum() + model.b.sum()).backward()
+    before = model.a.detach().clone()
+    with pytest.raises(RuntimeError, match="clip_gradients"):
+        optimizer.step()
+    optimizer.clip_gradients(1.0)
+    optimizer.param_groups[1]["lr"] = 1e-2
+    with pytest.raises(ValueError, match=r"lr must be one .*0\.001, 0\.01"):
+        optimizer.step()
+    assert torch.equal(model.a, before) and optimizer.updates == 0
+    optimizer.param_groups[1]["lr"] = 1e-3
+    optimizer.step()
+    assert not torch.equal(model.a, before)
+    with pytest.raises(RuntimeError, match="clip_gradients"):
+        optimizer.step()  # not by the scale of the step before
 
 
 def test_one_rank_under_fp32_is_sharded_as_ever(tmp_path):
