@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from halny.kernels import dispatch
-from halny.kernels.dispatch import INTERPRETED, cdiv, launch, runs_kernel, wants_gradient
+from halny.kernels.dispatch import INTERPRETED, cdiv, check_no_gradient, launch, runs_kernel
 
 
 def chunk_cat_reference(tensors: Sequence[Tensor], dim: int, num_chunks: int, *, out: Tensor) -> None:
@@ -61,7 +61,9 @@ def chunk_cat(tensors: Sequence[Tensor], dim: int, num_chunks: int, *, out: Tens
 
     tensors [num_chunks m_t, ...], bf16 or fp32 -> out [num_chunks, sum of m_t ...], fp32, contiguous. Whatever
     else there is, PyTorch does: rows that do not divide, which it pads with zeros, other layouts, dtypes and devices.
+    Raises RuntimeError where a gradient is wanted.
     """
+    check_no_gradient("torch.no_grad()", **{f"tensors[{i}]": x for i, x in enumerate(tensors)}, out=out)
     if not (runs_kernel(out) and fits(tensors, dim, num_chunks, out)):
         torch._chunk_cat(tensors, dim, num_chunks, out=out)
         return
@@ -79,7 +81,6 @@ def fits(tensors: Sequence[Tensor], dim: int, num_chunks: int, out: Tensor) -> b
     """Whether the kernel makes of them what PyTorch makes: nothing to pad, nothing to round."""
     return (
         dim == 0
-        and not wants_gradient(*tensors, out)  # which PyTorch refuses, as of every function with an out
         and num_chunks > 0
         and out.dtype == torch.float32
         and out.is_contiguous()

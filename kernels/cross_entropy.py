@@ -394,7 +394,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, 
 
     Raises before anything is written: as ``cross_entropy``; TypeError for fp16 logits, whose gradient may vanish before
     it is scaled; ValueError for rows that are not as above; RuntimeError for a leaf, for a view of a part, and inside
-    torch.func's transforms and forward-mode levels.
+    torch.func's transforms, forward-mode levels and torch.export.
     """
     _check(logits, labels, ignore_index, reduction)
     if logits.dtype == torch.float16:
@@ -402,7 +402,7 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, 
     if not (torch.is_grad_enabled() and logits.requires_grad):
         return cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
     if in_transform():
-        raise RuntimeError("cross_entropy_ overwrites logits, which no torch.func transform follows: use cross_entropy")
+        raise RuntimeError("cross_entropy_ overwrites logits, which no transform or export follows: use cross_entropy")
     check_overwritable("logits", logits, "cross_entropy")
     try:
         rows = logits.detach().view(-1, logits.shape[-1])

@@ -182,13 +182,16 @@ def once_differentiable(backward):
 
 @torch.compiler.assume_constant_result
 def in_transform() -> bool:
-    """Whether one of torch.func's transforms or a level of forward-mode derivatives is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    """Whether derivatives may be wanted that only PyTorch's code has.
 
-
-@torch.compiler.assume_constant_result
-def _exports() -> bool:
-    return torch.compiler.is_exporting()
+    Inside a transform of torch.func; at a level of forward-mode derivatives; and while torch.export makes a graph that
+    may be trained, since it holds what a Function's forward does, and no Function.
+    """
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (torch.compiler.is_exporting() and torch.is_grad_enabled())
+    )
 
 
 def is_dual(args) -> bool:
@@ -200,8 +203,7 @@ def is_dual(args) -> bool:
 
 def is_reference_only() -> bool:
     """Whether every operation runs its reference, by the switch or because only it has the derivatives asked for."""
-    # An exported graph holds what a Function's forward does, and no Function
-    return _reference_only or in_transform() or (torch.is_grad_enabled() and _exports())
+    return _reference_only or in_transform()
 
 
 def set_reference_only(enabled: bool) -> None:
