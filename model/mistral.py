@@ -25,7 +25,7 @@ from halny.kernels.embedding import embedding
 from halny.kernels.linear_cross_entropy import counted_cross_entropy, linear_cross_entropy
 from halny.kernels.recompute_linear import add_rms_norm_linear, rms_norm_linear, swiglu_linear
 from halny.kernels.rms_norm import add_rms_norm, rms_norm
-from halny.kernels.rope import rope_split_qkv_, rope_tables
+from halny.kernels.rope import rope_qkv, rope_split_qkv_, rope_tables
 from halny.kernels.swiglu import swiglu
 
 
@@ -137,7 +137,12 @@ class Attention(nn.Module):
     def forward(self, x_btd, residual_btd, norm, cos, sin, positions_bt, attention_plan):
         """As MLP's, with the norm of this module's input."""
         qkv_btz, residual_btd = normed_linear(norm, self.qkv, x_btd, residual_btd, self.recompute)
-        q, k, v = rope_split_qkv_(qkv_btz, cos, sin, self.n_heads, self.n_kv_heads, positions_bt)
+        heads = self.n_heads, self.n_kv_heads
+        if is_plain(self.qkv, nn.Linear):
+            q, k, v = rope_split_qkv_(qkv_btz, cos, sin, *heads, positions_bt)
+        else:  # what something else has made may be what it needs for its backward
+            qkv_bthc = rope_qkv(qkv_btz.unflatten(2, (-1, self.head_dim)), cos, sin, *heads, positions_bt)
+            q, k, v = qkv_bthc.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=2)
         return self.out(planned_attention(q, k, v, attention_plan).flatten(2)), residual_btd
 
 

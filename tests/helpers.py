@@ -44,7 +44,7 @@ def assert_close_to_truth(
 
 
 def assert_passes_in_the_interpreter(file: str) -> None:
-    """A file of tests passes in a process of its own, where CPU tensors run the kernels."""
+    """A file of tests, or "file::test", passes in a process of its own, where CPU tensors run the kernels."""
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "pytest", file, "-p", "no:cacheprovider"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
