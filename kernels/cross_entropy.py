@@ -31,6 +31,7 @@ from halny.kernels.dispatch import (
     register_operator,
     runs_kernel,
     upcast,
+    wants_gradient,
 )
 from halny.kernels.loss_reduction import check_labels, mean_scale, reduce_rows
 from halny.kernels.scale_gradient import scaled_gradient
@@ -371,7 +372,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, r
     rows, flat_labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long().contiguous()
     if rows.stride(1) != 1:
         rows = rows.contiguous()
-    if torch.is_grad_enabled() and logits.requires_grad:
+    if wants_gradient(logits):
         loss = _CrossEntropy.apply(rows, flat_labels, ignore_index, reduction)
     else:
         n_tokens, scale = mean_scale(flat_labels, ignore_index, reduction)
@@ -393,13 +394,13 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, 
     torch.compile(fullgraph=True) refuses it; cross_entropy compiles.
 
     Raises before anything is written: as ``cross_entropy``; TypeError for fp16 logits, whose gradient may vanish before
-    it is scaled; ValueError for rows that are not as above; RuntimeError for a leaf, for a view of a part, and inside
-    torch.func's transforms, forward-mode levels and torch.export.
+    it is scaled; ValueError for rows that are not as above; RuntimeError for a leaf, for a view of a part or with
+    hooks, and inside torch.func's transforms, forward-mode levels and torch.export.
     """
     _check(logits, labels, ignore_index, reduction)
     if logits.dtype == torch.float16:
         raise TypeError("logits must not be fp16: a gradient that is scaled later would vanish in it")
-    if not (torch.is_grad_enabled() and logits.requires_grad):
+    if not wants_gradient(logits):
         return cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
     if in_transform():
         raise RuntimeError("cross_entropy_ overwrites logits, which no transform or export follows: use cross_entropy")
@@ -410,17 +411,27 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, 
         rows = None
     if rows is None or rows.stride(1) != 1:
         raise ValueError(f"logits must have contiguous rows at one distance to be overwritten, got {logits.stride()}")
-    whole = logits
-    if logits._is_view():
-        # A Function with two outputs may overwrite no view, but the tensor behind it, whose views autograd then updates
-        whole = logits._base
-        if not (logits.is_contiguous() and whole.is_contiguous() and logits.numel() == whole.numel()):
-            raise RuntimeError(
-                f"logits {tuple(logits.shape)} is a view of a part of a tensor {tuple(whole.shape)}, which autograd "
-                "cannot overwrite here: use cross_entropy, or pass the whole tensor"
-            )
-    loss, _ = _CrossEntropyInPlace.apply(whole, logits.shape, labels, ignore_index, reduction)
+    loss, _ = _CrossEntropyInPlace.apply(_whole(logits), logits.shape, labels, ignore_index, reduction)
     return loss
+
+
+def _whole(logits: Tensor) -> Tensor:
+    """The tensor behind a view of all of it. A Function with two outputs may overwrite that, and no view."""
+    if not logits._is_view():
+        return logits
+    whole, node = logits._base, logits.grad_fn
+    if not (logits.is_contiguous() and whole.is_contiguous() and logits.numel() == whole.numel()):
+        raise RuntimeError(
+            f"logits {tuple(logits.shape)} is a view of a part of a tensor {tuple(whole.shape)}, which autograd cannot "
+            "overwrite here: use cross_entropy, or pass the whole tensor"
+        )
+    hooked = bool(logits._backward_hooks)
+    while node is not None and node is not whole.grad_fn:
+        hooked |= isinstance(node, torch.autograd.function.BackwardCFunction)
+        node = node.next_functions[0][0]
+    if hooked:
+        raise RuntimeError("logits is a view with a backward hook, which would not be called: use cross_entropy")
+    return whole
 
 
 def _check(logits: Tensor, labels: Tensor, ignore_index: int, reduction: str) -> None:

@@ -121,14 +121,13 @@ def register_operator(schema: str, implementation, fake, launches: bool = True):
         return (implementation if real else fake)(*args)
 
     def without_derivative(*args):
-        if is_dual(args):
+        if _is_dual(args):
             raise NotImplementedError(f"{operator} has no forward-mode derivative: {_REMEDY}")
-        if not (torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args)):
-            with torch._C._AutoDispatchBelowAutograd():
-                outputs = operator(*args)
+        if not wants_gradient(*(x for x in args if isinstance(x, Tensor))):
             for i in overwritten:
                 torch.autograd.graph.increment_version(args[i])
-            return outputs
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
         if overwritten or in_transform():
             raise NotImplementedError(f"{operator} has no derivative of its own: {_REMEDY}")
         return _NoDerivative.apply(operator, *args)
@@ -185,7 +184,8 @@ def in_transform() -> bool:
     """Whether derivatives may be wanted that only PyTorch's code has.
 
     Inside a transform of torch.func; at a level of forward-mode derivatives; and while torch.export makes a graph that
-    may be trained, since it holds what a Function's forward does, and no Function.
+    may be trained, since it holds what a Function's forward does, and no Function. (Exported under no_grad, it holds
+    operators.)
     """
     return (
         torch._C._are_functorch_transforms_active()
@@ -194,7 +194,7 @@ def in_transform() -> bool:
     )
 
 
-def is_dual(args) -> bool:
+def _is_dual(args) -> bool:
     """Whether a tensor among args carries a forward-mode derivative."""
     return forward_ad._current_level >= 0 and any(
         isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args

@@ -30,6 +30,7 @@ from halny.kernels.dispatch import (
     once_differentiable,
     register_operator,
     runs_kernel,
+    wants_gradient,
 )
 from halny.kernels.loss_reduction import check_labels, mean_scale, reduce_rows
 from halny.kernels.scale_gradient import scaled_gradient
@@ -270,7 +271,7 @@ def linear_cross_entropy(
     rows, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1).long().contiguous()
     if 1 not in weight.stride():
         weight = weight.contiguous()  # once, and not in every product
-    wanted = [torch.is_grad_enabled() and x.requires_grad for x in (hidden, weight)]
+    wanted = [wants_gradient(x) for x in (hidden, weight)]
     if any(wanted):
         loss, n_tokens, n_correct = _LinearCrossEntropy.apply(
             rows, weight, flat_labels, ignore_index, reduction, tuple(wanted)

@@ -335,6 +335,24 @@ def test_a_view_of_all_is_overwritten(name, launches):
     assert bool(launches) == INTERPRETED
 
 
+def test_a_view_is_refused_untouched_where_overwriting_all_would_lose_something():
+    """A neighbour's memory; a hook of the view, or of the module that made it."""
+    labels = torch.tensor([[1, 2, 3, 4]])
+    linear = torch.nn.Linear(8, 8, bias=False)
+    linear.register_full_backward_hook(lambda *_: None)
+    hooked = (torch.randn(4, 8).requires_grad_() * 1).view(1, 4, 8)
+    hooked.register_hook(lambda gradient: gradient)
+    for logits, words in (
+        ((torch.randn(1, 5, 8).requires_grad_() * 1)[:, :-1], r"a part of a tensor \(1, 5, 8\)"),
+        (hooked, "hook"),
+        (linear(torch.randn(4, 8)).view(1, 4, 8), "hook"),
+    ):
+        before = logits.detach().clone()
+        with pytest.raises(RuntimeError, match=f"^logits.*{words}.*use cross_entropy"):
+            cross_entropy_(logits, labels)
+        assert torch.equal(logits, before)
+
+
 @pytest.mark.parametrize("used", ["the view before", "the view afterwards", "the whole afterwards"])
 def test_other_uses_of_a_view_that_was_overwritten_are_noticed(used):
     whole = torch.randn(2, 2, 8).requires_grad_() * 1

@@ -465,7 +465,8 @@ def test_activation_checkpointing(name, launches):
         upstream = upstream or [torch.randn_like(y) for y in outputs]
         gradients.append(torch.autograd.grad(outputs, inputs, upstream))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
-    assert launches == passes(name, forward=3)  # the second time forward, again, backward
+    # the second time forward, again, backward; but rope_split saves nothing that would have to be rotated again
+    assert launches == passes(name, forward=2 if name == "rope_split" else 3)
 
 
 # ----------------------------------------------------------------------------------------------- linears that recompute
