@@ -291,19 +291,27 @@ def check_overwritable(name: str, x: Tensor, instead: str) -> None:
     ValueError if elements of x share memory; RuntimeError, as PyTorch's but before the damage, for a leaf that requires
     a gradient and for its views.
     """
-    reach = 0  # of the dimensions with smaller strides, in elements
-    for stride, n in sorted((stride, n) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1):
-        if stride <= reach and x.numel():
-            raise ValueError(
-                f"{name} is expanded or overlaps itself, and what shares memory cannot be overwritten: "
-                f"strides {x.stride()} of shape {tuple(x.shape)}; use {instead}"
-            )
-        reach += stride * (n - 1)
+    if _overlaps(x):
+        raise ValueError(
+            f"{name} is expanded or overlaps itself, and what shares memory cannot be overwritten: "
+            f"strides {x.stride()} of shape {tuple(x.shape)}; use {instead}"
+        )
     if torch.is_grad_enabled() and any(y is not None and y.is_leaf and y.requires_grad for y in (x, x._base)):
         raise RuntimeError(
             f"{name} is a leaf that requires a gradient, or a view of one, which allows no in-place operation: "
             f"use {instead}"
         )
+
+
+def _overlaps(x: Tensor) -> bool:
+    """Whether elements share memory, or may: what lies between two of a dimension must be out of the others' reach."""
+    if x.is_contiguous() or x.numel() == 0:
+        return False
+    dimensions = [(stride, n) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1]
+    for i, (stride, _) in enumerate(dimensions):
+        if stride <= sum(s * (n - 1) for j, (s, n) in enumerate(dimensions) if j != i and s <= stride):
+            return True
+    return False
 
 
 def wants_gradient(*tensors: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch._dynamo.testing
 from helpers import assert_passes_in_the_interpreter
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -189,6 +190,19 @@ def test_a_first_derivative_runs_kernels(way, name, launches):
     for each in got:
         torch.testing.assert_close(list(each), want)
     assert launches
+
+
+@on_the_cpu
+@pytest.mark.parametrize("name", ["rope_qkv", "rope_qkv_", "rope_split_qkv_"])
+def test_a_graph_for_any_length_is_compiled_once(name):
+    """No check makes a number of a symbol."""
+    loss, counter = OPERATIONS[name].function, torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    for T in (3, 4, 5, 7):
+        inputs = [torch.randn(2, T, 4, 4)]
+        torch.testing.assert_close(
+            gradients(torch.compile(loss, backend=counter, fullgraph=True), inputs), gradients(loss, inputs)
+        )
+    assert counter.frame_count == 2  # of the first length, and of all
 
 
 @on_the_cpu
