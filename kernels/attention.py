@@ -90,9 +90,12 @@ def attention_reference(
         q, k, v = upcast(q), upcast(k).repeat_interleave(group, dim=2), upcast(v)
         scores = torch.einsum("bihd,bjhd->bhij", q, k) * head_dim**-0.5
         weights = torch.softmax(scores.masked_fill(~seen[:, None], float("-inf")), dim=-1)
-        # A weight of 0 does not keep a NaN out, nor an infinity. What is no number reaches those who may see it, as NaN
+        # A weight of 0 keeps no NaN out, nor an infinity: what is no number reaches those who may see it, as NaN.
+        # A query sees the keys from some first one to itself: two values of a running count tell what lies there
         no_number = ~v.isfinite()
-        reached = torch.einsum("bij,bjhd->bihd", seen.expand(B, T, T).to(v.dtype), no_number.to(v.dtype)) > 0
+        first = (torch.arange(1, T + 1, device=v.device) - seen.sum(-1)).expand(B, T)[:, :, None, None]
+        count = no_number.cumsum(1)
+        reached = count > (count - no_number.long()).gather(1, first.expand_as(count))
         v, reached = (x.repeat_interleave(group, dim=2) for x in (v.masked_fill(no_number, 0.0), reached))
         return torch.einsum("bhij,bjhd->bihd", weights, v).masked_fill(reached, float("nan")).to(dtype)
 
