@@ -258,10 +258,7 @@ class RopeQKV(torch.autograd.Function):
 
 
 class RopeQKVInPlace(torch.autograd.Function):
-    """Tells autograd, and rotates nothing: the caller does, once autograd has refused whatever it refuses.
-
-    It rotates ``data``, of which autograd is told nothing: the overwriting has been counted here.
-    """
+    """Tells autograd, and rotates nothing: the caller does, once autograd has refused whatever it refuses."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, n_heads, n_kv_heads, positions):
@@ -351,10 +348,10 @@ def rope_split_qkv_(
     by_heads = _by_heads(qkv, n_heads, n_kv_heads)
     _check(by_heads, cos, sin, n_heads, n_kv_heads, positions)
     _check_in_place(by_heads, cos, sin)
-    if not _runs_kernel(qkv) or torch.compiler.is_compiling() or qkv._is_view():
+    if not _runs_kernel(qkv) or torch.compiler.is_compiling() or qkv._is_view() or not wants_gradient(qkv):
         return _split(_rotated_in_place(by_heads, cos, sin, n_heads, n_kv_heads, positions), n_heads, n_kv_heads)
     _, q, k, v = RopeSplit.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
-    rope_rotate_(by_heads.data, cos, sin, n_heads, n_kv_heads, positions)
+    _rotate_as_told(by_heads, cos, sin, n_heads, n_kv_heads, positions)
     return q, k, v
 
 
@@ -370,9 +367,18 @@ def _rotated_in_place(qkv, cos, sin, n_heads, n_kv_heads, positions) -> Tensor:
     # compiler loses the gradient, without a word.
     if not _runs_kernel(qkv) or torch.compiler.is_compiling():
         return qkv.copy_(_rotated(qkv, cos, sin, n_heads, n_kv_heads, positions))
+    if not wants_gradient(qkv):
+        rope_rotate_(qkv, cos, sin, n_heads, n_kv_heads, positions)
+        return qkv
     rotated = RopeQKVInPlace.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
-    rope_rotate_(qkv.data, cos, sin, n_heads, n_kv_heads, positions)
+    _rotate_as_told(qkv, cos, sin, n_heads, n_kv_heads, positions)
     return rotated
+
+
+def _rotate_as_told(qkv: Tensor, *arguments) -> None:
+    """What autograd has been told of: neither recorded again, nor counted as another overwriting."""
+    with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(qkv):
+        rope_rotate_(qkv, *arguments)
 
 
 def _runs_kernel(qkv: Tensor) -> bool:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from halny.kernels.dispatch import cdiv, launch, register_operator
+from halny.kernels.dispatch import cdiv, in_transform, launch, register_operator
 
 # --------------------------------------------------------------------------------------------------------------- kernel
 
@@ -93,6 +93,7 @@ def scaled_gradient(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> T
     if (
         gradient.dtype == dtype
         and not torch.compiler.is_compiling()
+        and not (in_transform() or torch._C._functorch.is_legacy_batchedtensor(upstream))  # several of them at once
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     ):
         scale_gradient_(gradient, upstream)

@@ -16,6 +16,7 @@ import torch._dynamo.testing
 from helpers import assert_passes_in_the_interpreter
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from halny.kernels import dispatch, rms_norm, stochastic_rounding
 from halny.kernels.chunk_cat import chunk_cat
@@ -163,7 +164,9 @@ def test_a_transform_runs_the_reference_or_refuses(transform, name, launches):
 
 @on_the_cpu
 @every_operation
-@pytest.mark.parametrize("way", ["backward", "compile", "retain_graph", "backward(inputs)"])
+@pytest.mark.parametrize(
+    "way", ["backward", "compile", "retain_graph", "backward(inputs)", "is_grads_batched", "vmap over backward"]
+)
 def test_a_first_derivative_runs_kernels(way, name, launches):
     operation = OPERATIONS[name]
     inputs = operation.inputs()
@@ -182,6 +185,14 @@ def test_a_first_derivative_runs_kernels(way, name, launches):
         got = [torch.autograd.grad(loss, mine, retain_graph=keep) for keep in (True, True, False)]
         with pytest.raises(RuntimeError, match="backward through the graph a second time"):
             torch.autograd.grad(loss, mine)
+    elif way == "is_grads_batched":
+        batched = torch.autograd.grad(operation.function(*mine), mine, torch.tensor([1.0, -2.0]), is_grads_batched=True)
+        got = [[x[0] for x in batched], [x[1] / -2 for x in batched]]
+    elif way == "vmap over backward":
+        loss = operation.function(*mine)
+        pull = lambda upstream: torch.autograd.grad(loss, mine, upstream, retain_graph=True)  # noqa: E731
+        batched = torch.vmap(pull)(torch.tensor([1.0, -2.0]))
+        got = [[x[0] for x in batched], [x[1] / -2 for x in batched]]
     elif way == "backward(inputs)":
         operation.function(*mine).backward(inputs=mine)
         got = [[x.grad for x in mine]]
@@ -283,6 +294,21 @@ def test_a_bare_operator_refuses_to_be_differentiated(route):
     assert torch.vmap(lambda z: rms_norm.rms_norm_forward(z, w, 1e-5)[0])(torch.stack([x, x])).shape == (2, 4, 8)
 
 
+@on_the_cpu
+@every_operation
+def test_a_graph_of_operators_refuses_to_be_differentiated(name, launches):
+    """make_fx records what runs, and no Function."""
+    graph = make_fx(OPERATIONS[name].function)(*OPERATIONS[name].inputs())
+    mine = leaves(OPERATIONS[name].inputs())
+    if name == "embedding":  # whose forward pass is PyTorch's
+        torch.testing.assert_close(torch.autograd.grad(graph(*mine), mine), torch.autograd.grad(
+            OPERATIONS[name].function(*mine), mine))  # fmt: skip
+    else:
+        with pytest.raises(NotImplementedError, match=r"halny\S* has no derivative of its own.*reference_only"):
+            torch.autograd.grad(graph(*mine), mine)
+        assert launches
+
+
 # ----------------------------------------------------------------------------------------------------------- in place
 
 
@@ -305,8 +331,8 @@ UNTOUCHED = {  # what is refused: (a tensor of four rows of 8, what the refusal 
 @in_place
 @pytest.mark.parametrize("kind", UNTOUCHED)
 def test_what_cannot_be_overwritten_is_refused_untouched(kind, name, launches):
-    made, words = UNTOUCHED[kind]
-    x = made()
+    make, words = UNTOUCHED[kind]
+    x = make()
     memory = torch.empty(0).set_(x.untyped_storage())
     before = memory.clone()
     with pytest.raises((RuntimeError, ValueError), match=f"{words}.*use (cross_entropy|rope_qkv)$"):
