@@ -485,7 +485,8 @@ def adamw_(
     changed. Arithmetic is fp32; with fp32 moments a step is that of AdamW(fused=True) but for last bits. bf16 and 8bit
     moments are rounded stochastically: seed (any integer) and an element's index decide how, and equal inputs give
     equal bits; take another seed for every tensor and step. Bytes a weight with a bf16 gradient: 26 with fp32 moments,
-    18 with bf16, 14 + 4/256 with 8bit. No autograd: it neither records the change nor notices it.
+    18 with bf16, 14 + 4/256 with 8bit. No autograd: it does not record the change, but counts it, so that a graph that
+    has saved high refuses to go on with it.
 
     Raises TypeError for other dtypes or a moments that is none, ValueError for shapes, strides, devices or numbers that
     do not fit.
@@ -496,6 +497,7 @@ def adamw_(
     settings = dict(beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, seed=seed)
     if not runs_kernel(high):
         return adamw_reference_(high, low, gradient, moments, scalars, **settings)
+    torch.autograd.graph.increment_version(high)
     m, v = moments["exp_avg"], moments["exp_avg_sq"]
     eight_bits = m.dtype == torch.uint8
     unit = _root_unit(beta1, beta2) if eight_bits else 1.0

@@ -162,6 +162,7 @@ def add_rounded_(total: Tensor, x: Tensor, *, seed: int) -> None:
         return
     if not runs_kernel(total):
         return add_rounded_reference_(total, x, seed=seed)
+    torch.autograd.graph.increment_version(total)
     grid = (cdiv(total.numel(), BLOCK),)
     launch(add_rounded_kernel, grid, total, x, total.numel(), *keys_of(seed), BLOCK=BLOCK, num_warps=NUM_WARPS)
 

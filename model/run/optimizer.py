@@ -160,7 +160,7 @@ class SplitAdamW(torch.optim.Optimizer):
                 if p in self._sums:
                     moments = {name: x for name, x in self.state[p].items() if name != "step"}
                     adamw_(
-                        p.data, self.low[p], self._sums[p], moments, scalars, beta1=beta1, beta2=beta2, eps=self.eps,
+                        p, self.low[p], self._sums[p], moments, scalars, beta1=beta1, beta2=beta2, eps=self.eps,
                         weight_decay=group["weight_decay"], seed=self._seed(p, 0),
                     )  # fmt: skip
         self.updates.add_(applied)

@@ -231,6 +231,21 @@ def test_gradients_of_micro_batches_are_summed_and_clipped(moments):
     assert not optimizer._sums
 
 
+def test_a_graph_from_before_the_update_is_not_gone_through_again():
+    """As with PyTorch's optimizers: it would take the gradient of some weights at the values of others."""
+    model = Plain()
+    groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
+    optimizer = SplitAdamW(model, groups, (0.9, 0.95), 1e-8, "8bit", seed=3)
+    optimizer.take_weights()
+    optimizer.begin(1, 1e-3)
+    loss = model.a.square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.clip_gradients(1.0)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_what_optimizers_do_not_do_they_refuse():
     model = Plain()
     a, b = ({"params": [p], "weight_decay": 0.1} for p in model.parameters())
