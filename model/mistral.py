@@ -198,7 +198,7 @@ class Mistral(nn.Module):
         self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        self.weight_names = {name for name, _ in self.named_parameters()}
+        self.weight_names = {name for name, _ in self.named_parameters()}  # before anything wraps or replaces a part
         table = (config.max_seq_len, config.head_dim // 2)
         self.register_buffer("rope_cos", torch.empty(table, dtype=torch.float32), persistent=False)
         self.register_buffer("rope_sin", torch.empty(table, dtype=torch.float32), persistent=False)
