@@ -80,8 +80,8 @@ def attention_reference(
 ) -> Tensor:
     """The definition of ``attention``, in plain PyTorch; it holds the whole [B, H, T, T] score matrix.
 
-    All in fp32 (fp64 for fp64), scores and both products included, and rounded once, at the end: in 16 bits a score of
-    59 would be off by up to 0.2, and one beyond 65504 be infinite in fp16.
+    All in fp32 (fp64 for fp64), scores and both products included, and rounded once, at the end: in bf16 a score of 59
+    would be off by up to 0.3, and in fp16 a dot product beyond 65504 would be infinite.
     """
     B, T, H, head_dim = q.shape
     group, dtype = H // k.shape[2], q.dtype

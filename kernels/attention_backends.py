@@ -87,7 +87,7 @@ def _document_keywords(cu_seqlens: Tensor, max_seqlen: int) -> dict:
 
 
 class OnceDifferentiable(torch.autograd.Function):
-    """out, refused to create_graph: the packages' backward passes hand out gradients that pass for constants."""
+    """The identity, which refuses create_graph: the packages' own backward passes would return constants there."""
 
     @staticmethod
     def forward(ctx, out):

@@ -312,8 +312,9 @@ class _CrossEntropy(torch.autograd.Function):
 
 class _CrossEntropyInPlace(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, whole, shape, labels, ignore_index, reduction):
-        rows, flat_labels = whole.detach().view(-1, shape[-1]), labels.reshape(-1).long().contiguous()
+    def forward(ctx, whole, rows, labels, ignore_index, reduction):
+        """rows: whole as [M, V], detached; what is written through it has been written to whole."""
+        flat_labels = labels.reshape(-1).long().contiguous()
         ctx.has_kernel = runs_kernel(rows) and rows.dtype != torch.float64
         if ctx.has_kernel:
             n_tokens, scale = mean_scale(flat_labels, ignore_index, reduction)
@@ -411,12 +412,12 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, 
         rows = None
     if rows is None or rows.stride(1) != 1:
         raise ValueError(f"logits must have contiguous rows at one distance to be overwritten, got {logits.stride()}")
-    loss, _ = _CrossEntropyInPlace.apply(_whole(logits), logits.shape, labels, ignore_index, reduction)
+    loss, _ = _CrossEntropyInPlace.apply(_whole(logits), rows, labels, ignore_index, reduction)
     return loss
 
 
 def _whole(logits: Tensor) -> Tensor:
-    """The tensor behind a view of all of it. A Function with two outputs may overwrite that, and no view."""
+    """The tensor that a view shows all of: a Function with two outputs may overwrite it, but not a view of it."""
     if not logits._is_view():
         return logits
     whole, node = logits._base, logits.grad_fn

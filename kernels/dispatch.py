@@ -146,7 +146,7 @@ _REMEDY = (
 
 
 class _NoDerivative(torch.autograd.Function):
-    """What an operator makes of tensors that require gradients: as good as any other, but for its backward pass."""
+    """Runs an operator on tensors that require gradients; a backward pass that reaches it raises."""
 
     @staticmethod
     def forward(ctx, operator, *args):
@@ -160,7 +160,7 @@ class _NoDerivative(torch.autograd.Function):
 
 
 def once_differentiable(backward):
-    """For the backward of kernels, whose results have no derivatives: refuses to run where they are asked for.
+    """For the backward of kernels, whose results have no derivatives: raises where they are asked for.
 
     PyTorch's decorator of that name refuses later, in the second backward pass, and only on paths that lead through
     the upstream gradient: of ``loss + grad(loss, x, create_graph=True)[0].square().sum()`` the penalty would be lost.
@@ -172,7 +172,7 @@ def once_differentiable(backward):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # enabled in a backward by create_graph
             raise RuntimeError(
                 f"{type(ctx).__name__} is once_differentiable: create_graph=True asks for derivatives of its gradients,"
-                " which kernels have not; compute it inside halny.kernels.dispatch.reference_only(), and not in place"
+                " and kernels have none; compute it inside halny.kernels.dispatch.reference_only(), and not in place"
             )
         return once(ctx, *upstream)
 
@@ -286,7 +286,7 @@ def check_tensor(name: str, x: Tensor, dtypes: tuple[torch.dtype, ...], shape: t
 
 
 def check_overwritable(name: str, x: Tensor, instead: str) -> None:
-    """What in-place functions ask before they write. instead: the function that writes elsewhere.
+    """What in-place functions check before they write. instead: the function that writes elsewhere.
 
     ValueError if elements of x share memory; RuntimeError, as PyTorch's but before the damage, for a leaf that requires
     a gradient and for its views.
@@ -304,7 +304,7 @@ def check_overwritable(name: str, x: Tensor, instead: str) -> None:
 
 
 def _overlaps(x: Tensor) -> bool:
-    """Whether elements share memory, or may: what lies between two of a dimension must be out of the others' reach."""
+    """Whether two elements may share memory: a stride must exceed the span of the dimensions with smaller strides."""
     if x.is_contiguous() or x.numel() == 0:
         return False
     dimensions = [(stride, n) for stride, n in zip(x.stride(), x.shape, strict=True) if n > 1]

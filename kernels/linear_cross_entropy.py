@@ -286,6 +286,6 @@ def linear_cross_entropy(
 def counted_cross_entropy(
     logits: Tensor, labels: Tensor, *, ignore_index: int = -100, reduction: str = "mean"
 ) -> LinearCrossEntropy:
-    """What ``linear_cross_entropy`` returns, of logits [..., V] that something else has made. Raises as that does."""
+    """The loss and the counts of ``linear_cross_entropy``, from logits [..., V]. Raises as ``cross_entropy``."""
     loss = cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
     return _counted(loss, logits, labels, ignore_index)

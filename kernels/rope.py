@@ -258,7 +258,7 @@ class RopeQKV(torch.autograd.Function):
 
 
 class RopeQKVInPlace(torch.autograd.Function):
-    """Tells autograd, and rotates nothing: the caller does, once autograd has refused whatever it refuses."""
+    """Records the rotation and does not make it: the caller does, so that autograd's errors come before any writing."""
 
     @staticmethod
     def forward(ctx, qkv, cos, sin, n_heads, n_kv_heads, positions):
@@ -273,9 +273,9 @@ class RopeQKVInPlace(torch.autograd.Function):
 class RopeSplit(torch.autograd.Function):
     """In place, with q, k and v apart as views: their gradients come back apart, and become the packed one in one pass.
 
-    As RopeQKVInPlace it rotates nothing. Also returns qkv, as autograd asks of what is overwritten. Whoever goes on
-    with it, beside q, k and v, has a gradient of it added here. Whoever overwrites it again has autograd's error, as
-    has who overwrites q, k or v.
+    As RopeQKVInPlace it only records the rotation. It also returns qkv, as autograd asks of what is overwritten.
+    Whoever goes on with it, beside q, k and v, has a gradient of it added here. Whoever overwrites it again has
+    autograd's error, as has who overwrites q, k or v.
     """
 
     @staticmethod
@@ -351,7 +351,7 @@ def rope_split_qkv_(
     if not _runs_kernel(qkv) or torch.compiler.is_compiling() or qkv._is_view() or not wants_gradient(qkv):
         return _split(_rotated_in_place(by_heads, cos, sin, n_heads, n_kv_heads, positions), n_heads, n_kv_heads)
     _, q, k, v = RopeSplit.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
-    _rotate_as_told(by_heads, cos, sin, n_heads, n_kv_heads, positions)
+    _rotate_recorded(by_heads, cos, sin, n_heads, n_kv_heads, positions)
     return q, k, v
 
 
@@ -371,12 +371,12 @@ def _rotated_in_place(qkv, cos, sin, n_heads, n_kv_heads, positions) -> Tensor:
         rope_rotate_(qkv, cos, sin, n_heads, n_kv_heads, positions)
         return qkv
     rotated = RopeQKVInPlace.apply(qkv, cos, sin, n_heads, n_kv_heads, positions)
-    _rotate_as_told(qkv, cos, sin, n_heads, n_kv_heads, positions)
+    _rotate_recorded(qkv, cos, sin, n_heads, n_kv_heads, positions)
     return rotated
 
 
-def _rotate_as_told(qkv: Tensor, *arguments) -> None:
-    """What autograd has been told of: neither recorded again, nor counted as another overwriting."""
+def _rotate_recorded(qkv: Tensor, *arguments) -> None:
+    """Make the rotation that autograd has recorded; it is not recorded again, nor counted as a second overwriting."""
     with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(qkv):
         rope_rotate_(qkv, *arguments)
 

@@ -288,10 +288,10 @@ def save_hf(
     _check_dtype(dtype)
     _check_shard_bytes(max_shard_bytes)
     model = unwrapped(model)
-    model.weights()
     _reshard(model)
     _check_materialised(model)
-    sharded = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    weights = model.weights()
+    sharded = any(isinstance(parameter, DTensor) for parameter in weights.values())
     target, partial = Path(os.path.realpath(path)), None
     writes = not sharded or dist.get_rank() == 0
 
@@ -303,10 +303,10 @@ def save_hf(
             error = caught
     _raise_everywhere(error, sharded, group)
 
-    tensors = _whole_tensors(model, dtype)
+    tensors = _whole_tensors(model.config, weights, dtype)
     try:
         if writes:
-            stored = {name: dtype or parameter.dtype for name, parameter in model.weights().items()}
+            stored = {name: dtype or parameter.dtype for name, parameter in weights.items()}
             _write(model.config, stored, tensors, partial, tokenizer, max_shard_bytes)
             check_replaceable(target)  # again: writing took a while
             move_into_place(partial, target)
@@ -352,11 +352,12 @@ def write_hf(
         shutil.rmtree(partial, ignore_errors=True)  # renamed away by now, if all went well
 
 
-def _whole_tensors(model: Mistral, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def _whole_tensors(
+    config: MistralConfig, weights: dict[str, Tensor], dtype: torch.dtype | None
+) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, tensor) one after another; one collective for each of our parameters that is sharded."""
-    parameters = model.weights()
-    for name, placed in pieces(model.config):
-        whole = parameters[name].detach()
+    for name, placed in pieces(config):
+        whole = weights[name].detach()
         whole = whole.to(dtype or whole.dtype)  # before it travels
         if isinstance(whole, DTensor):
             whole = whole.full_tensor()

@@ -102,9 +102,9 @@ class RMSNorm(nn.Module):
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module is what its weight says and no more, so that a fused operation may stand for it.
+    """Whether a fused operation that reads the module's weight computes what a call of the module would.
 
-    An adapter in its place, a parametrization, FSDP of its own, a bias, a hook or another forward ask to be called.
+    Not so for an adapter in its place, a parametrization, FSDP of its own, a bias, a hook or another forward.
     """
     return (
         type(module) is kind
@@ -135,7 +135,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(self.n_heads * self.head_dim, config.dim, bias=False)
 
     def forward(self, x_btd, residual_btd, norm, cos, sin, positions_bt, attention_plan):
-        """As MLP's, with the norm of this module's input."""
+        """(attention's output, x + residual); norm makes this module's input of that sum."""
         qkv_btz, residual_btd = normed_linear(norm, self.qkv, x_btd, residual_btd, self.recompute)
         heads = self.n_heads, self.n_kv_heads
         if is_plain(self.qkv, nn.Linear):
@@ -154,7 +154,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(config.hidden_dim, config.dim, bias=False)
 
     def forward(self, x_btd, residual_btd, norm):
-        """(what is to be added to the residual stream, the stream x + residual that the norm of it was made of)"""
+        """(the MLP's output, x + residual); norm makes this module's input of that sum."""
         gate_up_btf, residual_btd = normed_linear(norm, self.gate_up, x_btd, residual_btd, self.recompute)
         if self.recompute and is_plain(self.down, nn.Linear):
             return swiglu_linear(gate_up_btf, self.down.weight), residual_btd
@@ -303,7 +303,7 @@ class Mistral(nn.Module):
                 setattr(self, name, table.to(device))
 
     def _apply(self, fn, recurse=True):
-        """What ``to``, ``half``, ``cuda`` and ``to_empty`` do: the tables are not rounded, and are no garbage."""
+        """``to``, ``half``, ``cuda`` and ``to_empty`` all come here: the tables are made again, in fp32."""
         super()._apply(fn, recurse)
         self.init_buffers()
         return self

@@ -42,7 +42,7 @@ def loss_and_gradients(model) -> tuple[float, dict[str, torch.Tensor]]:
     with torch.no_grad():
         logits = model(TOKENS).float()
     want = F.cross_entropy(logits.flatten(0, 1), LABELS.flatten(), reduction="sum")
-    torch.testing.assert_close(loss.detach(), want, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(loss.detach(), want, rtol=1e-5, atol=1e-4)  # a sum of 17 losses of some 10, in fp32
     assert n_tokens == 17 and n_correct == (logits.argmax(-1) == LABELS).sum()
     whole = {n: g.full_tensor() if isinstance(g, DTensor) else g for n, g in gradients.items()}
     return loss.item(), whole
@@ -53,12 +53,13 @@ def plain():
     return loss_and_gradients(model_of())
 
 
-def assert_same(model, plain, rtol: float = 1e-4) -> None:
+def assert_same(model, plain) -> None:
     loss, gradients = loss_and_gradients(model)
     assert abs(loss / plain[0] - 1) < 1e-6
     assert gradients.keys() == plain[1].keys()
     for name, want in plain[1].items():
-        torch.testing.assert_close(gradients[name], want, rtol=rtol, atol=1e-5, msg=name)
+        # the same in fp32 but for the order of sums, where another path makes them
+        torch.testing.assert_close(gradients[name], want, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def linears(model) -> list[tuple[nn.Module, str, nn.Linear]]:
@@ -98,6 +99,7 @@ def test_adapters_on_every_linear_are_trained(recompute):
     assert abs(ours / theirs - 1) < 1e-5
     for whole, adapter in adapters.items():
         gradient = whole.weight.grad
+        # W x + B (A x) and (W + B A) x round differently in fp32, and gradients go through two layers of it
         torch.testing.assert_close(adapter.b.grad, gradient @ adapter.a.T, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(adapter.a.grad, adapter.b.T @ gradient, rtol=1e-3, atol=1e-4)
         assert adapter.base.weight.grad is None

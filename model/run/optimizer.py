@@ -33,12 +33,12 @@ from halny.model.mistral import named_weights
 
 
 def _check_groups(groups: list[dict]) -> None:
-    """TypeError for a parameter group that asks for more than its own weight decay, or not for that."""
+    """TypeError unless each parameter group has params and weight_decay, and nothing else."""
     for group in groups:
         if wrong := group.keys() ^ {"params", "weight_decay"}:
             raise TypeError(
-                f"a parameter group sets params and weight_decay, not more and not less; wrong here: "
-                f"{', '.join(sorted(wrong))} (lr comes from begin, betas and eps are the optimizer's)"
+                f"a parameter group must set params and weight_decay alone; missing or too much: "
+                f"{', '.join(sorted(wrong))} (begin sets lr, and betas and eps are the optimizer's)"
             )
 
 
@@ -97,13 +97,12 @@ class SplitAdamW(torch.optim.Optimizer):
         self._added: Counter[Tensor] = Counter()
         self._number = 0
 
-    def state_dict(self):
+    def state_dict(self, *_):
         raise NotImplementedError(
-            "SplitAdamW's state is also half of each weight: training_state and checkpoint.load save and restore both"
+            "SplitAdamW's state includes half of each weight: training_state and checkpoint.load save and restore both"
         )
 
-    def load_state_dict(self, state_dict):
-        self.state_dict()
+    load_state_dict = state_dict
 
     def add_param_group(self, param_group):
         if hasattr(self, "_keys"):
