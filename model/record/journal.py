@@ -2,7 +2,8 @@
 
 The last needs no measuring and no waiting: the loop knows how long a step took, what it waited for data and spent on
 checkpoints and evaluation, and the watch knows the time of a fixed matrix product on each rank. What these do not
-explain is communication that nothing hides, or kernels slower than expected; --preflight and a profile tell.
+explain is communication that nothing hides, kernels slower than expected, or on one rank a host that gives the device
+its work too late; --preflight and a profile tell.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Journal:
     """Writes down the steps of a run, each one step late: it owns the step in flight.
 
     skips   updates skipped in a row up to the last step written down
-    step_s  how long that step took
+    step_s  how long that step took, by the device's clock: from its end of the step before to its end of this one. The
+            host's says when it came to look, which is late where the host, not the device, is what a run waits for
     """
 
     def __init__(self, spec: RunSpec, world: World, folder: RunFolder, watch: Watch, spent: dict[str, float]):
@@ -46,13 +48,13 @@ class Journal:
         self.progress = Progress(self.world, first, self.spec.recipe.steps)
         self.gap = Gap.of_run(self.spec.work, self.spec.layout, self.world)
         self.probe = Probe(self.world.device)
-        self._clock = time.perf_counter()
+        self._ended = mark(self.world.device)
 
     def add(self, step: int, values: Tensor, lr: float, data_wait_s: float) -> None:
         """A step that the device has been given: ``values`` as train_step returns them. The one before is settled."""
         self.settle()
         self._in_flight = InFlight.after(step, values, lr, data_wait_s)
-        if self._in_flight.ready is None:  # on the CPU there is nothing to wait for
+        if isinstance(self._in_flight.ended, float):  # on the CPU there is nothing to wait for
             self.settle()
 
     def settle(self) -> None:
@@ -61,8 +63,7 @@ class Journal:
         if settled is None:
             return
         settled.wait()
-        before, self._clock = self._clock, time.perf_counter()
-        self.step_s = self._clock - before
+        self.step_s, self._ended = seconds_between(self._ended, settled.ended), settled.ended
         line, remark = settled.line(self.spec, self.world, self.step_s)
         self.skips = self.skips + 1 if "skipped" in line else 0
         self.watch.probe(self.probe.seconds())
@@ -91,29 +92,27 @@ class InFlight:
     """A step whose metrics are still on the device: read one step late, so that the host never waits for the device."""
 
     step: int
-    values: Tensor  # as train_step returns them
-    ready: torch.cuda.Event | None
+    values: Tensor  # as train_step returns them, on the host
+    ended: Mark
     lr: float
     data_wait_s: float
 
     @classmethod
     def after(cls, step: int, values: Tensor, lr: float, data_wait_s: float) -> InFlight:
-        if not values.is_cuda:
-            return cls(step, values, None, lr, data_wait_s)
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-        return cls(step, host, ready, lr, data_wait_s)
+        device = values.device
+        if device.type == "cuda":
+            values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        return cls(step, values, mark(device), lr, data_wait_s)
 
     def wait(self) -> None:
         """Until the device is through with the step."""
-        if self.ready is not None:
-            self.ready.synchronize()
+        if not isinstance(self.ended, float):
+            self.ended.synchronize()
 
     def line(self, spec: RunSpec, world: World, step_s: float) -> tuple[dict, str | None]:
         """Its metrics line, and what is to be said of its update if it was skipped or a spike.
 
-        step_s: seconds since the step before, when the device was through with this one.
+        step_s: seconds from the end of the step before to the end of this one.
         """
         *sums, pairs, grad_norm, verdict, median = self.values.tolist()
         recipe = spec.recipe
@@ -140,6 +139,22 @@ class InFlight:
             line["skipped"] = True
             what += "; the update was skipped"
         return line, what if verdict else None
+
+
+Mark = float | torch.cuda.Event
+
+
+def mark(device: torch.device) -> Mark:
+    """The moment when the device is through with what it has been given so far."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(before: Mark, after: Mark) -> float:
+    return after - before if isinstance(after, float) else before.elapsed_time(after) / 1e3
 
 
 def peak_memory_bytes(world: World) -> int:
@@ -215,7 +230,9 @@ class Gap:
         lost = step_s - self.expected.total
         if lost < 0.02 * step_s:
             return None
-        parts["communication that nothing hides, or slower kernels"] = max(0.0, lost - sum(parts.values()))
+        alone = self.expected.exposed + self.expected.hidden == 0
+        rest = "slower kernels, or a late host" if alone else "communication that nothing hides, or slower kernels"
+        parts[rest] = max(0.0, lost - sum(parts.values()))
         return (
             f"gap        {self.tokens / step_s:,.0f} tokens/s/GPU, {self.expected.total / step_s:.0%} of the "
             f"{self.tokens / self.expected.total:,.0f} that --plan expects; {lost * 1e3:,.1f} ms a step more: "

@@ -33,7 +33,7 @@ from halny.model import mistral
 from halny.model.data.batches import Batch, Loader
 from halny.model.estimate import machines, roofline, sizes
 from halny.model.mistral import PRESETS, Mistral
-from halny.model.record import breakdown
+from halny.model.record import breakdown, journal
 from halny.model.record.journal import InFlight
 from halny.model.run.optimizer import Guard
 from halny.model.run.ranks import World, start_distributed
@@ -470,12 +470,15 @@ def test_what_waits_for_no_copy_is_let_pass(monkeypatch):
     count_step(MetaCase(SMALL_MODEL, 2, 64, 1))
 
 
+STEP_MS = 250.0
 READERS = ("item", "tolist", "numpy", "cpu", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
 READERS += ("__bool__", "__int__", "__float__", "__index__", "__array__", "__contains__", "_local_scalar_dense")
 
 
 def record_reads(cwd: Path, arguments: list[str], planted: bool) -> None:
     """In a process of its own: a run whose loop believes its metrics to be on a GPU; writes down who reads values.
+
+    That GPU takes STEP_MS for each step, whenever the host comes to look.
 
     Between the batches of a step and its end, evaluation and checkpoint left out.
     """
@@ -515,14 +518,14 @@ def record_reads(cwd: Path, arguments: list[str], planted: bool) -> None:
     def watch(on: bool):
         return lambda *_: watching.__setitem__(0, on)
 
-    class Ready:  # the event of a copy to the host
+    class Ended:  # a GPU's event
         def synchronize(self) -> None:
             pass
 
-    def in_flight(step, values, lr, data_wait_s):
-        return InFlight(step, values.clone(), Ready(), lr, data_wait_s)
+        def elapsed_time(self, later) -> float:
+            return STEP_MS
 
-    InFlight.after = in_flight
+    journal.mark = lambda device: Ended()
     for module in ("mistral", "cross_entropy", "rope", "attention"):  # on a GPU no values are checked
         package = "model" if module == "mistral" else "kernels"
         sys.modules[f"halny.{package}.{module}"].can_check_values = lambda x: False
@@ -567,6 +570,9 @@ def test_the_loop_reads_only_the_step_before(dtype, small, tmp_path):
     }
     steps = [["step", 1], ["step", 2], ["settle", 1], ["step", 3], ["settle", 2], ["settle", 3]]  # 3 is saved
     assert found["order"] == [*steps, ["step", 4], ["settle", 4], ["step", 5], ["settle", 5]]  # 4 is followed by a look
+    (metrics,) = (tmp_path / "clean").glob("**/metrics.jsonl")
+    lines = [line for line in map(json.loads, metrics.read_text().splitlines()) if "loss" in line]
+    assert [line["tokens_per_second_per_gpu"] for line in lines] == 5 * [256 / (STEP_MS / 1e3)]
 
     if dtype == "bf16":
         planted = reads_of(tmp_path / "planted", *command, planted=True)
@@ -579,7 +585,7 @@ def test_a_step_on_a_gpu_does_not_synchronise():
     try:
         case = MetaCase(replace(SMALL_MODEL, window=None), 2, 64, 1)
         with pytest.MonkeyPatch.context() as patched:
-            patched.setattr(account, "META", world.device)
+            patched.setattr(meta_step, "META", world.device)
             step = MetaStep(case, world)
         step.batches = [Batch(*torch.randint(256, (2, 2, 64), device=world.device), lengths=[64] * 2)]
         step.run()

@@ -41,6 +41,11 @@ def test_slow_products_everywhere_are_the_devices():
     assert text.endswith("300.0 ms a step more: matrix products slower on all ranks 300.0")
 
 
+def test_one_rank_has_no_communication():
+    alone = step_time.StepTime(0.9, 0.1, 0.1, 0.02, 0.0, 0.0, 0.0, hidden=0.0)
+    assert gap_of(alone, step_s=1.42).words(None).endswith("a step more: slower kernels, or a late host 300.0")
+
+
 def test_no_gap_no_words():
     assert gap_of(STEP, step_s=1.13).words(None) is None
     assert gap_of(None, step_s=1.0, data_s=0.09).words(None) is None
