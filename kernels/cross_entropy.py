@@ -315,7 +315,7 @@ class _CrossEntropyInPlace(torch.autograd.Function):
     def forward(ctx, whole, rows, labels, ignore_index, reduction):
         """rows: whole as [M, V], detached; what is written through it has been written to whole."""
         flat_labels = labels.reshape(-1).long().contiguous()
-        ctx.has_kernel = runs_kernel(rows) and rows.dtype != torch.float64
+        ctx.has_kernel = _runs_kernel(rows)
         if ctx.has_kernel:
             n_tokens, scale = mean_scale(flat_labels, ignore_index, reduction)
             loss, _ = cross_entropy_rows_(rows, flat_labels, scale, ignore_index)
@@ -362,13 +362,14 @@ def cross_entropy(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, r
     Everything is computed in fp32; the gradient is rounded once to the dtype of logits, and once more where the
     upstream gradient is not 1 (for fp16 it is held in fp32 until then). If logits need a gradient, the forward pass
     makes it and saves it instead of the logits: one buffer of their size. Rows of logits whose last dimension is not
-    contiguous are copied. On the kernel's path a label out of range that is not checked makes its row NaN.
+    contiguous are copied. fp64 and a V of 1 run the reference. On the kernel's path a label out of range that is not
+    checked makes its row NaN.
 
     Raises TypeError for wrong kinds of tensors; ValueError for shapes or devices that do not fit, an unknown reduction,
     or a label outside 0 .. V - 1 that is not ignore_index (on CUDA tensors only under ``dispatch.set_debug_checks``).
     """
     _check(logits, labels, ignore_index, reduction)
-    if not runs_kernel(logits) or logits.dtype == torch.float64:
+    if not _runs_kernel(logits):
         return cross_entropy_reference(logits, labels, ignore_index=ignore_index, reduction=reduction)
     rows, flat_labels = logits.reshape(-1, logits.shape[-1]), labels.reshape(-1).long().contiguous()
     if rows.stride(1) != 1:
@@ -414,6 +415,12 @@ def cross_entropy_(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, 
         raise ValueError(f"logits must have contiguous rows at one distance to be overwritten, got {logits.stride()}")
     loss, _ = _CrossEntropyInPlace.apply(_whole(logits), rows, labels, ignore_index, reduction)
     return loss
+
+
+def _runs_kernel(logits: Tensor) -> bool:
+    # triton 3.6 cannot compile the kernel for a vocabulary of one word: of the argument 1 it makes a constant, and its
+    # pass "coalesce" fails at a while loop that ends there
+    return runs_kernel(logits) and logits.dtype != torch.float64 and logits.shape[-1] > 1
 
 
 def _whole(logits: Tensor) -> Tensor:
