@@ -45,6 +45,8 @@ from halny.model.mistral import PRESETS, MistralConfig
 SEQ_LEN = 4096
 MICRO_BATCHES = (8, 4, 2, 1)
 LEAST_S = 6  # seconds of steps in each way, at least
+START_S = 15  # of a process, before its first way
+LEAST_BUDGET_S = 55  # of an opponent: the start, a first step that compiles for 12 to 18 s on an H200, steps; two ways
 LAYERS, MODEL = "each layer", "the whole model"  # what torch.compile is given
 
 
@@ -158,16 +160,19 @@ def least_bytes(opponent: Opponent, config: MistralConfig, micro_batch: int, che
     return opponent.state_bytes * parameters(config) + kept
 
 
+def too_large(bench: Bench, step: OpponentStep, micro_batch: int, checkpointing: bool) -> str:
+    """Why a way need not be run, or ""."""
+    needed, memory = least_bytes(step.opponent, step.config, micro_batch, checkpointing), bench.memory_bytes
+    return f"needs at least {gib(needed)} of {gib(memory)}" if memory is not None and needed > memory else ""
+
+
 def attempt(
     bench: Bench, step: OpponentStep, micro_batch: int, compiled: str | None, checkpointing: bool, n_steps: int,
     seconds: float,
 ) -> dict:  # fmt: skip
     """One way to run it: its figures, or why there are none."""
     tried = {"micro_batch": micro_batch, "compiled": compiled or "nothing", "checkpointing": checkpointing}
-    memory = bench.memory_bytes
-    needed = least_bytes(step.opponent, step.config, micro_batch, checkpointing)
-    if memory is not None and needed > memory:
-        reason = f"needs at least {gib(needed)} of {gib(memory)}"
+    if reason := too_large(bench, step, micro_batch, checkpointing):
         return tried | {"status": "does not fit", "reason": reason}
     seq_len = 64 if bench.smoke else SEQ_LEN
     began = time.monotonic()
@@ -231,21 +236,32 @@ def measured(bench: Bench, opponent: Opponent, given: argparse.Namespace, save: 
     except ImportError as error:
         save({"status": "absent", "reason": line_of(error)})
         return
+    ran, unfinished = False, ""
     while (way := next_way(attempts, bench.smoke, given.micro_batch)) is not None:
-        left = end - time.monotonic()
-        if attempts and left < max(2 * LEAST_S, 0.1 * given.budget_s):
-            row["reason"] = "the budget ended before all was tried"
+        runs, left = not too_large(bench, step, way[0], way[2]), end - time.monotonic()
+        if ran and runs and left < max(2 * LEAST_S, 0.1 * given.budget_s):
+            unfinished = "the budget ended before all was tried"
             break
+        ran |= runs
         seconds = min(max(LEAST_S, left / 8), left)
         attempts.append(attempt(bench, step, *way, 3 if bench.smoke else given.steps, seconds))
         bench.release()
         best = max((a for a in attempts if a["status"] == "ok"), key=lambda a: a["tokens_per_second"], default=None)
         save(row | (best or {"reason": attempts[-1]["reason"]}) | {"attempts": attempts})
-    if not any(a["status"] == "ok" for a in attempts):
-        fits = any(a["status"] == "failed" for a in attempts)
-        save({"status": "failed" if fits else "does not fit", "reason": attempts[-1]["reason"]})
-    else:
-        save({"reason": row["reason"]})
+    save(verdict(attempts, unfinished))
+
+
+def verdict(attempts: list[dict], unfinished: str) -> dict:
+    """What a row says in the end; unfinished: why not all was tried, "" if it was.
+
+    An opponent does not fit only where all was tried.
+    """
+    states = [a["status"] for a in attempts]
+    if "ok" in states:
+        return {"reason": unfinished}
+    if "failed" in states:
+        return {"status": "failed", "reason": attempts[states.index("failed")]["reason"]}
+    return {"status": "not tried" if unfinished else "does not fit", "reason": unfinished or attempts[-1]["reason"]}
 
 
 # ---------------------------------------------------------------------------------------------------------------- main
@@ -286,10 +302,13 @@ def main(arguments: list[str]) -> int:
     path = (given.out or results_folder(bench)) / "step.json"
     result = beside_ours(path, bench, given)
     for i, opponent in enumerate(wanted):
-        seconds = (given.budget_s - (time.monotonic() - started)) / (len(wanted) - i)
-        asked = ["bench/opponents.py", "--case", opponent.name, "--budget-s", str(max(1.0, seconds - 15))]
+        left = given.budget_s - (time.monotonic() - started)
+        seconds = max(left / (len(wanted) - i), min(left, LEAST_BUDGET_S))
+        asked = ["bench/opponents.py", "--case", opponent.name, "--budget-s", str(max(1.0, seconds - START_S))]
         asked += passed_on(given, "smoke", "steps", "layers", "micro_batch")
-        row = in_its_own_process([*asked, "--row"], seconds)
+        row = {"status": "not tried", "reason": "no time was left"}
+        if seconds > 2 * START_S:
+            row = in_its_own_process([*asked, "--row"], seconds)
         result["opponents"].append({"name": opponent.name, "label": opponent.label, "attempts": []} | row)
         write_json(path, result)
         print(words(result["opponents"][-1], given.smoke), flush=True)

@@ -400,6 +400,42 @@ def test_what_cannot_fit_is_not_tried(monkeypatch):
     assert tried["status"] == "does not fit" and "GiB of 79.6" in tried["reason"]
 
 
+def test_an_opponent_does_not_fit_only_where_all_was_tried():
+    too_large, failed, ok = ({"status": s, "reason": s} for s in ("does not fit", "failed", "ok"))
+    late = "the budget ended"
+    assert opponents.verdict([too_large] * 2, "") == {"status": "does not fit", "reason": "does not fit"}
+    assert opponents.verdict([too_large] * 2, late) == {"status": "not tried", "reason": late}
+    assert opponents.verdict([failed, too_large], late) == {"status": "failed", "reason": "failed"}
+    assert opponents.verdict([too_large, ok, failed], late) == {"reason": late}
+
+
+def test_an_opponents_budget_is_spent_on_what_fits(monkeypatch):
+    """However little is left, the largest way that fits is run; a visit ended before it, at 8 sequences, which do not.
+
+    On 141 GB of memory, in bf16.
+    """
+    run = []
+
+    def attempt(bench, step, *way):
+        reason = opponents.too_large(bench, step, way[0], way[2])
+        run.extend([] if reason else [way[:3]])
+        made = dict(zip(("micro_batch", "compiled", "checkpointing"), way, strict=False))
+        return made | ({"status": "does not fit", "reason": reason} if reason else FIGURES)
+
+    monkeypatch.setattr(opponents, "OpponentStep", lambda opponent, config, _: SimpleNamespace(**locals()))
+    monkeypatch.setattr(opponents, "attempt", attempt)
+    memory = machines.GPUS["NVIDIA H200"].memory_bytes
+    rows = []
+    given = SimpleNamespace(budget_s=1.0, layers=None, micro_batch=None, steps=3)
+    on_gpu = SimpleNamespace(smoke=False, memory_bytes=memory, device=None, release=lambda: None)
+    opponents.measured(on_gpu, next(o for o in opponents.OPPONENTS if o.name == "liger-bf16"), given, rows.append)
+    assert run == [(4, opponents.LAYERS, False)] and rows[-1] == {"reason": "the budget ended before all was tried"}
+    assert rows[-2]["tokens_per_second"] == FIGURES["tokens_per_second"]
+
+
+FIGURES = {"status": "ok", "reason": "", "tokens_per_second": 9.0}
+
+
 @pytest.fixture
 def hugging_face(monkeypatch):
     """As it was, afterwards: the benchmark patches it."""
