@@ -86,7 +86,7 @@ class Part:
 LAST = "flex or two_to_the_31"  # tests that compile for long, or need much of the memory
 PARTS = (
     Part("step", 210, lambda v, s: v.script("step", s, "--profile", "--moments", "8bit", "bf16")),
-    Part("tests", 90, lambda v, s: v.tests(f"not ({LAST})", True), timed=False),
+    Part("tests", 120, lambda v, s: v.tests(f"not ({LAST})", True), timed=False),
     Part("trainer", 75, lambda v, s: v.script("trainer", s, *(["--data", str(v.data)] if v.data else [])), timed=False),
     Part("warm kernels", 90, lambda v, s: v.script("kernels", s, *warm_up(v)), timed=False, ahead_of="kernels"),
     Part("warm attention", 90, lambda v, s: v.script("attention", s, *warm_up(v)), timed=False,

@@ -235,16 +235,13 @@ def read(path: Path) -> dict:
 
 
 def figures_of_run(run_dir: Path, said: list[str], after: int = 0) -> dict:
-    """Speed of the last steps, losses, memory, and how long the training waited for each checkpoint."""
+    """Losses, memory, and how long the training waited for each checkpoint."""
     lines = [line for line in lines_of_steps(run_dir) if line["step"] > after]
     stalls = [int(ms) for text in said for ms in re.findall(r"the training waited (\d+) ms", text)]
     figures = {"steps": len(lines), "checkpoint_stall_ms": stalls}
     if lines:
-        last = lines[-4:]
         figures |= {
             "losses": [line["loss"] for line in lines],
-            "tokens_per_second": [round(line["tokens_per_second_per_gpu"]) for line in last],
-            "mfu": [line["mfu"] for line in last],
             "peak_memory_gib": lines[-1]["peak_memory_gib"],
             "data_wait_s": max(line["data_wait_s"] for line in lines),
             "alloc_retries": lines[-1].get("alloc_retries", 0),
@@ -322,8 +319,6 @@ def stop_and_resume(stage: Stage, case: TrainerCase) -> Path | None:
             row["figures"]["summary"] = read(run_dir / "summary.json")
             wanted = ("export", "curves.png", "sample.txt", "summary.json")
             row["reason"] = f"finished; left {', '.join(name for name in wanted if (run_dir / name).exists())}"
-            rates = row["figures"]["tokens_per_second"]
-            row["reason"] += f"; {rates[-1]:,} tokens/s in the last step" if rates and not stage.smoke else ""
         with stage.tried(f"{case.name}: resumed = undisturbed") as row:
             alone.wait_until(lambda: len(lines_of_steps(alone_dir)) >= case.steps)
             row["command"], row["said"] = alone.words, alone.said()[-12:]
@@ -527,11 +522,12 @@ def main(arguments: list[str]) -> int:
             measured(stage, given.data is not None)
         except KeyboardInterrupt:  # the rows so far are in the file
             interrupted = True
-    write_result(out / "trainer.json", result)
-    states = [row["status"] for row in result["rows"]]
-    bad = [row["name"] for row in result["rows"] if row["status"] == "failed"]
-    words = f"trainer: {states.count('ok')} of {len(states)} ok, in {stage.now:.0f} s"
-    print(words + "".join(f"; {name} failed" for name in bad))
+        # before the folder goes: to delete these checkpoints took an H200's machine more than 20 s
+        write_result(out / "trainer.json", result)
+        states = [row["status"] for row in result["rows"]]
+        bad = [row["name"] for row in result["rows"] if row["status"] == "failed"]
+        words = f"trainer: {states.count('ok')} of {len(states)} ok, in {stage.now:.0f} s"
+        print(words + "".join(f"; {name} failed" for name in bad), flush=True)
     return 130 if interrupted else 1 if bad else 0
 
 
