@@ -12,12 +12,14 @@ import json
 import netrc
 import os
 import queue
+import re
 import secrets
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlparse
 
+from halny.model.durable import replacing
 from halny.model.exits import Refused
 
 WAITING = 10_000  # lines that a back end may be behind before it is given up
@@ -58,20 +60,19 @@ def open_tensorboard(folder: Path, step: int) -> tuple[Callable[[dict], None], C
     return log, writer.close
 
 
-def open_wandb(folder: Path, project: str, config: dict) -> tuple[Callable[[dict], None], Callable[[], None]]:
+def open_wandb(
+    folder: Path, project: str, config: dict, say: Callable[[str], None]
+) -> tuple[Callable[[dict], None], Callable[[], None]]:
     """(log a line, close) of a W&B run that is the same one each time the run in ``folder`` is started again.
 
     Neither the terminal nor the code is sent; WANDB_MODE and wandb's other variables hold.
     """
     import wandb
 
-    named = folder / "wandb-id.txt"
-    if not named.exists():
-        named.write_text(secrets.token_hex(4))
     run = wandb.init(
         project=project,
         name=folder.name,
-        id=named.read_text().strip(),
+        id=wandb_id(folder / "wandb-id.txt", say),
         resume="allow",
         dir=folder,
         config=json.loads(json.dumps(config, default=str)),
@@ -79,6 +80,18 @@ def open_wandb(folder: Path, project: str, config: dict) -> tuple[Callable[[dict
     )
     run.define_metric("*", step_metric="step")  # not its own count of lines: evaluations have lines of their own
     return run.log, run.finish
+
+
+def wandb_id(path: Path, say: Callable[[str], None]) -> str:
+    """The run's id at W&B, drawn at its first start; another, and a word of it, if the file does not hold it."""
+    found = path.read_text(errors="replace").strip() if path.exists() else None
+    if found is None or not re.fullmatch(r"[\w-]{1,128}", found):
+        if found is not None:
+            say(f"--wandb: {path} holds no id ({found[:20]!r}); the run goes on there under a new one")
+        found = secrets.token_hex(4)
+        with replacing(path, synced=True) as partial:
+            partial.write_text(found)
+    return found
 
 
 class Logger:
@@ -137,5 +150,5 @@ def start_loggers(
     if tensorboard:
         loggers.append(Logger("--tensorboard", open_tensorboard, (folder, step), complain))
     if wandb:
-        loggers.append(Logger("--wandb", open_wandb, (folder, wandb, config), complain))
+        loggers.append(Logger("--wandb", open_wandb, (folder, wandb, config, complain), complain))
     return loggers

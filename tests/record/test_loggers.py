@@ -18,7 +18,7 @@ from halny.model.exits import REFUSED, Refused
 from halny.model.mistral import PRESETS
 from halny.model.record import loggers
 from halny.model.record.hook import CheckpointHook
-from halny.model.record.loggers import Logger, check_loggers
+from halny.model.record.loggers import Logger, check_loggers, wandb_id
 from halny.model.record.summary import spent_on
 from halny.model.run.recipe import command_line
 
@@ -168,6 +168,17 @@ def test_logger_never_waits_and_says_once_why_it_stopped(monkeypatch):
     logger = Logger("--wandb", refuses, (SECRET,), said.append)
     logger.close()
     assert len(said) == 2 and SECRET not in said[1] and "no such key: [the key] sorry" in said[1]
+
+
+def test_a_torn_id_is_drawn_anew_and_said(tmp_path):
+    said, path = [], tmp_path / "wandb-id.txt"
+    first = wandb_id(path, said.append)
+    assert wandb_id(path, said.append) == first and not said
+    for torn in (b"", b"\0\0\0\0", b"a b"):
+        path.write_bytes(torn)
+        drawn = wandb_id(path, said.append)
+        assert drawn == path.read_text() != first and wandb_id(path, said.append) == drawn
+    assert len(said) == 3 and all("wandb-id.txt holds no id" in line for line in said)
 
 
 def test_logger_hands_over_every_line_before_it_closes():
