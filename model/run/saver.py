@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -74,6 +75,8 @@ class Saver:
         self._host: dict[str, Tensor] = {}  # where the copies lie, from one save to the next
         self._thread: threading.Thread | None = None
         self._problem: str | None = None
+        self._hosts = everywhere(socket.gethostname())
+        self._me = f"rank {world.rank} on {self._hosts[world.rank]}"
 
     @property
     def failed(self) -> bool:
@@ -146,7 +149,7 @@ class Saver:
         except Failed as failure:
             self._problem = str(failure)
         except BaseException as error:  # DCP's are no Exceptions; and none may end this thread unheard
-            self._problem = f"{_could_not(step)}: rank {self.world.rank}: {type(error).__name__}: {_line(error)}"
+            self._problem = f"{_could_not(step)}: {self._me}: {type(error).__name__}: {_line(error)}"
 
     def _beside_the_training(self) -> contextlib.AbstractContextManager:
         """On a GPU a stream of this thread's own, on the rank's device.
@@ -184,7 +187,7 @@ class Saver:
         try:
             result = action(*arguments)
         except Exception as error:
-            problem = f"{_could_not(step)}: rank {self.world.rank}: {_line(error)}"
+            problem = f"{_could_not(step)}: {self._me}: {_line(error)}"
         outcomes = everywhere((result, problem), self._group)
         if problems := [problem for _, problem in outcomes if problem]:
             raise Failed(problems[0])
@@ -215,7 +218,12 @@ class Saver:
     def _finish(self, partial: Path, final: Path, manifest: dict) -> None:
         if not self.world.is_main:
             return
-        if {path.name for path in partial.iterdir()} != manifest["files"].keys():
+        present = {path.name for path in partial.iterdir()}
+        if missing := sorted(manifest["files"].keys() - present):
+            rank = int(missing[0].split("-")[1]) - 1
+            raise OSError(f"{partial} lacks {missing[0]}, which rank {rank} on {self._hosts[rank]} has written; "
+                "--run-dir must be one folder that all of them share")  # fmt: skip
+        if present != manifest["files"].keys():
             raise OSError(f"{partial} holds other files than the ranks wrote")
         write_json(partial / "manifest.json", manifest)
         (partial / "manifest.json.sha256").write_bytes(checksum_line((partial / "manifest.json").read_bytes()))

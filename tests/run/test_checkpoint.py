@@ -1,6 +1,7 @@
 """Where a checkpoint's copy lies on the host. What is saved and loaded is test_train.py's and test_faults.py's."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from halny.kernels.adamw import MOMENTS, new_moments
 from halny.model.mistral import PRESETS, Mistral
 from halny.model.run.optimizer import Split
-from halny.model.run.saver import blocks, host_tensors
+from halny.model.run.saver import Saver, blocks, host_tensors
 
 
 @pytest.mark.parametrize("ranks, moments", [(256, "fp32"), *((1, moments) for moments in MOMENTS)])
@@ -56,6 +57,18 @@ def check_host_tensors(state: dict, pin: bool) -> None:
         x.fill_(i)
     for i, x in enumerate(tensors.values()):
         assert (x == i).all()
+
+
+def test_a_run_folder_that_is_not_shared_is_said_to_be_so(tmp_path):
+    """Rank 0 finds what the others wrote missing from its own disk."""
+    saver = Saver.__new__(Saver)
+    saver.world, saver._hosts = SimpleNamespace(is_main=True), ["nid01", "nid02"]
+    (tmp_path / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"")
+    files = {f"shard-0000{n}-model-00001-of-00001.safetensors": {} for n in (1, 2)}
+    with pytest.raises(
+        OSError, match=r"lacks shard-00002-.* rank 1 on nid02 has written; --run-dir must be one folder"
+    ):
+        saver._finish(tmp_path, tmp_path / "final", {"files": files})
 
 
 def test_tensors_share_blocks_and_nothing_else():
