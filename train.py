@@ -36,7 +36,7 @@ import gc
 import math
 import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +49,7 @@ from halny.kernels.dispatch import set_reference_only
 from halny.model.convert import load_hf_weights
 from halny.model.data.batches import IGNORED, Batch, Corpus
 from halny.model.durable import write_json
+from halny.model.estimate.memory import checkpoint_bytes
 from halny.model.estimate.roofline import attention_keys
 from halny.model.exits import FINISHED, STOPPED, Failed, Refused
 from halny.model.mistral import Mistral
@@ -62,7 +63,7 @@ from halny.model.record.results import leave_curves, leave_export, leave_sample,
 from halny.model.record.run_folder import RunFolder
 from halny.model.record.summary import energy_joules, spent_on
 from halny.model.run import checkpoint, fsdp
-from halny.model.run.evaluation import HELD_OUT, EvalSets, evaluate
+from halny.model.run.evaluation import HELD_OUT, EvalSets, evaluate, in_words
 from halny.model.run.look_ahead import look_before, plan_ahead
 from halny.model.run.optimizer import Guard, ShardedAdamW, SplitAdamW, narrow_
 from halny.model.run.ranks import (
@@ -80,14 +81,21 @@ from halny.model.run.replay import replay
 from halny.model.run.resolve import (
     DTYPES,
     RunSpec,
+    as_it_began,
+    can_be_written,
     check_disk,
+    check_evaluations,
+    check_ids,
     check_looking,
+    check_tokenizers,
     data_or_refused,
     describe,
     is_frozen,
     open_data,
     open_eval_sets,
     resolve,
+    scores_path,
+    weights_of,
 )
 from halny.model.run.saver import Saver, training_state
 from halny.model.run.watch import Watch
@@ -113,9 +121,12 @@ def build_model(spec: RunSpec, world: World) -> Mistral:
 
 
 def fill_model(model: Mistral, spec: RunSpec, world: World) -> None:
-    """Fresh weights, or those of --init-from, of which each rank reads only its own rows."""
+    """Fresh weights, or those of --init-from, of which each rank reads only its own rows. Refused if one is NaN."""
     if spec.recipe.init_from:
-        load_hf_weights(model, spec.recipe.init_from)
+        try:
+            agreed(load_hf_weights, model, spec.recipe.init_from)
+        except Refused as refusal:
+            raise Refused(f"--init-from: {refusal}") from None
     else:
         model.init_weights(spec.recipe.seed)
 
@@ -201,6 +212,8 @@ def train_step(
 
 # ------------------------------------------------------------------------------------------------------------ 3 a run
 
+DISK_BYTES_A_SECOND = 5e8  # of a rank, a cautious guess
+
 
 @dataclass
 class Run:
@@ -223,6 +236,7 @@ class Run:
     began: float  # time.monotonic() of its start
     step: int = 0  # the last one done
     scores: dict | None = None  # of the last evaluation: its step, and the metrics
+    evaluation_s: float = 0.0  # how long it took
     spent: dict[str, float] = field(default_factory=dict)  # seconds of this start, by what they were spent on
     energy_j: float | None = None  # what this rank's GPU had drawn when the steps began
 
@@ -269,11 +283,16 @@ class Run:
             say(self.world, "moments    rounded by other random bits than before the checkpoint: as right on average, "
                 "but not to the bit what an uninterrupted run would have")  # fmt: skip
 
-    def out_of_time(self) -> bool:
-        """Whether another step and a checkpoint may not fit into --max-hours."""
+    def out_of_time(self, next_s: float) -> bool:
+        """Whether what comes next, of so many seconds, may not fit into --max-hours."""
         limit = self.spec.recipe.max_hours
-        soon = time.monotonic() - self.began + 2 * self.journal.step_s + 1.5 * self.saver.took_s
-        return limit is not None and soon > limit * 3600
+        return limit is not None and time.monotonic() - self.began + next_s > limit * 3600
+
+    @property
+    def save_s(self) -> float:
+        """Seconds to allow for a checkpoint, or for the export, which is smaller; guessed until one is written."""
+        guess = checkpoint_bytes(self.spec.model, self.spec.recipe.moments) / self.world.size / DISK_BYTES_A_SECOND
+        return 1.5 * (self.saver.took_s or guess)
 
     def take_step(self, step: int, batches: list[Batch]) -> tuple[Tensor, float]:
         """``train_step`` at the learning rate of that step: its values, and the rate."""
@@ -304,7 +323,9 @@ def train(run: Run) -> str | None:
             step = run.step + 1
             run.watch.at("step", step)
             profiler.begin(step, run.model, run.optimizer)
-            answers, asking = ask_everywhere(run.process.stopping() or run.out_of_time(), run.saver.failed)
+            answers, asking = ask_everywhere(
+                run.process.stopping() or run.out_of_time(2 * journal.step_s + run.save_s), run.saver.failed
+            )
             with profiler.region("data"):
                 batches = next(loader)
             journal.probe.begin()
@@ -358,13 +379,20 @@ def make_profiler(run: Run) -> StepProfiler:
 def score(run: Run) -> dict | None:
     """Evaluate every set as of run.step: that and the metrics. None if a signal came in between."""
     scores, alive = {"step": run.step}, lambda: run.watch.at("evaluation", run.step)
+    began = time.monotonic()
+
+    def stopping() -> bool:  # the first takes as long as it takes, and is cut short where time is; later ones are known
+        left = max(0.0, run.evaluation_s - (time.monotonic() - began))
+        return run.process.stopping() or run.out_of_time(left + run.save_s)
+
     for key, rows in run.eval_sets.rows.items():
-        found = evaluate(run.model, rows, run.spec.recipe.micro_batch, run.world, alive, run.process.stopping)
+        found = evaluate(run.model, rows, run.spec.recipe.micro_batch, run.world, alive, stopping)
         if found is None:
             return None
         scores |= {f"{key}_{name}": value for name, value in found.items()}
         say(run.world, f"{'held out' if key == HELD_OUT else key.removeprefix(HELD_OUT + '_')} at step {run.step}: "
-            f"loss {found['loss']:.4f}  ppl {found['perplexity']:,.1f}  acc {found['accuracy']:.2%}")  # fmt: skip
+            f"loss {found['loss']:.4f}  ppl {in_words(found['perplexity'])}  acc {found['accuracy']:.2%}")  # fmt: skip
+    run.evaluation_s = time.monotonic() - began
     return scores
 
 
@@ -381,15 +409,20 @@ def log_evaluation(run: Run) -> bool:
 
 
 def evaluate_only(run: Run) -> int:
-    """--eval-only: the scores of the weights that set_up has loaded, into evaluation.json."""
+    """--eval-only: the scores of the weights that set_up has loaded, into --out; nothing else of a run changes."""
     scores = score(run)
     if scores is None:
         say(run.world, "stopped by a signal; nothing was written")
         return STOPPED
     if run.world.is_main:
         source = f"step {run.step} of {run.folder.path}" if run.step else str(run.spec.recipe.init_from)
-        write_json(run.folder.path / "evaluation.json", {"weights": source} | scores)
-        say(run.world, f"evaluation {run.folder.path / 'evaluation.json'}")
+        path = scores_path(run.spec.recipe)
+        if not can_be_written(path):  # somebody else's run: what it scored is said above
+            say(run.world, f"evaluation not kept: {path} cannot be written; name a file with --out")
+            return FINISHED
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"weights": source} | scores)
+        say(run.world, f"evaluation {path}")
     return FINISHED
 
 
@@ -398,12 +431,14 @@ def evaluate_only(run: Run) -> int:
 
 def set_up(recipe: Recipe, process: RankProcess) -> Run:
     """Everything before the first step: refusals first, then the folder, the data, the model and its weights."""
-    began, looking = time.monotonic(), recipe.replay_step is not None or recipe.eval_only
+    began, looking = process.began, recipe.replay_step is not None or recipe.eval_only
     world = start_distributed(recipe.deadline)
+    recipe = on_main(world, as_it_began, recipe)
     spec = agreed(resolve, recipe, world)
     agreed(check_looking, recipe)
     corpus = agreed(open_data, recipe.data, spec) if recipe.data else None
     eval_sets = agreed(open_eval_sets, corpus, spec)
+    agreed(check_ids, corpus, eval_sets, spec, world.rank, world.size)
     if not looking:
         agreed(check_disk, spec)
         on_main(world, check_loggers, spec.recipe.tensorboard, spec.recipe.wandb)
@@ -411,20 +446,21 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
 
     folder = RunFolder(recipe.run_dir)
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, so --no-resume has had its turn
-    on_main(world, folder.open, None if restarted else recipe.resume)
+    if not looking:
+        on_main(world, folder.open, None if restarted else recipe.resume)
     watch = Watch(world, recipe.deadline, folder.path, process.write_failure)
     process.run_begins(spec, watch, None if looking else folder)
     if corpus is None and (not (recipe.eval_only and recipe.eval_data) or on_main(world, folder.data.exists)):
         corpus = builtin_corpus(folder, spec, world)
         eval_sets = agreed(open_eval_sets, corpus, spec)
     watch.at("verifying the data", long=True)
-    if recipe.eval_only and not eval_sets.rows:
-        raise Refused("--eval-only: nothing was held out; name something to evaluate on with --eval-data NAME:DIR")
+    check_evaluations(recipe, eval_sets)
+    differing = on_main(world, check_tokenizers, recipe.init_from, corpus, eval_sets)
     for read in filter(None, (corpus, eval_sets)):
         agreed(data_or_refused, read.verify, world.rank, world.size)
     config = {
         "recipe": asdict(spec.recipe), "model": asdict(spec.model), "data": corpus and corpus.fingerprint,
-        "rounding": stochastic_rounding.VERSION,
+        "weights": on_main(world, weights_of, recipe), "rounding": stochastic_rounding.VERSION,
     }  # fmt: skip
     asked = [other for name in recipe.allow_change or () for other in (name, *IMPLIED.get(name, ()))]
     history, changed = on_main(world, folder.check_config, config, FREE_TO_CHANGE, asked)
@@ -433,10 +469,15 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     watch.at("verifying the checkpoint", long=True)
     path = newest_checkpoint(recipe, folder, world)
     watch.done = checkpoint.step_of(path) if path else 0
+    if watch.done > recipe.steps and not looking:
+        raise Refused(f"--steps {recipe.steps}: {folder.path} has done {watch.done} steps already; name more, or "
+            "another --run-dir")  # fmt: skip
     if world.is_main and not looking:
         open_records(folder, spec, world, watch.done, config, history, changed)
         watch.writes_heartbeat = True
     say(world, describe(spec, world, corpus, eval_sets))
+    for line in differing:
+        say(world, line)
 
     watch.at("filling the model", long=True)
     model = build_model(spec, world)
@@ -487,6 +528,11 @@ def open_records(
         history = [*history, {"after_step": step, "changed": changed}]
         changes = "; ".join(f"{name} from {old} to {new}" for name, (old, new) in changed.items())
         say(world, f"changed from here on: {changes}")
+        settings = {name: old for name, (old, _) in changed.items() if name in asdict(spec.recipe)}
+        before = replace(spec.recipe, **settings)
+        rates = [learning_rate(r, min(step + 1, r.steps)) for r in (before, spec.recipe)]
+        if not math.isclose(*rates, rel_tol=0.01):
+            say(world, f"learning rate of step {step + 1}: {rates[1]:.3g}, and as it was {rates[0]:.3g}")
     facts = {"world_size": world.size, "versions": versions, "history": history}
     write_json(folder.path / "config.json", config | facts)
     folder.keep_metrics_until(step)
@@ -510,9 +556,15 @@ def main(recipe: Recipe, process: RankProcess) -> int:
     if again:
         say(world, f"this run is finished: {run.step} steps in {folder.path}")
     if run.evaluation_is_due() and not on_main(world, folder.has_evaluation, run.step) and not log_evaluation(run):
-        stopped = anywhere(run.process.stop_signal)  # in an evaluation that a signal had cut short before
+        stopped = anywhere(run.process.stop_signal)  # in an evaluation that had been cut short before
+        if not stopped:
+            raise Failed(
+                f"--max-hours {recipe.max_hours}: one evaluation does not fit; give it longer, or evaluate on less"
+            )
     if not again and not stopped:
         stopped = train(run)
+        if not stopped and anywhere(run.out_of_time(run.save_s)):
+            stopped = f"--max-hours {recipe.max_hours}, before the export,"
     if stopped:
         if world.is_main:
             folder.plot_curves()

@@ -137,7 +137,8 @@ def load_hf_weights(model: Mistral, path: str | Path, progress: Callable[[int, i
     more than window, max_seq_len, bos_id and eos_id (a different rope_theta fits every shape and means something else);
     for tensors missing, unexpected, misshapen or not of a floating-point dtype, files missing, truncated or corrupt, an
     index that does not match its files or names any outside the folder; for a model still on the meta device, or with
-    other parameters than a Mistral's.
+    other parameters than a Mistral's. And while it copies, on the rank whose rows they are, for weights that are not
+    finite.
     """
     model, config = unwrapped(model), read_hf_config(path)
     for name, ours in asdict(model.config).items():
@@ -242,6 +243,8 @@ def _copy_weights(model: Mistral, headers: dict[str, _Header], progress: Callabl
         with _opened(file) as opened:
             for _, hf_name, low, high, target in in_file:
                 rows = opened.get_slice(hf_name)[low:high]
+                if not rows.isfinite().all():
+                    raise ValueError(f"{file}: {hf_name} holds a number that is not finite (NaN or infinite)")
                 target.copy_(rows)
                 done += rows.nbytes
                 if progress is not None:

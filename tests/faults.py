@@ -67,6 +67,17 @@ def killed_while_writing(save: str) -> None:
     before(saver.dcp.HuggingFaceStorageWriter, "write_data", int(save), half)
 
 
+def saves_take(seconds: str) -> None:
+    """A disk that was slow, as the run believes afterwards."""
+    original = Saver._run
+
+    def run(self, *arguments) -> None:
+        original(self, *arguments)
+        self.took_s = float(seconds)
+
+    Saver._run = run
+
+
 def killed_before_manifest(save: str) -> None:
     before(Saver, "_finish", int(save), lambda *_: die())
 

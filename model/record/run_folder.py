@@ -96,11 +96,15 @@ class RunFolder:
                 earlier = checkpoint.read_manifest(checkpoints[-1])["config"]
             else:
                 return [], {}
-            recipe = {k: v for k, v in config["recipe"].items() if k not in free}
+            # which weights those of --init-from are, their fingerprint says, and no path; older runs have none
+            named = {"model", "init_from"} if "weights" in earlier else set()
+            recipe = {k: v for k, v in config["recipe"].items() if k not in {*free, *named}}
             off = {k: False for k, v in recipe.items() if isinstance(v, bool)}  # what a switch was before there was one
             rows = [(k, "--" + k.replace("_", "-"), (off | earlier["recipe"]).get(k), v) for k, v in recipe.items()]
             rows += [("model", f"model {k}", earlier["model"].get(k), v) for k, v in config["model"].items()]
             rows += [("data", "data fingerprint", earlier["data"], config["data"])]
+            if named:
+                rows += [("weights", "fingerprint of --init-from's weights", earlier["weights"], config["weights"])]
             history = list(earlier.get("history", []))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise Refused(f"{path} is not readable; --no-resume sets the run aside and starts anew") from None

@@ -79,6 +79,18 @@ def checksum_line(content: bytes) -> bytes:
     return f"{hashlib.sha256(content).hexdigest()}  manifest.json\n".encode()
 
 
+def config_of(run_dir: Path) -> dict | None:
+    """config.json of a run that has a complete checkpoint, or what the newest of them holds of it; else None."""
+    checkpoints, path = complete(run_dir / "checkpoints"), run_dir / "config.json"
+    if not checkpoints:
+        return None
+    try:
+        found = json.loads(path.read_text()) if path.exists() else read_manifest(checkpoints[-1])["config"]
+        return found if {"recipe", "model"} <= found.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None  # who continues the run says so
+
+
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with every parts-th of a checkpoint's files (and with its manifest), or None."""
     try:

@@ -58,6 +58,8 @@ class EvalSets:
         if corpus is not None and any(map(len, corpus.held_out)):
             self.rows[HELD_OUT] = corpus.held_out
         self.datasets = {name: open_dataset(folder) for name, folder in named.items()}
+        read = {same_tokens_as(source.dataset) for source in corpus.sources} if corpus is not None else set()
+        self.trained_on = {name for name, dataset in self.datasets.items() if same_tokens_as(dataset) in read}
         cut = Packing if documents else Windows
         for name, dataset in self.datasets.items():
             if documents and isinstance(dataset, RawDataset):
@@ -71,8 +73,9 @@ class EvalSets:
 
     @property
     def decides(self) -> str | None:
-        """The metric by which one checkpoint is better than another: the loss of the first set."""
-        return next((f"{key}_loss" for key in self.rows), None)
+        """The metric by which one checkpoint is better than another: the loss of the first set not trained on."""
+        trained_on = {f"{HELD_OUT}_{name}" for name in self.trained_on}
+        return next((f"{key}_loss" for key in self.rows if key not in trained_on), None)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Read every parts-th file of the named folders: DataError where one is not what its manifest says."""
@@ -83,8 +86,16 @@ class EvalSets:
         """A line a named set."""
         return [
             f"{name}: {dataset.path}, {sum(rows.n_targets for rows in self.rows[f'{HELD_OUT}_{name}']):,} targets"
+            + "; the run trains on them, so they say nothing about other text" * (name in self.trained_on)
             for name, dataset in self.datasets.items()
         ]
+
+
+def same_tokens_as(dataset: Dataset | RawDataset) -> object:
+    """Equal for two that hold the same tokens; of raw files, whose fingerprint reads them whole, for the same files."""
+    if isinstance(dataset, RawDataset):
+        return tuple(path.resolve() for path in dataset.files)
+    return dataset.fingerprint
 
 
 @torch.no_grad()
@@ -118,6 +129,10 @@ def evaluate(
     fsdp.reshard(model)  # without a backward pass some stay gathered, and are not those of the optimizer
     dist.all_reduce(totals)
     return None if stopping else loss_metrics(*totals.tolist())
+
+
+def in_words(perplexity: float) -> str:
+    return f"{perplexity:,.1f}" if perplexity < 1e6 else f"{perplexity:.2e}"
 
 
 def loss_metrics(loss_sum: float, n_targets: float, n_correct: float) -> dict[str, float]:

@@ -32,12 +32,14 @@ if TYPE_CHECKING:
 class RankProcess:
     """What a signal handler and the last words of a failing run need of it; made once, and handed around.
 
+    began         time.monotonic() of the start
     stop_signal   the name of a signal that asked this rank to stop; the loop looks at it between steps
     watch, spec   of the run that has begun
     folder        of the run, whose status.json is told how it ended; None: it is not to be touched
     """
 
     def __init__(self):
+        self.began = time.monotonic()
         self.stop_signal: str | None = None
         self.watch: Watch | None = None
         self.spec: RunSpec | None = None
@@ -45,6 +47,7 @@ class RankProcess:
 
     def begin(self, arguments: list[str]) -> Recipe:
         """What need not wait for torch: streams, signals, dying with torchrun, and the command line."""
+        self.began = time.monotonic()
         for stream in ("stdout", "stderr"):
             if getattr(sys, stream) is None:  # closed by whoever started us
                 setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
@@ -88,6 +91,8 @@ class RankProcess:
                 dist.barrier()  # torchrun ends everyone when the first rank exits with an error: let all get here
             return code
         except Refused as refusal:
+            if self.watch is not None and self.watch.writes_heartbeat:  # status.json says by now that the run goes on
+                self.write_failure(str(refusal))
             refuse(refusal)
         except BaseException as error:
             reason, speaks, foreseen = self.last_words(error)

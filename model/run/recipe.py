@@ -113,7 +113,10 @@ class Recipe:
     eval_data: tuple[str, ...] | None = setting("run", None,
         "more sets to evaluate on, all tokens of data folders named here, as in pl:DIR en:DIR [none]", shown="NAME:DIR")
     eval_only: bool = setting("run", False,
-        "evaluate the newest checkpoint, or if there is none --init-from, into evaluation.json; changes nothing else")
+        "evaluate the newest checkpoint, or if there is none --init-from, into --out; changes nothing else, so the run "
+        "may be going on, or be one that only others may write")
+    out: Path | None = setting("run", None, "file for what --eval-only finds [evaluation.json in --run-dir]",
+        shown="FILE")
     export_dtype: str = setting("run", "bf16", "dtype of the final Hugging Face export", choices=("bf16", "fp32"))
     max_hours: float | None = setting("run", None,
         "stop, saved, before so many hours from the start: the limit of the batch system, less a little [no limit]",
@@ -167,7 +170,7 @@ FREE_TO_CHANGE = (
     *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
     *("shard", "replicate", "reshard", "recompute"),
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
-    *("max_hours", "deadline", "replay_step", "eval_data", "eval_only", "profile", "profile_ranks"),
+    *("max_hours", "deadline", "replay_step", "eval_data", "eval_only", "out", "profile", "profile_ranks"),
     *("plan", "gpus", "gpu", "nic_gbs", "gpus_per_node", "preflight"),
     *("tensorboard", "wandb", "on_checkpoint", "allow_change"),
 )

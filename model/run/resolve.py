@@ -6,6 +6,7 @@ Nothing is allocated or written here, and of the data and of weights only their 
 from __future__ import annotations
 
 import functools
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -18,21 +19,22 @@ import torch
 from halny.kernels.dispatch import INTERPRETED
 from halny.model.convert import check_hf_weights, pieces
 from halny.model.data.batches import Corpus, Loader, parse_sources
-from halny.model.data.dataset import DataError, Dataset, RawDataset, is_dataset, open_dataset
+from halny.model.data.dataset import CHUNK, SPLITS, DataError, Dataset, RawDataset, is_dataset, open_dataset
 from halny.model.data.order import share_of, step_numbers
 from halny.model.durable import folder_above, in_words
 from halny.model.estimate import machines, roofline, sizes
 from halny.model.estimate.choices import Decided, Decision, decide, recomputed
 from halny.model.estimate.memory import checkpoint_bytes
 from halny.model.exits import Refused, unknown
-from halny.model.hf_folder import read_hf_config
+from halny.model.hf_folder import read_hf_config, weights_fingerprint
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import MistralConfig
-from halny.model.run.checkpoint import complete
+from halny.model.run.checkpoint import complete, config_of
 from halny.model.run.evaluation import EvalSets, parse_named
 from halny.model.run.ranks import World
 from halny.model.run.recipe import CHANGE_WHEN_ASKED, Recipe, ranks_to_profile, steps_to_profile
 from halny.model.run.settings import flag
+from halny.model.tokenizer_files import pieces as pieces_of_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
@@ -101,8 +103,36 @@ def resolve(recipe: Recipe, world: World) -> RunSpec:
 # ---------------------------------------------------------------------------------------------- what resolve stands on
 
 
+def as_it_began(recipe: Recipe) -> Recipe:
+    """The recipe; where --allow-change steps, with what followed from the earlier --steps and is not asked for now.
+
+    A warm-up that is over would begin again else.
+    """
+    earlier = None if recipe.resume is False else config_of(recipe.run_dir)
+    if earlier is None or "steps" not in (recipe.allow_change or ()):
+        return recipe
+    names = ("warmup_steps", "decay_steps") if recipe.schedule == "wsd" else ("warmup_steps",)
+    kept = {name: earlier["recipe"].get(name) for name in names if getattr(recipe, name) is None}
+    return replace(recipe, **kept)
+
+
+def weights_of(recipe: Recipe) -> str | None:
+    """What tells the weights that a run began with from others: of --init-from, or if that is gone as then recorded."""
+    if recipe.init_from and recipe.init_from.is_dir():
+        return weights_fingerprint(recipe.init_from)
+    return ((None if recipe.resume is False else config_of(recipe.run_dir)) or {}).get("weights")
+
+
 def model_config(recipe: Recipe) -> MistralConfig:
-    """The sizes of --init-from, whose files are checked here without reading a weight, or of --model."""
+    """The sizes of --init-from, whose files are checked here without reading a weight, or of --model.
+
+    A folder that is gone since the run's first checkpoint is not needed any more.
+    """
+    named, began_with = recipe.init_from or recipe.model, recipe.init_from and "init_from"
+    gone = (recipe.init_from or recipe.model not in MODELS) and not Path(named).exists()
+    earlier = config_of(recipe.run_dir) if gone and recipe.resume is not False else None
+    if earlier is not None and earlier["recipe"].get(began_with or "model") == str(named):
+        return MistralConfig(**earlier["model"])
     try:
         if recipe.init_from:
             return check_hf_weights(recipe.init_from)
@@ -258,9 +288,30 @@ def check_looking(recipe: Recipe) -> None:
     if recipe.eval_only and (recipe.replay_step or recipe.resume is False):
         other = f"--replay-step {recipe.replay_step}" if recipe.replay_step else "--no-resume"
         raise Refused(f"--eval-only and {other} exclude each other; leave one out")
+    if recipe.out and not recipe.eval_only:
+        raise Refused(f"--out {recipe.out} belongs to --eval-only; add that or leave it out")
+    if recipe.out and not can_be_written(recipe.out):
+        raise Refused(f"--out {recipe.out} cannot be written; name another file")
     if recipe.eval_only and not recipe.init_from and not complete(recipe.run_dir / "checkpoints"):
         raise Refused(f"--eval-only: no checkpoint in {recipe.run_dir}; name its --run-dir, or a Hugging Face folder "
             "with --init-from")  # fmt: skip
+
+
+def check_evaluations(recipe: Recipe, sets: EvalSets) -> None:
+    """Refuse evaluations that were asked for where there is nothing to evaluate on."""
+    if not sets.rows and (recipe.eval_only or recipe.eval_every):
+        asked = "--eval-only" if recipe.eval_only else f"--eval-every {recipe.eval_every}"
+        raise Refused(f"{asked}: nothing of the data was held out; name something to evaluate on with --eval-data "
+            "NAME:DIR, or prepare the data with a larger --val-fraction")  # fmt: skip
+
+
+def scores_path(recipe: Recipe) -> Path:
+    """The file of what --eval-only finds."""
+    return recipe.out or recipe.run_dir / "evaluation.json"
+
+
+def can_be_written(path: Path) -> bool:
+    return not path.is_dir() and os.access(folder_above(path.parent), os.W_OK)
 
 
 # ---------------------------------------------------------------------------------------------------------- in words
@@ -273,10 +324,13 @@ def describe(spec: RunSpec, world: World, corpus: Corpus | None, eval_sets: Eval
     parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in memory.items())
     peak = "unknown, so no MFU (--peak-tflops)" if spec.peak_flops is None else f"{spec.peak_flops / 1e12:,.0f} TFLOP/s"
     weights = f"Hugging Face weights of {r.init_from}" if r.init_from else f"fresh weights, seed {r.seed}"
+    if r.init_from and not r.init_from.is_dir():
+        weights += ", which are not there any more: the checkpoints hold what became of them"
     return "\n".join([
         f"model      {spec.n_parameters:,} parameters; {weights}"
         + (f"; frozen: {r.freeze} (memory and MFU as if not)" if r.freeze else ""),
         *(f"data       {line}" for line in shortened(corpus.describe(r.steps * spec.samples_a_step) if corpus else [])),
+        *(f"vocabulary {line}" for line in vocabulary_line(corpus, spec)),
         *(f"evaluated  {line}" for line in shortened(eval_sets.describe())),
         f"batch      {r.batch_tokens:,} tokens a step = {world.size} rank(s) x {spec.accumulation} accumulated x "
         f"{r.micro_batch} x {r.seq_len}",
@@ -289,7 +343,7 @@ def describe(spec: RunSpec, world: World, corpus: Corpus | None, eval_sets: Eval
         f"recompute  {recomputed(spec.work)}: {spec.decision.recompute_why}",
         f"memory     about {sum(memory.values()) / gib:.2f} GiB a rank: {parts}",
         f"run        {r.run_dir}: a checkpoint every {r.save_every} steps"
-        + (f", evaluation every {r.eval_every}" if r.eval_every else ", no evaluation"),
+        + (f", evaluation every {r.eval_every}" if r.eval_every and eval_sets.rows else ", no evaluation"),
     ])  # fmt: skip
 
 
@@ -330,7 +384,6 @@ def open_data(sources: tuple[str, ...], spec: RunSpec) -> Corpus:
     if r.data_dtype and not any(isinstance(source.dataset, RawDataset) for source in corpus.sources):
         raise Refused(f"--data-dtype {r.data_dtype} belongs to raw .bin files, and {' '.join(sources)} is none; "
             "leave it out")  # fmt: skip
-    check_vocabulary(corpus.vocab_size, f"--data {' '.join(sources)}", spec)
     return corpus
 
 
@@ -339,15 +392,55 @@ def open_eval_sets(corpus: Corpus | None, spec: RunSpec) -> EvalSets:
     r, open_source = spec.recipe, functools.partial(open_one, spec=spec)
     named = data_or_refused(parse_named, r.eval_data or (), of="--eval-data")
     sets = data_or_refused(EvalSets, corpus, named, r.seq_len, r.documents, open_source, of="--eval-data")
-    for dataset in sets.datasets.values():
-        check_vocabulary(dataset.vocab_size, f"--eval-data {dataset.path}", spec)
     return sets
 
 
-def check_vocabulary(size: int, of: str, spec: RunSpec) -> None:
-    padded = -(-size // 128) * 128  # models are often padded to a multiple of 128 rows, and that is fine
-    if not size <= spec.model.vocab_size <= padded:
-        raise Refused(
-            f"{of} has a vocabulary of {size}, but the model's is of {spec.model.vocab_size}; prepare the data with "
-            "the model's tokenizer"
+def check_ids(corpus: Corpus | None, sets: EvalSets, spec: RunSpec, part: int, parts: int) -> None:
+    """Refuse ids that the model has no row for. Of data whose vocabulary is larger than the model's, every parts-th
+    piece is read: a token that was added to the tokenizer and never used is no reason to refuse."""
+    datasets = [("--data", source.dataset) for source in corpus.sources] if corpus else []
+    for flag_, dataset in [*datasets, *(("--eval-data", dataset) for dataset in sets.datasets.values())]:
+        if dataset.vocab_size <= spec.model.vocab_size:
+            continue
+        for stream in (dataset.split(split) for split in SPLITS):
+            for first in range(part * CHUNK, len(stream), parts * CHUNK):
+                ids = stream.gather([first], [min(CHUNK, len(stream) - first)])
+                if (bad := int(ids.max())) >= spec.model.vocab_size:
+                    raise Refused(
+                        f"{flag_} {dataset.path}: token {first + int((ids == bad).argmax()):,} has id {bad}, but the "
+                        f"model's vocabulary is of {spec.model.vocab_size}, that of the data {dataset.vocab_size}; "
+                        "prepare the data with the model's tokenizer"
+                    )
+
+
+def check_tokenizers(start: Path | None, corpus: Corpus | None, sets: EvalSets) -> list[str]:
+    """What is to be said of ids that mean one thing to the weights of --init-from and another in the data.
+
+    A few may have another name, as special tokens do. Refused where a piece has moved, or where it is more than a few.
+    """
+    ours, said = pieces_of_tokenizer(start), []
+    named = set(ours.values())
+    datasets = [("--data", source.dataset) for source in corpus.sources] if corpus else []
+    for of, dataset in [*datasets, *(("--eval-data", dataset) for dataset in sets.datasets.values())]:
+        theirs = pieces_of_tokenizer(dataset.tokenizer)
+        both = sorted(ours.keys() & theirs.keys())
+        if not (differing := [i for i in both if ours[i] != theirs[i]]):
+            continue
+        moved = [i for i in differing if theirs[i] in named]
+        i = (moved or differing)[0]
+        found = (
+            f"{len(differing):,} of {len(both):,} ids mean something else in the tokenizer of {of} {dataset.path} than "
+            f"in that of --init-from {start}: {i} is {theirs[i]!r} there and {ours[i]!r} here"
         )
+        if moved or len(differing) > len(both) / 100:
+            raise Refused(f"{found}; prepare the data with the model's tokenizer")
+        said.append(f"tokenizer  {found}")
+    return said
+
+
+def vocabulary_line(corpus: Corpus | None, spec: RunSpec) -> list[str]:
+    ours, theirs = spec.model.vocab_size, corpus.vocab_size if corpus else None
+    if theirs in (None, ours):
+        return []
+    unused = f"{ours - theirs:,} of them stand for no token" if ours > theirs else "no token has the last ids"
+    return [f"{theirs:,} ids in the data's tokenizer, {ours:,} rows in the model: {unused}"]

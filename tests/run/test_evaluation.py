@@ -1,5 +1,6 @@
 """Evaluation: the numbers against the model called by hand, on any number of ranks; and the best checkpoint kept."""
 
+import fcntl
 import json
 import math
 import re
@@ -12,10 +13,11 @@ import torch
 from runs import SMALL, checkpoint, lines, metrics, ranks_run, saved_steps, snapshot, status
 
 from halny.model.convert import load_hf
-from halny.model.data.dataset import DataError
+from halny.model.data.batches import Corpus
+from halny.model.data.dataset import DataError, Dataset
 from halny.model.data.writer import write_dataset
 from halny.model.exits import REFUSED
-from halny.model.run.evaluation import parse_named
+from halny.model.run.evaluation import EvalSets, in_words, parse_named
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,53 @@ def test_the_best_checkpoint_is_kept_beside_the_newest_and_over_a_kill(sets, tmp
     manifest = json.loads((tmp_path / "r/checkpoints/step-00000002/manifest.json").read_text())
     assert manifest["evaluation"]["val_noise_loss"] == scores[2]
     assert f"step-00000002: val_noise_loss {scores[2]:.4f}" in out and checkpoint(tmp_path / "r", 2)
+
+
+def test_what_the_run_trains_on_decides_nothing(small, sets):
+    corpus = Corpus([str(small)], 64)
+    for named, decides in (
+        ({"same": small}, "val_loss"),
+        ({"de": sets["de"][0], "same": small}, "val_loss"),
+    ):
+        assert EvalSets(corpus, named, 64, False, Dataset).decides == decides
+    alone = Corpus([str(sets["noise"][0])], 64)  # nothing held out
+    found = EvalSets(alone, {"same": sets["noise"][0], "de": sets["de"][0]}, 64, False, Dataset)
+    assert found.decides == "val_de_loss" and "the run trains on them" in found.describe()[0]
+    assert "the run trains on them" not in found.describe()[1]
+    assert EvalSets(alone, {"same": sets["noise"][0]}, 64, False, Dataset).decides is None
+
+
+def test_evaluations_without_anything_to_evaluate_on_are_refused(sets, tmp_path):
+    command = [*SMALL, "--data", sets["noise"][0], "--steps", 2, "--run-dir", "r"]  # of which nothing is held out
+    refused = ranks_run(*command, "--eval-every", 1, cwd=tmp_path, codes=[REFUSED])
+    assert "--eval-every 1: nothing of the data was held out" in refused.err
+    assert not (tmp_path / "r/metrics.jsonl").exists()
+    assert "a checkpoint every 1 steps, no evaluation" in ranks_run(*command, cwd=tmp_path).out
+
+
+def test_a_run_that_goes_on_can_be_evaluated(trained, tmp_path):
+    """Its lock is another's, and nothing in its folder changes."""
+    cwd, command = trained
+    shutil.copytree(cwd / "r", tmp_path / "r")
+    (tmp_path / "r/checkpoints/.step-00000009.partial").mkdir()  # a save under way
+    with (tmp_path / "r/.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before = snapshot(tmp_path / "r")
+        out = ranks_run(*command, "--eval-only", "--out", "new/scores.json", cwd=tmp_path).out
+        assert "evaluation new/scores.json" in out and snapshot(tmp_path / "r") == before
+    found = json.loads((tmp_path / "new/scores.json").read_text())
+    assert found["step"] == 4 and found["val_loss"] == pytest.approx(lines(cwd / "r")[-1]["val_loss"], rel=1e-6)
+    for flags, words in (
+        (["--out", "x.json"], "--out x.json belongs to --eval-only"),
+        (["--eval-only", "--out", "new"], "--out new cannot be written"),
+    ):
+        assert words in ranks_run(*command, *flags, cwd=tmp_path, codes=[REFUSED]).err
+
+
+def test_large_perplexities_are_readable():
+    assert [in_words(x) for x in (12345.67, 999_999.9, 1e6, 1.01e304)] == [
+        "12,345.7", "999,999.9", "1.00e+06", "1.01e+304",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("text", ["de", "de:", ":x", "a b:x", "../x:y", "ü:x"])

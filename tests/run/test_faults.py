@@ -516,6 +516,26 @@ def test_max_hours_stops_ahead_of_the_limit(small, tmp_path):
     assert stopped["state"] == "stopped" and saved_steps(tmp_path / "r")[-1] == stopped["step"] > 1
 
 
+def test_max_hours_cuts_an_evaluation_short_and_says_where_none_fits(small, tmp_path):
+    write_dataset([np.full(65 * 40_000, 7)], tmp_path / "large", vocab_size=256)
+    command = [*SMALL, "--data", small, "--run-dir", "r", "--steps", 100, "--save-every", 100, "--eval-every", 2]
+    command += ["--eval-data", f"large:{tmp_path / 'large'}", "--micro-batch", 1, "--max-hours", 6 / 3600]
+    began = time.monotonic()
+    process = ranks_run(*command, cwd=tmp_path, codes=[STOPPED])
+    assert time.monotonic() - began < 20 and "stopped by --max-hours" in process.out  # the evaluation takes minutes
+    assert saved_steps(tmp_path / "r") == [2] and not any("val_loss" in line for line in metrics(tmp_path / "r"))
+    again = ranks_run(*command, cwd=tmp_path, codes=[1])
+    assert "one evaluation does not fit; give it longer, or evaluate on less" in again.err
+
+
+def test_max_hours_leaves_the_export_to_the_next_start(small, tmp_path):
+    command = [*SMALL, "--data", small, "--run-dir", "r", "--steps", 4, "--save-every", 4]
+    late = ranks_run(*command, "--max-hours", 1, cwd=tmp_path, fault=("saves_take", "3600"), codes=[STOPPED])
+    assert "before the export" in late.out and not (tmp_path / "r/export").exists()
+    ranks_run(*command, "--max-hours", 1, cwd=tmp_path)
+    assert (tmp_path / "r/export/model.safetensors").exists()
+
+
 def test_an_evaluation_cut_short_by_a_signal_is_made_up_for(command, tmp_path):
     command = [*command, "--steps", 4, "--eval-every", 2]
     ranks_run(*command, cwd=tmp_path)

@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,6 +33,7 @@ from runs import (
     status,
     wait_for_step,
 )
+from safetensors.torch import load_file, save_file
 
 import train
 from halny.model.convert import load_hf, save_hf
@@ -42,9 +45,10 @@ from halny.model.estimate import roofline
 from halny.model.exits import FAILED, REFUSED, Refused
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import Mistral
+from halny.model.run.evaluation import EvalSets
 from halny.model.run.ranks import World
 from halny.model.run.recipe import SETTINGS, command_line
-from halny.model.run.resolve import open_data, resolve
+from halny.model.run.resolve import check_ids, check_tokenizers, open_data, resolve, vocabulary_line
 from halny.model.run.settings import flag
 
 CPU = torch.device("cpu")
@@ -471,6 +475,20 @@ def test_a_run_goes_on_with_changes_that_were_asked_for(small, tmp_path):
     assert column(tmp_path / "r", "lr")[6][0] < 5e-4 and len(metrics(tmp_path / "r")) == 9
 
 
+def test_a_longer_run_keeps_its_warm_up_and_a_shorter_one_is_refused(small, tmp_path):
+    command = [*SMALL, "--data", small, "--run-dir", "r", "--eval-every", 0, "--schedule", "linear", "--save-every", 10]
+    ranks_run(*command, "--steps", 20, cwd=tmp_path)
+    longer = [*command, "--steps", 60, "--allow-change", "steps"]
+    out = ranks_run(*longer, cwd=tmp_path).out  # a tenth of 60 steps would be 6: a warm-up in the middle of the run
+    assert "steps from 20 to 60" in out and "2 warm-up steps" in out
+    assert re.search(r"learning rate of step 21: 0.0014\d, and as it was 0.0002", out)  # it does go back up the slope
+    rates = [rate for (rate,) in column(tmp_path / "r", "lr")]
+    assert rates[20:] == [2e-4 + 1.8e-3 * (1 - (step - 2) / 58) for step in range(21, 61)]
+    before = snapshot(tmp_path / "r")
+    refused = ranks_run(*command, "--steps", 40, "--allow-change", "steps", cwd=tmp_path, codes=[REFUSED])
+    assert "--steps 40: r has done 60 steps already" in refused.err and snapshot(tmp_path / "r") == before
+
+
 def test_no_resume_sets_the_earlier_run_aside(small, tmp_path):
     command = [*SMALL, "--data", small, "--steps", 4, "--run-dir", "r"]
     run(*command, cwd=tmp_path)
@@ -491,6 +509,103 @@ def test_init_from_hugging_face_is_exact_and_keeps_its_sizes(small, tmp_path):
     tokens, labels, *_ = read_in_turn(Corpus([str(small)], 64).train, np.arange(4))
     loss, n_tokens, _ = model(tokens, labels)
     assert column(tmp_path / "r", "loss")[0][0] == pytest.approx((loss / n_tokens).item(), rel=1e-5)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A Hugging Face folder of the test model, with 40 rows more than its 256 words."""
+    torch.manual_seed(1)
+    save_hf(Mistral(replace(MODELS["test"], vocab_size=296)), tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_the_weights_a_run_began_with_may_move_and_go(small, folder, tmp_path):
+    """Once there is a checkpoint; what they were, not where they lay, is part of the run."""
+    command = [*SMALL, "--data", small, "--steps", 4, "--save-every", 2, "--run-dir", "r"]
+    out = ranks_run(*command, "--init-from", "hf", cwd=tmp_path).out
+    assert "vocabulary 256 ids in the data's tokenizer, 296 rows in the model: 40 of them stand for no token" in out
+    losses = column(tmp_path / "r", "loss")
+
+    def again(*flags, codes=None):
+        shutil.rmtree(tmp_path / "r/checkpoints/step-00000004", ignore_errors=True)
+        return ranks_run(*command, *flags, cwd=tmp_path, codes=codes)
+
+    other = load_file(folder / "model.safetensors")
+    other["model.norm.weight"][3] += 1e-3
+    (tmp_path / "other").mkdir()
+    save_file(other, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    shutil.copy(folder / "config.json", tmp_path / "other")
+    refused = again("--init-from", "other", codes=[REFUSED])
+    assert "fingerprint of --init-from's weights was" in refused.err
+    folder.rename(tmp_path / "moved")
+    for flags in (["--init-from", "moved"], ["--model", "moved"]):
+        assert "resuming after step 2" in again(*flags).out and column(tmp_path / "r", "loss") == losses
+    again("--init-from", "moved")
+    (tmp_path / "moved").rename(tmp_path / "away")
+    out = again("--init-from", "moved").out
+    assert "which are not there any more" in out and column(tmp_path / "r", "loss") == losses
+    refused = again("--init-from", "elsewhere", codes=[REFUSED])
+    assert "--init-from: elsewhere is not a folder" in refused.err
+    shutil.rmtree(tmp_path / "r/checkpoints")  # nothing to go on from: now they are needed
+    assert "--init-from: moved is not a folder" in again("--init-from", "moved", codes=[REFUSED]).err
+
+
+def test_weights_that_are_not_numbers_are_refused_before_the_first_step(small, folder, tmp_path):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][7, 3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    command = [*SMALL, "--data", small, "--init-from", "hf", "--steps", 2, "--run-dir", "r"]
+    refused = ranks_run(*command, ranks=2, cwd=tmp_path, codes=[REFUSED] * 2)
+    words = "--init-from: hf/model.safetensors: model.layers.1.mlp.up_proj.weight holds a number that is not finite"
+    assert words in refused.err and status(tmp_path / "r")["state"] == "failed"
+    assert not (tmp_path / "r/metrics.jsonl").exists()
+
+
+def test_ids_that_no_token_uses_are_no_reason_to_refuse(small, tmp_path):
+    """A tokenizer with a token more than the model has rows; the test model's vocabulary is 256."""
+    rng, spec = np.random.default_rng(0), SimpleNamespace(model=MODELS["test"])
+    for name, largest in (("unused", 255), ("used", 256)):
+        tokens = [*rng.integers(0, 256, 700), largest, 3]
+        write_dataset([tokens], tmp_path / name, vocab_size=257, val_documents=[[1, 2, 3]])
+    fits, lacks = (Corpus([str(tmp_path / name)], 64) for name in ("unused", "used"))
+    nothing = EvalSets(None, {}, 64, False, Dataset)
+    check_ids(fits, nothing, spec, 0, 1)
+    assert vocabulary_line(fits, spec) == [
+        "257 ids in the data's tokenizer, 256 rows in the model: no token has the last ids"
+    ]
+    with pytest.raises(Refused, match=r"--data .*used: token 700 has id 256, but the model's vocabulary is of 256"):
+        check_ids(lacks, nothing, spec, 0, 1)
+    check_ids(lacks, nothing, spec, 1, 2)  # the piece of another rank
+    with pytest.raises(Refused, match=r"--eval-data .*used: token 700"):
+        check_ids(None, EvalSets(None, {"x": tmp_path / "used"}, 64, False, Dataset), spec, 0, 1)
+
+
+def test_ids_that_mean_something_else_to_the_weights(tmp_path):
+    def tokenizer(name: str, pieces: list[str], added: tuple = ()) -> Path:
+        (tmp_path / name).mkdir()
+        raw = {"model": {"vocab": {piece: i for i, piece in enumerate(pieces)}}, "added_tokens": list(added)}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(raw))
+        return tmp_path / name
+
+    def of(folder: Path | None):
+        return SimpleNamespace(sources=[SimpleNamespace(dataset=SimpleNamespace(path="d", tokenizer=folder))])
+
+    words, nothing = ["<unk>", "<s>", "</s>", *map(str, range(300))], SimpleNamespace(datasets={})
+    ours = tokenizer("ours", words)
+    more = tokenizer("more", words, [{"id": 303, "content": "[PAD]"}])
+    renamed = tokenizer("renamed", ["[UNK]", *words[1:]])
+    swapped = tokenizer("swapped", ["<unk>", "</s>", "<s>", *words[3:]])
+    strange = tokenizer("strange", [f"x{i}" for i in range(303)])
+    for same in (ours, more, None, tmp_path / "none"):
+        assert check_tokenizers(ours, of(same), nothing) == [] == check_tokenizers(same, of(ours), nothing)
+    (said,) = check_tokenizers(ours, of(renamed), nothing)
+    assert said.startswith("tokenizer  1 of 303 ids mean something else") and "0 is '[UNK]' there and '<unk>'" in said
+    for other, of_all in ((swapped, "2 of 303 ids"), (strange, "303 of 303")):
+        with pytest.raises(Refused, match=f"{of_all}.*prepare the data with the model's tokenizer"):
+            check_tokenizers(ours, of(other), nothing)
+    sets = SimpleNamespace(datasets={"pl": of(swapped).sources[0].dataset})
+    with pytest.raises(Refused, match="of --eval-data d"):
+        check_tokenizers(ours, None, sets)
 
 
 def readme_commands() -> list[str]:
