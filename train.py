@@ -48,6 +48,7 @@ from halny.kernels import stochastic_rounding
 from halny.kernels.dispatch import set_reference_only
 from halny.model.convert import load_hf_weights
 from halny.model.data.batches import IGNORED, Batch, Corpus
+from halny.model.data.history import to_json
 from halny.model.durable import write_json
 from halny.model.estimate.memory import checkpoint_bytes
 from halny.model.estimate.roofline import attention_keys
@@ -472,6 +473,10 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     if watch.done > recipe.steps and not looking:
         raise Refused(f"--steps {recipe.steps}: {folder.path} has done {watch.done} steps already; name more, or "
             "another --run-dir")  # fmt: skip
+    if corpus and not recipe.eval_only and (earlier := on_main(world, folder.earlier_config)):
+        may_change = "data" in (recipe.allow_change or ()) and not looking
+        agreed(data_or_refused, corpus.go_on, earlier, watch.done * spec.samples_a_step, may_change)
+    config["data_history"] = corpus and to_json(corpus.history)
     if world.is_main and not looking:
         open_records(folder, spec, world, watch.done, config, history, changed)
         watch.writes_heartbeat = True

@@ -3,13 +3,13 @@
     sample number -> (source, number within the source) -> row of that source -> tokens, labels, documents -> GPU
       order.py         order.py: mixtures by weight            rows.py                  here
 
-Every arrow but the last is a pure function of (seed, sample number). Here are the corpus (what --data names, opened:
-sources, their weights and rows) and the batches: rows as tensors, and a thread that makes them ahead.
+Every arrow but the last is a pure function of (seed, sample number), and of the data's history (history.py) where a run
+goes on with other data. Here are the corpus (what --data names, opened: sources, their weights and rows) and the
+batches: rows as tensors, and a thread that makes them ahead.
 """
 
 import hashlib
 import itertools
-import json
 import math
 import queue
 import threading
@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from halny.model.data.dataset import DataError, Dataset, RawDataset, open_dataset
-from halny.model.data.order import interleave, sample_order
+from halny.model.data.history import Era, Share, from_json, gone_on, locate, samples_read
+from halny.model.data.order import sample_order
 from halny.model.data.rows import Packing, Rows, Windows
 
 IGNORED = -100  # the label of a position that has no target
@@ -47,7 +48,8 @@ class Corpus:
     samples. So neither their order on the command line nor where they lie is part of the run. Weights are of samples
     (rows), as whole numbers without a common divisor: 0.7 and 0.3 are 7 and 3.
 
-    vocab_size of all sources, and a tokenizer's folder if one has any; fingerprint of their tokens and weights.
+    vocab_size of all sources, and a tokenizer's folder if one has any; fingerprint of their tokens and weights. The
+    history is of these sources from the first sample on, until ``go_on`` says what a run has read before.
     Raises DataError, naming the value or the folder, for what cannot be mixed or trained on.
     """
 
@@ -76,10 +78,9 @@ class Corpus:
                 raise DataError(f"{source.dataset.path} has no tokens to train on")
         self.vocab_size = min(dataset.vocab_size for dataset in datasets)
         self.tokenizer = next((dataset.tokenizer for dataset in datasets if dataset.tokenizer), None)
-        self.fingerprint = datasets[0].fingerprint
-        if len(opened) > 1:
-            identity = json.dumps([[dataset.fingerprint, weight] for dataset, weight in opened])
-            self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
+        self.now = tuple(Share(dataset.fingerprint, weight, str(dataset.path)) for dataset, weight in opened)
+        self.history = [Era(0, self.now)]
+        self.fingerprint = self.history[0].fingerprint
 
     @property
     def train(self) -> list[Rows]:
@@ -89,19 +90,32 @@ class Corpus:
     def held_out(self) -> list[Rows]:
         return [source.held_out for source in self.sources]
 
-    def describe(self, n_samples: int) -> list[str]:
+    def go_on(self, config: dict, number: int, may_change: bool) -> None:
+        """Take up the history in a run's earlier config.json: the run goes on at this sample number, with this corpus.
+
+        DataError where it cannot: see ``gone_on``.
+        """
+        earlier = from_json(config["data_history"]) if "data_history" in config else [_only_era(config, self.now)]
+        self.history = gone_on(earlier, self.now, number, may_change)
+
+    def describe(self, n_samples: int, seed: int) -> list[str]:
         """A line a source: its size, and how often a run of so many samples goes through it."""
-        lines, total = [], sum(source.weight for source in self.sources)
+        lines, total, changed = [], sum(source.weight for source in self.sources), self.history[-1].first
+        whose = "those to come" if changed else "the run's"
+        before, read = (samples_read(self.history, n, seed) for n in (changed, n_samples))
         for dataset, weight, train, held_out in self.sources:
             line = f"{dataset.path}: {len(train.stream):,} tokens, {len(train):,} samples of {train.seq_len}"
             if isinstance(train, Packing):
                 padding = 1 - train.n_targets / (len(train) * train.seq_len)
                 line += f" packed of {train.stream.n_documents:,} documents with {padding:.2%} padding"
             if len(self.sources) > 1:
-                line += f", {weight / total:.2%} of the run's"
-            epochs = n_samples * weight / total / len(train)
-            lines.append(f"{line}; {epochs:.2f} epochs; held out {len(held_out.stream):,} tokens")
-        return lines
+                line += f", {weight / total:.2%} of {whose}"
+            line += f"; {read.pop(dataset.fingerprint, 0) / len(train):.2f} epochs"
+            if changed:
+                line += f", {before[dataset.fingerprint] / len(train):.2f} of them before the data changed"
+            lines.append(f"{line}; held out {len(held_out.stream):,} tokens")
+        paths = {share.fingerprint: share.path for era in self.history for share in era.shares}
+        return lines + [f"{paths[name]}: no longer read, after {n:,} samples of it" for name, n in read.items()]
 
     def place(self, source: int, row: int) -> str:
         """Where to look for a row, in words."""
@@ -116,11 +130,13 @@ class Corpus:
 
     def locate(self, numbers: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The samples that sample numbers stand for: (sources, rows of theirs), both of the shape of numbers."""
-        source, row = interleave(numbers, [source.weight for source in self.sources], seed)
-        for i, (dataset, _, rows, _) in enumerate(self.sources):
-            # One source keeps the order that the seed alone gives it.
-            key = seed if len(self.sources) == 1 else _key(seed, dataset.fingerprint)
-            row[source == i] = sample_order(row[source == i], len(rows), key)
+        names = [source.dataset.fingerprint for source in self.sources]
+        source, row = locate(self.history, names, numbers, seed)
+        for i, name in enumerate(names):
+            # A source that the run began with alone has the order that the seed alone gives it, in any later company.
+            first = next(era for era in self.history if name in era.names)
+            key = seed if len(first.shares) == 1 else _key(seed, name)
+            row[source == i] = sample_order(row[source == i], len(self.sources[i].train), key)
         return source, row
 
 
@@ -148,6 +164,21 @@ def parse_sources(texts: Sequence[str]) -> list[tuple[Path, int]]:
     if sum(whole) >= 2**31:
         raise DataError(f"{' '.join(texts)}: the weights have too many digits; round them")
     return list(zip(folders, whole, strict=True))
+
+
+def _only_era(config: dict, now: Sequence[Share]) -> Era:
+    """The mixture in the config of an older halny, which wrote no history.
+
+    It has the fingerprint of the whole, and weights by path. Where these do not lead to the sources' own fingerprints,
+    the whole counts as one source.
+    """
+    texts = config["recipe"]["data"] or ()
+    try:
+        weights = {str(folder): weight for folder, weight in parse_sources(texts)}
+    except DataError:  # a folder with a colon in its name is no more
+        weights = {}
+    era = Era(0, tuple(share._replace(weight=weights[share.path]) for share in now if share.path in weights))
+    return era if era.fingerprint == config["data"] else Era(0, (Share(config["data"], 1, " ".join(texts)),))
 
 
 def _key(seed: int, fingerprint: str) -> int:

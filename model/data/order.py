@@ -1,7 +1,8 @@
 """The order of samples: sample number -> source and row, a pure function of the seed.
 
 It needs no state and no world size: the whole position of a run in its data is its step number. So a resume is exact,
-in the middle of an epoch too, on any number of ranks that divides the batch.
+in the middle of an epoch too, on any number of ranks that divides the batch. (Where a run's data were changed, what it
+had read before is known from its data history: history.py.)
 """
 
 from collections.abc import Sequence
@@ -91,6 +92,16 @@ def interleave(numbers: np.ndarray, weights: Sequence[int], seed: int) -> tuple[
         slots, first = slots - _share(slots, weight, total), first - _share(first, weight, total)
     place = which * BLOCK + numbers.ravel() % BLOCK
     return source.ravel()[place].reshape(numbers.shape), within.ravel()[place].reshape(numbers.shape)
+
+
+def count_sources(n: int, weights: Sequence[int], seed: int) -> np.ndarray:
+    """How many of the first n sample numbers ``interleave`` gives to each source."""
+    slots, counts = n - n % BLOCK, []  # of whole blocks it is the formula's
+    for s, weight in enumerate(weights):
+        counts.append(_share(slots, weight, sum(weights[s:])))
+        slots -= counts[-1]
+    source, _ = interleave(np.arange(n - n % BLOCK, n), weights, seed)
+    return np.array(counts) + np.bincount(source, minlength=len(weights))
 
 
 def _share(p: np.ndarray, weight: int, total: int) -> np.ndarray:

@@ -323,13 +323,14 @@ def describe(spec: RunSpec, world: World, corpus: Corpus | None, eval_sets: Eval
     memory = spec.decision.memory
     parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in memory.items())
     peak = "unknown, so no MFU (--peak-tflops)" if spec.peak_flops is None else f"{spec.peak_flops / 1e12:,.0f} TFLOP/s"
+    sources = corpus.describe(r.steps * spec.samples_a_step, r.seed) if corpus else []
     weights = f"Hugging Face weights of {r.init_from}" if r.init_from else f"fresh weights, seed {r.seed}"
     if r.init_from and not r.init_from.is_dir():
         weights += ", which are not there any more: the checkpoints hold what became of them"
     return "\n".join([
         f"model      {spec.n_parameters:,} parameters; {weights}"
         + (f"; frozen: {r.freeze} (memory and MFU as if not)" if r.freeze else ""),
-        *(f"data       {line}" for line in shortened(corpus.describe(r.steps * spec.samples_a_step) if corpus else [])),
+        *(f"data       {line}" for line in shortened(sources)),
         *(f"vocabulary {line}" for line in vocabulary_line(corpus, spec)),
         *(f"evaluated  {line}" for line in shortened(eval_sets.describe())),
         f"batch      {r.batch_tokens:,} tokens a step = {world.size} rank(s) x {spec.accumulation} accumulated x "

@@ -202,6 +202,21 @@ def test_locate_gives_each_source_its_own_epochs(tmp_path):
         assert located == [s, slow_order(n, key, k // n)[k % n]]
 
 
+def test_samples_of_a_run_stay_what_earlier_runs_read(tmp_path):
+    """Recorded before runs had a history of their data: a run whose data do not change has none."""
+    a, b = make(tmp_path / "a", [101]), make(tmp_path / "b", [201])
+    mixture, alone = corpus_of(f"{a}:0.7", f"{b}:0.3", seq_len=4), corpus_of(a, seq_len=4)
+    assert mixture.fingerprint == "1287817551800d04e0c15bb8de155b4c345ebe10754f58dd2e8eceb2ebf443d8"
+    for first, *recorded in (
+        (0, [1, 1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 0], [24, 19, 1, 32, 8, 7, 23, 8, 0, 9, 12, 1]),
+        (1000, [1, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 1], [2, 8, 0, 18, 3, 37, 0, 16, 15, 6, 12, 10]),
+        (2**40, [1, 1, 1, 0, 1, 1], [8, 21, 5, 6, 7, 12]),
+    ):
+        located = mixture.locate(np.arange(first, first + len(recorded[0])), seed=6)
+        assert [x.tolist() for x in located] == recorded
+    assert alone.locate(np.arange(1000, 1012), 6)[1].tolist() == [13, 0, 18, 1, 10, 9, 6, 11, 15, 2, 12, 21]
+
+
 def test_neither_order_nor_place_nor_scale_of_the_sources_matters(tmp_path):
     a, b = make(tmp_path / "a", [100]), make(tmp_path / "b", [200])
     moved = tmp_path / "elsewhere:1"  # a colon in a name that exists

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,9 +38,10 @@ from safetensors.torch import load_file, save_file
 
 import train
 from halny.model.convert import load_hf, save_hf
+from halny.model.data import batches
 from halny.model.data.batches import Corpus, read_in_turn
 from halny.model.data.dataset import Dataset
-from halny.model.data.order import sample_order
+from halny.model.data.order import interleave, sample_order
 from halny.model.data.writer import write_dataset
 from halny.model.estimate import roofline
 from halny.model.exits import FAILED, REFUSED, Refused
@@ -487,6 +489,40 @@ def test_a_longer_run_keeps_its_warm_up_and_a_shorter_one_is_refused(small, tmp_
     before = snapshot(tmp_path / "r")
     refused = ranks_run(*command, "--steps", 40, "--allow-change", "steps", cwd=tmp_path, codes=[REFUSED])
     assert "--steps 40: r has done 60 steps already" in refused.err and snapshot(tmp_path / "r") == before
+
+
+def test_sources_go_on_where_they_were_with_other_weights(tmp_path):
+    """Also on other ranks, and when a step from before the change is replayed, by what a checkpoint says of it."""
+    rng, sources = np.random.default_rng(0), {}
+    for name in "ab":
+        write_dataset([rng.integers(0, 256, 40 * 64 + 1)], tmp_path / name, vocab_size=256)
+        sources[Dataset(tmp_path / name).fingerprint] = name
+    names = [name for _, name in sorted(sources.items())]
+    expected, read = [], Counter()
+    for first, weights in ((0, {"a": 7, "b": 1}), (16, {"a": 1, "b": 7})):
+        order = interleave(np.arange(first, first + 16), [weights[name] for name in names], 0)[0]
+        expected += [(names[i], read.update(names[i]) or read[names[i]] - 1) for i in order]
+    keys = {name: batches._key(0, fingerprint) for fingerprint, name in sources.items()}
+    rows = {name: sample_order(np.arange(40), 40, keys[name]).tolist() for name in "ab"}
+    expected = [(name, rows[name][n]) for name, n in expected]
+    assert read["a"] == read["b"] == 16 and len(set(expected)) == 32  # nothing twice
+
+    command = [*SMALL, "--run-dir", "r", "--eval-every", 0, "--save-every", 2, "--keep", 9, "--warmup-steps", 0]
+    changed = [*command, "--data", "a:1", "b:7", "--steps", 8, "--allow-change", "steps", "data"]
+    ranks_run(*command, "--data", "a:7", "b:1", "--steps", 4, cwd=tmp_path, fault=("traced_samples", "begun"))
+    ranks_run(*changed, ranks=2, cwd=tmp_path, fault=("traced_samples", "changed"))
+    manifest = json.loads((tmp_path / "r/checkpoints/step-00000008/manifest.json").read_text())
+    (tmp_path / "r/config.json").write_text(json.dumps(manifest["config"]))
+    replayed = ranks_run(*changed, "--replay-step", 3, cwd=tmp_path).out
+    found = re.findall(r"sample (\d+) \(rank 0, from token ([\d,]+) of (\w)\)  loss (\S+)", replayed)
+    places = [(int(number), name, int(token.replace(",", "")) // 64) for number, token, name, _ in found]
+    assert places == [(number, *expected[number]) for number in range(8, 12)]
+    [(loss,)] = column(tmp_path / "r", "loss")[2:3]
+    assert sum(float(text) for *_, text in found) / 4 == pytest.approx(loss, abs=1e-3)
+    for place, ranks, first, last in (("begun", 1, 1, 4), ("changed", 2, 5, 8)):
+        traces = [(tmp_path / f"{place}-{rank}").read_text().splitlines() for rank in range(ranks)]
+        steps = [[row for text in step for row in json.loads(text[2:])] for step in zip(*traces, strict=True)]
+        assert steps == [[row for _, row in expected[4 * step - 4 : 4 * step]] for step in range(first, last + 1)]
 
 
 def test_no_resume_sets_the_earlier_run_aside(small, tmp_path):
