@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from halny.model.data.dataset import DataError, Dataset, RawDataset, open_dataset
-from halny.model.data.history import Era, Share, from_json, gone_on, locate, samples_read
-from halny.model.data.order import sample_order
+from halny.model.data.growth import contents, with_origins
+from halny.model.data.history import Era, Share, from_json, gone_on, lineages, locate, samples_read
+from halny.model.data.order import grown_order
 from halny.model.data.rows import Packing, Rows, Windows
 
 IGNORED = -100  # the label of a position that has no target
@@ -78,7 +79,9 @@ class Corpus:
                 raise DataError(f"{source.dataset.path} has no tokens to train on")
         self.vocab_size = min(dataset.vocab_size for dataset in datasets)
         self.tokenizer = next((dataset.tokenizer for dataset in datasets if dataset.tokenizer), None)
-        self.now = tuple(Share(dataset.fingerprint, weight, str(dataset.path)) for dataset, weight in opened)
+        self.now = tuple(
+            Share(dataset.fingerprint, weight, str(dataset.path), contents(dataset)) for dataset, weight in opened
+        )
         self.history = [Era(0, self.now)]
         self.fingerprint = self.history[0].fingerprint
 
@@ -97,25 +100,44 @@ class Corpus:
         """
         earlier = from_json(config["data_history"]) if "data_history" in config else [_only_era(config, self.now)]
         self.history = gone_on(earlier, self.now, number, may_change)
+        if self.history is not earlier:
+            *before, now = self.history
+            datasets = [source.dataset for source in self.sources]
+            self.history = [*before, now._replace(shares=with_origins(now.shares, datasets, before))]
+        self._cut_as_read()
+
+    def _cut_as_read(self) -> None:
+        """Give the sources that grew the rows that they had, and then those of what is new."""
+        lines = lineages(self.history)
+        known = {share.fingerprint: share for era in self.history for share in era.shares}
+        for i, (dataset, _, rows, _) in enumerate(self.sources):
+            if cuts := [known[name].contents["tokens"] for name in lines[dataset.fingerprint][:-1]]:
+                self.sources[i] = self.sources[i]._replace(train=type(rows)(rows.stream, rows.seq_len, cuts))
 
     def describe(self, n_samples: int, seed: int) -> list[str]:
         """A line a source: its size, and how often a run of so many samples goes through it."""
         lines, total, changed = [], sum(source.weight for source in self.sources), self.history[-1].first
-        whose = "those to come" if changed else "the run's"
+        whose, origins = "those to come" if changed else "the run's", lineages(self.history)
         before, read = (samples_read(self.history, n, seed) for n in (changed, n_samples))
         for dataset, weight, train, held_out in self.sources:
             line = f"{dataset.path}: {len(train.stream):,} tokens, {len(train):,} samples of {train.seq_len}"
+            if len(train.sizes) > 1:
+                line += f" ({len(train) - train.sizes[-2]:,} of them new since it grew)"
             if isinstance(train, Packing):
                 padding = 1 - train.n_targets / (len(train) * train.seq_len)
                 line += f" packed of {train.stream.n_documents:,} documents with {padding:.2%} padding"
             if len(self.sources) > 1:
                 line += f", {weight / total:.2%} of {whose}"
-            line += f"; {read.pop(dataset.fingerprint, 0) / len(train):.2f} epochs"
+            name = origins[dataset.fingerprint][0]
+            line += f"; {read.pop(name, 0) / len(train):.2f} epochs"
             if changed:
-                line += f", {before[dataset.fingerprint] / len(train):.2f} of them before the data changed"
+                line += f", {before[name] / len(train):.2f} of them before the data changed"
             lines.append(f"{line}; held out {len(held_out.stream):,} tokens")
         paths = {share.fingerprint: share.path for era in self.history for share in era.shares}
-        return lines + [f"{paths[name]}: no longer read, after {n:,} samples of it" for name, n in read.items()]
+        for name, n in read.items():
+            as_it_was = " as it was" * any(paths[name] == share.path for share in self.now)
+            lines.append(f"{paths[name]}{as_it_was}: no longer read, after {n:,} samples of it")
+        return lines
 
     def place(self, source: int, row: int) -> str:
         """Where to look for a row, in words."""
@@ -130,13 +152,15 @@ class Corpus:
 
     def locate(self, numbers: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """The samples that sample numbers stand for: (sources, rows of theirs), both of the shape of numbers."""
-        names = [source.dataset.fingerprint for source in self.sources]
-        source, row = locate(self.history, names, numbers, seed)
-        for i, name in enumerate(names):
+        lines = lineages(self.history)
+        lines = [lines[source.dataset.fingerprint] for source in self.sources]
+        source, row = locate(self.history, [line[0] for line in lines], numbers, seed)
+        for i, line in enumerate(lines):
+            begun = [next(era for era in self.history if name in era.names) for name in line]
             # A source that the run began with alone has the order that the seed alone gives it, in any later company.
-            first = next(era for era in self.history if name in era.names)
-            key = seed if len(first.shares) == 1 else _key(seed, name)
-            row[source == i] = sample_order(row[source == i], len(self.sources[i].train), key)
+            key = seed if len(begun[0].shares) == 1 else _key(seed, line[0])
+            read = [samples_read(self.history, era.first, seed)[line[0]] for era in begun]
+            row[source == i] = grown_order(row[source == i], self.sources[i].train.sizes, read, key)
         return source, row
 
 
@@ -169,16 +193,17 @@ def parse_sources(texts: Sequence[str]) -> list[tuple[Path, int]]:
 def _only_era(config: dict, now: Sequence[Share]) -> Era:
     """The mixture in the config of an older halny, which wrote no history.
 
-    It has the fingerprint of the whole, and weights by path. Where these do not lead to the sources' own fingerprints,
-    the whole counts as one source.
+    It has the fingerprint of the whole, and weights by path. Where these do not lead to the sources open ``now``, the
+    whole counts as one source.
     """
     texts = config["recipe"]["data"] or ()
     try:
         weights = {str(folder): weight for folder, weight in parse_sources(texts)}
     except DataError:  # a folder with a colon in its name is no more
         weights = {}
-    era = Era(0, tuple(share._replace(weight=weights[share.path]) for share in now if share.path in weights))
-    return era if era.fingerprint == config["data"] else Era(0, (Share(config["data"], 1, " ".join(texts)),))
+    by_path = tuple(share._replace(weight=weights[share.path]) for share in now if share.path in weights)
+    eras = [Era(0, tuple(now)), Era(0, by_path), Era(0, (Share(config["data"], 1, " ".join(texts)),))]
+    return next(era for era in eras if era.fingerprint == config["data"])
 
 
 def _key(seed: int, fingerprint: str) -> int:

@@ -6,7 +6,8 @@ config.json and in every checkpoint: a list of eras, each with the number of its
     [{"first_sample": 0, "sources": [{"fingerprint": "1f...", "weight": 9, "path": "data/pl"}, ...]}, ...]
 
 A source's samples are counted through all eras. So it goes on at the sample after the last one read, whatever its
-weight; a new source starts at its beginning; and one that an era leaves out keeps its place, should it come back.
+weight; a new source starts at its beginning; and one that an era leaves out keeps its place, should it come back. One
+that grew is the same source: its rows are those that it had, and then the new ones (``grown_order``).
 """
 
 import hashlib
@@ -28,6 +29,8 @@ class Share(NamedTuple):
     fingerprint: str
     weight: int
     path: str  # where it was then, for people
+    contents: dict | None = None  # by which to know it in a folder that grew: growth.py
+    grown_from: str | None = None  # the fingerprint that it had before
 
 
 class Era(NamedTuple):
@@ -58,17 +61,30 @@ def to_json(history: History) -> list[dict]:
 
 
 def from_json(records: list[dict]) -> History:
+    """DataError for what no run wrote."""
     try:
         history = [Era(era["first_sample"], tuple(Share(**share) for share in era["sources"])) for era in records]
-        firsts, weights = [era.first for era in history], [weight for era in history for weight in era.weights]
+        shares, firsts = [share for era in history for share in era.shares], [era.first for era in history]
+        numbers = [*(n + 1 for n in firsts), *(share.weight for share in shares)]
+        numbers += [share.contents[key] + 1 for share in shares if share.contents for key in ("tokens", "shards")]
+        texts = [text for share in shares for text in (share.fingerprint, share.path, share.grown_from or "")]
         sound = firsts == sorted({0, *firsts}) and all(era.shares for era in history)
-        if not (sound and all(isinstance(n, int) for n in [*firsts, *weights]) and all(n > 0 for n in weights)):
+        sound &= all(isinstance(n, int) and n > 0 for n in numbers) and all(isinstance(text, str) for text in texts)
+        if not sound or {share.grown_from for share in shares} - {None, *(share.fingerprint for share in shares)}:
             raise ValueError
     except (KeyError, TypeError, ValueError):
         raise DataError(
             "data_history in the run's config.json is not readable; restore it, or start anew with --no-resume"
         ) from None
     return history
+
+
+def lineages(history: History) -> dict[str, list[str]]:
+    """Of each source's fingerprint, those that it had before it grew, oldest first, and itself."""
+    found: dict[str, list[str]] = {}
+    for share in (share for era in history for share in era.shares):
+        found.setdefault(share.fingerprint, [*found.get(share.grown_from, []), share.fingerprint])
+    return found
 
 
 def gone_on(earlier: History, shares: Sequence[Share], number: int, may_change: bool) -> History:
@@ -81,7 +97,9 @@ def gone_on(earlier: History, shares: Sequence[Share], number: int, may_change: 
     now = Era(number, tuple(shares))
     if earlier and earlier[-1].fingerprint == now.fingerprint:
         to_come = [era for era, after in itertools.pairwise(earlier) if after.first > number]
-        closed = [share.path for era in to_come for share in era.shares if share.fingerprint not in now.names]
+        lines = lineages(earlier)
+        opened = {name for last in now.names for name in lines[last]}
+        closed = [share.path for era in to_come for share in era.shares if share.fingerprint not in opened]
         if not closed:
             return earlier
         if not may_change:
@@ -94,26 +112,30 @@ def gone_on(earlier: History, shares: Sequence[Share], number: int, may_change: 
 
 
 def locate(history: History, names: list[str], numbers: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of each sample number its source, as a place in ``names``, and its number within that source."""
+    """Of each sample number its source, as a place in ``names``, and its number within that source.
+
+    The names are fingerprints, of sources that grew the first ones.
+    """
     numbers = np.asarray(numbers, dtype=np.int64)
-    source, within = np.empty_like(numbers), np.empty_like(numbers)
+    source, within, lines = np.empty_like(numbers), np.empty_like(numbers), lineages(history)
     era_of = np.searchsorted([era.first for era in history], numbers, side="right") - 1
     for i in np.unique(era_of).tolist():
         era, mine = history[i], era_of == i
         which, number = interleave(numbers[mine], era.weights, seed)
         # That is the number within this mixture as if there had been no other; what the others read makes a shift.
         read = samples_read(history, era.first, seed)
-        shift = np.array([read[name] for name in era.names]) - count_sources(era.first, era.weights, seed)
-        source[mine] = np.array([names.index(name) for name in era.names])[which]
+        origins = [lines[name][0] for name in era.names]
+        shift = np.array([read[name] for name in origins]) - count_sources(era.first, era.weights, seed)
+        source[mine] = np.array([names.index(name) for name in origins])[which]
         within[mine] = number + shift[which]
     return source, within
 
 
 def samples_read(history: History, number: int, seed: int) -> Counter[str]:
-    """How many of the samples below a number are of each source, by its fingerprint."""
-    read = Counter()
+    """How many of the samples below a number are of each source, by its fingerprint, the first one if it grew."""
+    read, lines = Counter(), lineages(history)
     for era, last in zip(history, [*(era.first for era in history[1:]), number], strict=True):
         if (last := min(last, number)) > era.first:
             counts = count_sources(last, era.weights, seed) - count_sources(era.first, era.weights, seed)
-            read.update(dict(zip(era.names, counts.tolist(), strict=True)))
+            read.update(dict(zip((lines[name][0] for name in era.names), counts.tolist(), strict=True)))
     return read

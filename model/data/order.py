@@ -47,6 +47,37 @@ def sample_order(numbers: np.ndarray, n: int, seed: int) -> np.ndarray:
     return place.astype(np.int64)
 
 
+def grown_order(numbers: np.ndarray, sizes: Sequence[int], read: Sequence[int], seed: int) -> np.ndarray:
+    """As ``sample_order``, of a source that grew: it has sizes[i] rows since read[i] of its samples were read.
+
+    Nothing is read again before all has been read: the rows that are left of the epoch and the new rows, shuffled
+    together, are the next samples, and then come epochs of all rows.
+    """
+    numbers = np.asarray(numbers, dtype=np.int64)
+    if len(sizes) == 1:
+        return sample_order(numbers, sizes[0], seed)
+    *_, n_before, n = sizes
+    n_left = left_of_epoch(read[-1], sizes[:-1], read[:-1])
+    n_next = n_left + n - n_before
+    place = numbers - read[-1]  # 0 for the first sample since it grew
+    later, next_ = place >= n_next, (0 <= place) & (place < n_next)
+    place[next_] = sample_order(place[next_], n_next, seed ^ read[-1])  # those that are left, and then the new rows
+    row = place - n_left + n_before
+    row[later] = sample_order(place[later] - n_next, n, seed)
+    old = ~later & (place < n_left)
+    row[old] = grown_order(place[old] + read[-1], sizes[:-1], read[:-1], seed)
+    return row
+
+
+def left_of_epoch(number: int, sizes: Sequence[int], read: Sequence[int]) -> int:
+    """How many samples, from a number on, are of the epoch of ``grown_order`` that was begun before it."""
+    if len(sizes) == 1:
+        return -number % sizes[0] if number else sizes[0]
+    n_next = left_of_epoch(read[-1], sizes[:-1], read[:-1]) + sizes[-1] - sizes[-2]
+    place = number - read[-1]
+    return n_next - place if place < n_next else -(place - n_next) % sizes[-1]
+
+
 def step_numbers(step: int, samples_a_step: int) -> np.ndarray:
     """The numbers of a step's samples in the order of the run (steps count from 1, samples from 0)."""
     return np.arange((step - 1) * samples_a_step, step * samples_a_step)
@@ -96,12 +127,14 @@ def interleave(numbers: np.ndarray, weights: Sequence[int], seed: int) -> tuple[
 
 def count_sources(n: int, weights: Sequence[int], seed: int) -> np.ndarray:
     """How many of the first n sample numbers ``interleave`` gives to each source."""
-    slots, counts = n - n % BLOCK, []  # of whole blocks it is the formula's
-    for s, weight in enumerate(weights):
-        counts.append(_share(slots, weight, sum(weights[s:])))
-        slots -= counts[-1]
-    source, _ = interleave(np.arange(n - n % BLOCK, n), weights, seed)
-    return np.array(counts) + np.bincount(source, minlength=len(weights))
+    slots, counts = n - n % BLOCK, np.zeros(len(weights), np.int64)
+    for s, weight in enumerate(weights):  # of whole blocks by the formula
+        counts[s] = _share(slots, weight, sum(weights[s:]))
+        slots -= int(counts[s])
+    if n % BLOCK:
+        source, _ = interleave(np.arange(n - n % BLOCK, n), weights, seed)
+        counts += np.bincount(source, minlength=len(weights))
+    return counts
 
 
 def _share(p: np.ndarray, weight: int, total: int) -> np.ndarray:

@@ -1,5 +1,9 @@
 """How a stream of tokens is cut into rows of seq_len: windows of the text, or whole documents packed best-fit."""
 
+import bisect
+import itertools
+from collections.abc import Sequence
+
 import numpy as np
 
 from halny.model.data.dataset import AGAIN, DataError, TokenStream
@@ -8,20 +12,25 @@ from halny.model.data.dataset import AGAIN, DataError, TokenStream
 class Windows:
     """The rows of a stream, cut every seq_len positions: row i predicts tokens i seq_len + 1 .. (i + 1) seq_len.
 
-    Documents follow one another in a row and attend to each other. The last row may be short.
+    Documents follow one another in a row and attend to each other. The last row may be short. At the tokens ``cuts``
+    the stream is cut into parts, each of rows of its own: ``sizes`` says how many there are up to the end of each.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int):
+    def __init__(self, stream: TokenStream, seq_len: int, cuts: Sequence[int] = ()):
         self.stream, self.seq_len = stream, seq_len
-        self.n_targets = max(0, len(stream) - 1)
+        self._begins = [0, *cuts]
+        self._targets = [max(0, n - 1) for n in np.diff([*self._begins, len(stream)]).tolist()]
+        self.sizes = list(itertools.accumulate(-(-n // seq_len) for n in self._targets))
+        self.n_targets = sum(self._targets)
 
     def __len__(self) -> int:
-        return -(-self.n_targets // self.seq_len)
+        return self.sizes[-1]
 
     def pieces(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """(starts, lengths) of the runs of positions that make up a row: length positions take length + 1 tokens."""
-        start = row * self.seq_len
-        return np.array([start]), np.array([min(self.seq_len, self.n_targets - start)])
+        part = bisect.bisect_right(self.sizes, row)
+        start = (row - (self.sizes[part - 1] if part else 0)) * self.seq_len
+        return np.array([self._begins[part] + start]), np.array([min(self.seq_len, self._targets[part] - start)])
 
 
 class Packing:
@@ -31,20 +40,26 @@ class Packing:
     so every token but a document's first is predicted exactly once an epoch. Full pieces are rows; the others are
     packed by best-fit decreasing (Ding et al. 2024, Fewer Truncations Improve Language Modeling,
     https://arxiv.org/abs/2404.10830), AT_ONCE documents at a time. The packing is a function of the documents' lengths
-    and seq_len, and takes 12 bytes a piece and 8 a row.
+    and seq_len, and takes 12 bytes a piece and 8 a row. The documents of each part between ``cuts`` are packed apart.
     """
 
     AT_ONCE = 2**20
 
-    def __init__(self, stream: TokenStream, seq_len: int):
+    def __init__(self, stream: TokenStream, seq_len: int, cuts: Sequence[int] = ()):
         self.stream, self.seq_len = stream, seq_len
         ends = _document_ends(stream)
-        documents = range(0, len(ends) - 1, self.AT_ONCE)
-        parts = [_pack(ends[first : first + self.AT_ONCE + 1], seq_len) for first in documents]
+        bounds = [0, *np.searchsorted(ends, cuts).tolist(), len(ends) - 1]
+        parts = [
+            _pack(ends[first : min(first + self.AT_ONCE, last) + 1], seq_len)
+            for begin, last in itertools.pairwise(bounds)
+            for first in range(begin, last, self.AT_ONCE)
+        ]
         parts.append(_pack(ends[:1], seq_len))  # of no documents: there may be no others, as in an empty split
         self._starts, self._lengths, counts = map(np.concatenate, zip(*parts, strict=True))
         self._first_piece = np.concatenate([[0], counts.cumsum()])
         self.n_targets = int(self._lengths.sum(dtype=np.int64))
+        begins = self._starts[self._first_piece[:-1]]
+        self.sizes = [*(int((begins < cut).sum()) for cut in cuts), len(begins)]
 
     def __len__(self) -> int:
         return len(self._first_piece) - 1

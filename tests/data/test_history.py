@@ -1,17 +1,19 @@
 """What a run reads after its data were changed, beside a slow definition that counts sample by sample."""
 
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from halny.model.data.batches import Corpus
-from halny.model.data.dataset import DataError
+from halny.model.data.dataset import DataError, Dataset, open_dataset
+from halny.model.data.growth import begins_with, contents
 from halny.model.data.history import Era, Share, from_json, gone_on, locate, samples_read, to_json
-from halny.model.data.order import count_sources, interleave
+from halny.model.data.order import count_sources, grown_order, interleave, sample_order
 from halny.model.data.writer import write_dataset
 
 weight_lists = st.lists(st.integers(1, 2**20), min_size=1, max_size=5)
@@ -108,6 +110,9 @@ def test_epochs_are_of_what_was_and_will_be_read(tmp_path):
     assert f"25.00% of those to come; {epochs}" in lines[0]
     assert lines[1] == f"{b}: no longer read, after {read['b']} samples of it"
     assert f"; {then['c'] / 50:.2f} epochs, 0.00 of them before" in lines[2]
+    shutil.rmtree(c)
+    other = went_on(turned, corpus(make(c, 40)), 1000)
+    assert f"{c} as it was: no longer read, after {then['c']} samples of it" in other.describe(1010, 0)
 
 
 def test_the_config_of_an_older_halny_is_one_mixture(tmp_path):
@@ -122,22 +127,30 @@ def test_the_config_of_an_older_halny_is_one_mixture(tmp_path):
     alone = {"recipe": {"data": None}, "data": corpus(a).fingerprint}
     turned.go_on(alone, 64, True)
     assert samples_read(turned.history, 64, 0) == {corpus(a).fingerprint: 64}
-    moved = config | {"recipe": {"data": ["elsewhere:0.9", f"{b}:0.1"]}}  # of which no source can be told
-    turned.go_on(moved, 64, True)
+    moved = config | {"recipe": {"data": ["elsewhere:0.9", f"{b}:0.1"]}}
+    same = corpus(f"{a}:9", f"{b}:1")
+    same.go_on(moved, 64, False)
+    assert same.history == begun.history
+    turned.go_on(moved, 64, True)  # which source its samples were of cannot be told
     assert "elsewhere:0.9" in turned.describe(128, 0)[-1] and "after 64 samples" in turned.describe(128, 0)[-1]
     assert rows_of(turned, 64, 128) == rows_of(went_on(corpus(make(tmp_path / "c", 80)), turned, 64), 64, 128)
 
 
-@pytest.mark.parametrize("harm", [
-    None, [], {}, [1], [{}], [{"first_sample": 0}], [{"first_sample": 0, "sources": []}],
-    [{"first_sample": 1, "sources": [{"fingerprint": "x", "weight": 1, "path": "x"}]}],
-    [{"first_sample": 0, "sources": [{"fingerprint": "x", "weight": 0, "path": "x"}]}],
-    [{"first_sample": 0, "sources": [{"fingerprint": "x", "weight": "1", "path": "x"}]}],
-    [{"first_sample": 0, "sources": [{"fingerprint": "x", "weight": 1, "path": "x"}]}] * 2,
+SHARE = {"fingerprint": "x", "weight": 1, "path": "x"}
+
+
+@pytest.mark.parametrize("sources", [
+    None, [], [1], [{}], [SHARE | {"else": 1}], [SHARE | {"weight": 0}], [SHARE | {"weight": "1"}],
+    [SHARE | {"fingerprint": 1}], [SHARE | {"grown_from": "y"}], [SHARE | {"grown_from": []}],
+    [SHARE | {"contents": {"tokens": 1}}], [SHARE | {"contents": [1]}],
 ])  # fmt: skip
-def test_a_history_that_no_run_wrote_is_refused(harm):
-    with pytest.raises(DataError, match=r"data_history .* is not readable"):
-        from_json(harm)
+def test_a_history_that_no_run_wrote_is_refused(sources):
+    begun = {"first_sample": 0, "sources": [SHARE]}
+    assert from_json([begun]) == [Era(0, (Share("x", 1, "x"),))]
+    for records in ([begun | {"sources": sources}], [begun, {"first_sample": 8, "sources": sources}],
+            [begun, begun], [begun | {"first_sample": 8}], [begun | {"first_sample": "0"}], [1], None):  # fmt: skip
+        with pytest.raises(DataError, match=r"data_history .* is not readable"):
+            from_json(records)
 
 
 def test_a_change_is_one_only_once_and_where_the_run_goes_on():
@@ -155,3 +168,106 @@ def test_a_change_is_one_only_once_and_where_the_run_goes_on():
         gone_on(gone, third.shares, 240, False)
     assert gone_on(gone, third.shares, 240, True) == [*before, third._replace(first=240)]
     assert gone_on(gone, third.shares, 0, True) == [third]
+
+
+# --- sources that grew ------------------------------------------------------------------------------------------------
+
+
+@given(
+    growths=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 90)), min_size=1, max_size=4),
+    seed=st.integers(0, 2**64 - 1),
+)
+@example(growths=[(7, 14), (5, 0), (3, 9)], seed=0)  # at the end of an epoch, at once, at the end of what was left
+@settings(max_examples=60, deadline=None)
+def test_a_source_that_grew_reads_nothing_again_before_the_rest(growths, seed):
+    """However often it grows: each sample is one that its epoch has not had, and all come to their turn."""
+    sizes = np.cumsum([more for more, _ in growths]).tolist()
+    read = [0, *np.cumsum([n for _, n in growths]).tolist()]
+    end = read.pop() + 3 * sizes[-1]
+    rows = grown_order(np.arange(end), sizes, read, seed).tolist()
+    until = [*read, end][1]
+    assert rows[:until] == sample_order(np.arange(until), sizes[0], seed).tolist()
+    left, n_rows = set(), 0
+    for number, row in enumerate(rows):
+        for size, since in zip(sizes, read, strict=True):
+            if since <= number and size > n_rows:
+                left |= set(range(n_rows, size))
+                n_rows = size
+        left = left or set(range(n_rows))
+        left.remove(row)
+    some = np.random.default_rng(0).permutation(end)
+    assert grown_order(some, sizes, read, seed).tolist() == [rows[i] for i in some]
+
+
+def folder(out: Path, lengths, shard_tokens: int = 1000) -> Path:
+    rng = np.random.default_rng(0)
+    write_dataset((rng.integers(0, 999, n) for n in lengths), out, vocab_size=999, shard_tokens=shard_tokens)
+    return out
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_a_folder_that_grew_twice_repeats_nothing_and_passes_over_nothing(tmp_path, documents):
+    lengths = np.random.default_rng(1).integers(1, 40, 900)
+    folders = [folder(tmp_path / f"{n}", lengths[:n]) for n in (300, 500, 900)]
+    first, second, third = (Corpus([str(f)], 16, documents) for f in folders)
+    n = len(first.train[0])
+
+    def rows(corpus: Corpus, begin: int, end: int) -> list[tuple]:
+        """Of each sample where its pieces begin, and their lengths."""
+        _, row = corpus.locate(np.arange(begin, end), 3)
+        return [tuple(map(tuple, zip(*corpus.train[0].pieces(i), strict=True))) for i in row.tolist()]
+
+    read = rows(first, 0, n + 20)
+    went_on(first, second, n + 20)
+    m = len(second.train[0])
+    assert rows(second, 0, n + 20) == read and second.history[1].shares[0].grown_from == first.fingerprint
+    read += rows(second, n + 20, m + 30)
+    went_on(second, third, m + 30)
+    whole = len(third.train[0])
+    assert rows(third, 0, m + 30) == read
+    read += rows(third, m + 30, n + whole)
+    assert len(set(read[:n])) == n and len(set(read[n:])) == whole  # an epoch of the first, and then one of all
+    assert len(set(rows(third, n + whole, n + 2 * whole))) == whole
+    targets = {token for row in set(read) for start, length in row for token in range(start, start + length)}
+    predicted = lengths.sum() - (len(lengths) if documents else 3)  # all but each document's first, or each part's
+    assert len(targets) == sum(length for row in set(read) for _, length in row) == predicted
+    [line] = third.describe(n + whole, 3)
+    new, before = whole - third.train[0].sizes[1], (m + 30) / whole
+    assert f"({new} of them new since it grew)" in line
+    assert f"; {(n + whole) / whole:.2f} epochs, {before:.2f} of them before" in line
+    went_on(third, third, n + whole, False)  # the same command again
+    assert rows(third, 0, n + whole) == read
+    assert gone_on(third.history, third.now, 0, False) == third.history  # back to the start: all of it is there
+
+
+def test_which_folders_grew(tmp_path):
+    lengths = [300, 300, 300, 50, 50]  # a full shard of 600 tokens and one of 400
+    old = contents(Dataset(folder(tmp_path / "old", lengths, 600)))
+    for name, (others, shard_tokens, grew) in {
+        "filled up": ([*lengths, 90], 600, True),
+        "a shard more": ([*lengths, 300], 600, True),
+        "filled up and more": ([*lengths, 90, 300], 600, True),
+        "the same": (lengths, 600, False),
+        "fewer": (lengths[:-1], 600, False),
+        "cut elsewhere": ([300, 300, 300, 60, 40, 50], 600, False),
+        "other shards": ([*lengths, 90], 300, False),
+        "others": ([200, *lengths], 600, False),
+    }.items():
+        assert begins_with(Dataset(folder(tmp_path / name, others, shard_tokens)), old) == grew, name
+    raw = tmp_path / "raw.bin"
+    np.arange(50, dtype="<u2").tofile(raw)
+    raw = open_dataset(raw, "uint16")
+    assert contents(raw) is None and not begins_with(raw, old)
+    assert not begins_with(Dataset(tmp_path / "filled up"), contents(raw))
+
+
+def test_a_source_that_grew_beside_the_old_one_is_another(tmp_path):
+    """Two sources never share a place; and where both of a pair began with the same, one of them is a new source."""
+    old = folder(tmp_path / "old", [100, 100])
+    more, other = folder(tmp_path / "more", [100, 100, 50]), folder(tmp_path / "other", [100, 100, 60, 10])
+    alone = corpus(old)
+    beside = went_on(alone, corpus(f"{old}:1", f"{more}:1"), 20)
+    assert [share.grown_from for share in beside.history[-1].shares] == [None, None]
+    pair = went_on(alone, corpus(f"{other}:1", f"{more}:1"), 20)
+    assert sorted([share.grown_from for share in pair.history[-1].shares], key=bool) == [None, alone.fingerprint]
+    assert "\n".join(pair.describe(40, 0)).count("of them new since it grew") == 1
