@@ -1,5 +1,6 @@
 """What makes a file survive a power cut and tells whether it is still the same: used by every writer of halny."""
 
+import errno
 import hashlib
 import json
 import os
@@ -32,6 +33,25 @@ def in_words(n_bytes: float) -> str:
         if n_bytes >= size:
             return f"{n_bytes / size:.1f} {unit}"
     return f"{n_bytes / 1e3:.0f} kB"
+
+
+MISSING = FileNotFoundError, NotADirectoryError, IsADirectoryError  # what is there is wrong; others may pass
+REMEDIES = {
+    errno.EMFILE: "raise this process's limit with ulimit -n",
+    errno.ENFILE: "this machine has too many files open in all: close some, or raise fs.file-max",
+    errno.ENOMEM: "free some of this machine's memory",
+    errno.EACCES: "give this user the permission",
+    errno.EPERM: "give this user the permission",
+    errno.EIO: "look at the disk or the network file system, the file itself may be sound",
+    errno.ESTALE: "mount the network file system again, the file itself may be sound",
+    errno.ETIMEDOUT: "look at the network file system, the file itself may be sound",
+}
+
+
+def in_its_words(error: OSError) -> str:
+    """What the system said, and what helps: an error of resources is no word on what is in the file."""
+    words = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{words}: {REMEDIES[error.errno]}" if error.errno in REMEDIES else words
 
 
 def folder_above(path: Path) -> Path:

@@ -14,31 +14,22 @@ Read as well, by `open_dataset`: raw .bin files of token ids, as nanoGPT and ALL
 header of 256 int32: a magic number, a version, the number of ids) write them.
 """
 
-import bisect
 import hashlib
-import itertools
 import json
-import operator
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from halny.model.durable import sha256
+from halny.model.data.stream import DataError, FileArray, Shard, TokenStream, in_one_line
+from halny.model.durable import in_its_words, sha256
 from halny.model.tokenizer_files import TOKENIZER_FILES
 
 FORMAT, VERSION = "halny-tokens", 1
 SPLITS = ("train", "val")
 CHUNK = 1 << 22  # tokens looked at in one go
 AGAIN = "prepare it again with python -m halny.model.prepare_data"
-RESTORE = "restore it as it was, and the same command continues the run"
-
-
-class DataError(ValueError):
-    """Input, output or a data folder that cannot be used: one line that names the file and what to do."""
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
@@ -62,87 +53,8 @@ def is_dataset(path: Path) -> bool:
     return (Path(path) / "manifest.json").is_file()
 
 
-class Shard(NamedTuple):
-    tokens: np.memmap  # 1-D, uint16 or uint32
-    ends: np.ndarray  # int64: where each document ends, counted from the shard's start; the last is len(tokens)
-
-
-class TokenStream:
-    """The tokens of a split: all shards as one stream by `read` and `gather`, or one by one as `shards`.
-
-    Both read the files themselves and not their memory maps: where a mapped file is cut short under a run, the kernel
-    kills the process without a word (SIGBUS), where a read can say which file it was. A file is opened anew each time,
-    and must be the one it was when the stream was made: so a shard that vanished or changed is a DataError at the next
-    step that needs it, and no descriptors are held.
-    """
-
-    def __init__(self, shards: list[Shard]):
-        self.shards = shards
-        self.n_documents = sum(len(shard.ends) for shard in shards)
-        self._starts = [0, *itertools.accumulate(len(shard.tokens) for shard in shards)]
-        self._identities = [_identity(os.stat(shard.tokens.filename)) for shard in shards]
-
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def read(self, start: int, length: int) -> np.ndarray:
-        """Tokens start to start + length as int64, across shards; IndexError where the stream has no such tokens."""
-        return self.gather([operator.index(start)], [operator.index(length)]).astype(np.int64)
-
-    def gather(self, starts: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
-        """The tokens of several ranges, one range after the other, in the dtype of the shards."""
-        for start, length in zip(starts, lengths, strict=True):
-            if start < 0 or length < 0 or start + length > len(self):
-                raise IndexError(f"tokens {start} to {start + length} of a stream of {len(self)}")
-        out = np.empty(sum(lengths), dtype=self.shards[0].tokens.dtype if self.shards else np.int64)
-        room, done, opened = memoryview(out.view(np.uint8)), 0, {}
-        try:
-            for start, length in zip(starts, lengths, strict=True):
-                end = start + length
-                while start < end:
-                    i = bisect.bisect_right(self._starts, start) - 1
-                    if i not in opened:
-                        opened[i] = self._open(i)
-                    stop = min(end, self._starts[i + 1])
-                    n = (stop - start) * out.itemsize
-                    self._fill(room[done : done + n], opened[i], i, start - self._starts[i])
-                    start, done = stop, done + n
-        finally:
-            for file in opened.values():
-                os.close(file)
-        return out
-
-    def _open(self, i: int) -> int:
-        path = self.shards[i].tokens.filename
-        try:
-            file = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"{path}: cannot be opened any more ({error.strerror}); {RESTORE}") from error
-        if _identity(os.fstat(file)) != self._identities[i]:
-            os.close(file)
-            raise DataError(f"{path}: was changed or replaced after it was opened; {RESTORE}")
-        return file
-
-    def _fill(self, room: memoryview, file: int, i: int, first: int) -> None:
-        """Bytes of shard i from token `first` on, as many as there is room for."""
-        tokens = self.shards[i].tokens
-        offset = tokens.offset + first * tokens.itemsize
-        while room:
-            try:
-                n = os.preadv(file, [room], offset)
-            except OSError as error:
-                raise DataError(f"{tokens.filename}: cannot be read ({error.strerror}); {RESTORE}") from error
-            if n == 0:
-                raise DataError(f"{tokens.filename}: was cut short, it ends before byte {offset}; {RESTORE}")
-            room, offset = room[n:], offset + n
-
-
-def _identity(stat: os.stat_result) -> tuple:
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
 class Dataset:
-    """A data folder, opened: manifest, sizes, dtypes and shapes checked, tokens mapped. `verify` reads them too.
+    """A data folder: manifest, sizes, dtypes and shapes checked, and no file left open. `verify` reads the tokens too.
 
     fingerprint  a hash of vocabulary, dtype and all shards: another one means other tokens or another order of them
     tokenizer    the folder of the tokenizer that made the ids, or None
@@ -150,16 +62,17 @@ class Dataset:
 
     def __init__(self, path: Path):
         self.path = Path(path)
-        self.manifest = manifest = self._read_manifest()
-        self.vocab_size = manifest["vocab_size"]
-        identity = [manifest[key] for key in ("format", "version", "vocab_size", "dtype", "splits")]
-        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.tokenizer = None
-        if manifest["tokenizer"] is not None:
-            self.tokenizer = self.path / "tokenizer"
-            for record in manifest["tokenizer"]["files"]:
-                self._check_size(self.tokenizer / record["name"], record)
-        self._streams = {split: self._open_split(split) for split in SPLITS}
+        with in_one_line(self.path):
+            self.manifest = manifest = self._read_manifest()
+            self.vocab_size = manifest["vocab_size"]
+            identity = [manifest[key] for key in ("format", "version", "vocab_size", "dtype", "splits")]
+            self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+            self.tokenizer = None
+            if manifest["tokenizer"] is not None:
+                self.tokenizer = self.path / "tokenizer"
+                for record in manifest["tokenizer"]["files"]:
+                    self._check_size(self.tokenizer / record["name"], record)
+            self._streams = {split: self._open_split(split) for split in SPLITS}
 
     def split(self, name: str) -> TokenStream:
         """The stream of "train" or "val"; val may be empty."""
@@ -180,16 +93,19 @@ class Dataset:
             records += [(self.tokenizer, record) for record in self.manifest["tokenizer"]["files"]]
         for folder, record in records[part::parts]:
             path = folder / record["name"]
-            if sha256(path) != record["sha256"]:
+            with in_one_line(path):
+                changed = sha256(path) != record["sha256"]
+            if changed:
                 yield path
 
     def _read_manifest(self) -> dict:
         path = self.path / "manifest.json"
         if not path.is_file():
             raise DataError(f"{path}: missing, so {self.path} is no data folder; {AGAIN}, or name another")
+        content = path.read_bytes()
         try:
-            manifest = json.loads(path.read_bytes().decode())
-        except (ValueError, RecursionError, OSError) as error:
+            manifest = json.loads(content.decode())
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}: cannot be read as JSON ({one_line(error)}); {AGAIN}") from error
         if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
             raise DataError(f"{path}: not the manifest of a halny data folder; {AGAIN}, or name another")
@@ -204,35 +120,37 @@ class Dataset:
 
     def _open_split(self, split: str) -> TokenStream:
         record = self.manifest["splits"][split]
-        shards = []
+        shards, hashes = [], {}
         for shard in record["files"]:
             tokens = self._open_array(shard, np.dtype(self.manifest["dtype"]), shard["tokens"])
             ends = self._open_array(shard["boundaries"], np.dtype(np.int64), shard["documents"])
-            if ends[-1] != shard["tokens"]:
+            if (last := ends[-1]) != shard["tokens"]:
                 raise DataError(
-                    f"{self.path / shard['boundaries']['name']}: the last document ends at token {ends[-1]}, the shard "
-                    f"at {shard['tokens']}; {AGAIN}"
+                    f"{ends.filename}: the last document ends at token {last}, the shard at {shard['tokens']}; {AGAIN}"
                 )
             shards.append(Shard(tokens, ends))
+            hashes[tokens.filename] = shard["sha256"]
         for what in ("tokens", "documents"):
             if record[what] != (total := sum(shard[what] for shard in record["files"])):
                 raise DataError(
                     f"{self.path / 'manifest.json'}: {split} has {record[what]} {what} by its total and {total} by its "
                     f"shards; {AGAIN}"
                 )
-        return TokenStream(shards)
+        return TokenStream(shards, hashes)
 
-    def _open_array(self, record: dict, dtype: np.dtype, length: int) -> np.ndarray:
+    def _open_array(self, record: dict, dtype: np.dtype, length: int) -> FileArray:
         path = self.path / record["name"]
         self._check_size(path, record)
         try:
             loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        except OSError:  # of resources: the file may be sound
+            raise
         except Exception as error:  # a damaged header makes numpy raise nearly anything, tokenize.TokenError too
             raise DataError(f"{path}: not a .npy file of numbers ({one_line(error)}); {AGAIN}") from error
         if not isinstance(loaded, np.ndarray) or loaded.dtype != dtype or loaded.shape != (length,):
             found = f"{loaded.dtype} of shape {loaded.shape}" if isinstance(loaded, np.ndarray) else "an archive"
             raise DataError(f"{path}: holds {found}, the manifest says {dtype} of shape ({length},); {AGAIN}")
-        return loaded
+        return FileArray(str(path.absolute()), dtype, loaded.offset, length)
 
     def _check_size(self, path: Path, record: dict) -> None:
         if not path.is_file():
@@ -261,7 +179,7 @@ class RawDataset:
         files = {"train": train} if val is None else {"train": train, "val": val}
         self.path = train if val is None else train.parent
         self.files = list(files.values())
-        shards = {split: _map_raw(path, dtype) for split, path in files.items()}
+        shards = {split: _raw_array(path, dtype) for split, path in files.items()}
         if len({tokens.dtype for tokens in shards.values()}) > 1:
             raise DataError(f"{train} holds {shards['train'].dtype}, {val} {shards['val'].dtype}; they must be alike")
         self.dtype = shards["train"].dtype
@@ -269,8 +187,11 @@ class RawDataset:
         if vocab_size is not None and not 1 <= vocab_size <= most:
             raise DataError(f"{train}: a vocabulary of {vocab_size} does not fit {self.dtype}; give the right --dtype")
         self.vocab_size = vocab_size or most
+        self._sha256 = {}  # of each file by its name; read when the fingerprint is first asked for
         self._streams = {
-            split: TokenStream([Shard(shards[split], np.array([len(shards[split])]))] if split in shards else [])
+            split: TokenStream(
+                [Shard(shards[split], np.array([len(shards[split])]))] if split in shards else [], self._sha256
+            )
             for split in SPLITS
         }
 
@@ -297,11 +218,13 @@ class RawDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        identity = [self.dtype.name, *(sha256(path) for path in self.files)]
+        with in_one_line(self.path):
+            self._sha256 |= {str(path.absolute()): sha256(path) for path in self.files}
+        identity = [self.dtype.name, *self._sha256.values()]
         return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
 
 
-def _map_raw(path: Path, dtype: str | None) -> np.ndarray:
+def _raw_array(path: Path, dtype: str | None) -> FileArray:
     if dtype not in (None, "uint16", "uint32"):
         raise DataError(f"--dtype {dtype}: {path} can hold uint16 or uint32; choose one")
     try:
@@ -309,7 +232,7 @@ def _map_raw(path: Path, dtype: str | None) -> np.ndarray:
         with open(path, "rb") as file:
             header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+        raise DataError(f"{path}: cannot be read ({in_its_words(error)}); check the path") from error
     offset, known = 0, LLM_C_HEADERS.get(tuple(header[:2].tolist()))
     if known is not None and size >= LLM_C_HEADER_BYTES:
         if dtype not in (None, known):
@@ -328,7 +251,7 @@ def _map_raw(path: Path, dtype: str | None) -> np.ndarray:
         raise DataError(f"{path}: {size} bytes are no whole number of {dtype} (cut short?); check the file and --dtype")
     if size == offset:
         raise DataError(f"{path}: no tokens in it; name another")
-    return np.memmap(path, dtype=kind, mode="r", offset=offset)
+    return FileArray(str(path.absolute()), kind, offset, (size - offset) // kind.itemsize)
 
 
 def open_dataset(path: Path, dtype: str | None = None, vocab_size: int | None = None) -> "Dataset | RawDataset":

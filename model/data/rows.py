@@ -77,9 +77,10 @@ def _document_ends(stream: TokenStream) -> np.ndarray:
     """Where each document of a stream ends, after a 0 where the first begins."""
     ends, start = [np.zeros(1, np.int64)], 0
     for shard in stream.shards:
-        if len(shard.ends) and (shard.ends[-1] > len(shard.tokens) or np.diff(shard.ends, prepend=0).min() < 0):
+        own = np.asarray(shard.ends)
+        if len(own) and (own[-1] > len(shard.tokens) or np.diff(own, prepend=0).min() < 0):
             raise DataError(f"{shard.tokens.filename}: the ends of its documents are not in order; {AGAIN}")
-        ends.append(shard.ends + start)
+        ends.append(own + start)
         start += len(shard.tokens)
     return np.concatenate(ends)
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from halny.model.data import batches
+from halny.model.data import batches, stream
 from halny.model.data.batches import IGNORED, Corpus, Loader, read_batch, read_in_turn
 from halny.model.data.dataset import DataError, TokenStream, open_dataset
 from halny.model.data.order import BLOCK, interleave, sample_order, share_of, step_numbers
@@ -470,7 +470,8 @@ def test_loader_gives_what_the_definitions_say(tmp_path):
 
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize("harm", ["truncated", "emptied", "deleted", "replaced", "changed"])
-def test_a_shard_that_is_harmed_during_a_run_is_named(tmp_path, harm, documents):
+def test_a_shard_that_is_harmed_during_a_run_is_named(tmp_path, monkeypatch, harm, documents):
+    monkeypatch.setattr(stream, "PATIENCE_S", 0.2)
     folder = make(tmp_path / "a", [50] * 20, shard_tokens=500)
     loader = load([folder], 1, 1000, documents=documents)
     next(loader)
@@ -483,13 +484,15 @@ def test_a_shard_that_is_harmed_during_a_run_is_named(tmp_path, harm, documents)
         os.truncate(shard, 0)
     elif harm == "deleted":
         shard.unlink()
-    elif harm == "replaced":  # same size, same times, another file
-        copy = shutil.copy2(shard, tmp_path / "copy")
+    elif harm == "replaced":  # same size, same times, another file with another token
+        copy = Path(shutil.copy2(shard, tmp_path / "copy"))
+        copy.write_bytes(copy.read_bytes()[:-1] + b"\1")
+        shutil.copystat(shard, copy)
         os.replace(copy, shard)
     elif harm == "changed":
         with shard.open("r+b") as file:
             file.seek(-2, os.SEEK_END)
-            file.write(b"\0\0")
+            file.write(b"\0\1")
     with pytest.raises(DataError, match=r"train-00001\.npy: ") as error:
         for _ in range(5):  # what was read ahead is good; after that the shard is missed at once
             next(loader)
@@ -499,17 +502,12 @@ def test_a_shard_that_is_harmed_during_a_run_is_named(tmp_path, harm, documents)
 
 
 def test_a_shard_cut_short_in_the_middle_of_a_read_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "PATIENCE_S", 0.2)
     folder = make(tmp_path / "a", [1000], shard_tokens=500)
-    opened = TokenStream._open
-
-    def open_then_cut(self, i):
-        file = opened(self, i)
-        os.truncate(self.shards[i].tokens.filename, 512)
-        return file
-
-    monkeypatch.setattr(TokenStream, "_open", open_then_cut)
-    with pytest.raises(DataError, match=r"train-00000\.npy: was cut short, it ends before byte"):
-        list(load([folder], 1, 50, documents=False))
+    cut = folder / "train-00000.npy"
+    monkeypatch.setattr(TokenStream, "_check_is_the_same", lambda *_: os.truncate(cut, 512))
+    with pytest.raises(DataError, match=r"train-00000\.npy: .*was cut short, it ends before byte"):
+        open_dataset(folder).split("train").read(200, 100)
 
 
 def test_any_error_of_the_thread_is_raised_by_next(tmp_path, monkeypatch):

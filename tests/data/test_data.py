@@ -54,7 +54,7 @@ def test_read_crosses_shards(tmp_path):
     write_dataset(docs, tmp_path / "d", vocab_size=500, shard_tokens=50)
     stream, whole = Dataset(tmp_path / "d").split("train"), np.concatenate(docs)
     assert len(stream) == len(whole) and stream.n_documents == 200 and len(list((tmp_path / "d").iterdir())) > 50
-    assert all(isinstance(shard.tokens, np.memmap) and shard.ends.dtype == np.int64 for shard in stream.shards)
+    assert all(isinstance(shard.tokens[:], np.memmap) and shard.ends.dtype == np.int64 for shard in stream.shards)
     again = [ids for shard in stream.shards for ids in np.split(shard.tokens, shard.ends)[:-1]]
     assert len(again) == 200 and all(np.array_equal(ids, doc) for ids, doc in zip(again, docs, strict=True))
     borders = np.cumsum([0] + [len(np.load(file)) for file in sorted((tmp_path / "d").glob("train-?????.npy"))])
