@@ -52,7 +52,7 @@ from halny.model.data.history import to_json
 from halny.model.durable import write_json
 from halny.model.estimate.memory import checkpoint_bytes
 from halny.model.estimate.roofline import attention_keys
-from halny.model.exits import FINISHED, STOPPED, Failed, Refused
+from halny.model.exits import FINISHED, STOPPED, DataLost, Failed, Refused
 from halny.model.mistral import Mistral
 from halny.model.prepare_data import prepare_builtin
 from halny.model.record.breakdown import floors_of_run
@@ -74,6 +74,7 @@ from halny.model.run.ranks import (
     ask_everywhere,
     check_collectives,
     check_same_weights,
+    first_missed,
     on_main,
     say,
     start_distributed,
@@ -318,15 +319,12 @@ def train(run: Run) -> str | None:
     gc.collect()
     gc.freeze()
     gc.disable()  # a collection in the middle of a step on one rank is a pause on all of them
-    stopping = False
+    stopping, saved = False, run.step
     try:
         while run.step < recipe.steps and not stopping:
             step = run.step + 1
             run.watch.at("step", step)
             profiler.begin(step, run.model, run.optimizer)
-            answers, asking = ask_everywhere(
-                run.process.stopping() or run.out_of_time(2 * journal.step_s + run.save_s), run.saver.failed
-            )
             with profiler.region("data"):
                 batches = next(loader)
             journal.probe.begin()
@@ -339,11 +337,17 @@ def train(run: Run) -> str | None:
                 profiled = f"profile of steps {profiler.first} to {step}: in {profiler.folder}"
                 say(run.world, profiler.end() or profiled)
 
+            # Of the next step, and before it: a rank that found out in it would leave the others in their collectives.
+            missed = loader.problem(hurry=run.process.stopping)
+            stop = run.process.stopping() or run.out_of_time(2 * journal.step_s + run.save_s)
+            answers, asking = ask_everywhere(stop, run.saver.failed, missed is not None)
             asking.wait()
-            stopping, save_failed = map(bool, answers.tolist())
+            stopping, save_failed, data_lost = map(bool, answers.tolist())
             if save_failed:
                 run.saver.wait()
                 raise Failed("another rank could not write its part of the checkpoint, and says why")
+            if data_lost and not stopping:
+                raise first_missed(missed)
             if run.evaluation_is_due() and not stopping:
                 journal.settle()
                 with journal.gap.spending("evaluation"):
@@ -352,8 +356,15 @@ def train(run: Run) -> str | None:
                 journal.settle()
                 with journal.gap.spending("checkpoints"):
                     run.save()
+                saved = step
                 gc.collect()
         run.finish_saving()
+    except DataLost:
+        if run.step > saved:
+            journal.settle()
+            run.save()
+        run.finish_saving()
+        raise
     except Failed:
         with contextlib.suppress(Failed):  # the reason is known; but a checkpoint under way is worth the wait
             run.saver.wait()

@@ -15,6 +15,10 @@ class Failed(Exception):
     """The end of a run that has begun, on all ranks alike: one line, exit code 1."""
 
 
+class DataLost(Failed):
+    """Data that cannot be read any more, between two steps: the last one is whole and worth a checkpoint."""
+
+
 def unknown(kind: str, name: str, known) -> Refused:
     close = difflib.get_close_matches(name, known, n=1)
     remedy = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"

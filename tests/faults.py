@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from halny.kernels import chunk_cat
+from halny.model.data import stream
 from halny.model.data.batches import Corpus
 from halny.model.mistral import Mistral
 from halny.model.run import checkpoint, fsdp, ranks, saver, watch
@@ -170,6 +171,28 @@ def disk_lies(save: str) -> None:
 
 def slow_save(seconds: str, save: str) -> None:
     before(Saver, "_finish", int(save), lambda *_: time.sleep(float(seconds)))
+
+
+# ----------------------------------------------------------------------------------------------------------------- data
+
+
+def impatient(seconds: str) -> None:
+    """No fault: a shard that cannot be read is waited for no longer than this."""
+    stream.PATIENCE_S = float(seconds)
+
+
+def unreadable(guilty: str, rows: str, patience: str) -> None:
+    """On one rank no shard can be read any more, for a step or an evaluation, after so many rows."""
+    impatient(patience)
+    original, left = stream.TokenStream._read, itertools.count(int(rows), -1)
+
+    def read(self, *args):
+        if next(left) <= 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return original(self, *args)
+
+    if rank() == int(guilty):
+        stream.TokenStream._read = read
 
 
 # -------------------------------------------------------------------------------------------------------------- numbers

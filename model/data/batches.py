@@ -8,6 +8,7 @@ goes on with other data. Here are the corpus (what --data names, opened: sources
 batches: rows as tensors, and a thread that makes them ahead.
 """
 
+import contextlib
 import hashlib
 import itertools
 import math
@@ -286,12 +287,13 @@ class Loader:
     """The batches of successive steps on a device, read ahead by a thread: ``next(loader)`` is a step's list of them.
 
     steps: the sample numbers of each, [accumulation, micro_batch]. next() raises what the thread raised: DataError for
-    a shard that vanished or changed. ``waited`` is how long the last call waited for the thread, in seconds.
+    a shard that vanished or changed. ``waited`` is how long the last step's were waited for, in seconds.
     """
 
     def __init__(self, corpus: Corpus, seed: int, steps: Iterable[np.ndarray], device: torch.device):
-        self.waited = 0.0
+        self.waited = self._waiting = 0.0
         self._device = device
+        self._next: list[Batch] | Exception | None = None  # taken from the thread already
         self._ready: queue.Queue = queue.Queue(maxsize=2)
         threading.Thread(target=self._produce, args=(corpus, seed, steps), daemon=True, name="loader").start()
 
@@ -311,10 +313,20 @@ class Loader:
         return self
 
     def __next__(self) -> list[Batch]:
-        start = time.perf_counter()
-        batches = self._ready.get()
-        self.waited = time.perf_counter() - start
-        if isinstance(batches, Exception):
-            self._ready.put(batches)  # the thread is gone; whoever asks again is told again
-            raise batches
+        self._take()
+        if isinstance(batches := self._next, Exception):
+            raise batches  # the thread is gone; whoever asks again is told again
+        self._next, self.waited, self._waiting = None, self._waiting, 0.0
         return [batch.to(self._device) for batch in batches]
+
+    def problem(self, hurry: Callable[[], bool] = lambda: False) -> DataError | None:
+        """Why there will be no batches of the next step, which is waited for, but not in a ``hurry``."""
+        self._take(hurry)
+        return self._next if isinstance(self._next, DataError) else None
+
+    def _take(self, hurry: Callable[[], bool] = lambda: False) -> None:
+        start = time.perf_counter()
+        while self._next is None and not hurry():
+            with contextlib.suppress(queue.Empty):
+                self._next = self._ready.get(timeout=0.2)
+        self._waiting += time.perf_counter() - start

@@ -21,7 +21,7 @@ from halny.model.data.dataset import DataError, Dataset, RawDataset
 from halny.model.data.rows import Packing, Rows, Windows
 from halny.model.mistral import Mistral
 from halny.model.run import fsdp
-from halny.model.run.ranks import World, ask_everywhere
+from halny.model.run.ranks import World, ask_everywhere, first_missed
 
 HELD_OUT = "val"
 
@@ -111,23 +111,30 @@ def evaluate(
 
     The same micro batches are computed on any number of ranks, and their fp32 sums added in fp64, so for one
     micro_batch the numbers are the same too. ``alive`` is called for each batch. None if ``asked_to_stop`` was true on
-    some rank in the middle of it.
+    some rank in the middle of it. Raises DataLost, on all ranks, where one could not read its rows.
     """
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
-    stopping = False
+    stopping, missed, data_lost = False, None, False
     # Every rank runs as many forward passes as any, for each gathers parameters with the others; past the last row a
     # batch is empty.
     for first in range(0, sum(map(len, rows)), world.size * micro_batch):
         alive()
-        answers, asking = ask_everywhere(asked_to_stop())
-        batch = read_in_turn(rows, first + world.rank * micro_batch + np.arange(micro_batch))
+        mine = first + world.rank * micro_batch + np.arange(micro_batch)
+        try:
+            batch = read_in_turn(rows, mine)
+        except DataError as error:  # of this rank alone, perhaps: the others are told, and need its forward pass
+            missed, batch = error, read_in_turn(rows, sum(map(len, rows)) + mine)
+        answers, asking = ask_everywhere(asked_to_stop(), missed is not None)
         loss, n_tokens, n_correct = model(*batch.to(world.device).inputs)
         totals += torch.stack([loss.double(), n_tokens.double(), n_correct.double()])
         asking.wait()
-        if stopping := bool(answers.item()):
+        stopping, data_lost = map(bool, answers.tolist())
+        if stopping or data_lost:
             break
     fsdp.reshard(model)  # without a backward pass some stay gathered, and are not those of the optimizer
     dist.all_reduce(totals)
+    if data_lost:
+        raise first_missed(missed)
     return None if stopping else loss_metrics(*totals.tolist())
 
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
-from halny.model.exits import Failed, Refused
+from halny.model.durable import in_its_words
+from halny.model.exits import DataLost, Failed, Refused
 
 LONG_PHASE = 6  # reading, writing and verifying whole models may take so many deadlines
 
@@ -94,6 +95,12 @@ def ask_everywhere(*questions: bool) -> tuple[Tensor, dist.Work]:
     return answers, dist.all_reduce(answers, dist.ReduceOp.MAX, async_op=True)
 
 
+def first_missed(problem: Exception | None) -> DataLost:
+    """What all ranks raise where some could not read their data: the ``problem`` of the first. A collective."""
+    where = f"rank {dist.get_rank()} on {socket.gethostname()}"
+    return DataLost(anywhere(problem and f"{where}: {problem}"))
+
+
 def agreed(check: Callable, *arguments):
     """``check(*arguments)`` on every rank; if it refuses on any, all ranks refuse, with the first one's message."""
     result = problem = None
@@ -102,7 +109,7 @@ def agreed(check: Callable, *arguments):
     except (Refused, ValueError) as error:
         problem = str(error)
     except OSError as error:
-        problem = f"{error.filename or 'input'}: {error.strerror or error}"
+        problem = f"{error.filename or 'input'}: {in_its_words(error)}"
     for other in everywhere(problem):
         if other is not None:
             raise Refused(other)

@@ -696,6 +696,28 @@ def test_fault_21_data_changed_underneath_is_refused(command, small, twelve, tmp
     assert "train-00000.npy" in refused.err and (tmp_path / "r/metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize("rows, split", [(10, "train"), (24, "val")])
+def test_fault_21_data_lost_on_one_rank_ends_all_with_the_last_step_saved(command, twelve, tmp_path, rows, split):
+    """Two rows a step and rank: those of five steps, or of all twelve but not of the evaluation after them."""
+    command += ["--save-every", 1000, *(["--eval-every", 12] if split == "val" else [])]
+    ended = ranks_run(*command, ranks=2, cwd=tmp_path, fault=("unreadable", "1", str(rows), "0.3"), codes=[FAILED] * 2)
+    step = rows // 2
+    assert status(tmp_path / "r")["step"] == step == metrics(tmp_path / "r")[-1]["step"]
+    assert saved_steps(tmp_path / "r") == [step]
+    assert ended.err.count("train.py: stopped: rank 1 on " + HOST) == ended.err.count("train.py:") == 1
+    assert f"{split}-00000.npy: cannot be read" in status(tmp_path / "r")["reason"] and "Traceback" not in ended.err
+    ranks_run(*command, ranks=2, cwd=tmp_path)
+    np.testing.assert_allclose(column(tmp_path / "r", "loss"), column(twelve, "loss"), rtol=1e-5)
+    assert ("val_loss" in lines(tmp_path / "r")[-1]) == (split == "val")
+
+
+def test_a_stop_does_not_wait_for_data(command, tmp_path):
+    process = Ranks(*command, "--save-every", 1000, cwd=tmp_path, fault=("unreadable", "0", "20", "600"))
+    wait_for_step(process, tmp_path / "r", 4)  # written in the fifth, which has the last rows that could be read
+    os.kill(process.pids[0], signal.SIGTERM)
+    assert process.codes(timeout=20) == [STOPPED] and saved_steps(tmp_path / "r") == [5]
+
+
 def test_fault_22_another_configuration_or_dtype_is_refused(command, twelve, tmp_path):
     shutil.copytree(twelve, tmp_path / "r")
     refused = ranks_run(*command, "--dtype", "bf16", "--seed", 3, ranks=2, cwd=tmp_path, codes=[REFUSED] * 2)

@@ -29,6 +29,7 @@ from runs import (
     metrics,
     ranks_run,
     run,
+    saved_steps,
     snapshot,
     start,
     status,
@@ -314,13 +315,16 @@ def test_a_mixture_trains_alike_on_one_rank_and_two_and_over_a_stop(two, tmp_pat
 
 def test_a_shard_that_is_cut_short_during_a_run_ends_it_by_name(two, tmp_path):
     shutil.copytree(two, tmp_path / "two")
-    process = Ranks(*LONG, "--data", "two/a:1", "two/b:1", "--steps", 5000, "--run-dir", "r", ranks=2, cwd=tmp_path)
+    command = [*LONG, "--data", "two/a:1", "two/b:1", "--steps", 5000, "--save-every", 5000, "--run-dir", "r"]
+    process = Ranks(*command, ranks=2, cwd=tmp_path, fault=("impatient", "0.5"))
     wait_for_step(process, tmp_path / "r", 3)
     os.truncate(tmp_path / "two/b/train-00000.npy", 200)
     assert process.codes() == [FAILED] * 2
-    assert "two/b/train-00000.npy: was changed or replaced" in process.err and "Traceback" not in process.err
+    assert process.err.count("two/b/train-00000.npy: cannot be read for") == 1 and "Traceback" not in process.err
+    assert re.search(r"was cut short, it has 200 bytes of \d+\); restore it", process.err)
     failed = status(tmp_path / "r")
     assert failed["state"] == "failed" and "two/b/train-00000.npy" in failed["reason"]
+    assert saved_steps(tmp_path / "r") == [failed["step"]] == [metrics(tmp_path / "r")[-1]["step"]]
 
 
 def test_metrics_lines_say_what_they_should(small, tmp_path):
