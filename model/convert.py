@@ -254,7 +254,7 @@ def _copy_weights(model: Mistral, headers: dict[str, _Header], progress: Callabl
 @contextmanager
 def _opened(file: Path):
     try:
-        with safe_open(file, framework="pt") as opened:
+        with file.open("rb"), safe_open(file, framework="pt") as opened:  # whose "no such file" stands for all reasons
             yield opened
     except SafetensorError as error:
         raise ValueError(f"{file} is truncated, corrupt or not a safetensors file ({error})") from None

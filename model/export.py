@@ -23,7 +23,7 @@ from torch import Tensor
 from halny.model.convert import pieces, write_hf
 from halny.model.data.batches import parse_sources
 from halny.model.data.dataset import DataError
-from halny.model.durable import folder_above, in_words
+from halny.model.durable import folder_above, in_its_words, in_words
 from halny.model.estimate import sizes
 from halny.model.exits import FAILED, FINISHED, REFUSED, Failed, Refused
 from halny.model.hf_folder import check_replaceable
@@ -47,6 +47,8 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
         torch_dtype = DTYPES[dtype]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Refused(f"{path} is damaged ({error})") from None
+    except OSError as error:
+        raise Refused(f"{error.filename or path} cannot be read: {in_its_words(error)}") from None
     tokenizer = tokenizer or find_tokenizer(path, recipe)
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise Refused(f"--tokenizer {tokenizer} is not a folder with a {' or a '.join(TOKENIZERS)}")

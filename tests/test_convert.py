@@ -1,5 +1,7 @@
 """Weights to and from Hugging Face: bit for bit, plain and sharded; what is refused; what a crash leaves behind."""
 
+import errno
+import io
 import json
 import os
 import shutil
@@ -316,6 +318,19 @@ def test_damaged_files_are_refused_by_name(folder, damage):
     file = folder / "model.safetensors"
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(ValueError, match=r"model\.safetensors is truncated, corrupt or not a safetensors file"):
+        load_hf(folder)
+
+
+def test_weights_that_the_system_does_not_open_are_neither_missing_nor_corrupt(folder, monkeypatch):
+    original = io.open
+
+    def refusing(path, *args, **kwargs):
+        if str(path).endswith(".safetensors"):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", refusing)
+    with pytest.raises(OSError, match=r"Too many open files: .*safetensors"):
         load_hf(folder)
 
 

@@ -101,7 +101,7 @@ class RunFolder:
             if named:
                 rows += [("weights", "fingerprint of --init-from's weights", earlier["weights"], config["weights"])]
             history = list(earlier.get("history", []))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise Refused(f"{path} is not readable; --no-resume sets the run aside and starts anew") from None
         if not checkpoints and not (self.metrics.exists() and self.metrics.stat().st_size):
             return [], {}  # nothing was done yet under the earlier settings

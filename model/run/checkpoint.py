@@ -13,7 +13,9 @@ the shards, on any number of ranks; its default metadata is a pickle, so its Hug
 none.)
 
 **Loading** believes nothing: names, sizes, SHA-256 of all files (the ranks share the work), dtypes and shapes against
-what is to be filled. A damaged checkpoint is put aside under another name and the one before it used.
+what is to be filled. A damaged checkpoint is put aside under another name and the one before it used. One that the
+system does not let us read (no descriptor left, no permission, an error of the disk) is no damaged one: the start is
+refused, and everything stays as it is.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 
-from halny.model.durable import sha256
+from halny.model.durable import MISSING, in_its_words, sha256
 from halny.model.exits import Failed, Refused
-from halny.model.run.ranks import World, everywhere, on_main
+from halny.model.run.ranks import World, agreed, everywhere, on_main
 
 FORMAT = 2
 READERS = 4  # files read at once on a rank, to compare or to checksum them
@@ -45,7 +47,8 @@ READERS = 4  # files read at once on a rank, to compare or to checksum them
 
 def complete(folder: Path) -> list[Path]:
     """The checkpoints that were renamed into place, oldest first. Folders of other names are not ours."""
-    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8}", path.name) and path.is_dir())
+    entries = folder.iterdir() if folder.is_dir() else ()  # not glob: that finds nothing where it may not look
+    return sorted(path for path in entries if re.fullmatch(r"step-\d{8}", path.name) and path.is_dir())
 
 
 def step_of(checkpoint: Path) -> int:
@@ -53,13 +56,16 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_manifest(checkpoint: Path) -> dict:
-    """Raises ValueError, saying why, for a manifest that is not as it was written, to the bit."""
+    """Raises ValueError, saying why, for a manifest that is not as it was written, to the bit.
+
+    OSError where the system does not let us read it, which says nothing about the manifest.
+    """
     paths = [checkpoint / name for name in ("manifest.json", "manifest.json.sha256")]
     try:
         if missing := [path.name for path in paths if not path.is_file()]:  # a pipe would wait for a writer
             raise ValueError(f"{missing[0]} cannot be read: no such file")
         content, recorded = (path.read_bytes() for path in paths)
-    except OSError as error:
+    except MISSING as error:
         raise ValueError(f"{Path(error.filename).name} cannot be read: {error.strerror}") from None
     if recorded != checksum_line(content):
         raise ValueError("manifest.json has the wrong checksum")
@@ -92,7 +98,10 @@ def config_of(run_dir: Path) -> dict | None:
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with every parts-th of a checkpoint's files (and with its manifest), or None."""
+    """What is wrong with every parts-th of a checkpoint's files (and with its manifest), or None.
+
+    Raises Refused where the system does not let us find out.
+    """
     try:
         manifest = read_manifest(checkpoint)
         present = {path.name for path in checkpoint.iterdir() if path.is_file()}
@@ -113,8 +122,11 @@ def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
                         pool.shutdown(cancel_futures=True)
                         return f"{name} has the wrong checksum"
                     bar.update(entry["bytes"])
-    except (OSError, ValueError) as error:
+    except (*MISSING, ValueError) as error:
         return str(error)
+    except OSError as error:
+        raise Refused(f"{error.filename or checkpoint} cannot be read: {in_its_words(error)}; or move "
+            f"{checkpoint.name} away to go on from the one before") from None  # fmt: skip
     return None
 
 
@@ -141,7 +153,7 @@ def newest_sound(folder: Path, world: World, say: Callable[[str], None], before:
     candidates = [path for path in on_main(world, complete, folder) if before is None or step_of(path) < before]
     damaged: list[Path] = []
     for checkpoint in reversed(candidates):
-        problems = [p for p in everywhere(damage(checkpoint, world.rank, world.size)) if p]
+        problems = [p for p in everywhere(agreed(damage, checkpoint, world.rank, world.size)) if p]
         if not problems:
             if before is None:
                 on_main(world, _put_aside, damaged)
@@ -185,11 +197,15 @@ def prune(folder: Path, newest: Path, keep: int, keep_every: int | None, best_by
     under another step, later steps, links.
     """
     older = []
-    for checkpoint in complete(folder):
-        with contextlib.suppress(ValueError):
-            if not checkpoint.is_symlink() and read_manifest(checkpoint)["step"] < step_of(newest):
-                older.append(checkpoint)
-    found = best(folder, best_by) if best_by else None
+    try:
+        for checkpoint in complete(folder):
+            with contextlib.suppress(ValueError):
+                if not checkpoint.is_symlink() and read_manifest(checkpoint)["step"] < step_of(newest):
+                    older.append(checkpoint)
+        found = best(folder, best_by) if best_by else None
+    except OSError as error:  # without having read them all, the best would be another
+        tqdm.write(f"no older checkpoint is deleted ({error.filename or folder}: {in_its_words(error)})")
+        return
     for old in older[: max(0, len(older) - (keep - 1))]:
         asked_for = keep_every and step_of(old) % keep_every == 0
         if not asked_for and (found is None or old != found[0]):

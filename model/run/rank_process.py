@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from halny.model.durable import in_its_words
 from halny.model.exits import FAILED, REFUSED, Failed, Refused
 from halny.model.run.recipe import Recipe, command_line
 
@@ -129,7 +130,7 @@ class RankProcess:
         if self.spec is not None and isinstance(error, torch.OutOfMemoryError):
             return here + explain_shortage(error, self.spec), True, True
         if self.watch is not None and isinstance(error, OSError) and error.strerror:  # a full disk, a folder gone
-            return f"{here}{error.filename or f'in {self.watch.phase}'}: {error.strerror}", True, True
+            return f"{here}{error.filename or f'in {self.watch.phase}'}: {in_its_words(error)}", True, True
         return f"{here}{type(error).__name__}: {error}", True, False
 
     def write_failure(self, reason: str) -> None:

@@ -1,15 +1,29 @@
-"""Where a checkpoint's copy lies on the host. What is saved and loaded is test_train.py's and test_faults.py's."""
+"""Where a checkpoint's copy lies on the host, and what one that cannot be read is not taken for.
 
+What is saved and loaded is test_train.py's and test_faults.py's.
+"""
+
+import errno
+import io
 import itertools
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from halny.kernels.adamw import MOMENTS, new_moments
+from halny.model.exits import Refused
 from halny.model.mistral import PRESETS, Mistral
+from halny.model.record.run_folder import RunFolder
+from halny.model.run.checkpoint import complete, newest_sound, prune
 from halny.model.run.optimizer import Split
+from halny.model.run.ranks import World, on_main
 from halny.model.run.saver import Saver, blocks, host_tensors
+
+SHARD = "shard-00001-model-00001-of-00001.safetensors"
 
 
 @pytest.mark.parametrize("ranks, moments", [(256, "fp32"), *((1, moments) for moments in MOMENTS)])
@@ -78,3 +92,79 @@ def test_tensors_share_blocks_and_nothing_else():
 @pytest.mark.gpu
 def test_they_are_pinned_on_a_gpu():
     check_host_tensors(state_on("cuda"), pin=True)
+
+
+# ----------------------------------------------------------------------------------------- what cannot be read is sound
+
+
+@pytest.fixture
+def saved(tmp_path, alone) -> Path:
+    """Three checkpoints of one tensor, of which the first is the best, as Saver writes them."""
+    saver = Saver(tmp_path / "checkpoints", 3, None, alone)
+    for step in (1, 2, 3):
+        saver.save(step, {"model.x": torch.ones(4)}, {"evaluation": {"val_loss": float(step)}})
+    saver.wait()
+    return tmp_path / "checkpoints"
+
+
+@pytest.fixture(scope="module")
+def alone():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield World(0, 1, torch.device("cpu"), None)
+    dist.destroy_process_group()
+
+
+def refuse_to_read(monkeypatch, number: int, name: str) -> None:
+    """The system opens no file of that name, of the checkpoint of step 3."""
+    original = io.open
+
+    def refusing(path, *args, **kwargs):
+        if str(path).endswith(f"step-00000003/{name}"):
+            raise OSError(number, os.strerror(number), str(path))
+        return original(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", refusing)  # Path.read_bytes
+    monkeypatch.setattr("builtins.open", refusing)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EIO, errno.EACCES], ids=errno.errorcode.get)
+@pytest.mark.parametrize("name", ["manifest.json", SHARD])
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(saved, alone, monkeypatch, number, name):
+    said = []
+    refuse_to_read(monkeypatch, number, name)
+    with pytest.raises(Refused, match=f"step-00000003/{name} cannot be read: {os.strerror(number)}: .*move .* away"):
+        newest_sound(saved, alone, said.append)
+    monkeypatch.undo()
+    assert not said and sorted(path.name for path in saved.iterdir()) == [f"step-0000000{n}" for n in (1, 2, 3)]
+    assert newest_sound(saved, alone, said.append) == saved / "step-00000003" and not said
+
+
+def test_nothing_is_deleted_while_a_checkpoint_cannot_be_read(saved, monkeypatch, capsys):
+    refuse_to_read(monkeypatch, errno.EMFILE, "manifest.json")
+    prune(saved, saved / "step-00000004", 1, None, "val_loss")
+    assert len(complete(saved)) == 3 and "no older checkpoint is deleted" in capsys.readouterr().out
+    monkeypatch.undo()
+    prune(saved, saved / "step-00000004", 1, None, "val_loss")
+    assert [path.name for path in complete(saved)] == ["step-00000001"]  # the best
+
+
+def test_a_folder_that_may_not_be_listed_is_not_an_empty_one(saved, monkeypatch):
+    def refusing(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "listdir", refusing)
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(PermissionError):
+        complete(saved)
+
+
+def test_a_config_that_cannot_be_read_is_not_set_aside(tmp_path, alone, monkeypatch):
+    """Its message is the system's own: another would advise --no-resume."""
+    (tmp_path / "config.json").write_text("{}")
+
+    def refusing(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr(Path, "read_text", refusing)
+    with pytest.raises(Refused, match=r"config\.json: Too many open files: raise this process's limit with ulimit -n$"):
+        on_main(alone, RunFolder(tmp_path).check_config, {"recipe": {}, "model": {}, "data": ""}, ())
