@@ -92,6 +92,7 @@ from halny.model.run.resolve import (
     check_tokenizers,
     data_or_refused,
     describe,
+    hash_raw_files,
     is_frozen,
     open_data,
     open_eval_sets,
@@ -448,8 +449,9 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     recipe = on_main(world, as_it_began, recipe)
     spec = agreed(resolve, recipe, world)
     agreed(check_looking, recipe)
-    corpus = agreed(open_data, recipe.data, spec) if recipe.data else None
-    eval_sets = agreed(open_eval_sets, corpus, spec)
+    hashes = hash_raw_files(spec, world)
+    corpus = agreed(open_data, recipe.data, spec, hashes) if recipe.data else None
+    eval_sets = agreed(open_eval_sets, corpus, spec, hashes)
     agreed(check_ids, corpus, eval_sets, spec, world.rank, world.size)
     if not looking:
         agreed(check_disk, spec)

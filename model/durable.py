@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -21,10 +21,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sha256(path: Path, progress: Callable[[int], object] = lambda n_bytes: None) -> str:
+    """The SHA-256 of a file, in hexadecimal; ``progress`` is told how many bytes more were read."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
 
 
 def in_words(n_bytes: float) -> str:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
 from halny.kernels import chunk_cat
-from halny.model.data import stream
+from halny.model.data import dataset, stream
 from halny.model.data.batches import Corpus
 from halny.model.mistral import Mistral
 from halny.model.run import checkpoint, fsdp, ranks, saver, watch
@@ -179,6 +179,18 @@ def slow_save(seconds: str, save: str) -> None:
 def impatient(seconds: str) -> None:
     """No fault: a shard that cannot be read is waited for no longer than this."""
     stream.PATIENCE_S = float(seconds)
+
+
+def traced_hashes(file: str) -> None:
+    """No fault: the name of each data file that a rank reads to hash it, one a line."""
+    original = dataset.sha256
+
+    def traced(path, *args):
+        with open(file, "a") as stream:
+            stream.write(f"{path}\n")
+        return original(path, *args)
+
+    dataset.sha256 = traced
 
 
 def unreadable(guilty: str, rows: str, patience: str) -> None:

@@ -62,7 +62,7 @@ class Corpus:
         documents: bool = False,
         open_dataset: Callable[[Path], Dataset | RawDataset] = open_dataset,
     ):
-        opened = [(open_dataset(folder), weight) for folder, weight in parse_sources(sources)]
+        opened = [(open_dataset(folder), weight) for folder, weight in named_sources(sources)]
         opened.sort(key=lambda entry: entry[0].fingerprint)
         datasets = [dataset for dataset, _ in opened]
         for one, other in itertools.combinations(datasets, 2):
@@ -166,8 +166,14 @@ class Corpus:
 
 
 def parse_sources(texts: Sequence[str]) -> list[tuple[Path, int]]:
-    """The folders that --data names, and their weights: DIR, or DIR:WEIGHT. A DIR that has a colon must exist."""
+    """The folders that --data names, and their weights: DIR, or DIR:WEIGHT. A DIR that has a colon must exist.
+
+    Raw files are named in the same way. Several without a weight, as the shell makes of a pattern, are one source:
+    `named_sources` puts them together.
+    """
     folders, weights = [], []
+    if _are_one_corpus(texts):
+        return [(Path(text), 1) for text in texts]
     for text in texts:
         folder, colon, weight = text.rpartition(":")
         if not colon or Path(text).exists():
@@ -205,6 +211,16 @@ def _only_era(config: dict, now: Sequence[Share]) -> Era:
     by_path = tuple(share._replace(weight=weights[share.path]) for share in now if share.path in weights)
     eras = [Era(0, tuple(now)), Era(0, by_path), Era(0, (Share(config["data"], 1, " ".join(texts)),))]
     return next(era for era in eras if era.fingerprint == config["data"])
+
+
+def named_sources(texts: Sequence[str]) -> list[tuple[Path | list[Path], int]]:
+    """What --data names, as `open_dataset` opens it, and the weight of each."""
+    sources = parse_sources(texts)
+    return [([file for file, _ in sources], 1)] if _are_one_corpus(texts) else sources
+
+
+def _are_one_corpus(texts: Sequence[str]) -> bool:
+    return len(texts) > 1 and all(text.endswith(".bin") and Path(text).exists() for text in texts)
 
 
 def _key(seed: int, fingerprint: str) -> int:

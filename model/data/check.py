@@ -52,7 +52,7 @@ def check(
     for split in SPLITS:
         histograms[split] = np.zeros(64, np.int64)
         for number, shard in enumerate(data.split(split).shards):
-            where = f"{split}-{number:05d}.npy" if isinstance(data, Dataset) else str(path)
+            where = f"{split}-{number:05d}.npy" if isinstance(data, Dataset) else shard.tokens.filename
             check_tokens(shard, where, data.vocab_size, bos_id, eos_id, findings)
             if isinstance(data, Dataset):  # a raw file knows of no documents
                 histograms[split] += check_documents(shard, where, promised["bos_id"], promised["eos_id"], findings)

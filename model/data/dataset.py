@@ -11,16 +11,20 @@ A shard holds whole documents only: one that does not fit starts the next shard,
 shard of its own. Nothing in the folder depends on time, place or machine: the same input gives the same bytes.
 
 Read as well, by `open_dataset`: raw .bin files of token ids, as nanoGPT and ALLaMo (ids alone) and llm.c (behind a
-header of 256 int32: a magic number, a version, the number of ids) write them.
+header of 256 int32: a magic number, a version, the number of ids; many to a corpus) write them.
 """
 
+import glob
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from halny.model.data.stream import DataError, FileArray, Shard, TokenStream, in_one_line
 from halny.model.durable import in_its_words, sha256
@@ -48,9 +52,9 @@ def to_json(value: dict, indent: int | None = None) -> bytes:
     return json.dumps(value, ensure_ascii=False, indent=indent).encode() + b"\n"
 
 
-def is_dataset(path: Path) -> bool:
-    """Whether path is a data folder; whether it is a sound one, `Dataset` finds out."""
-    return (Path(path) / "manifest.json").is_file()
+def is_dataset(path: Path | list[Path]) -> bool:
+    """Whether path is a data folder, and no list of raw files; whether it is a sound one, `Dataset` finds out."""
+    return not isinstance(path, list) and (Path(path) / "manifest.json").is_file()
 
 
 class Dataset:
@@ -165,35 +169,44 @@ LLM_C_HEADER_BYTES = 256 * 4
 
 
 class RawDataset:
-    """Token ids in raw .bin files, with the interface of `Dataset`, less the manifest: train, and val if there is one.
+    """Token ids in raw .bin files, with the interface of `Dataset`, less the manifest.
 
+    files        of "train", and of "val" if there are any: each split is one stream, in their order
     vocab_size   as given, else the whole range of the dtype; `verify` holds the ids to it
-    fingerprint  a hash of dtype and all bytes; reads them all when first asked for
+    hashes       SHA-256 of files by their absolute names, as `hash_files` finds them, so far as they are known
+    fingerprint  a hash of dtype and all bytes; reads those files that ``hashes`` lacks when first asked for
     tokenizer    None: the files do not say
     A file has no document boundaries and so counts as one document.
     """
 
     tokenizer = None
 
-    def __init__(self, train: Path, val: Path | None, dtype: str | None = None, vocab_size: int | None = None):
-        files = {"train": train} if val is None else {"train": train, "val": val}
-        self.path = train if val is None else train.parent
-        self.files = list(files.values())
-        shards = {split: _raw_array(path, dtype) for split, path in files.items()}
-        if len({tokens.dtype for tokens in shards.values()}) > 1:
-            raise DataError(f"{train} holds {shards['train'].dtype}, {val} {shards['val'].dtype}; they must be alike")
-        self.dtype = shards["train"].dtype
+    def __init__(
+        self,
+        path: Path,
+        files: dict[str, list[Path]],
+        dtype: str | None = None,
+        vocab_size: int | None = None,
+        hashes: Mapping[str, str] | None = None,
+    ):
+        self.path, self._sha256 = path, dict(hashes or {})
+        shards = {split: [_raw_array(file, dtype) for file in files.get(split, [])] for split in SPLITS}
+        self._arrays = arrays = shards["train"] + shards["val"]
+        self.files = [Path(array.filename) for array in arrays]
+        self.dtype = arrays[0].dtype
+        for other in arrays:
+            if other.dtype != self.dtype:
+                one = arrays[0].filename
+                raise DataError(f"{one} holds {self.dtype}, {other.filename} {other.dtype}; they must be alike")
         most = np.iinfo(self.dtype).max + 1
         if vocab_size is not None and not 1 <= vocab_size <= most:
-            raise DataError(f"{train}: a vocabulary of {vocab_size} does not fit {self.dtype}; give the right --dtype")
+            raise DataError(f"{path}: a vocabulary of {vocab_size} does not fit {self.dtype}; give the right --dtype")
         self.vocab_size = vocab_size or most
-        self._sha256 = {}  # of each file by its name; read when the fingerprint is first asked for
-        self._streams = {
-            split: TokenStream(
-                [Shard(shards[split], np.array([len(shards[split])]))] if split in shards else [], self._sha256
-            )
-            for split in SPLITS
-        }
+        with in_one_line(path):
+            self._streams = {
+                split: TokenStream([Shard(array, np.array([len(array)])) for array in shards[split]], self._sha256)
+                for split in SPLITS
+            }
 
     def split(self, name: str) -> TokenStream:
         """The stream of "train" or "val"; val may be empty."""
@@ -206,22 +219,35 @@ class RawDataset:
 
         A raw file has no checksum of its own; that it is the same as before only `fingerprint` can tell.
         """
-        for path, split in zip(self.files, SPLITS, strict=False):
-            tokens = self._streams[split].shards[0].tokens
+        for tokens in self._arrays:
             for start in range(part * CHUNK, len(tokens), parts * CHUNK):
                 if (bad := int(tokens[start : start + CHUNK].max())) >= self.vocab_size:
                     where = start + int((tokens[start : start + CHUNK] == bad).argmax())
                     raise DataError(
-                        f"{path}: id {bad} at token {where} is outside the vocabulary of {self.vocab_size}; give the "
-                        "right --dtype, or the model of these data"
+                        f"{tokens.filename}: id {bad} at token {where} is outside the vocabulary of {self.vocab_size}; "
+                        "give the right --dtype, or the model of these data"
                     )
 
     @cached_property
     def fingerprint(self) -> str:
-        with in_one_line(self.path):
-            self._sha256 |= {str(path.absolute()): sha256(path) for path in self.files}
-        identity = [self.dtype.name, *self._sha256.values()]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        self._sha256 |= hash_files([file for file in self.files if str(file) not in self._sha256])
+        hashes = [[self._sha256[shard.tokens.filename] for shard in self.split(name).shards] for name in SPLITS]
+        if max(map(len, hashes)) == 1:  # as it was before there could be more
+            hashes = hashes[0] + hashes[1]
+        return hashlib.sha256(json.dumps([self.dtype.name, *hashes]).encode()).hexdigest()
+
+
+def hash_files(files: Sequence[Path], show: bool = True) -> dict[str, str]:
+    """The SHA-256 of each file by its name, with a bar where they are large."""
+    out = {}
+    with in_one_line(Path()):
+        size = sum(file.stat().st_size for file in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="reading the data", leave=False,
+              disable=None if show and size > 1e9 else True) as bar:  # fmt: skip
+        for file in files:
+            with in_one_line(file):
+                out[str(file)] = sha256(file, bar.update)
+    return out
 
 
 def _raw_array(path: Path, dtype: str | None) -> FileArray:
@@ -254,21 +280,54 @@ def _raw_array(path: Path, dtype: str | None) -> FileArray:
     return FileArray(str(path.absolute()), kind, offset, (size - offset) // kind.itemsize)
 
 
-def open_dataset(path: Path, dtype: str | None = None, vocab_size: int | None = None) -> "Dataset | RawDataset":
-    """A data folder, a raw .bin file, or a folder that holds a train.bin and perhaps a val.bin.
+def open_dataset(
+    path: Path | list[Path],
+    dtype: str | None = None,
+    vocab_size: int | None = None,
+    hashes: Mapping[str, str] | None = None,
+) -> Dataset | RawDataset:
+    """A data folder; or raw .bin files: one, several, those that a pattern matches, or a folder of them.
 
-    dtype and vocab_size are for raw files: "uint16" or "uint32", needed unless a header says so; and what `verify`
-    holds the ids to.
+    dtype, vocab_size and hashes are for raw files: "uint16" or "uint32", needed unless a header says so; what `verify`
+    holds the ids to; and what is known of their content.
     """
-    path = Path(path)
-    if path.is_dir() and not is_dataset(path) and (path / "train.bin").is_file():
-        val = path / "val.bin"
-        return RawDataset(path / "train.bin", val if val.is_file() else None, dtype, vocab_size)
-    if path.suffix == ".bin":
-        return RawDataset(path, None, dtype, vocab_size)
+    if files := raw_files(path):
+        named = path if not isinstance(path, list) else path[0].parent
+        return RawDataset(Path(named), _by_split(files), dtype, vocab_size, hashes)
     if dtype is not None:
         raise DataError(f"--dtype {dtype}: only raw .bin files need it, and {path} is none; leave the flag out")
     return Dataset(path)
+
+
+def raw_files(path: Path | list[Path]) -> list[Path]:
+    """The .bin files that a source stands for, by name; none if it is a data folder, or to be one."""
+    if isinstance(path, list):
+        if twice := [file for file, n in Counter(path).items() if n > 1]:
+            raise DataError(f"{twice[0]} is named twice; name it once")
+        return sorted(path)
+    path = Path(path)
+    with in_one_line(path):
+        if path.is_dir():
+            files = [] if is_dataset(path) else sorted(path.glob("*.bin"))
+            usual = [path / "train.bin", path / "val.bin"]  # nanoGPT's, beside which others may lie
+            return [file for file in files if file in usual] if usual[0] in files else files
+        if path.suffix != ".bin":
+            return []
+        matches = [path] if path.exists() else sorted(map(Path, glob.glob(str(path))))
+        return matches or [path]
+
+
+def _by_split(files: list[Path]) -> dict[str, list[Path]]:
+    """Those for training and those held out, by "train" and "val" in their names; all for training if none differ."""
+    kinds = {"train": [], "val": [], "": []}
+    for file in files:
+        word = re.search(r"(?<![a-z])(train|val)(id|idation)?(?![a-z])", file.stem.lower())
+        kinds[word[1] if word else ""].append(file)
+    if kinds["train"] and kinds["val"] and not kinds[""]:
+        return kinds
+    if len(files) in map(len, kinds.values()):
+        return {"train": files}
+    raise DataError(f"{kinds[''][0]}: neither train nor val is in its name, as in others'; name only those that belong")
 
 
 def _check_manifest(manifest: dict) -> None:

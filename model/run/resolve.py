@@ -18,8 +18,17 @@ import torch
 
 from halny.kernels.dispatch import INTERPRETED
 from halny.model.convert import check_hf_weights, pieces
-from halny.model.data.batches import Corpus, Loader, parse_sources
-from halny.model.data.dataset import CHUNK, SPLITS, DataError, Dataset, RawDataset, is_dataset, open_dataset
+from halny.model.data.batches import Corpus, Loader, named_sources, parse_sources
+from halny.model.data.dataset import (
+    CHUNK,
+    SPLITS,
+    DataError,
+    Dataset,
+    RawDataset,
+    hash_files,
+    is_dataset,
+    open_dataset,
+)
 from halny.model.data.order import share_of, step_numbers
 from halny.model.durable import folder_above, in_words
 from halny.model.estimate import machines, roofline, sizes
@@ -31,7 +40,7 @@ from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import MistralConfig
 from halny.model.run.checkpoint import complete, config_of
 from halny.model.run.evaluation import EvalSets, parse_named
-from halny.model.run.ranks import World
+from halny.model.run.ranks import World, agreed, everywhere, on_main, say
 from halny.model.run.recipe import CHANGE_WHEN_ASKED, Recipe, ranks_to_profile, steps_to_profile
 from halny.model.run.settings import flag
 from halny.model.tokenizer_files import pieces as pieces_of_tokenizer
@@ -374,13 +383,33 @@ def shortened(lines: list[str], most: int = 9) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ its data
 
 
-def open_one(path: Path, spec: RunSpec) -> Dataset | RawDataset:
-    return open_dataset(path, None if is_dataset(path) else spec.recipe.data_dtype, spec.model.vocab_size)
+def open_one(path: Path | list[Path], spec: RunSpec, hashes: dict[str, str] | None = None) -> Dataset | RawDataset:
+    dtype = None if is_dataset(path) else spec.recipe.data_dtype
+    return open_dataset(path, dtype, spec.model.vocab_size, hashes)
 
 
-def open_data(sources: tuple[str, ...], spec: RunSpec) -> Corpus:
-    """The data that --data names, opened and cut into samples; Refused if this model cannot train on it."""
-    r, open_source = spec.recipe, functools.partial(open_one, spec=spec)
+def hash_raw_files(spec: RunSpec, world: World) -> dict[str, str]:
+    """SHA-256 of the raw files that --data and --eval-data name, each read by one rank. A collective."""
+
+    def files() -> list[Path]:
+        named = [("--data", path) for path, _ in named_sources(spec.recipe.data or ())]
+        named += [("--eval-data", path) for path in parse_named(spec.recipe.eval_data or ()).values()]
+        opened = [data_or_refused(open_one, path, spec, of=of) for of, path in named if not is_dataset(path)]
+        return sorted({file for dataset in opened for file in dataset.files})
+
+    shared = on_main(world, files)
+    if world.is_main and (size := sum(file.stat().st_size for file in shared)) > 1e9:
+        say(world, f"reading {in_words(size)} of .bin files for their checksums, each on one rank")
+    mine = agreed(hash_files, shared[world.rank :: world.size], world.is_main)
+    return {name: digest for part in everywhere(mine) for name, digest in part.items()}
+
+
+def open_data(sources: tuple[str, ...], spec: RunSpec, hashes: dict[str, str] | None = None) -> Corpus:
+    """The data that --data names, opened and cut into samples; Refused if this model cannot train on it.
+
+    hashes: of raw files, as ``hash_raw_files`` has found them.
+    """
+    r, open_source = spec.recipe, functools.partial(open_one, spec=spec, hashes=hashes)
     corpus = data_or_refused(Corpus, sources, r.seq_len, r.documents, open_source)
     if r.data_dtype and not any(isinstance(source.dataset, RawDataset) for source in corpus.sources):
         raise Refused(f"--data-dtype {r.data_dtype} belongs to raw .bin files, and {' '.join(sources)} is none; "
@@ -388,9 +417,9 @@ def open_data(sources: tuple[str, ...], spec: RunSpec) -> Corpus:
     return corpus
 
 
-def open_eval_sets(corpus: Corpus | None, spec: RunSpec) -> EvalSets:
+def open_eval_sets(corpus: Corpus | None, spec: RunSpec, hashes: dict[str, str] | None = None) -> EvalSets:
     """The held-out split, if it has one, and what --eval-data names; Refused if this model cannot read that."""
-    r, open_source = spec.recipe, functools.partial(open_one, spec=spec)
+    r, open_source = spec.recipe, functools.partial(open_one, spec=spec, hashes=hashes)
     named = data_or_refused(parse_named, r.eval_data or (), of="--eval-data")
     sets = data_or_refused(EvalSets, corpus, named, r.seq_len, r.documents, open_source, of="--eval-data")
     return sets

@@ -302,6 +302,21 @@ def test_raw_files_mix_with_data_folders(tmp_path):
         Corpus([str(raw)], 16, documents=True, open_dataset=open_one)
 
 
+def test_raw_files_as_the_shell_names_them_are_one_source(tmp_path):
+    for name, first in (("a", 0), ("b", 300)):
+        np.arange(first, first + 300, dtype="<u2").tofile(tmp_path / f"{name}.bin")
+
+    def open_one(path):
+        return open_dataset(path, "uint16", 1024)
+
+    together = Corpus([str(tmp_path / "b.bin"), str(tmp_path / "a.bin")], 16, open_dataset=open_one)
+    assert together.fingerprint == Corpus([str(tmp_path / "*.bin")], 16, open_dataset=open_one).fingerprint
+    assert whole(together.train[0]).labels.flatten()[:599].tolist() == list(range(1, 600))
+    assert len(Corpus([f"{tmp_path}/a.bin:1", f"{tmp_path}/b.bin:1"], 16, open_dataset=open_one).sources) == 2
+    with pytest.raises(DataError, match="needs a weight"):
+        Corpus([str(tmp_path / "a.bin"), str(tmp_path / "nowhere.bin")], 16, open_dataset=open_one)
+
+
 # --- windows and packing ----------------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
 """The data folder: written to the byte, read across shards, every damage found by name; raw .bin files; --check."""
 
+import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -270,6 +272,60 @@ def test_raw_files(tmp_path):
     assert open_dataset(tmp_path, dtype="uint16").fingerprint != before
     write_dataset([tokens], tmp_path / "folder", vocab_size=33000)
     assert isinstance(open_dataset(tmp_path / "folder"), Dataset)
+
+
+@pytest.fixture
+def fineweb(tmp_path):
+    """Three files to train on and one held out, as llm.c writes them: tokens 0 to 99."""
+    kinds, parts = ("val", "train", "train", "train"), np.split(np.arange(100, dtype=np.uint16), [10, 20, 50])
+    for i, (kind, tokens) in enumerate(zip(kinds, parts, strict=True)):
+        llm_c(tmp_path / f"edu_fineweb_{kind}_{i:06d}.bin", tokens, 20240520, 1)
+    return tmp_path
+
+
+def test_many_raw_files_are_one_source(fineweb, monkeypatch):
+    files = sorted(fineweb.glob("*_train_*"))
+    of_folder, of_pattern = open_dataset(fineweb), open_dataset(fineweb / "*.bin")
+    of_training, of_list = open_dataset(fineweb / "*_train_*.bin"), open_dataset(files[::-1])
+    for data in (of_folder, of_pattern, of_training, of_list):
+        data.verify()
+        tokens = data.split("train")
+        assert tokens.read(0, len(tokens)).tolist() == list(range(10, 100)) and tokens.n_documents == 3
+    assert of_folder.split("val").read(0, 10).tolist() == list(range(10)) and not len(of_list.split("val"))
+    assert of_folder.fingerprint == of_pattern.fingerprint != of_list.fingerprint == of_training.fingerprint
+    held_out = open_dataset(fineweb / "*_val_*.bin")  # nothing to hold out from: an evaluation of its own
+    assert held_out.split("train").read(0, 10).tolist() == list(range(10))
+    assert not check.check(fineweb, vocab_size=60)
+    with pytest.raises(DataError, match=r"train_000003\.bin: id 99 at token 49 is outside the vocabulary of 60"):
+        open_dataset(fineweb, vocab_size=60).verify()
+    hashes = dataset.hash_files(of_folder.files)
+    monkeypatch.setattr(dataset, "sha256", None)
+    assert open_dataset(fineweb, hashes=hashes).fingerprint == of_folder.fingerprint
+
+
+def test_one_raw_file_has_the_fingerprint_that_it_always_had(tmp_path):
+    """A run that began before there could be several must go on."""
+    content = np.arange(9, dtype=np.uint16).tobytes()
+    (tmp_path / "train.bin").write_bytes(content)
+    identity = ["uint16", hashlib.sha256(content).hexdigest()]
+    alone = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    assert open_dataset(tmp_path / "train.bin", "uint16").fingerprint == alone
+    (tmp_path / "val.bin").write_bytes(content)
+    (tmp_path / "test.bin").write_bytes(content)  # nobody's
+    both = hashlib.sha256(json.dumps([*identity, identity[1]]).encode()).hexdigest()
+    assert open_dataset(tmp_path, "uint16").fingerprint == both
+
+
+def test_raw_files_that_do_not_go_together_are_refused(fineweb):
+    first, *_, last = sorted(fineweb.glob("*.bin"))
+    for files, named in {
+        (first, last, first): f"{first} is named twice",
+        (fineweb / "*_test_*.bin",): "_test_",
+        (first, last, llm_c(fineweb / "more.bin", np.arange(5, dtype=np.uint16), 20240520, 1)): "more.bin: neither",
+        (first, llm_c(fineweb / "val.bin", np.arange(5, dtype=np.uint32), 20240801, 7)): "uint32; they must be alike",
+    }.items():
+        with pytest.raises(DataError, match=re.escape(named)):
+            open_dataset(list(files) if len(files) > 1 else files[0])
 
 
 def test_raw_files_are_verified_in_parts(tmp_path, monkeypatch):

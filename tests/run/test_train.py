@@ -41,7 +41,7 @@ import train
 from halny.model.convert import load_hf, save_hf
 from halny.model.data import batches
 from halny.model.data.batches import Corpus, read_in_turn
-from halny.model.data.dataset import Dataset
+from halny.model.data.dataset import Dataset, open_dataset
 from halny.model.data.order import interleave, sample_order
 from halny.model.data.writer import write_dataset
 from halny.model.estimate import roofline
@@ -325,6 +325,21 @@ def test_a_shard_that_is_cut_short_during_a_run_ends_it_by_name(two, tmp_path):
     failed = status(tmp_path / "r")
     assert failed["state"] == "failed" and "two/b/train-00000.npy" in failed["reason"]
     assert saved_steps(tmp_path / "r") == [failed["step"]] == [metrics(tmp_path / "r")[-1]["step"]]
+
+
+def test_each_raw_file_is_hashed_by_one_rank(tmp_path):
+    names = [str(tmp_path / f"{name}.bin") for name in ("train_0", "train_1", "val_0", "other")]
+    for i, name in enumerate(names):
+        np.random.default_rng(i).integers(0, 256, 600).astype("<u2").tofile(name)
+    (tmp_path / "folder").mkdir()
+    for name in names[:3]:
+        shutil.move(name, tmp_path / "folder")
+    command = [*SMALL, "--data", "folder", "--data-dtype", "uint16", "--eval-data", "more:other.bin", "--steps", 1]
+    ranks_run(*command, "--run-dir", "r", ranks=2, cwd=tmp_path, fault=("traced_hashes", "hashed"))
+    hashed = [Path(line).name for line in (tmp_path / "hashed").read_text().splitlines()]
+    assert sorted(hashed) == ["other.bin", "train_0.bin", "train_1.bin", "val_0.bin"]
+    corpus = Corpus(["folder"], 64, open_dataset=lambda _: open_dataset(tmp_path / "folder", "uint16"))
+    assert json.loads((tmp_path / "r/config.json").read_text())["data"] == corpus.fingerprint
 
 
 def test_metrics_lines_say_what_they_should(small, tmp_path):
