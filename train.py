@@ -486,7 +486,7 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     if watch.done > recipe.steps and not looking:
         raise Refused(f"--steps {recipe.steps}: {folder.path} has done {watch.done} steps already; name more, or "
             "another --run-dir")  # fmt: skip
-    if corpus and not recipe.eval_only and (earlier := on_main(world, folder.earlier_config)):
+    if corpus and not recipe.eval_only and (earlier := on_main(world, checkpoint.config_of, folder.path)):
         may_change = "data" in (recipe.allow_change or ()) and not looking
         agreed(data_or_refused, corpus.go_on, earlier, watch.done * spec.samples_a_step, may_change)
     config["data_history"] = corpus and to_json(corpus.history)

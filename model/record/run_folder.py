@@ -89,7 +89,7 @@ class RunFolder:
         """
         path, checkpoints = self.path / "config.json", checkpoint.complete(self.checkpoints)
         try:
-            if (earlier := self.earlier_config()) is None:
+            if (earlier := checkpoint.config_of(self.path)) is None:
                 return [], {}
             # which weights those of --init-from are, their fingerprint says, and no path; older runs have none
             named = {"model", "init_from"} if "weights" in earlier else set()
@@ -113,15 +113,6 @@ class RunFolder:
                 "--run-dir, set it aside with --no-resume, or see --allow-change"
             )
         return history, {key: (old, new) for key, _, old, new in rows}
-
-    def earlier_config(self) -> dict | None:
-        """What config.json says, or where it is missing the newest checkpoint. None of a run that is new."""
-        if (path := self.path / "config.json").exists():
-            if not isinstance(config := json.loads(path.read_text()), dict):
-                raise ValueError(f"{path} holds no object")
-            return config
-        checkpoints = checkpoint.complete(self.checkpoints)
-        return checkpoint.read_manifest(checkpoints[-1])["config"] if checkpoints else None
 
     def status(self, state: str, step: int, reason: str = "") -> None:
         """status.json: running, stopped (resumable), finished or failed; the last step done; why."""

@@ -86,15 +86,16 @@ def checksum_line(content: bytes) -> bytes:
 
 
 def config_of(run_dir: Path) -> dict | None:
-    """config.json of a run that has a complete checkpoint, or what the newest of them holds of it; else None."""
+    """config.json of a run, or where it is missing what the newest checkpoint holds of it; None of a run that is new.
+
+    Raises OSError or ValueError for one that is not readable.
+    """
     checkpoints, path = complete(run_dir / "checkpoints"), run_dir / "config.json"
-    if not checkpoints:
-        return None
-    try:
-        found = json.loads(path.read_text()) if path.exists() else read_manifest(checkpoints[-1])["config"]
-        return found if {"recipe", "model"} <= found.keys() else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None  # who continues the run says so
+    if not path.exists():
+        return read_manifest(checkpoints[-1])["config"] if checkpoints else None
+    if not isinstance(config := json.loads(path.read_text()), dict):
+        raise ValueError(f"{path} holds no object")
+    return config
 
 
 def damage(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:

@@ -58,8 +58,8 @@ class EvalSets:
         if corpus is not None and any(map(len, corpus.held_out)):
             self.rows[HELD_OUT] = corpus.held_out
         self.datasets = {name: open_dataset(folder) for name, folder in named.items()}
-        read = {same_tokens_as(source.dataset) for source in corpus.sources} if corpus is not None else set()
-        self.trained_on = {name for name, dataset in self.datasets.items() if same_tokens_as(dataset) in read}
+        read = {source.dataset.fingerprint for source in corpus.sources} if corpus is not None else set()
+        self.trained_on = {name for name, dataset in self.datasets.items() if dataset.fingerprint in read}
         cut = Packing if documents else Windows
         for name, dataset in self.datasets.items():
             if documents and isinstance(dataset, RawDataset):
@@ -89,13 +89,6 @@ class EvalSets:
             + "; the run trains on them, so they say nothing about other text" * (name in self.trained_on)
             for name, dataset in self.datasets.items()
         ]
-
-
-def same_tokens_as(dataset: Dataset | RawDataset) -> object:
-    """Equal for two that hold the same tokens; of raw files, whose fingerprint reads them whole, for the same files."""
-    if isinstance(dataset, RawDataset):
-        return tuple(path.resolve() for path in dataset.files)
-    return dataset.fingerprint
 
 
 @torch.no_grad()

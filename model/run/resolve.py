@@ -112,12 +112,23 @@ def resolve(recipe: Recipe, world: World) -> RunSpec:
 # ---------------------------------------------------------------------------------------------- what resolve stands on
 
 
+def earlier_config(recipe: Recipe) -> dict | None:
+    """The config of the run that this one continues from a checkpoint; None where it continues none, or cannot tell."""
+    if recipe.resume is False or not complete(recipe.run_dir / "checkpoints"):
+        return None
+    try:
+        found = config_of(recipe.run_dir)
+        return found if {"recipe", "model"} <= found.keys() else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # ``check_config`` says so
+        return None
+
+
 def as_it_began(recipe: Recipe) -> Recipe:
     """The recipe; where --allow-change steps, with what followed from the earlier --steps and is not asked for now.
 
     A warm-up that is over would begin again else.
     """
-    earlier = None if recipe.resume is False else config_of(recipe.run_dir)
+    earlier = earlier_config(recipe)
     if earlier is None or "steps" not in (recipe.allow_change or ()):
         return recipe
     names = ("warmup_steps", "decay_steps") if recipe.schedule == "wsd" else ("warmup_steps",)
@@ -129,7 +140,7 @@ def weights_of(recipe: Recipe) -> str | None:
     """What tells the weights that a run began with from others: of --init-from, or if that is gone as then recorded."""
     if recipe.init_from and recipe.init_from.is_dir():
         return weights_fingerprint(recipe.init_from)
-    return ((None if recipe.resume is False else config_of(recipe.run_dir)) or {}).get("weights")
+    return (earlier_config(recipe) or {}).get("weights")
 
 
 def model_config(recipe: Recipe) -> MistralConfig:
@@ -139,7 +150,7 @@ def model_config(recipe: Recipe) -> MistralConfig:
     """
     named, began_with = recipe.init_from or recipe.model, recipe.init_from and "init_from"
     gone = (recipe.init_from or recipe.model not in MODELS) and not Path(named).exists()
-    earlier = config_of(recipe.run_dir) if gone and recipe.resume is not False else None
+    earlier = earlier_config(recipe) if gone else None
     if earlier is not None and earlier["recipe"].get(began_with or "model") == str(named):
         return MistralConfig(**earlier["model"])
     try:

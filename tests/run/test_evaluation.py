@@ -88,7 +88,7 @@ def test_a_hugging_face_folder_is_evaluated_without_a_run(sets, trained, tmp_pat
     model = load_hf(tmp_path / "hf", dtype=torch.float32)
     _, (training, held_out) = sets["de"]
     found = json.loads((tmp_path / "new/evaluation.json").read_text())
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [".lock", "evaluation.json"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["evaluation.json"]
     assert found["weights"] == "hf" and "val_loss" not in found
     assert found["val_de_loss"] == pytest.approx(by_hand(model, windows(training) + windows(held_out))["loss"])
     found = json.loads((tmp_path / "documents/evaluation.json").read_text())
