@@ -287,19 +287,21 @@ def _is_text(kind) -> bool:
 # --- workers: documents -----------------------------------------------------------------------------------------------
 
 
-def documents(part: Part, text_key: str, keep: list[Condition]) -> Iterator[str | Fault | Dropped]:
-    """What a part holds, one after the other: texts, faults, and documents that --keep drops."""
+def documents(part: Part, text_key: str, keep: list[Condition]) -> Iterator[tuple[str, str | Fault | Dropped]]:
+    """What a part holds, one after the other, each with its place: texts, faults, documents that --keep drops."""
     if isinstance(part.data, Fault):
-        yield part.data
+        yield f"{part.file}:{part.number}", part.data
     elif isinstance(part.data, Rows):
         for i, raw in enumerate(part.data.texts):
-            yield _guarded(_text_of_row, raw, part.data.records[i], f"{part.file}:{part.number + i}", keep)
+            where = f"{part.file}:{part.number + i}"
+            yield where, _guarded(_text_of_row, raw, part.data.records[i], where, keep)
     elif part.is_text:
-        yield _guarded(_text_of_file, part.data, part.file)
+        yield f"{part.file}:1", _guarded(_text_of_file, part.data, part.file)
     else:
         for number, line in enumerate(part.data.split(b"\n"), start=part.number):
             if line.strip():  # a blank line is no document
-                yield _guarded(_text_of_line, line, text_key, f"{part.file}:{number}", keep)
+                where = f"{part.file}:{number}"
+                yield where, _guarded(_text_of_line, line, text_key, where, keep)
 
 
 def _guarded(make, *arguments) -> str | Fault | Dropped:

@@ -57,28 +57,26 @@ def encoder_of_blocks(job: Job) -> Callable[[Block], Encoded]:
 
 def encode_block(job: Job, encoder: Encoder, block: Block) -> Encoded:
     out = Encoded(source=block.source, size=block.size)
-    texts, val, digests = [], [], []
-    for part in block.parts:
-        for found in documents(part, job.text_key, job.keep):
-            if isinstance(found, Fault):
-                out.faults[found.reason] += 1
-                out.first_faults.setdefault(found.reason, str(found))
-                out.n_documents += not found.of_file
-                continue
-            out.n_documents += 1
-            if isinstance(found, Dropped):
-                out.dropped[found.reason] += 1
-                continue
-            raw = found.encode()
-            texts.append(found)
+    found = [pair for part in block.parts for pair in documents(part, job.text_key, job.keep)]
+    encodings = iter(encoder.encode([text for _, text in found if isinstance(text, str)]))
+    head, tail = ([] if i is None else [np.array([i], job.tokenizer.dtype)] for i in (job.bos_id, job.eos_id))
+    pieces, lengths, val, digests = [np.array([], job.tokenizer.dtype)], [], [], []
+    for where, item in found:
+        if isinstance(item, str) and not len(ids := next(encodings)):  # a normalizer may leave nothing of a text
+            item = Fault("empty", f"{where}: a document of which the tokenizer leaves no token; remove it")
+        out.n_documents += not (isinstance(item, Fault) and item.of_file)
+        if isinstance(item, Fault):
+            out.faults[item.reason] += 1
+            out.first_faults.setdefault(item.reason, str(item))
+        elif isinstance(item, Dropped):
+            out.dropped[item.reason] += 1
+        else:
+            raw = item.encode()
+            pieces += [*head, ids, *tail]
+            lengths.append(len(head) + len(ids) + len(tail))
             val.append(_held_out(raw, job.val_fraction))
             if job.dedup:
                 digests.append(hashlib.blake2b(raw, digest_size=16).digest())
-    head, tail = ([] if i is None else [np.array([i], job.tokenizer.dtype)] for i in (job.bos_id, job.eos_id))
-    pieces, lengths = [np.array([], job.tokenizer.dtype)], []
-    for ids in encoder.encode(texts):
-        pieces += [*head, ids, *tail]
-        lengths.append(len(head) + len(ids) + len(tail))
     out.ids, out.lengths, out.val = np.concatenate(pieces), np.array(lengths, np.int64), np.array(val, bool)
     out.digests = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
     return out

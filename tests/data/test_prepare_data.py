@@ -508,6 +508,39 @@ def test_faults_are_counted_by_reason_and_named_by_line(tmp_path, capsys):
         prepare([tmp_path / "x.jsonl"], tmp_path / "strict", strict=True, progress=False)
 
 
+def saved_tokenizer(folder: Path, bos: str | None, eos: str | None, normalizer=None) -> Path:
+    """A folder with a tokenizer of a token a character, "<s>" 0 and "</s>" 1 beside them."""
+    from tokenizers import Tokenizer, models
+
+    vocab = {"<s>": 0, "</s>": 1, **{chr(i): i for i in range(2, 128)}}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    made.add_special_tokens(["<s>", "</s>"])
+    if normalizer is not None:
+        made.normalizer = normalizer
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_documents_without_a_token_are_empty(tmp_path, capsys):
+    """A normalizer may leave nothing of a text, and then there is no document to learn from or to --check."""
+    from tokenizers import normalizers
+
+    tok = saved_tokenizer(tmp_path / "tok", "<s>", "</s>", normalizers.Strip())
+    path = write(tmp_path / "x.jsonl", ["one", " ", "", "two ", "\n\n", " "])
+    for i, (bos, dedup) in enumerate([(None, False), (False, True)]):
+        out = tmp_path / str(i)
+        prepare([path], out, tok, bos=bos, eos=bos, dedup=dedup, val_fraction=0)
+        assert f"skipped 4: empty; the first: {path}:2: " in capsys.readouterr().err
+        assert [bytes(ids.tolist()).strip(b"\0\1") for ids in documents(out, "train")] == [b"one", b"two"]
+        assert Dataset(out).manifest["input"] == {"documents": 6, "dropped": {}, "skipped": {"empty": 4}}
+        assert prepare_data.main(["--check", str(out)]) == 0
+    with pytest.raises(DataError, match=r"x.jsonl:2: .*no token; remove it \(refused because of --strict\)"):
+        prepare([path], tmp_path / "strict", tok, strict=True, progress=False)
+
+
 def test_parquet_faults(tmp_path):
     table = pyarrow.table({"text": ["a", None, ""], "n": [1, 2, 3]})
     parquet.write_table(table, tmp_path / "a.parquet")
