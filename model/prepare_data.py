@@ -1,8 +1,9 @@
 """Text to token shards: ``python -m halny.model.prepare_data INPUT... --out DIR``.
 
-A document is BOS + ids + EOS, or without either as the flags say. Text is data: "</s>" written in a document is four
-characters, never the end of it. Held-out documents are chosen by a hash of their text, so neither order nor company
-matters. The way of a document, and where it is told in full:
+A document is BOS + ids + EOS, or without either as the flags say; ids + EOS where both are one token. Text is data:
+"</s>" written in a document is four characters, never the end of it. Held-out documents are chosen by a hash of their
+text, so neither order nor company matters.
+The way of a document, and where it is told in full:
 
     files -> blocks of a megabyte, in order            model/data/documents.py, in the main process
     block -> texts, --keep, ids                        model/data/encode.py, in worker processes (model/data/workers.py)
@@ -71,7 +72,7 @@ def prepare(
 
     keep     conditions on metadata, as "quality=HIGH"; a document must fulfil all
     strict   DataError at the first document that cannot be used, instead of counting those
-    bos, eos whether documents get them; None: if the tokenizer has them
+    bos, eos whether documents get them; None: if the tokenizer has them, one if they are the same token
     workers  processes beside this one; None: as many as cores, or none for a few megabytes
 
     Raises DataError, naming file, line and remedy, or WorkerDied, and then leaves nothing behind.
@@ -135,10 +136,11 @@ def _prepare(
 ) -> None:
     began, given_out, out = time.monotonic(), out, check_out(out)
     shard_tokens, tokenizer = check_shard_tokens(settings["shard_tokens"]), load_tokenizer(tokenizer)
+    bos_id, eos_id = _markers(bos, eos, tokenizer)
     job = Job(
         tokenizer=tokenizer,
-        bos_id=_marker("bos", bos, tokenizer, tokenizer.bos_id),
-        eos_id=_marker("eos", eos, tokenizer, tokenizer.eos_id),
+        bos_id=bos_id,
+        eos_id=eos_id,
         text_key=settings.get("text_key", "text"),
         keep=tuple(conditions),
         val_fraction=settings["val_fraction"],
@@ -188,10 +190,23 @@ def _prepare(
         )
 
 
-def _marker(name: str, wanted: bool | None, tokenizer: Tokenizer, token_id: int | None) -> int | None:
-    if wanted and token_id is None:
-        raise DataError(f"--{name}: the tokenizer {tokenizer.name} has no {name.upper()} token; leave the flag out")
-    return None if wanted is False else token_id
+def _markers(bos: bool | None, eos: bool | None, tokenizer: Tokenizer) -> tuple[int | None, int | None]:
+    """The ids before and after each document; one of them is None where BOS and EOS are the same token.
+
+    GPT-2, GPT-NeoX and SmolLM have one token for both, and between two documents it stands once: after the first, as
+    the end that a model must learn to write, unless the flags put it before the second.
+    """
+    wanted = {"bos": (bos, tokenizer.bos_id), "eos": (eos, tokenizer.eos_id)}
+    for name, (flag, token_id) in wanted.items():
+        if flag and token_id is None:
+            raise DataError(f"--{name}: the tokenizer {tokenizer.name} has no {name.upper()} token; leave the flag out")
+    bos_id, eos_id = (None if flag is False else token_id for flag, token_id in wanted.values())
+    if bos_id is None or bos_id != eos_id:
+        return bos_id, eos_id
+    if bos and eos:
+        both = f"the tokenizer {tokenizer.name} has one token for both ({bos_id}), which would stand between documents"
+        raise DataError(f"--bos --eos: {both} twice; leave one of the flags out")
+    return (bos_id, None) if bos else (None, eos_id)
 
 
 class Tally:
@@ -361,9 +376,9 @@ def _arguments() -> _Parser:
     drop = "drop documents whose text came before, the first stays; takes 24 to 48 bytes of memory a document"
     add("--dedup", action="store_true", help=drop)
     add("--strict", action="store_true", help="refuse the input at the first document that would be skipped")
-    has = "put {} {} each document (default: if the tokenizer has it)"
-    add("--bos", action=argparse.BooleanOptionalAction, help=has.format("BOS", "before"))
-    add("--eos", action=argparse.BooleanOptionalAction, help=has.format("EOS", "after"))
+    has = "put {} {} each document (default: if the tokenizer has it{})"
+    add("--bos", action=argparse.BooleanOptionalAction, help=has.format("BOS", "before", " and it is not EOS"))
+    add("--eos", action=argparse.BooleanOptionalAction, help=has.format("EOS", "after", ""))
     share = "share of documents held out for evaluation, chosen by a hash of their text (default: %(default)s)"
     add("--val-fraction", default=0.005, type=float, metavar="F", help=share)
     most = "tokens in a shard, at most, unless one document has more (default: %(default)s)"

@@ -123,6 +123,22 @@ def jsonl(path: Path, records) -> Path:
     return path
 
 
+def saved_tokenizer(folder: Path, bos: str | None, eos: str | None, normalizer=None) -> Path:
+    """A folder with a tokenizer of a token a character, "<s>" 0 and "</s>" 1 beside them."""
+    from tokenizers import Tokenizer, models
+
+    vocab = {"<s>": 0, "</s>": 1, **{chr(i): i for i in range(2, 128)}}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    made.add_special_tokens(["<s>", "</s>"])
+    if normalizer is not None:
+        made.normalizer = normalizer
+    folder.mkdir()
+    made.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
 # --- the tokenizer ----------------------------------------------------------------------------------------------------
 
 
@@ -508,22 +524,6 @@ def test_faults_are_counted_by_reason_and_named_by_line(tmp_path, capsys):
         prepare([tmp_path / "x.jsonl"], tmp_path / "strict", strict=True, progress=False)
 
 
-def saved_tokenizer(folder: Path, bos: str | None, eos: str | None, normalizer=None) -> Path:
-    """A folder with a tokenizer of a token a character, "<s>" 0 and "</s>" 1 beside them."""
-    from tokenizers import Tokenizer, models
-
-    vocab = {"<s>": 0, "</s>": 1, **{chr(i): i for i in range(2, 128)}}
-    made = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    made.add_special_tokens(["<s>", "</s>"])
-    if normalizer is not None:
-        made.normalizer = normalizer
-    folder.mkdir()
-    made.save(str(folder / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, "eos_token": eos}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return folder
-
-
 def test_documents_without_a_token_are_empty(tmp_path, capsys):
     """A normalizer may leave nothing of a text, and then there is no document to learn from or to --check."""
     from tokenizers import normalizers
@@ -658,12 +658,32 @@ def test_bos_and_eos_policy(tmp_path, mistral, encoder):
         prepare([path], tmp_path / "out", bos=True, progress=False)
 
 
+@pytest.mark.parametrize(
+    "flags, document, expected",
+    [
+        ({}, {"bos_id": None, "eos_id": 1}, b"a\1b\1"),
+        ({"eos": True}, {"bos_id": None, "eos_id": 1}, b"a\1b\1"),
+        ({"bos": False}, {"bos_id": None, "eos_id": 1}, b"a\1b\1"),
+        ({"bos": True}, {"bos_id": 1, "eos_id": None}, b"\1a\1b"),
+        ({"eos": False}, {"bos_id": 1, "eos_id": None}, b"\1a\1b"),
+        ({"bos": False, "eos": False}, {"bos_id": None, "eos_id": None}, b"ab"),
+    ],
+)
+def test_one_separator_where_bos_is_eos(tmp_path, flags, document, expected):
+    tok = saved_tokenizer(tmp_path / "tok", "</s>", "</s>")
+    prepare([write(tmp_path / "x.jsonl", ["a", "b"])], tmp_path / "out", tok, val_fraction=0, progress=False, **flags)
+    assert Dataset(tmp_path / "out").manifest["document"] == document
+    assert bytes(np.concatenate(documents(tmp_path / "out", "train")).tolist()) == expected
+    assert prepare_data.main(["--check", str(tmp_path / "out")]) == 0
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def refusals(tmp_path: Path) -> dict[str, tuple[list, dict, list[str]]]:
     """name -> (inputs, options of prepare, what the line must hold)"""
     good, folder, empty = tmp_path / "good.txt", tmp_path / "folder", tmp_path / "empty"
+    one_marker = saved_tokenizer(tmp_path / "one-marker", "</s>", "</s>")
     good.write_text("good text")
     folder.mkdir()
     empty.mkdir()
@@ -716,6 +736,11 @@ def refusals(tmp_path: Path) -> dict[str, tuple[list, dict, list[str]]]:
         "tokenizer slow": ([good], {"tokenizer": tmp_path / "no-json"}, ["no-json", "tokenizer.json"]),
         "tokenizer broken": ([good], {"tokenizer": tmp_path / "bad-json"}, ["bad-json", "cannot be read"]),
         "tokenizer empty": ([good], {"tokenizer": empty}, ["empty", "tokenizer.json"]),
+        "one token for both": (
+            [good],
+            {"tokenizer": one_marker, "bos": True, "eos": True},
+            ["--bos --eos", "one-marker", "one token for both (1)"],
+        ),
         "fraction 1": ([good], {"val_fraction": 1.0}, ["--val-fraction 1.0"]),
         "fraction negative": ([good], {"val_fraction": -0.1}, ["--val-fraction -0.1"]),
         "fraction NaN": ([good], {"val_fraction": float("nan")}, ["--val-fraction nan"]),
