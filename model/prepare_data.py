@@ -2,8 +2,8 @@
 
 A document is BOS + ids + EOS, or without either as the flags say; ids + EOS where both are one token. Text is data:
 "</s>" written in a document is four characters, never the end of it. Held-out documents are chosen by a hash of their
-text, so neither order nor company matters.
-The way of a document, and where it is told in full:
+text, so neither order nor company matters, unless they are so few that none or all would be: then the end of the last
+one is. The way of a document, and where it is told in full:
 
     files -> blocks of a megabyte, in order            model/data/documents.py, in the main process
     block -> texts, --keep, ids                        model/data/encode.py, in worker processes (model/data/workers.py)
@@ -23,7 +23,6 @@ import platform
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
@@ -41,8 +40,9 @@ from halny.model.data.documents import (
     find_files,
     read_blocks,
 )
-from halny.model.data.encode import Encoded, Job, encoder_of_blocks
+from halny.model.data.encode import Job, encoder_of_blocks
 from halny.model.data.keep import Condition, parse_conditions
+from halny.model.data.tally import Tally
 from halny.model.data.tokenizer import MISTRAL, Tokenizer, load_tokenizer
 from halny.model.data.workers import WorkerDied, ordered_map
 from halny.model.data.writer import SHARD_TOKENS, Writer, check_out, check_shard_tokens, new_folder
@@ -169,14 +169,11 @@ def _prepare(
                 ids = block.ids if chosen.all() else block.ids[np.repeat(chosen, block.lengths)]
                 writer.add(split, ids, block.lengths[chosen])
             progress.update(block.size, writer.total("documents"), writer.total("tokens"))
-        n_documents, n_val = writer.total("documents"), writer.documents["val"]
-        if not n_documents:
+        if not writer.total("documents"):
             raise DataError(f"no documents in the input ({tally.line() or 'it is empty'}); add some text")
-        if n_val == n_documents:
-            fraction = settings["val_fraction"]
-            raise DataError(
-                f"--val-fraction {fraction}: holds out all of {n_documents} documents; choose a smaller one"
-            )
+        if job.val_fraction and not all(writer.documents.values()):
+            _hold_out_part(writer, job, tally)
+        n_documents, n_val = writer.total("documents"), writer.documents["val"]
         policy = {"bos_id": job.bos_id, "eos_id": job.eos_id}
         writer.finish(tokenizer.name, tokenizer.files, policy, settings, tally.record(sources))
     if total_bytes is not None:
@@ -188,6 +185,26 @@ def _prepare(
             sep="\n",
             file=sys.stderr,
         )
+
+
+def _hold_out_part(writer: Writer, job: Job, tally: Tally) -> None:
+    """Cuts the last document in two, the end held out: for where all of a few documents fell into one split.
+
+    Of tokens, as many are held out as --val-fraction says of all, unless that is most of this document.
+    """
+    split = "train" if writer.documents["train"] else "val"
+    n_documents, n_tokens = writer.total("documents"), writer.total("tokens")
+    ids = writer.take_last(split)
+    head, tail = job.markers()
+    ids = ids[len(head) : len(ids) - len(tail)]
+    n = min(int(job.val_fraction * n_tokens), int(max(job.val_fraction, 0.5) * len(ids)))
+    for split, part in (("train", ids[: len(ids) - n]), ("val", ids[len(ids) - n :])):
+        if len(part):
+            writer.add(split, np.concatenate([head, part, tail]))
+    if n:
+        few = f"too few documents for --val-fraction {job.val_fraction}"
+        message = f"{few}: the last {n:,} tokens of the last one are held out as a document of their own"
+        tally.cut(message, writer.total("documents") - n_documents, writer.total("tokens") - n_tokens)
 
 
 def _markers(bos: bool | None, eos: bool | None, tokenizer: Tokenizer) -> tuple[int | None, int | None]:
@@ -207,83 +224,6 @@ def _markers(bos: bool | None, eos: bool | None, tokenizer: Tokenizer) -> tuple[
         both = f"the tokenizer {tokenizer.name} has one token for both ({bos_id}), which would stand between documents"
         raise DataError(f"--bos --eos: {both} twice; leave one of the flags out")
     return (bos_id, None) if bos else (None, eos_id)
-
-
-class Tally:
-    """What became of the documents of the input, by reason and by source."""
-
-    def __init__(self, n_sources: int, dedup: bool):
-        self.n_read, self.dropped, self.faults, self.first_faults = 0, Counter(), Counter(), {}
-        self.documents, self.tokens = np.zeros(n_sources, np.int64), np.zeros(n_sources, np.int64)
-        self.seen = DigestSet() if dedup else None
-
-    def add(self, block: Encoded) -> np.ndarray:
-        """Counts a block, and says which of its documents stay: all that were not seen before."""
-        self.n_read += block.n_documents
-        self.dropped += block.dropped
-        self.faults += block.faults
-        self.first_faults = block.first_faults | self.first_faults
-        keep = np.ones(len(block.lengths), bool) if self.seen is None else self.seen.add(block.digests)
-        if duplicates := int((~keep).sum()):
-            self.dropped["duplicate"] += duplicates
-        self.documents[block.source] += keep.sum()
-        self.tokens[block.source] += block.lengths[keep].sum()
-        return keep
-
-    def record(self, sources: list[str]) -> dict:
-        """For the manifest."""
-        counts = zip(sources, self.documents.tolist(), self.tokens.tolist(), strict=True)
-        return {
-            "input": {
-                "documents": self.n_read,
-                "dropped": dict(sorted(self.dropped.items())),
-                "skipped": dict(sorted(self.faults.items())),
-            },
-            "sources": [{"name": name, "documents": n, "tokens": tokens} for name, n, tokens in counts],
-        }
-
-    def lines(self) -> list[str]:
-        kept = int(self.documents.sum())
-        lines = [f"  dropped {n:,}: {reason}" for reason, n in sorted(self.dropped.items())]
-        lines += [
-            f"  skipped {n:,}: {reason}; the first: {self.first_faults[reason]}" for reason, n in self.faults.items()
-        ]
-        return [f"  kept    {kept:,} of {self.n_read:,} documents", *lines] if lines else []
-
-    def line(self) -> str:
-        return "; ".join(line.strip() for line in self.lines()[1:])
-
-
-class DigestSet:
-    """A set of 128-bit digests: open addressing in one array, 24 to 48 bytes each, where a Python set takes 130."""
-
-    def __init__(self):
-        self.table, self.n = np.zeros((1 << 10, 2), np.uint64), 0  # a row of zeros is free
-
-    def add(self, digests: np.ndarray) -> np.ndarray:
-        """Which rows of [n, 2] uint64 are new, the first among equals, and puts them in."""
-        unique, first = np.unique(digests, axis=0, return_index=True)
-        while 3 * (self.n + len(unique)) > 2 * len(self.table):
-            old = self.table[self.table.any(axis=1)]
-            self.table = np.zeros((2 * len(self.table), 2), np.uint64)
-            self._insert(old)
-        new = self._insert(unique)
-        self.n += int(new.sum())
-        out = np.zeros(len(digests), bool)
-        out[first[new]] = True
-        return out
-
-    def _insert(self, digests: np.ndarray) -> np.ndarray:
-        mask, new, rest = np.uint64(len(self.table) - 1), np.zeros(len(digests), bool), np.arange(len(digests))
-        slots = digests[:, 0] & mask
-        while len(rest):
-            free = rest[~self.table[slots[rest]].any(axis=1)]
-            self.table[slots[free]] = digests[free]  # where several want one slot, the last gets it
-            there = (self.table[slots[rest]] == digests[rest]).all(axis=1)
-            new[free[(self.table[slots[free]] == digests[free]).all(axis=1)]] = True
-            rest = rest[~there]
-            slots[rest] = (slots[rest] + np.uint64(1)) & mask
-        return new
 
 
 class Progress:
@@ -379,7 +319,8 @@ def _arguments() -> _Parser:
     has = "put {} {} each document (default: if the tokenizer has it{})"
     add("--bos", action=argparse.BooleanOptionalAction, help=has.format("BOS", "before", " and it is not EOS"))
     add("--eos", action=argparse.BooleanOptionalAction, help=has.format("EOS", "after", ""))
-    share = "share of documents held out for evaluation, chosen by a hash of their text (default: %(default)s)"
+    share = "share of documents held out for evaluation, chosen by a hash of their text; of too few documents, the end "
+    share += "of the last one (default: %(default)s)"
     add("--val-fraction", default=0.005, type=float, metavar="F", help=share)
     most = "tokens in a shard, at most, unless one document has more (default: %(default)s)"
     add("--shard-tokens", default=SHARD_TOKENS, type=int, metavar="N", help=most)

@@ -34,6 +34,10 @@ class Job:
     val_fraction: float = 0.0
     dedup: bool = False
 
+    def markers(self) -> list[np.ndarray]:
+        """What stands before and after the ids of each document."""
+        return [np.array([] if i is None else [i], self.tokenizer.dtype) for i in (self.bos_id, self.eos_id)]
+
 
 @dataclass
 class Encoded:
@@ -59,7 +63,7 @@ def encode_block(job: Job, encoder: Encoder, block: Block) -> Encoded:
     out = Encoded(source=block.source, size=block.size)
     found = [pair for part in block.parts for pair in documents(part, job.text_key, job.keep)]
     encodings = iter(encoder.encode([text for _, text in found if isinstance(text, str)]))
-    head, tail = ([] if i is None else [np.array([i], job.tokenizer.dtype)] for i in (job.bos_id, job.eos_id))
+    head, tail = job.markers()
     pieces, lengths, val, digests = [np.array([], job.tokenizer.dtype)], [], [], []
     for where, item in found:
         if isinstance(item, str) and not len(ids := next(encodings)):  # a normalizer may leave nothing of a text
@@ -72,7 +76,7 @@ def encode_block(job: Job, encoder: Encoder, block: Block) -> Encoded:
             out.dropped[item.reason] += 1
         else:
             raw = item.encode()
-            pieces += [*head, ids, *tail]
+            pieces += [head, ids, tail]
             lengths.append(len(head) + len(ids) + len(tail))
             val.append(_held_out(raw, job.val_fraction))
             if job.dedup:

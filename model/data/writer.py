@@ -11,7 +11,6 @@ import importlib.metadata
 import io
 import os
 import shutil
-from array import array
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -131,7 +130,7 @@ class Writer:
             raise DataError(f"vocab_size must be between 1 and 2**32, got {vocab_size!r}")
         self.folder, self.vocab_size, self.shard_tokens = folder, vocab_size, shard_tokens
         self.dtype = token_dtype(vocab_size)
-        self.open = {}  # split -> (file, ends of its documents so far)
+        self.open: dict[str, tuple[GrowingArray, GrowingArray]] = {}  # split -> tokens, and the ends of its documents
         self.shards = {split: [] for split in SPLITS}
         self.documents = dict.fromkeys(SPLITS, 0)
         self.tokens = dict.fromkeys(SPLITS, 0)
@@ -140,8 +139,9 @@ class Writer:
         return self
 
     def __exit__(self, *exception) -> None:
-        for file, _ in self.open.values():
-            file.close()
+        for arrays in self.open.values():
+            for array in arrays:
+                array.file.close()
 
     def total(self, what: str) -> int:
         return sum(getattr(self, what).values())
@@ -159,35 +159,46 @@ class Writer:
             raise DataError(f"{where} is outside the vocabulary of {self.vocab_size}; check the tokenizer's files")
         first = begin = 0  # the first document that is not yet written, and the token where it begins
         while first < len(ends):
-            full = self.open[split][1][-1] if split in self.open else 0
+            full = self.open[split][0].length if split in self.open else 0
             last = int(np.searchsorted(ends, begin + self.shard_tokens - full, side="right"))  # those before it fit
             if last <= first and full:
                 self._close(split)
                 continue
             last = max(last, first + 1)
             if split not in self.open:
-                file = open(self.folder / f"{split}-{len(self.shards[split]):05d}.npy", "wb")  # noqa: SIM115 see _close
-                file.write(_npy_header(self.dtype, 0))  # the real one follows when the length is known
-                self.open[split] = (file, array("q"))
-            file, shard_ends = self.open[split]
+                self.open[split] = self._arrays(f"{split}-{len(self.shards[split]):05d}")
+            tokens, shard_ends = self.open[split]
             end = int(ends[last - 1])
-            file.write(ids[begin:end].astype(self.dtype, copy=False).tobytes())
-            shard_ends.frombytes((ends[first:last] - begin + full).astype("q").tobytes())
+            tokens.append(ids[begin:end])
+            shard_ends.append(ends[first:last] - begin + full)
             self.documents[split] += last - first
             self.tokens[split] += end - begin
             first, begin = last, end
 
+    def take_last(self, split: str) -> np.ndarray:
+        """The last document, which is taken out again."""
+        tokens, ends = self.open[split]
+        last_two = ends.take(max(ends.length - 2, 0))
+        ends.append(last_two[:-1])
+        ids = tokens.take(int(last_two[0]) if len(last_two) == 2 else 0)
+        self.documents[split] -= 1
+        self.tokens[split] -= len(ids)
+        if not ends.length:
+            for array in self.open.pop(split):
+                array.file.close()
+                array.path.unlink()
+        return ids
+
+    def _arrays(self, name: str) -> "tuple[GrowingArray, GrowingArray]":
+        paths = (self.folder / f"{name}.npy", self.folder / f"{name}.documents.npy")
+        return GrowingArray(paths[0], self.dtype), GrowingArray(paths[1], np.dtype("<i8"))
+
     def _close(self, split: str) -> None:
-        file, ends = self.open.pop(split)
-        with file:
-            file.seek(0)
-            file.write(_npy_header(self.dtype, ends[-1]))
-        path = Path(file.name)
-        boundaries = path.with_suffix(".documents.npy")
-        np.save(boundaries, np.array(ends, dtype="<i8"), allow_pickle=False)
-        self.shards[split].append(
-            {**self._record(path), "tokens": ends[-1], "documents": len(ends), "boundaries": self._record(boundaries)}
-        )
+        tokens, ends = self.open.pop(split)
+        for array in (tokens, ends):
+            array.finish()
+        counts = {"tokens": tokens.length, "documents": ends.length}
+        self.shards[split].append({**self._record(tokens.path), **counts, "boundaries": self._record(ends.path)})
 
     def _record(self, path: Path) -> dict:
         sync(path)
@@ -224,6 +235,34 @@ class Writer:
             sync(folder)
         (self.folder / "manifest.json").write_bytes(to_json(manifest, indent=1))
         sync(self.folder / "manifest.json")
+
+
+class GrowingArray:
+    """A 1-D .npy file to append to, whose header has the right length when it is finished."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self.dtype, self.length = path, dtype, 0
+        self.file = open(path, "w+b")  # noqa: SIM115 see finish
+        self.file.write(_npy_header(dtype, 0))
+
+    def append(self, values: np.ndarray) -> None:
+        self.file.write(values.astype(self.dtype, copy=False).tobytes())
+        self.length += len(values)
+
+    def take(self, start: int) -> np.ndarray:
+        """The values from `start` on, which are cut off."""
+        at = len(_npy_header(self.dtype, 0)) + start * self.dtype.itemsize
+        self.file.seek(at)
+        values = np.frombuffer(self.file.read(), self.dtype)
+        self.file.seek(at)
+        self.file.truncate()
+        self.length = start
+        return values
+
+    def finish(self) -> None:
+        with self.file:
+            self.file.seek(0)
+            self.file.write(_npy_header(self.dtype, self.length))
 
 
 def _npy_header(dtype: np.dtype, length: int) -> bytes:

@@ -1,0 +1,94 @@
+"""What became of the documents of the input: counts for the manifest and the last lines, and --dedup."""
+
+from collections import Counter
+
+import numpy as np
+
+from halny.model.data.encode import Encoded
+
+
+class Tally:
+    """What became of the documents of the input, by reason and by source."""
+
+    def __init__(self, n_sources: int, dedup: bool):
+        self.n_read, self.dropped, self.faults, self.first_faults = 0, Counter(), Counter(), {}
+        self.documents, self.tokens = np.zeros(n_sources, np.int64), np.zeros(n_sources, np.int64)
+        self.seen = DigestSet() if dedup else None
+        self.parts, self.message = 0, None  # documents made by cutting another
+
+    def add(self, block: Encoded) -> np.ndarray:
+        """Counts a block, and says which of its documents stay: all that were not seen before."""
+        self.n_read += block.n_documents
+        self.dropped += block.dropped
+        self.faults += block.faults
+        self.first_faults = block.first_faults | self.first_faults
+        keep = np.ones(len(block.lengths), bool) if self.seen is None else self.seen.add(block.digests)
+        if duplicates := int((~keep).sum()):
+            self.dropped["duplicate"] += duplicates
+        self.documents[block.source] += keep.sum()
+        self.tokens[block.source] += block.lengths[keep].sum()
+        return keep
+
+    def cut(self, message: str, documents: int, tokens: int) -> None:
+        """The last document became two: what that adds, markers included, to its source."""
+        self.parts, self.message = documents, message
+        source = np.flatnonzero(self.documents)[-1]
+        self.documents[source] += documents
+        self.tokens[source] += tokens
+
+    def record(self, sources: list[str]) -> dict:
+        """For the manifest."""
+        counts = zip(sources, self.documents.tolist(), self.tokens.tolist(), strict=True)
+        return {
+            "input": {
+                "documents": self.n_read,
+                "dropped": dict(sorted(self.dropped.items())),
+                "skipped": dict(sorted(self.faults.items())),
+                **({"cut": self.parts} if self.parts else {}),
+            },
+            "sources": [{"name": name, "documents": n, "tokens": tokens} for name, n, tokens in counts],
+        }
+
+    def lines(self) -> list[str]:
+        kept = int(self.documents.sum()) - self.parts
+        lines = [f"  dropped {n:,}: {reason}" for reason, n in sorted(self.dropped.items())]
+        lines += [
+            f"  skipped {n:,}: {reason}; the first: {self.first_faults[reason]}" for reason, n in self.faults.items()
+        ]
+        kept_line = [f"  kept    {kept:,} of {self.n_read:,} documents"] if lines else []
+        return [*kept_line, *lines, *([f"  {self.message}"] if self.message else [])]
+
+    def line(self) -> str:
+        return "; ".join(line.strip() for line in self.lines()[1:])
+
+
+class DigestSet:
+    """A set of 128-bit digests: open addressing in one array, 24 to 48 bytes each, where a Python set takes 130."""
+
+    def __init__(self):
+        self.table, self.n = np.zeros((1 << 10, 2), np.uint64), 0  # a row of zeros is free
+
+    def add(self, digests: np.ndarray) -> np.ndarray:
+        """Which rows of [n, 2] uint64 are new, the first among equals, and puts them in."""
+        unique, first = np.unique(digests, axis=0, return_index=True)
+        while 3 * (self.n + len(unique)) > 2 * len(self.table):
+            old = self.table[self.table.any(axis=1)]
+            self.table = np.zeros((2 * len(self.table), 2), np.uint64)
+            self._insert(old)
+        new = self._insert(unique)
+        self.n += int(new.sum())
+        out = np.zeros(len(digests), bool)
+        out[first[new]] = True
+        return out
+
+    def _insert(self, digests: np.ndarray) -> np.ndarray:
+        mask, new, rest = np.uint64(len(self.table) - 1), np.zeros(len(digests), bool), np.arange(len(digests))
+        slots = digests[:, 0] & mask
+        while len(rest):
+            free = rest[~self.table[slots[rest]].any(axis=1)]
+            self.table[slots[free]] = digests[free]  # where several want one slot, the last gets it
+            there = (self.table[slots[rest]] == digests[rest]).all(axis=1)
+            new[free[(self.table[slots[free]] == digests[free]).all(axis=1)]] = True
+            rest = rest[~there]
+            slots[rest] = (slots[rest] + np.uint64(1)) & mask
+        return new
