@@ -42,6 +42,8 @@ from halny.model.data.documents import (
 )
 from halny.model.data.encode import Job, encoder_of_blocks
 from halny.model.data.keep import Condition, parse_conditions
+from halny.model.data.merge import merge
+from halny.model.data.progress import Progress
 from halny.model.data.tally import Tally
 from halny.model.data.tokenizer import MISTRAL, Tokenizer, load_tokenizer
 from halny.model.data.workers import WorkerDied, ordered_map
@@ -226,43 +228,6 @@ def _markers(bos: bool | None, eos: bool | None, tokenizer: Tokenizer) -> tuple[
     return (bos_id, None) if bos else (None, eos_id)
 
 
-class Progress:
-    """A bar on a terminal, elsewhere a line every half minute: documents, MB/s, tokens/s, time left."""
-
-    EVERY = 30  # seconds
-
-    def __init__(self, total_bytes: int | None):
-        self.total, self.done, self.began = total_bytes, 0, time.monotonic()
-        self.said = self.began
-
-    def __enter__(self) -> "Progress":
-        from tqdm import tqdm
-
-        off = self.total is None or not sys.stderr.isatty()
-        self.bar = tqdm(total=self.total, unit="B", unit_scale=True, disable=off, desc="prepare_data")
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.bar.close()
-
-    def update(self, size: int, n_documents: int, n_tokens: int) -> None:
-        self.done += size
-        self.bar.update(size)
-        now = time.monotonic()
-        rate = n_tokens / max(now - self.began, 1e-9)
-        if not self.bar.disable:
-            self.bar.set_postfix_str(f"{n_documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
-        elif self.total is not None and now - self.said > self.EVERY and self.done:
-            self.said, passed = now, now - self.began
-            print(
-                f"prepare_data: {self.done / self.total:.0%}, {n_documents:,} documents, "
-                f"{self.done / passed / 1e6:.1f} MB/s, {rate:,.0f} tokens/s, "
-                f"{passed * (self.total - self.done) / self.done:,.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
@@ -289,6 +254,8 @@ Skipped, and counted by reason with the first place of each: empty documents; by
 not JSON, no object, without the key, or with something other than a string there; lone surrogates; null; documents over
 {MAX_DOCUMENT_BYTES >> 20} MiB; .parquet files without the column; what follows the damage in a damaged file.
 With --strict the first of them refuses the whole, as do {HOPELESS:,} of them before anything else without it.
+
+--merge A B --out C joins folders that were prepared in parts: the same tokens as of all their inputs prepared at once.
 """
 EPILOG = """Exit codes: 0 done; 1 a worker died; 2 refused; 130 interrupted; 143 terminated (nothing written unless 0).
 With --check: 0 clean; 1 not clean; 2 nothing that could be opened.
@@ -325,6 +292,8 @@ def _arguments() -> _Parser:
     most = "tokens in a shard, at most, unless one document has more (default: %(default)s)"
     add("--shard-tokens", default=SHARD_TOKENS, type=int, metavar="N", help=most)
     add("--workers", type=int, metavar="N", help="processes (default: as many as cores)")
+    join = "join prepared folders of one tokenizer, in this order, into --out, without tokenizing again"
+    parser.add_argument_group("merging").add_argument("--merge", nargs="+", type=Path, metavar="DIR", help=join)
     check = parser.add_argument_group("checking")
     add = check.add_argument
     whole = "read all of a data folder or .bin file, and say what is wrong with it and what is in it"
@@ -338,18 +307,26 @@ def _arguments() -> _Parser:
 def main(argv: list[str] | None = None) -> int:
     parser = _arguments()
     args = parser.parse_args(argv)
-    if args.check is None and not (args.inputs and args.out):
-        parser.error("give INPUT and --out, or --check")
-    if args.check is not None and (args.inputs or args.out):
-        parser.error("--check takes neither INPUT nor --out")
+    names = ["tokenizer", "text_key", "keep", "dedup", "strict", "bos", "eos", "val_fraction", "workers"]
+    if args.check is None and not ((args.inputs or args.merge) and args.out):
+        parser.error("give INPUT and --out, or --merge and --out, or --check")
+    if args.check is not None and (args.inputs or args.merge or args.out):
+        parser.error("--check takes neither INPUT nor --merge nor --out")
+    if args.merge is not None:
+        given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
+        if args.inputs or given:
+            parser.error(f"--merge joins documents as they were prepared, without {(given or ['INPUT'])[0]}")
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
         if args.check is not None:
             from halny.model.data.check import check
 
             return 0 if check(args.check, args.tokens_per_second, args.dtype, args.vocab_size) else 1
-        names = "text_key keep dedup strict bos eos val_fraction shard_tokens workers"
-        prepare(args.inputs, args.out, args.tokenizer, **{name: getattr(args, name) for name in names.split()})
+        if args.merge is not None:
+            merge(args.merge, args.out, shard_tokens=args.shard_tokens)
+        else:
+            options = {name: getattr(args, name) for name in names}
+            prepare(args.inputs, args.out, shard_tokens=args.shard_tokens, **options)
         return 0
     except DataError as error:
         message, code = str(error), 2

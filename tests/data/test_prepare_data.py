@@ -25,7 +25,7 @@ from pyarrow import parquet
 
 from halny.model import prepare_data
 from halny.model.data import documents as reading
-from halny.model.data import encode, tally, tokenizer, writer
+from halny.model.data import encode, progress, tally, tokenizer, writer
 from halny.model.data.dataset import DataError, Dataset, is_dataset
 from halny.model.data.encode import held_out
 from halny.model.data.keep import parse_conditions
@@ -830,10 +830,10 @@ def test_command(tmp_path):
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys):
     clock = iter([0.0, *(10.0 * i for i in range(1, 8))])
-    monkeypatch.setattr(prepare_data.time, "monotonic", lambda: next(clock))
-    with prepare_data.Progress(100_000_000) as progress:
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.Progress(100_000_000) as bar:
         for i in range(1, 8):
-            progress.update(10_000_000, 100 * i, 4_000_000 * i)
+            bar.update(10_000_000, 100 * i, 4_000_000 * i)
     assert capsys.readouterr().err.splitlines() == [
         "prepare_data: 40%, 400 documents, 1.0 MB/s, 400,000 tokens/s, 60 s left"
     ]

@@ -1,0 +1,41 @@
+"""How far a preparation is, while it lasts."""
+
+import sys
+import time
+
+
+class Progress:
+    """A bar on a terminal, elsewhere a line every half minute: documents, MB/s, tokens/s, time left."""
+
+    EVERY = 30  # seconds
+
+    def __init__(self, total_bytes: int | None):
+        self.total, self.done, self.began = total_bytes, 0, time.monotonic()
+        self.said = self.began
+
+    def __enter__(self) -> "Progress":
+        from tqdm import tqdm
+
+        off = self.total is None or not sys.stderr.isatty()
+        self.bar = tqdm(total=self.total, unit="B", unit_scale=True, disable=off, desc="prepare_data")
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self.bar.close()
+
+    def update(self, size: int, n_documents: int, n_tokens: int) -> None:
+        self.done += size
+        self.bar.update(size)
+        now = time.monotonic()
+        rate = n_tokens / max(now - self.began, 1e-9)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(f"{n_documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
+        elif self.total is not None and now - self.said > self.EVERY and self.done:
+            self.said, passed = now, now - self.began
+            print(
+                f"prepare_data: {self.done / self.total:.0%}, {n_documents:,} documents, "
+                f"{self.done / passed / 1e6:.1f} MB/s, {rate:,.0f} tokens/s, "
+                f"{passed * (self.total - self.done) / self.done:,.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
