@@ -7,7 +7,9 @@ one is. The way of a document, and where it is told in full:
 
     files -> blocks of a megabyte, in order            model/data/documents.py, in the main process
     block -> texts, --keep, ids                        model/data/encode.py, in worker processes (model/data/workers.py)
-    ids, in the order of the input -> --dedup, shards  here and model/data/dataset.py, in the main process again
+    ids, in the order of the input -> --dedup, counts  model/data/tally.py, in the main process again
+    -> shards                                          model/data/writer.py
+    -> what a killed preparation goes on from          model/data/resume.py
 
 What comes out depends on the input alone, not on the number of workers: blocks are cut without regard to it, and
 results are taken in order. Memory depends on the number of workers and the largest document, not on the corpus, --dedup
@@ -23,7 +25,7 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -40,14 +42,15 @@ from halny.model.data.documents import (
     find_files,
     read_blocks,
 )
-from halny.model.data.encode import Job, encoder_of_blocks
+from halny.model.data.encode import Encoded, Job, encoder_of_blocks
 from halny.model.data.keep import Condition, parse_conditions
 from halny.model.data.merge import merge
 from halny.model.data.progress import Progress
+from halny.model.data.resume import InputFile, Journal, input_file
 from halny.model.data.tally import Tally
 from halny.model.data.tokenizer import MISTRAL, Tokenizer, load_tokenizer
 from halny.model.data.workers import WorkerDied, ordered_map
-from halny.model.data.writer import SHARD_TOKENS, Writer, check_out, check_shard_tokens, new_folder
+from halny.model.data.writer import SHARD_TOKENS, Writer, check_out, check_shard_tokens, new_folder, tool_version
 
 SMALL = 4 << 20  # bytes of input that are not worth the start of a worker
 HOPELESS = 10_000  # faults before the first document, after which the flags are to blame and not the input
@@ -77,7 +80,8 @@ def prepare(
     bos, eos whether documents get them; None: if the tokenizer has them, one if they are the same token
     workers  processes beside this one; None: as many as cores, or none for a few megabytes
 
-    Raises DataError, naming file, line and remedy, or WorkerDied, and then leaves nothing behind.
+    Raises DataError, naming file, line and remedy, or WorkerDied. Nothing is left behind then but input files that were
+    finished: they are kept beside `out`, and the same call goes on from there (model/data/resume.py).
     """
     if not isinstance(val_fraction, int | float) or not 0 <= val_fraction < 1:
         raise DataError(f"--val-fraction {val_fraction}: must be at least 0 and less than 1, for example 0.005")
@@ -88,19 +92,20 @@ def prepare(
     check_packages(files)
     if conditions and (text := next((file for _, file in files if ending(file) == ".txt"), None)):
         raise DataError(f"--keep {conditions[0].text}: {text} has no metadata; leave .txt files out")
-    size = sum(file.stat().st_size for _, file in files)
+    input_files = [input_file(file) for _, file in files]
+    size = sum(file.size for file in input_files)
     if workers is None:
         workers = 0 if size < SMALL else len(os.sched_getaffinity(0))
-    blocks = read_blocks(files, text_key, conditions)
     settings = {"text_key": text_key, "keep": [condition.text for condition in conditions], "dedup": bool(dedup)}
     settings |= {"val_fraction": val_fraction, "shard_tokens": shard_tokens}
     sources = [os.fsencode(name.resolve().name).decode(errors="replace") for name in inputs]
     _prepare(
-        blocks,
+        lambda done: read_blocks(files, text_key, conditions, done),
         out,
         tokenizer,
         settings,
         sources,
+        files=input_files,
         conditions=conditions,
         bos=bos,
         eos=eos,
@@ -118,16 +123,17 @@ def prepare_builtin(out: Path) -> None:
     source = f"pydoc_data.topics of Python {platform.python_version()}"
     parts = [Part(f"{source}, {name}", 1, topics[name].encode(), is_text=True) for name in sorted(topics)]
     settings = {"source": source, "val_fraction": BUILTIN_VAL_FRACTION, "shard_tokens": SHARD_TOKENS}
-    _prepare([Block(0, parts, 0)], out, MISTRAL, settings, [source])
+    _prepare(lambda done: [Block(0, parts, 0)], out, MISTRAL, settings, [source])
 
 
 def _prepare(
-    blocks: Iterable[Block],
+    read: Callable[[int], Iterable[Block]],  # the blocks of all input files but the first so many
     out: Path,
     tokenizer: str | Path,
     settings: dict,
     sources: list[str],
     *,
+    files: Iterable[InputFile] = (),
     conditions: Iterable[Condition] = (),
     bos: bool | None = None,
     eos: bool | None = None,
@@ -149,17 +155,18 @@ def _prepare(
         dedup=settings.get("dedup", False),
     )
     tally = Tally(len(sources), job.dedup)
-    if workers:
-        encoded = ordered_map(encoder_of_blocks, job, blocks, workers)
-    else:
-        encode = encoder_of_blocks(job)
-        encoded = (encode(block) for block in blocks)
+    made_of = {"halny": tool_version(), "tokenizer": tokenizer.name, "tokenizer.json": tokenizer.sha256()}
+    made_of |= {"BOS": bos_id, "EOS": eos_id, "inputs": sources, **settings}
     with (
-        new_folder(out) as folder,
+        new_folder(out, resumes=True) as folder,
         Writer(folder, tokenizer.vocab_size, shard_tokens) as writer,
-        closing(encoded),
-        Progress(total_bytes) as progress,
+        Journal(folder, made_of, list(files), writer, tally) as journal,
+        closing(_encoded(job, read(journal.done), workers)) as encoded,
+        Progress(total_bytes, journal.bytes_done(), writer.total("tokens")) as progress,
     ):
+        if journal.done and total_bytes is not None:
+            goes_on = f"going on after {journal.done:,} of {len(journal.files):,} input files, done before"
+            print(f"prepare_data: {given_out}: {goes_on}", file=sys.stderr)
         for block in encoded:
             keep = tally.add(block)
             if tally.first_faults and strict:
@@ -170,14 +177,17 @@ def _prepare(
             for split, chosen in (("train", keep & ~block.val), ("val", keep & block.val)):
                 ids = block.ids if chosen.all() else block.ids[np.repeat(chosen, block.lengths)]
                 writer.add(split, ids, block.lengths[chosen])
+            journal.add(block.digests[keep] if job.dedup else block.digests, block.files_done)
             progress.update(block.size, writer.total("documents"), writer.total("tokens"))
         if not writer.total("documents"):
             raise DataError(f"no documents in the input ({tally.line() or 'it is empty'}); add some text")
         if job.val_fraction and not all(writer.documents.values()):
+            journal.remove()  # which may speak of the document that is cut
             _hold_out_part(writer, job, tally)
         n_documents, n_val = writer.total("documents"), writer.documents["val"]
         policy = {"bos_id": job.bos_id, "eos_id": job.eos_id}
         writer.finish(tokenizer.name, tokenizer.files, policy, settings, tally.record(sources))
+        journal.remove()
     if total_bytes is not None:
         others = f"; {ignored:,} files of other endings or hidden ignored" if ignored else ""
         print(
@@ -187,6 +197,13 @@ def _prepare(
             sep="\n",
             file=sys.stderr,
         )
+
+
+def _encoded(job: Job, blocks: Iterable[Block], workers: int) -> Iterator[Encoded]:
+    if workers:
+        yield from ordered_map(encoder_of_blocks, job, blocks, workers)
+    else:
+        yield from map(encoder_of_blocks(job), blocks)
 
 
 def _hold_out_part(writer: Writer, job: Job, tally: Tally) -> None:
@@ -255,9 +272,12 @@ not JSON, no object, without the key, or with something other than a string ther
 {MAX_DOCUMENT_BYTES >> 20} MiB; .parquet files without the column; what follows the damage in a damaged file.
 With --strict the first of them refuses the whole, as do {HOPELESS:,} of them before anything else without it.
 
+Killed or stopped, the same command goes on after the input files that were finished, so give a large corpus as several
+files; they are kept beside DIR, in .DIR.partial. The bytes are the same as without the interruption.
+
 --merge A B --out C joins folders that were prepared in parts: the same tokens as of all their inputs prepared at once.
 """
-EPILOG = """Exit codes: 0 done; 1 a worker died; 2 refused; 130 interrupted; 143 terminated (nothing written unless 0).
+EPILOG = """Exit codes: 0 done; 1 a worker died; 2 refused; 130 interrupted; 143 terminated (no DIR unless 0).
 With --check: 0 clean; 1 not clean; 2 nothing that could be opened.
 """
 
@@ -329,20 +349,24 @@ def main(argv: list[str] | None = None) -> int:
             prepare(args.inputs, args.out, shard_tokens=args.shard_tokens, **options)
         return 0
     except DataError as error:
-        message, code = str(error), 2
+        message, code = [str(error), *_notes(error)], 2
     except WorkerDied as error:
-        message, code = f"{error}; nothing was written", 1
+        message, code = [str(error), *(_notes(error) or ["nothing was written"])], 1
     except BrokenPipeError:  # --check DIR | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt as error:
-        terminated = isinstance(error, _Terminated)
-        message, code = ("terminated", 143) if terminated else ("interrupted", 130)
-        message += "; nothing was written"
+        what, code = ("terminated", 143) if isinstance(error, _Terminated) else ("interrupted", 130)
+        message = [what, *(_notes(error) or ["nothing was written"])]
     finally:
         signal.signal(signal.SIGTERM, before)
-    print("prepare_data: " + " ".join(message.splitlines()), file=sys.stderr)
+    print("prepare_data: " + " ".join("; ".join(message).splitlines()), file=sys.stderr)
     return code
+
+
+def _notes(error: BaseException) -> list[str]:
+    """What was kept, from model/data/resume.py."""
+    return getattr(error, "__notes__", [])
 
 
 if __name__ == "__main__":

@@ -63,6 +63,7 @@ class Block(NamedTuple):
     source: int  # which of the inputs of the command line
     parts: list[Part]
     size: int  # bytes of the files, as they lie on the disk, that it took
+    files_done: int = 0  # how many files, from the first, are at their end with it
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -139,18 +140,18 @@ def check_packages(files: Iterable[tuple[int, Path]]) -> None:
 # --- main process: blocks ---------------------------------------------------------------------------------------------
 
 
-def read_blocks(files: Iterable[tuple[int, Path]], text_key: str, keep: list[Condition]) -> Iterator[Block]:
-    """The blocks of all files in order; DataError where the disk or the network fails."""
+def read_blocks(files: list[tuple[int, Path]], text_key: str, keep: list[Condition], done: int = 0) -> Iterator[Block]:
+    """The blocks of all files but the first `done`, in order; DataError where the disk or the network fails."""
     together, source_before, size_together = [], 0, 0  # small .txt files share a block
 
     def full(source: int, kind: str) -> bool:
         other = kind != ".txt" or source != source_before
         return bool(together) and (other or size_together >= BLOCK_BYTES or len(together) >= BLOCK_FILES)
 
-    for source, file in files:
+    for i, (source, file) in enumerate(files[done:], start=done):
         kind = ending(file)
         if full(source, kind):
-            yield Block(source_before, together, size_together)
+            yield Block(source_before, together, size_together, i)
             together, size_together = [], 0
         try:
             if kind == ".txt":
@@ -159,12 +160,17 @@ def read_blocks(files: Iterable[tuple[int, Path]], text_key: str, keep: list[Con
                 source_before, size_together = source, size_together + size
             else:
                 parts = _read_rows(file, text_key, keep) if kind == ".parquet" else _read_lines(file, kind)
+                before = None  # held back, since the last one of a file is marked
                 for part, size in parts:
-                    yield Block(source, [part], size)
+                    if before is not None:
+                        yield before
+                    before = Block(source, [part], size, i)
+                if before is not None:
+                    yield before._replace(files_done=i + 1)
         except OSError as error:
             raise DataError(f"{file}: cannot be read ({one_line(error)}); check the file or leave it out") from error
     if together:
-        yield Block(source_before, together, size_together)
+        yield Block(source_before, together, size_together, len(files))
 
 
 def _read_text(file: Path) -> tuple[Part, int]:

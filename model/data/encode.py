@@ -44,7 +44,8 @@ class Encoded:
     """What became of a block: its documents' ids, one after the other, and counts of what is none."""
 
     source: int
-    size: int  # as in `Block`
+    size: int  # as in `Block`, and so is the next
+    files_done: int = 0
     ids: np.ndarray | None = None
     lengths: np.ndarray | None = None
     val: np.ndarray | None = None  # bool, a document each
@@ -60,7 +61,7 @@ def encoder_of_blocks(job: Job) -> Callable[[Block], Encoded]:
 
 
 def encode_block(job: Job, encoder: Encoder, block: Block) -> Encoded:
-    out = Encoded(source=block.source, size=block.size)
+    out = Encoded(source=block.source, size=block.size, files_done=block.files_done)
     found = [pair for part in block.parts for pair in documents(part, job.text_key, job.keep)]
     encodings = iter(encoder.encode([text for _, text in found if isinstance(text, str)]))
     head, tail = job.markers()

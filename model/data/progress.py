@@ -9,15 +9,18 @@ class Progress:
 
     EVERY = 30  # seconds
 
-    def __init__(self, total_bytes: int | None):
-        self.total, self.done, self.began = total_bytes, 0, time.monotonic()
-        self.said = self.began
+    def __init__(self, total_bytes: int | None, bytes_before: int = 0, tokens_before: int = 0):
+        """What an earlier process did counts as done, but not as our speed."""
+        self.total, self.done, self.began = total_bytes, bytes_before, time.monotonic()
+        self.said, self.bytes_before, self.tokens_before = self.began, bytes_before, tokens_before
 
     def __enter__(self) -> "Progress":
         from tqdm import tqdm
 
         off = self.total is None or not sys.stderr.isatty()
-        self.bar = tqdm(total=self.total, unit="B", unit_scale=True, disable=off, desc="prepare_data")
+        self.bar = tqdm(
+            total=self.total, initial=self.done, unit="B", unit_scale=True, disable=off, desc="prepare_data"
+        )
         return self
 
     def __exit__(self, *exception) -> None:
@@ -27,15 +30,15 @@ class Progress:
         self.done += size
         self.bar.update(size)
         now = time.monotonic()
-        rate = n_tokens / max(now - self.began, 1e-9)
+        rate = (n_tokens - self.tokens_before) / max(now - self.began, 1e-9)
         if not self.bar.disable:
             self.bar.set_postfix_str(f"{n_documents:,} documents, {rate:,.0f} tokens/s", refresh=False)
-        elif self.total is not None and now - self.said > self.EVERY and self.done:
+        elif self.total is not None and now - self.said > self.EVERY and (done := self.done - self.bytes_before):
             self.said, passed = now, now - self.began
             print(
                 f"prepare_data: {self.done / self.total:.0%}, {n_documents:,} documents, "
-                f"{self.done / passed / 1e6:.1f} MB/s, {rate:,.0f} tokens/s, "
-                f"{passed * (self.total - self.done) / self.done:,.0f} s left",
+                f"{done / passed / 1e6:.1f} MB/s, {rate:,.0f} tokens/s, "
+                f"{passed * (self.total - self.done) / done:,.0f} s left",
                 file=sys.stderr,
                 flush=True,
             )

@@ -6,6 +6,8 @@ import numpy as np
 
 from halny.model.data.encode import Encoded
 
+ARRAYS = ("documents", "tokens")  # of Tally: by source
+
 
 class Tally:
     """What became of the documents of the input, by reason and by source."""
@@ -28,6 +30,16 @@ class Tally:
         self.documents[block.source] += keep.sum()
         self.tokens[block.source] += block.lengths[keep].sum()
         return keep
+
+    def state(self) -> dict:
+        """All but what was seen, for JSON; `restore` takes it back."""
+        counts = {"n_read": self.n_read, "dropped": self.dropped, "faults": self.faults}
+        return {**counts, "first_faults": self.first_faults, **{name: getattr(self, name).tolist() for name in ARRAYS}}
+
+    def restore(self, state: dict) -> None:
+        self.n_read, self.first_faults = state["n_read"], state["first_faults"]
+        self.dropped, self.faults = Counter(state["dropped"]), Counter(state["faults"])
+        self.documents, self.tokens = (np.array(state[name], np.int64) for name in ARRAYS)
 
     def cut(self, message: str, documents: int, tokens: int) -> None:
         """The last document became two: what that adds, markers included, to its source."""

@@ -26,6 +26,7 @@ if its two neighbouring tokens, encoded together, come out as they are. If not, 
 farther back than that, and a window twice as long is tried, up to the whole text.
 """
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -58,6 +59,9 @@ class Tokenizer:
     @property
     def dtype(self) -> np.dtype:
         return token_dtype(self.vocab_size)
+
+    def sha256(self) -> str:
+        return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
 
 
 class Window(NamedTuple):

@@ -2,7 +2,7 @@
 
 The folder is written beside its final name as ``.NAME.partial``, each file synced, the manifest last, and then renamed.
 The partial folder is locked while its process lives (flock on the directory itself, so that there is no lock file to
-leave behind); a dead one's is emptied and used.
+leave behind); a dead one's is emptied and used, unless there is something to go on from (model/data/resume.py).
 """
 
 import fcntl
@@ -21,6 +21,7 @@ from halny.model.data.dataset import FORMAT, SPLITS, VERSION, DataError, read_to
 from halny.model.durable import sha256, sync
 
 SHARD_TOKENS = 2**27
+UNFINISHED = "unfinished.json"  # of a partial folder that a preparation can go on from
 
 
 def write_dataset(
@@ -82,8 +83,11 @@ def check_shard_tokens(shard_tokens: int) -> int:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """A locked, empty folder beside `out` that takes its name on leaving, or vanishes on an exception."""
+def new_folder(out: Path, resumes: bool = False) -> Iterator[Path]:
+    """A locked, empty folder beside `out` that takes its name on leaving, or vanishes on an exception.
+
+    What holds an UNFINISHED neither vanishes nor is emptied; only who `resumes` gets it.
+    """
     missing = [parent for parent in out.parents if not parent.exists()]
     partial, lock = out.with_name(f".{out.name}.partial"), None
     try:
@@ -92,21 +96,29 @@ def new_folder(out: Path) -> Iterator[Path]:
         lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
         if not _locked(lock, partial):
             raise DataError(f"--out {out}: another process is preparing it now; wait for that or choose another")
-        for leftover in partial.iterdir():
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if not (partial / UNFINISHED).exists():
+            for leftover in partial.iterdir():
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        elif not resumes:
+            remedy = "finish it by its own command, or remove that folder"
+            raise DataError(f"--out {out}: {partial} holds an interrupted preparation; {remedy}")
         try:
             yield partial
             sync(partial)
             os.rename(partial, out)  # replaces an empty folder, refuses any other
             sync(out.parent)
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            with suppress(OSError):
-                for parent in missing:
-                    parent.rmdir()
+            if not (partial / UNFINISHED).exists():
+                shutil.rmtree(partial, ignore_errors=True)
+                with suppress(OSError):
+                    for parent in missing:
+                        parent.rmdir()
             raise
     except OSError as error:
-        raise DataError(f"--out {out}: cannot be written ({error.strerror}); make room or choose another") from error
+        refused = DataError(f"--out {out}: cannot be written ({error.strerror}); make room or choose another")
+        for note in getattr(error, "__notes__", []):
+            refused.add_note(note)
+        raise refused from error
     finally:
         if lock is not None:
             os.close(lock)
@@ -139,8 +151,8 @@ class Writer:
         return self
 
     def __exit__(self, *exception) -> None:
-        for arrays in self.open.values():
-            for array in arrays:
+        for array in (array for arrays in self.open.values() for array in arrays):
+            with suppress(OSError):  # of a full disk, which was said before
                 array.file.close()
 
     def total(self, what: str) -> int:
@@ -166,7 +178,7 @@ class Writer:
                 continue
             last = max(last, first + 1)
             if split not in self.open:
-                self.open[split] = self._arrays(f"{split}-{len(self.shards[split]):05d}")
+                self.open[split] = self._arrays(split)
             tokens, shard_ends = self.open[split]
             end = int(ends[last - 1])
             tokens.append(ids[begin:end])
@@ -189,9 +201,36 @@ class Writer:
                 array.path.unlink()
         return ids
 
-    def _arrays(self, name: str) -> "tuple[GrowingArray, GrowingArray]":
-        paths = (self.folder / f"{name}.npy", self.folder / f"{name}.documents.npy")
-        return GrowingArray(paths[0], self.dtype), GrowingArray(paths[1], np.dtype("<i8"))
+    def sync(self) -> None:
+        """All that was added is on the disk."""
+        for arrays in self.open.values():
+            for array in arrays:
+                array.file.flush()
+                os.fsync(array.file.fileno())
+
+    def state(self) -> dict:
+        """For JSON; `restore` takes it back, in a folder where more may have been added since."""
+        lengths = {split: [array.length for array in arrays] for split, arrays in self.open.items()}
+        return {"open": lengths, "shards": self.shards, "documents": self.documents, "tokens": self.tokens}
+
+    def restore(self, state: dict) -> set[str]:
+        """The names of the files that belong to it; ValueError if one of them is too short."""
+        self.shards, self.documents, self.tokens = state["shards"], state["documents"], state["tokens"]
+        records = [
+            record for split in SPLITS for shard in self.shards[split] for record in (shard, shard["boundaries"])
+        ]
+        for record in records:
+            if (size := (self.folder / record["name"]).stat().st_size) != record["bytes"]:
+                raise ValueError(f"{record['name']} has {size} bytes, not {record['bytes']}")
+        for split, lengths in state["open"].items():
+            self.open[split] = self._arrays(split, *lengths)
+        files = [array.path.name for arrays in self.open.values() for array in arrays]
+        return {*files, *(record["name"] for record in records)}
+
+    def _arrays(self, split: str, n_tokens: int = 0, n_documents: int = 0) -> "tuple[GrowingArray, GrowingArray]":
+        path = self.folder / f"{split}-{len(self.shards[split]):05d}.npy"
+        ends = path.with_suffix(".documents.npy")
+        return GrowingArray(path, self.dtype, n_tokens), GrowingArray(ends, np.dtype("<i8"), n_documents)
 
     def _close(self, split: str) -> None:
         tokens, ends = self.open.pop(split)
@@ -212,7 +251,7 @@ class Writer:
         manifest = {
             "format": FORMAT,
             "version": VERSION,
-            "tool": f"halny {_tool_version()}",
+            "tool": f"halny {tool_version()}",
             "vocab_size": self.vocab_size,
             "dtype": self.dtype.name,
             "document": document,  # the ids before and after each; null for none, or for whatever the caller wrote
@@ -240,10 +279,18 @@ class Writer:
 class GrowingArray:
     """A 1-D .npy file to append to, whose header has the right length when it is finished."""
 
-    def __init__(self, path: Path, dtype: np.dtype):
-        self.path, self.dtype, self.length = path, dtype, 0
-        self.file = open(path, "w+b")  # noqa: SIM115 see finish
+    def __init__(self, path: Path, dtype: np.dtype, length: int = 0):
+        """Of `length` values that the file has already; what follows those is cut off."""
+        self.path, self.dtype, self.length = path, dtype, length
+        self.file = open(path, "r+b" if length else "w+b")  # noqa: SIM115 see finish
         self.file.write(_npy_header(dtype, 0))
+        if (size := path.stat().st_size) < self._at(length) and length:
+            raise ValueError(f"{path.name} has {size} bytes, not {self._at(length)} or more")
+        self.file.seek(self._at(length))
+        self.file.truncate()
+
+    def _at(self, index: int) -> int:
+        return len(_npy_header(self.dtype, 0)) + index * self.dtype.itemsize
 
     def append(self, values: np.ndarray) -> None:
         self.file.write(values.astype(self.dtype, copy=False).tobytes())
@@ -251,10 +298,9 @@ class GrowingArray:
 
     def take(self, start: int) -> np.ndarray:
         """The values from `start` on, which are cut off."""
-        at = len(_npy_header(self.dtype, 0)) + start * self.dtype.itemsize
-        self.file.seek(at)
+        self.file.seek(self._at(start))
         values = np.frombuffer(self.file.read(), self.dtype)
-        self.file.seek(at)
+        self.file.seek(self._at(start))
         self.file.truncate()
         self.length = start
         return values
@@ -272,7 +318,7 @@ def _npy_header(dtype: np.dtype, length: int) -> bytes:
     return header.getvalue()
 
 
-def _tool_version() -> str:
+def tool_version() -> str:
     try:
         return importlib.metadata.version("halny")
     except importlib.metadata.PackageNotFoundError:
