@@ -267,15 +267,17 @@ INPUT is .txt (a document a file), .jsonl, .jsonl.gz or .jsonl.zst (a JSON objec
 or folders of them, walked in sorted order. The same input gives the same bytes, whatever the number of workers.
 
 Kept as they are: NUL, CR LF, every character that is one. Not text: a byte-order mark at the start of a file.
-Skipped, and counted by reason with the first place of each: empty documents; bytes that are not UTF-8; lines that are
-not JSON, no object, without the key, or with something other than a string there; lone surrogates; null; documents over
-{MAX_DOCUMENT_BYTES >> 20} MiB; .parquet files without the column; what follows the damage in a damaged file.
+Skipped, and counted by reason with the first place of each: empty documents, also those of which the tokenizer leaves
+nothing; bytes that are not UTF-8; lines that are not JSON, no object, without the key, or with something other than a
+string there; lone surrogates; null; documents over {MAX_DOCUMENT_BYTES >> 20} MiB; .parquet files without the column;
+what follows the damage in a damaged file.
 With --strict the first of them refuses the whole, as do {HOPELESS:,} of them before anything else without it.
 
 Killed or stopped, the same command goes on after the input files that were finished, so give a large corpus as several
 files; they are kept beside DIR, in .DIR.partial. The bytes are the same as without the interruption.
 
---merge A B --out C joins folders that were prepared in parts: the same tokens as of all their inputs prepared at once.
+--merge A B --out C joins folders that were prepared in parts: the same tokens as of all their inputs prepared at once,
+but that --dedup finds no document of one in another.
 """
 EPILOG = """Exit codes: 0 done; 1 a worker died; 2 refused; 130 interrupted; 143 terminated (no DIR unless 0).
 With --check: 0 clean; 1 not clean; 2 nothing that could be opened.

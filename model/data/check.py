@@ -89,13 +89,14 @@ def check_tokens(
     shard: Shard, where: str, vocab_size: int, bos_id: int | None, eos_id: int | None, findings: Findings
 ) -> None:
     before = -1  # the last token of the chunk before
+    markers = {bos_id: "BOS", eos_id: "EOS"} if bos_id != eos_id else {bos_id: "BOS, which is EOS"}
     for start in range(0, len(shard.tokens), CHUNK):
         tokens = shard.tokens[start : start + CHUNK]
         bad = np.flatnonzero(tokens >= vocab_size)
         if len(bad):
             what = f"id {tokens[bad[0]]} at token {start + bad[0]} of {where}, the vocabulary is of {vocab_size}"
             findings.add("ids past the vocabulary", len(bad), what)
-        for name, token_id in (("BOS", bos_id), ("EOS", eos_id)):
+        for token_id, name in markers.items():
             if token_id is not None:
                 here = np.flatnonzero(tokens == token_id)
                 doubled = here[:-1][np.diff(here) == 1] + 1

@@ -1,8 +1,8 @@
 """``prepare_data --merge A B --out C``: prepared folders of one tokenizer, joined without tokenizing again.
 
-The shards are written anew, so that what comes out has the very tokens and shards of all inputs prepared at once (where
-the folders were made with the same settings, and no document is in two of them and --dedup was asked for). The folders
-are read twice: first against their checksums, since damage must not get a fresh checksum.
+The shards are written anew, so that what comes out has the very tokens and shards of all inputs prepared at once with
+the same settings, but that --dedup cannot find a document of one folder in another. The folders are read twice: first
+against their checksums, since damage must not get a fresh checksum.
 """
 
 import sys

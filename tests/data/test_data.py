@@ -429,6 +429,14 @@ def test_check_finds_each_fault(checked, fault, capsys):
     assert all(part in out for part in expected) and "clean      " not in out, out
 
 
+def test_check_counts_two_separators_once_where_bos_is_eos(checked, capsys):
+    rewrite(checked, "train-00000.npy", lambda tokens: np.copyto(tokens, 2, where=tokens == 1))
+    edit_manifest(lambda m: m.update(document={"bos_id": 2, "eos_id": 2}))(checked)
+    assert not check.check(checked)
+    out = capsys.readouterr().out
+    assert "doubled BOS, which is EOS: 2; the first: token 7 of train-00000.npy" in out and "doubled EOS" not in out
+
+
 def test_check_finds_changed_and_truncated_files(checked, capsys):
     shard = checked / "train-00000.npy"
     content = shard.read_bytes()

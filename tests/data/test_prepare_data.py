@@ -839,6 +839,15 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(monkeypatch, capsys)
     ]
 
 
+def test_progress_counts_what_was_done_before_as_done_and_not_as_speed(monkeypatch, capsys):
+    clock = iter([0.0, 40.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    with progress.Progress(100_000_000, bytes_before=50_000_000, tokens_before=1_000_000) as bar:
+        bar.update(10_000_000, 100, 5_000_000)
+    line = "prepare_data: 60%, 100 documents, 0.2 MB/s, 100,000 tokens/s, 160 s left"
+    assert capsys.readouterr().err.splitlines() == [line]
+
+
 # --- interruptions ----------------------------------------------------------------------------------------------------
 
 
