@@ -88,10 +88,10 @@ def _documents(dataset: Dataset, split: str) -> Iterator[tuple[np.ndarray, np.nd
     """All documents, some millions of tokens at a time: their ids one after the other, and the length of each."""
     stream, shard_start = dataset.split(split), 0
     for shard in stream.shards:
-        first = begin = 0
-        while first < len(shard.ends):
-            last = max(first + 1, int(np.searchsorted(shard.ends, begin + CHUNK, side="right")))
-            ends = np.asarray(shard.ends[first:last])
+        every, first, begin = np.asarray(shard.ends), 0, 0
+        while first < len(every):
+            last = max(first + 1, int(np.searchsorted(every, begin + CHUNK, side="right")))
+            ends = every[first:last]
             yield stream.gather([shard_start + begin], [int(ends[-1]) - begin]), np.diff(ends, prepend=begin)
             first, begin = last, int(ends[-1])
         shard_start += begin
