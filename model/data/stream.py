@@ -79,7 +79,7 @@ class TokenStream:
     def __init__(self, shards: list[Shard], sha256: Mapping[str, str]):
         self.shards = shards
         self.n_documents = sum(len(shard.ends) for shard in shards)
-        self._sha256 = sha256
+        self._sha256, self._said = sha256, False
         self._starts = [0, *itertools.accumulate(len(shard.tokens) for shard in shards)]
         self._identities = [_identity(os.stat(shard.tokens.filename)) for shard in shards]
 
@@ -147,7 +147,9 @@ class TokenStream:
         path = self.shards[i].tokens.filename
         if now.bytes < before.bytes:
             raise OSError(f"was cut short, it has {now.bytes} bytes of {before.bytes}")
-        _log(f"{path}: was touched or replaced; reading all of it to see whether it is the same")
+        if not self._said:  # who touches one file often touches all
+            _log(f"{path}: was touched or replaced; each such file is read whole, once, to see whether it is the same")
+            self._said = True
         with open(file, "rb", closefd=False) as whole:
             if hashlib.file_digest(whole, "sha256").hexdigest() != self._sha256.get(path):
                 raise DataError(f"{path}: was changed or replaced after it was opened; {RESTORE}")
