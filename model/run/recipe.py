@@ -30,8 +30,8 @@ class Recipe:
         choices=("auto", "reference"))
 
     data: tuple[str, ...] | None = setting("data", None,
-        "folder made by python -m halny.model.prepare_data or raw .bin file; or several and the share of samples from "
-        "each, as in pl:0.7 en:0.3 [built in: the Python language reference]")
+        "folder made by python -m halny.model.prepare_data, or raw .bin files or a folder of them; or several and the "
+        "share of samples from each, as in pl:0.7 en:0.3 [built in: the Python language reference]")
     data_dtype: str | None = setting("data", None,
         "dtype of the ids where --data is a raw .bin file (nanoGPT's, llm.c's, ALLaMo's) whose header does not say",
         choices=("uint16", "uint32"))
