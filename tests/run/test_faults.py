@@ -519,10 +519,10 @@ def test_max_hours_stops_ahead_of_the_limit(small, tmp_path):
 def test_max_hours_cuts_an_evaluation_short_and_says_where_none_fits(small, tmp_path):
     write_dataset([np.full(65 * 40_000, 7)], tmp_path / "large", vocab_size=256)
     command = [*SMALL, "--data", small, "--run-dir", "r", "--steps", 100, "--save-every", 100, "--eval-every", 2]
-    command += ["--eval-data", f"large:{tmp_path / 'large'}", "--micro-batch", 1, "--max-hours", 6 / 3600]
+    command += ["--eval-data", f"large:{tmp_path / 'large'}", "--micro-batch", 1, "--max-hours", 4 / 3600]
     began = time.monotonic()
     process = ranks_run(*command, cwd=tmp_path, codes=[STOPPED])
-    assert time.monotonic() - began < 20 and "stopped by --max-hours" in process.out  # the evaluation takes minutes
+    assert time.monotonic() - began < 30 and "stopped by --max-hours" in process.out  # the evaluation takes minutes
     assert saved_steps(tmp_path / "r") == [2] and not any("val_loss" in line for line in metrics(tmp_path / "r"))
     again = ranks_run(*command, cwd=tmp_path, codes=[1])
     assert "one evaluation does not fit; give it longer, or evaluate on less" in again.err
