@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from halny.model.data.dataset import DataError, one_line
 from halny.model.data.keep import Condition, Dropped, first_failed
+from halny.model.durable import in_its_words
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 BOM = b"\xef\xbb\xbf"
@@ -106,7 +107,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     """All files below a folder, through links too, each folder once. DataError for what cannot be looked into."""
 
     def refuse(error: OSError) -> None:
-        raise DataError(f"{error.filename}: cannot be read ({error.strerror}); check it or leave it out")
+        raise DataError(f"{error.filename}: cannot be read ({in_its_words(error)}); check it or leave it out")
 
     seen = set()
     for root, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
@@ -168,7 +169,7 @@ def read_blocks(files: list[tuple[int, Path]], text_key: str, keep: list[Conditi
                 if before is not None:
                     yield before._replace(files_done=i + 1)
         except OSError as error:
-            raise DataError(f"{file}: cannot be read ({one_line(error)}); check the file or leave it out") from error
+            raise DataError(f"{file}: cannot be read ({in_its_words(error)}); check it or leave it out") from error
     if together:
         yield Block(source_before, together, size_together, len(files))
 

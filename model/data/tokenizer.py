@@ -39,7 +39,7 @@ from typing import NamedTuple
 import numpy as np
 
 from halny.model.data.dataset import DataError, one_line, read_tokenizer_files, to_json, token_dtype
-from halny.model.durable import sha256
+from halny.model.durable import REMEDIES, in_its_words, sha256
 
 MISTRAL = "mistral-v0.1"
 MISTRAL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"  # of its tokenizer.model
@@ -209,6 +209,8 @@ def load_tokenizer(tokenizer: str | Path) -> Tokenizer:
             loaded.save_pretrained(saved)
             files = read_tokenizer_files(Path(saved))
     except Exception as error:  # a broken file makes transformers and tokenizers raise nearly anything
+        if isinstance(error, OSError) and error.errno in REMEDIES:  # says nothing about what is in the folder
+            raise DataError(f"--tokenizer {tokenizer}: cannot be read ({in_its_words(error)})") from error
         raise DataError(
             f"--tokenizer {tokenizer}: cannot be read ({one_line(error)}); save it again or name another"
         ) from error
