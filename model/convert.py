@@ -243,12 +243,16 @@ def _copy_weights(model: Mistral, headers: dict[str, _Header], progress: Callabl
         with _opened(file) as opened:
             for _, hf_name, low, high, target in in_file:
                 rows = opened.get_slice(hf_name)[low:high]
-                if not rows.isfinite().all():
-                    raise ValueError(f"{file}: {hf_name} holds a number that is not finite (NaN or infinite)")
+                _check_finite(rows, file, hf_name)
                 target.copy_(rows)
                 done += rows.nbytes
                 if progress is not None:
                     progress(done, total)
+
+
+def _check_finite(rows: Tensor, file: Path, name: str) -> None:
+    if not rows.isfinite().all():
+        raise ValueError(f"{file}: {name} holds a number that is not finite (NaN or infinite)")
 
 
 @contextmanager
