@@ -12,10 +12,10 @@ The file is the story of a run, and reads from top to bottom:
     4  the loop                steps, checkpoints, evaluations
     5  from start to end       refusals first; set up, train, leave results
 
-What it stands on: model/run/ (recipe: every setting; resolve: what follows from them; ranks: what ranks agree on;
-watch: who ends a run that hangs; fsdp: who holds what of the model; optimizer: AdamW, which updates are skipped;
-checkpoint and saver: how a run is saved and found again; evaluation; rank_process: signals and exit codes), model/data/
-(samples and how they reach the device), model/record/ (what a run says and leaves), model/mistral.py.
+What it stands on: model/run/ (recipe: every setting; resolve: what follows from them; inputs: what is read; ranks: what
+ranks agree on; watch: who ends a run that hangs; fsdp: who holds what of the model; optimizer: AdamW, which updates are
+skipped; checkpoint and saver: how a run is saved and found again; evaluation; rank_process: signals and exit codes),
+model/data/ (samples and how they reach the device), model/record/ (what a run says and leaves), model/mistral.py.
 """
 
 from __future__ import annotations
@@ -65,6 +65,14 @@ from halny.model.record.run_folder import RunFolder
 from halny.model.record.summary import energy_joules, spent_on
 from halny.model.run import checkpoint, fsdp
 from halny.model.run.evaluation import HELD_OUT, EvalSets, evaluate, in_words
+from halny.model.run.inputs import (
+    check_evaluations,
+    check_ids,
+    check_tokenizers,
+    hash_raw_files,
+    open_data,
+    open_eval_sets,
+)
 from halny.model.run.look_ahead import look_before, plan_ahead
 from halny.model.run.optimizer import Guard, ShardedAdamW, SplitAdamW, narrow_
 from halny.model.run.ranks import (
@@ -86,16 +94,10 @@ from halny.model.run.resolve import (
     as_it_began,
     can_be_written,
     check_disk,
-    check_evaluations,
-    check_ids,
     check_looking,
-    check_tokenizers,
     data_or_refused,
     describe,
-    hash_raw_files,
     is_frozen,
-    open_data,
-    open_eval_sets,
     resolve,
     scores_path,
     weights_of,

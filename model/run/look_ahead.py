@@ -7,11 +7,12 @@ import os
 
 from halny.model.estimate.plan import Request, answer
 from halny.model.exits import FAILED, FINISHED, Failed, Refused
+from halny.model.run.inputs import open_data
 from halny.model.run.preflight import Job, preflight
 from halny.model.run.rank_process import RankProcess
 from halny.model.run.ranks import agreed, anywhere, say, start_distributed
 from halny.model.run.recipe import Recipe
-from halny.model.run.resolve import DTYPES, describe_sharding, model_config, open_data, resolve, saving_interval
+from halny.model.run.resolve import DTYPES, describe_sharding, model_config, resolve, saving_interval
 from halny.model.run.watch import Watch
 
 

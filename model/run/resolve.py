@@ -5,7 +5,6 @@ Nothing is allocated or written here, and of the data and of weights only their 
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import shutil
@@ -18,16 +17,9 @@ import torch
 
 from halny.kernels.dispatch import INTERPRETED
 from halny.model.convert import check_hf_weights, pieces
-from halny.model.data.batches import Corpus, Loader, named_sources, parse_sources
+from halny.model.data.batches import Corpus, Loader, parse_sources
 from halny.model.data.dataset import (
-    CHUNK,
-    SPLITS,
     DataError,
-    Dataset,
-    RawDataset,
-    hash_files,
-    is_dataset,
-    open_dataset,
 )
 from halny.model.data.order import share_of, step_numbers
 from halny.model.durable import folder_above, in_words
@@ -40,10 +32,9 @@ from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import MistralConfig
 from halny.model.run.checkpoint import complete, config_of
 from halny.model.run.evaluation import EvalSets, parse_named
-from halny.model.run.ranks import World, agreed, everywhere, on_main, say
+from halny.model.run.ranks import World
 from halny.model.run.recipe import CHANGE_WHEN_ASKED, Recipe, ranks_to_profile, steps_to_profile
 from halny.model.run.settings import flag
-from halny.model.tokenizer_files import pieces as pieces_of_tokenizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
@@ -317,14 +308,6 @@ def check_looking(recipe: Recipe) -> None:
             "with --init-from")  # fmt: skip
 
 
-def check_evaluations(recipe: Recipe, sets: EvalSets) -> None:
-    """Refuse evaluations that were asked for where there is nothing to evaluate on."""
-    if not sets.rows and (recipe.eval_only or recipe.eval_every):
-        asked = "--eval-only" if recipe.eval_only else f"--eval-every {recipe.eval_every}"
-        raise Refused(f"{asked}: nothing of the data was held out; name something to evaluate on with --eval-data "
-            "NAME:DIR, or prepare the data with a larger --val-fraction")  # fmt: skip
-
-
 def scores_path(recipe: Recipe) -> Path:
     """The file of what --eval-only finds."""
     return recipe.out or recipe.run_dir / "evaluation.json"
@@ -389,94 +372,6 @@ def describe_sharding(spec: RunSpec) -> str:
 
 def shortened(lines: list[str], most: int = 9) -> list[str]:
     return lines if len(lines) <= most else [*lines[: most - 1], f"and {len(lines) - most + 1} more"]
-
-
-# ------------------------------------------------------------------------------------------------------------ its data
-
-
-def open_one(path: Path | list[Path], spec: RunSpec, hashes: dict[str, str] | None = None) -> Dataset | RawDataset:
-    dtype = None if is_dataset(path) else spec.recipe.data_dtype
-    return open_dataset(path, dtype, spec.model.vocab_size, hashes)
-
-
-def hash_raw_files(spec: RunSpec, world: World) -> dict[str, str]:
-    """SHA-256 of the raw files that --data and --eval-data name, each read by one rank. A collective."""
-
-    def files() -> list[Path]:
-        named = [("--data", path) for path, _ in named_sources(spec.recipe.data or ())]
-        named += [("--eval-data", path) for path in parse_named(spec.recipe.eval_data or ()).values()]
-        opened = [data_or_refused(open_one, path, spec, of=of) for of, path in named if not is_dataset(path)]
-        return sorted({file for dataset in opened for file in dataset.files})
-
-    shared = on_main(world, files)
-    if world.is_main and (size := sum(file.stat().st_size for file in shared)) > 1e9:
-        say(world, f"reading {in_words(size)} of .bin files for their checksums, each on one rank")
-    mine = agreed(hash_files, shared[world.rank :: world.size], world.is_main)
-    return {name: digest for part in everywhere(mine) for name, digest in part.items()}
-
-
-def open_data(sources: tuple[str, ...], spec: RunSpec, hashes: dict[str, str] | None = None) -> Corpus:
-    """The data that --data names, opened and cut into samples; Refused if this model cannot train on it.
-
-    hashes: of raw files, as ``hash_raw_files`` has found them.
-    """
-    r, open_source = spec.recipe, functools.partial(open_one, spec=spec, hashes=hashes)
-    corpus = data_or_refused(Corpus, sources, r.seq_len, r.documents, open_source)
-    if r.data_dtype and not any(isinstance(source.dataset, RawDataset) for source in corpus.sources):
-        raise Refused(f"--data-dtype {r.data_dtype} belongs to raw .bin files, and {' '.join(sources)} is none; "
-            "leave it out")  # fmt: skip
-    return corpus
-
-
-def open_eval_sets(corpus: Corpus | None, spec: RunSpec, hashes: dict[str, str] | None = None) -> EvalSets:
-    """The held-out split, if it has one, and what --eval-data names; Refused if this model cannot read that."""
-    r, open_source = spec.recipe, functools.partial(open_one, spec=spec, hashes=hashes)
-    named = data_or_refused(parse_named, r.eval_data or (), of="--eval-data")
-    sets = data_or_refused(EvalSets, corpus, named, r.seq_len, r.documents, open_source, of="--eval-data")
-    return sets
-
-
-def check_ids(corpus: Corpus | None, sets: EvalSets, spec: RunSpec, part: int, parts: int) -> None:
-    """Refuse ids that the model has no row for. Of data whose vocabulary is larger than the model's, every parts-th
-    piece is read: a token that was added to the tokenizer and never used is no reason to refuse."""
-    datasets = [("--data", source.dataset) for source in corpus.sources] if corpus else []
-    for flag_, dataset in [*datasets, *(("--eval-data", dataset) for dataset in sets.datasets.values())]:
-        if dataset.vocab_size <= spec.model.vocab_size:
-            continue
-        for stream in (dataset.split(split) for split in SPLITS):
-            for first in range(part * CHUNK, len(stream), parts * CHUNK):
-                ids = stream.gather([first], [min(CHUNK, len(stream) - first)])
-                if (bad := int(ids.max())) >= spec.model.vocab_size:
-                    raise Refused(
-                        f"{flag_} {dataset.path}: token {first + int((ids == bad).argmax()):,} has id {bad}, but the "
-                        f"model's vocabulary is of {spec.model.vocab_size}, that of the data {dataset.vocab_size}; "
-                        "prepare the data with the model's tokenizer"
-                    )
-
-
-def check_tokenizers(start: Path | None, corpus: Corpus | None, sets: EvalSets) -> list[str]:
-    """What is to be said of ids that mean one thing to the weights of --init-from and another in the data.
-
-    A few may have another name, as special tokens do. Refused where a piece has moved, or where it is more than a few.
-    """
-    ours, said = pieces_of_tokenizer(start), []
-    named = set(ours.values())
-    datasets = [("--data", source.dataset) for source in corpus.sources] if corpus else []
-    for of, dataset in [*datasets, *(("--eval-data", dataset) for dataset in sets.datasets.values())]:
-        theirs = pieces_of_tokenizer(dataset.tokenizer)
-        both = sorted(ours.keys() & theirs.keys())
-        if not (differing := [i for i in both if ours[i] != theirs[i]]):
-            continue
-        moved = [i for i in differing if theirs[i] in named]
-        i = (moved or differing)[0]
-        found = (
-            f"{len(differing):,} of {len(both):,} ids mean something else in the tokenizer of {of} {dataset.path} than "
-            f"in that of --init-from {start}: {i} is {theirs[i]!r} there and {ours[i]!r} here"
-        )
-        if moved or len(differing) > len(both) / 100:
-            raise Refused(f"{found}; prepare the data with the model's tokenizer")
-        said.append(f"tokenizer  {found}")
-    return said
 
 
 def vocabulary_line(corpus: Corpus | None, spec: RunSpec) -> list[str]:

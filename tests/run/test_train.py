@@ -49,9 +49,10 @@ from halny.model.exits import FAILED, REFUSED, Refused
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import Mistral
 from halny.model.run.evaluation import EvalSets
+from halny.model.run.inputs import check_ids, check_tokenizers, open_data
 from halny.model.run.ranks import World
 from halny.model.run.recipe import SETTINGS, command_line
-from halny.model.run.resolve import check_ids, check_tokenizers, open_data, resolve, vocabulary_line
+from halny.model.run.resolve import resolve, vocabulary_line
 from halny.model.run.settings import flag
 
 CPU = torch.device("cpu")
