@@ -38,7 +38,7 @@ from bench import report
 from bench.lib.clocks import bench_on
 from bench.lib.command import command, parser_of
 from bench.lib.process import ROOT
-from bench.lib.results import BadResult, commit, new_result, results_folder, write_json, write_result
+from bench.lib.results import BadResult, commit, new_result, repeatable, results_folder, write_json, write_result
 from bench.merge import merge, read_folders
 from halny.model.exits import Refused
 
@@ -110,7 +110,8 @@ def start(command: list[str], log) -> subprocess.Popen:
     """A part's process, leader of a group of its own, so that its children end with it."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     environment.pop("TRITON_INTERPRET", None)  # each script decides for itself
-    log.write(f"\n$ {' '.join(command)}\n")
+    words = " ".join([Path(command[0]).name, *map(repeatable, command[1:])])  # may become a part's last words
+    log.write(f"\n$ {words}\n")
     log.flush()
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 

@@ -198,7 +198,8 @@ class Process:
     def said(self) -> list[str]:
         """What it printed: the beginning and the end where that is long."""
         text = self.log.read_text(errors="replace")
-        text = text.replace(f"{self.stage.scratch}/", "").replace(f"{self.stage.data.parent}/", "")
+        for folder in (self.stage.scratch, self.stage.data.parent, sys.prefix):  # of this machine
+            text = text.replace(f"{folder}/", "")
         lines = [line[:300] for line in text.splitlines() if line.strip()]
         if len(lines) > SAID_LINES:
             lines = [*lines[: SAID_LINES // 2], f"({len(lines) - SAID_LINES} lines)", *lines[-SAID_LINES // 2 :]]
