@@ -64,7 +64,7 @@ from halny.model.record.results import leave_curves, leave_export, leave_sample,
 from halny.model.record.run_folder import RunFolder
 from halny.model.record.summary import energy_joules, spent_on
 from halny.model.run import checkpoint, fsdp
-from halny.model.run.evaluation import HELD_OUT, EvalSets, evaluate, in_words
+from halny.model.run.evaluation import HELD_OUT, EvalSets, evaluate, perplexity_in_words
 from halny.model.run.inputs import (
     check_evaluations,
     check_ids,
@@ -406,7 +406,8 @@ def score(run: Run) -> dict | None:
             return None
         scores |= {f"{key}_{name}": value for name, value in found.items()}
         say(run.world, f"{'held out' if key == HELD_OUT else key.removeprefix(HELD_OUT + '_')} at step {run.step}: "
-            f"loss {found['loss']:.4f}  ppl {in_words(found['perplexity'])}  acc {found['accuracy']:.2%}")  # fmt: skip
+            f"loss {found['loss']:.4f}  ppl {perplexity_in_words(found['perplexity'])}  "
+            f"acc {found['accuracy']:.2%}")  # fmt: skip
     run.evaluation_s = time.monotonic() - began
     return scores
 

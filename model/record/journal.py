@@ -23,7 +23,7 @@ from halny.model.estimate import machines, roofline, step_time
 from halny.model.estimate.work import Layout, Work
 from halny.model.exits import Failed
 from halny.model.record.run_folder import RunFolder
-from halny.model.run.evaluation import in_words, loss_metrics
+from halny.model.run.evaluation import loss_metrics, perplexity_in_words
 from halny.model.run.optimizer import NOT_FINITE, SPIKE, SPIKE_SKIPPED
 from halny.model.run.ranks import World, say
 from halny.model.run.resolve import RunSpec
@@ -262,8 +262,8 @@ class Progress:
         """A step's metrics line, as much of it as there is room for."""
         rate = f"{m['tokens_per_second_per_gpu']:,.0f} tokens/s" + ("/GPU" if self.world.device.type == "cuda" else "")
         mfu = [] if m["mfu"] is None else [f"mfu {m['mfu']:.1%}"]
-        figures = [f"loss {m['loss']:.4f}", rate, *mfu, f"ppl {in_words(m['perplexity'])}", f"acc {m['accuracy']:.2%}",
-            f"{m['peak_memory_gib']:.2f} GiB"]  # fmt: skip
+        figures = [f"loss {m['loss']:.4f}", rate, *mfu, f"ppl {perplexity_in_words(m['perplexity'])}",
+            f"acc {m['accuracy']:.2%}", f"{m['peak_memory_gib']:.2f} GiB"]  # fmt: skip
         if self.bar is not None:  # as many as the window has room for, whole: tqdm would cut through a number
             room = (self.bar.format_dict["ncols"] or 80) - 46 - 2 * len(f"{self.bar.total}")
             fit = [f for i, f in enumerate(figures) if len("  ".join(figures[: i + 1])) <= room]

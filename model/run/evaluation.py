@@ -131,7 +131,7 @@ def evaluate(
     return None if stopping else loss_metrics(*totals.tolist())
 
 
-def in_words(perplexity: float) -> str:
+def perplexity_in_words(perplexity: float) -> str:
     return f"{perplexity:,.1f}" if perplexity < 1e6 else f"{perplexity:.2e}"
 
 

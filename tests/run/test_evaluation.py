@@ -17,7 +17,7 @@ from halny.model.data.batches import Corpus
 from halny.model.data.dataset import DataError, Dataset
 from halny.model.data.writer import write_dataset
 from halny.model.exits import REFUSED
-from halny.model.run.evaluation import EvalSets, in_words, parse_named
+from halny.model.run.evaluation import EvalSets, parse_named, perplexity_in_words
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_a_run_that_goes_on_can_be_evaluated(trained, tmp_path):
 
 
 def test_large_perplexities_are_readable():
-    assert [in_words(x) for x in (12345.67, 999_999.9, 1e6, 1.01e304)] == [
+    assert [perplexity_in_words(x) for x in (12345.67, 999_999.9, 1e6, 1.01e304)] == [
         "12,345.7", "999,999.9", "1.00e+06", "1.01e+304",
     ]  # fmt: skip
 
