@@ -42,12 +42,14 @@ from halny.model.hf_folder import (
     SINGLE,
     check_replaceable,
     few,
+    generation_config,
     hf_config,
     read_hf_config,
     read_json,
 )
+from halny.model.hints import hint
 from halny.model.mistral import Mistral, MistralConfig, local_rows, unwrapped
-from halny.model.tokenizer_files import tokenizer_files
+from halny.model.tokenizer_files import SpecialIds, copy_tokenizer, tokenizer_files
 
 # Ours: Hugging Face's, whose rows follow one another in ours, each with its shape. v vocabulary, d model width,
 # q channels of all query heads, k channels of all key (or value) heads, f MLP width.
@@ -210,7 +212,7 @@ def _list_files(folder: Path) -> dict[Path, set[str] | None]:
                 f"{folder} holds only {pickles[0].name}, a pickle, which can run code when it is read; "
                 "convert it to safetensors first (transformers' save_pretrained does)"
             )
-        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}")
+        raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}{hint(folder)}")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map")
@@ -261,7 +263,7 @@ def _opened(file: Path):
         with file.open("rb"), safe_open(file, framework="pt") as opened:  # whose "no such file" stands for all reasons
             yield opened
     except SafetensorError as error:
-        raise ValueError(f"{file} is truncated, corrupt or not a safetensors file ({error})") from None
+        raise ValueError(f"{file} is truncated, corrupt or not a safetensors file ({error}){hint(file)}") from None
 
 
 # ---- saving
@@ -273,24 +275,27 @@ def save_hf(
     *,
     dtype: torch.dtype | None = None,
     tokenizer: str | Path | None = None,
+    carried: dict | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     group: dist.ProcessGroup | None = None,
 ) -> None:
     """``MistralForCausalLM.save_pretrained(path)``, whole or not at all: what transformers 4 and 5 load as it is.
 
     Writes ``model.safetensors`` (or numbered files of at most max_shard_bytes, a larger tensor having one to itself,
-    and their index), config.json, generation_config.json, and the tokenizer's files from the folder ``tokenizer``.
-    dtype None writes each parameter in its own. An export that is there already is replaced only once the new one is
-    complete.
+    and their index), config.json, generation_config.json, and the tokenizer's files from the folder ``tokenizer``, as
+    they are. dtype None writes each parameter in its own. ``carried`` is what ``read_carried`` took from the folder
+    that the model began as: further keys of config.json, generation settings, a chat template. An export that is there
+    already is replaced only once the new one is complete.
 
     A collective if the model is sharded: every rank calls it, with equal arguments, and rank 0 writes, holding one
     file's tensors at a time. ``group`` is the process group over which rank 0 tells the others how it went (default:
     the default one). A model that is not sharded is written by whichever process calls.
 
     Raises ValueError for a path that holds anything but an earlier export, a tokenizer folder without a tokenizer, a
-    max_shard_bytes below 1, a model on the meta device or with other parameters than a Mistral's, adapters for one;
-    TypeError for a dtype that is not a floating-point one; what the file system raises. What goes wrong on rank 0 is
-    raised on every rank, elsewhere as ValueError or RuntimeError, and leaves ``path`` as it was.
+    max_shard_bytes below 1, a model on the meta device or with other parameters than a Mistral's, adapters for one, a
+    weight that dtype has no number for (in fp16 those beyond 65,504); TypeError for a dtype that is not a
+    floating-point one; what the file system raises. What goes wrong on rank 0 is raised on every rank, elsewhere as
+    ValueError or RuntimeError, and leaves ``path`` as it was.
     """
     _check_dtype(dtype)
     _check_shard_bytes(max_shard_bytes)
@@ -314,7 +319,7 @@ def save_hf(
     try:
         if writes:
             stored = {name: dtype or parameter.dtype for name, parameter in weights.items()}
-            _write(model.config, stored, tensors, partial, tokenizer, max_shard_bytes)
+            _write(model.config, stored, tensors, partial, tokenizer, carried, max_shard_bytes)
             check_replaceable(target)  # again: writing took a while
             move_into_place(partial, target)
     except Exception as caught:
@@ -334,6 +339,7 @@ def write_hf(
     path: str | Path,
     *,
     tokenizer: str | Path | None = None,
+    carried: dict | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """``save_hf`` by one process and without a model: of parameters (our names, whole) in the order of ``pieces``.
@@ -352,7 +358,8 @@ def write_hf(
         for piece in placed
     )
     try:
-        _write(config, {name: dtype for name, _ in pieces(config)}, tensors, partial, tokenizer, max_shard_bytes)
+        stored = {name: dtype for name, _ in pieces(config)}
+        _write(config, stored, tensors, partial, tokenizer, carried, max_shard_bytes)
         check_replaceable(target)  # again: writing took a while
         move_into_place(partial, target)
     finally:
@@ -390,6 +397,7 @@ def _write(
     tensors: Iterator[tuple[str, Tensor]],
     partial: Path,
     tokenizer: str | Path | None,
+    carried: dict | None,
     max_shard_bytes: int,
 ) -> None:
     numbers, total, size, n_files = {}, 0, 0, 1
@@ -404,12 +412,18 @@ def _write(
     def file_of(hf_name: str) -> str:
         return SINGLE if n_files == 1 else f"model-{numbers[hf_name]:05}-of-{n_files:05}.safetensors"
 
-    write_json(partial / CONFIG, hf_config(config, reduce(torch.promote_types, stored.values())))
-    ids = {"bos_token_id": config.bos_id, "eos_token_id": config.eos_id}
-    write_json(partial / GENERATION_CONFIG, {"_from_model_config": True, **ids})
+    described = hf_config(config, reduce(torch.promote_types, stored.values()), carried)
+    write_json(partial / CONFIG, described)
+    write_json(partial / GENERATION_CONFIG, generation_config(config, carried))
     for file, in_file in groupby(tensors, key=lambda item: file_of(item[0])):
         # transformers refuses a file whose metadata does not name the format
         held = {hf_name: tensor.cpu().contiguous() for hf_name, tensor in in_file}
+        for hf_name, tensor in held.items():
+            if not tensor.isfinite().all():
+                raise ValueError(
+                    f"{hf_name} holds a number that is not finite, or beyond what {tensor.dtype} has; bf16 has the "
+                    "range of fp32"
+                )
         save_file(held, partial / file, metadata={"format": "pt"})
         shutil.copymode(partial / CONFIG, partial / file)  # save_file makes files that only their owner may read
         sync(partial / file)
@@ -417,9 +431,10 @@ def _write(
     if n_files > 1:
         weight_map = {hf_name: file_of(hf_name) for hf_name in sorted(numbers)}
         write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    for name in [] if tokenizer is None else tokenizer_files(Path(tokenizer)):
-        shutil.copyfile(Path(tokenizer) / name, partial / name)
-        sync(partial / name)
+    if tokenizer is not None:
+        ids = SpecialIds(config.bos_id, config.eos_id, described.get("pad_token_id"))
+        for file in copy_tokenizer(Path(tokenizer), partial, ids, (carried or {}).get("chat_template")):
+            sync(file)
     sync(partial)
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from halny.model.hints import hint
 from halny.model.mistral import MistralConfig
-from halny.model.tokenizer_files import TOKENIZER_FILES
+from halny.model.tokenizer_files import is_tokenizer_file, read_chat_template
 
 # MistralConfig's fields: the key of config.json, and what transformers takes where it is absent.
 FIELDS: dict[str, tuple[str, int | float | None]] = {
@@ -38,10 +39,12 @@ ONLY = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
 }
+# Keys that say where a folder comes from, or name code that does not come along: an export has its own, or none.
+NOT_CARRIED = ("auto_map", "_name_or_path", "transformers_version", "_commit_hash")
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-EXPORT_FILES = {SINGLE, INDEX, CONFIG, GENERATION_CONFIG, *TOKENIZER_FILES}  # and SHARD: all that save_hf ever writes
+EXPORT_FILES = {SINGLE, INDEX, CONFIG, GENERATION_CONFIG}  # with SHARD and a tokenizer's: all that save_hf ever writes
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -63,24 +66,24 @@ def read_hf_config(path: str | Path) -> MistralConfig:
     """``transformers.MistralConfig.from_pretrained(path)`` as a MistralConfig, without transformers.
 
     Reads the old top-level ``rope_theta`` and transformers 5's ``rope_parameters``; absent keys take transformers'
-    defaults. Of several end-of-sequence ids the first is kept.
+    defaults. Of several end-of-sequence ids the first is kept; ``read_carried`` has them all.
 
     Raises ValueError, naming the file, key and value, for a folder or config.json that is missing or not JSON, and for
     what is not plain Mistral: another model type, architecture or activation, RoPE scaling, tied embeddings, biases,
     attention dropout, layers of differing kinds, quantisation.
     """
     if not Path(path).is_dir():
-        raise ValueError(f"{path} is not a folder")
+        raise ValueError(f"{path} is not a folder{hint(path)}")
     file = Path(path) / CONFIG
     if not file.is_file():
-        raise ValueError(f"{path} has no {CONFIG}, so it is not a Hugging Face model folder")
+        raise ValueError(f"{path} has no {CONFIG}, so it is not a Hugging Face model folder{hint(path)}")
     hf = read_json(file)
 
     def refuse(key: str, why: str = "halny does not support that"):
         raise ValueError(f"{file}: {key} is {hf.get(key)!r}; {why}")
 
     if hf.get("model_type") != "mistral":
-        refuse("model_type", "it must be 'mistral'")
+        refuse("model_type", f"it must be 'mistral'{hint(path)}")
     if hf.get("architectures") not in (None, ["MistralForCausalLM"]):
         refuse("architectures", "it must be ['MistralForCausalLM']")
     for key, allowed in ONLY.items():
@@ -114,8 +117,9 @@ def read_hf_config(path: str | Path) -> MistralConfig:
     return config
 
 
-def hf_config(config: MistralConfig, dtype: torch.dtype) -> dict:
-    """config.json, with the keys of transformers 4 (rope_theta, torch_dtype) and 5 (rope_parameters, dtype)."""
+def hf_config(config: MistralConfig, dtype: torch.dtype, carried: dict | None = None) -> dict:
+    """config.json, with the keys of transformers 4 (rope_theta, torch_dtype) and 5 (rope_parameters, dtype), and those
+    that ``read_carried`` took from another."""
     name = str(dtype).removeprefix("torch.")
     return {
         "architectures": ["MistralForCausalLM"],
@@ -127,9 +131,41 @@ def hf_config(config: MistralConfig, dtype: torch.dtype) -> dict:
         "tie_word_embeddings": False,
         "initializer_range": 0.02,
         "use_cache": True,
+        **(carried or {}).get("config", {}),
         "dtype": name,
         "torch_dtype": name,
     }
+
+
+def generation_config(config: MistralConfig, carried: dict | None = None) -> dict:
+    """generation_config.json: the one that ``read_carried`` took, or what follows from config.json."""
+    if found := (carried or {}).get("generation_config"):
+        return found
+    ids = {key: value for key, value in hf_config(config, torch.float32, carried).items() if key.endswith("_token_id")}
+    return {"_from_model_config": True, **ids}
+
+
+def read_carried(path: str | Path) -> tuple[dict, list[str]]:
+    """What an export of a model that began as this folder says of it beside its sizes, and what of this is left behind.
+
+    The first is for ``save_hf`` and can be written as JSON: {"config": keys of config.json, all of several eos_token_id
+    and pad_token_id among them, "generation_config": that file, "chat_template": the tokenizer's, if it has one}. The
+    second names keys. Raises ValueError for a config.json that ``read_hf_config`` refuses.
+    """
+    folder = Path(path)
+    known = hf_config(read_hf_config(folder), torch.float32)
+    hf, left = read_json(folder / CONFIG), []
+    several = isinstance(hf.get("eos_token_id"), list)
+    ours = known.keys() - {"initializer_range", "use_cache", *(("eos_token_id",) if several else ())}
+    carried = {"config": {key: x for key, x in hf.items() if key not in {*ours, *ONLY, *NOT_CARRIED, "layer_types"}}}
+    left += [f"{CONFIG}: {key}" for key in NOT_CARRIED if key in hf]
+    if (folder / GENERATION_CONFIG).is_file():
+        found = read_json(folder / GENERATION_CONFIG)
+        carried["generation_config"] = {key: x for key, x in found.items() if key not in NOT_CARRIED}
+        left += [f"{GENERATION_CONFIG}: {key}" for key in NOT_CARRIED if key in found]
+    if (template := read_chat_template(folder)) is not None:
+        carried["chat_template"] = template
+    return carried, left
 
 
 def read_json(file: Path) -> dict:
@@ -137,7 +173,7 @@ def read_json(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON and of UTF-8 alike
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        raise ValueError(f"{file} is not JSON: {error}{hint(file)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file} must hold a JSON object, not a {type(content).__name__}")
     return content
@@ -150,14 +186,21 @@ def check_replaceable(target: Path) -> None:
     if not target.is_dir():
         raise ValueError(f"{target} is a file, so no export can be written there")
     with os.scandir(target) as entries:
-        strangers = {
-            entry.name
-            for entry in entries
-            if not (entry.name in EXPORT_FILES or SHARD.fullmatch(entry.name))
-            or not entry.is_file(follow_symlinks=False)
-        }
+        strangers = {entry.name for entry in entries if not _is_of_an_export(entry)}
     if strangers:
         raise ValueError(f"{target} is not replaced: it holds {few(strangers)}, which is no part of an export")
+
+
+def _is_of_an_export(entry: os.DirEntry) -> bool:
+    if entry.is_dir(follow_symlinks=False):
+        with os.scandir(entry) as inside:
+            files = list(inside)
+        return bool(files) and all(
+            file.is_file(follow_symlinks=False) and is_tokenizer_file(f"{entry.name}/{file.name}") for file in files
+        )
+    name = entry.name
+    known = name in EXPORT_FILES or SHARD.fullmatch(name) is not None or is_tokenizer_file(name)
+    return known and entry.is_file(follow_symlinks=False)
 
 
 def few(names: set[str]) -> str:

@@ -1,13 +1,49 @@
-"""The files of a tokenizer, as data folders, checkpoints' exports and Hugging Face folders hold them."""
+"""The files of a tokenizer, as data folders, checkpoints' exports and Hugging Face folders hold them.
+
+They travel as they are, byte for byte: saving a tokenizer again means to lose what the library of the day does not
+know, or writes in a way that the one of yesterday cannot read.
+"""
 
 import json
+import re
+import shutil
 from pathlib import Path
+from typing import NamedTuple
+
+from halny.model.durable import write_json
+from halny.model.hints import is_lfs_pointer
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model")  # either is a tokenizer; the rest below only accompany one
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+NAMING = ("special_tokens_map.json", CONFIG)  # which say what BOS, EOS and padding are; the latter has the last word
 TOKENIZER_FILES = (
     *TOKENIZERS,
-    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *(*NAMING, "added_tokens.json", TEMPLATE, "chat_template.json"),
+    *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
+MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w-][\w.-]*\.jinja")  # as transformers 5 has them
+# What makes any transformers take a tokenizer.json as it stands: not "LlamaTokenizer", whose pipeline transformers 5
+# rebuilds by its own rules; no token types, which a Mistral does not take; padding on the side where no text goes on.
+AS_IT_STANDS = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "model_input_names": ["input_ids", "attention_mask"],
+    "padding_side": "left",
+    "clean_up_tokenization_spaces": False,
+    "model_max_length": 1000000000000000019884624838656,
+}
+ODD = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)  # of JSON that is not what it seems
+
+
+class SpecialIds(NamedTuple):
+    """The ids that begin a text, end it, and fill a batch up; None where a tokenizer has no such token."""
+
+    bos_id: int | None = None
+    eos_id: int | None = None
+    pad_id: int | None = None
+
+
+def is_tokenizer_file(name: str) -> bool:
+    return name in TOKENIZER_FILES or MORE_TEMPLATES.fullmatch(name) is not None
 
 
 def has_tokenizer(folder: Path | None) -> bool:
@@ -15,10 +51,15 @@ def has_tokenizer(folder: Path | None) -> bool:
 
 
 def tokenizer_files(folder: Path) -> list[str]:
-    """The names of those that a folder has. Raises ValueError if none of them is a tokenizer."""
+    """The names of those that a folder has. ValueError if none is a tokenizer, or one is Git LFS's stand-in for it."""
     if not has_tokenizer(folder):
         raise ValueError(f"tokenizer {folder} is not a folder with a {' or a '.join(TOKENIZERS)}")
-    return [name for name in TOKENIZER_FILES if (folder / name).is_file()]
+    more = sorted(str(path.relative_to(folder)) for path in folder.glob("additional_chat_templates/*"))
+    names = [name for name in (*TOKENIZER_FILES, *more) if is_tokenizer_file(name) and (folder / name).is_file()]
+    for name in names:
+        if is_lfs_pointer(folder / name):
+            raise ValueError(f"tokenizer {folder}: {name} is a Git LFS pointer, not the file; run git lfs pull there")
+    return names
 
 
 def pieces(folder: Path | None) -> dict[int, str]:
@@ -26,11 +67,101 @@ def pieces(folder: Path | None) -> dict[int, str]:
     if folder is None:
         return {}
     try:
-        raw = json.loads((folder / "tokenizer.json").read_bytes())
-        vocabulary = raw["model"]["vocab"]
-        if isinstance(vocabulary, list):  # Unigram's: piece and score, in the order of ids
-            vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-        added = {token["id"]: token["content"] for token in raw.get("added_tokens", [])}
-        return {i: piece for piece, i in vocabulary.items()} | added
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return _pieces(json.loads((folder / "tokenizer.json").read_bytes()))
+    except (OSError, *ODD):
         return {}
+
+
+def special_ids(folder: Path) -> SpecialIds:
+    """What tokenizer_config.json (or special_tokens_map.json) names; of a tokenizer.json without either, what its
+    post-processor puts around a text, and what config.json beside it says of the rest."""
+    try:
+        raw = json.loads((folder / "tokenizer.json").read_bytes())
+        ids = {piece: i for i, piece in _pieces(raw).items()}
+        named = [json.loads((folder / name).read_bytes()) for name in NAMING if (folder / name).is_file()]
+        if named:
+            tokens = [(named[0] | named[-1]).get(f"{name}_token") for name in ("bos", "eos", "pad")]
+            return SpecialIds(*(ids.get(token["content"] if isinstance(token, dict) else token) for token in tokens))
+        bos, eos = (ids.get(piece) for piece in _around(raw.get("post_processor")))
+        model = json.loads((folder / "config.json").read_bytes()) if (folder / "config.json").is_file() else {}
+        others = [model.get(f"{name}_token_id") for name in ("bos", "eos", "pad")]
+        others = [i[0] if isinstance(i, list) and i else i for i in others]
+        others = [i if i in ids.values() else None for i in others]
+        return SpecialIds(others[0] if bos is None else bos, others[1] if eos is None else eos, others[2])
+    except (OSError, *ODD):
+        return SpecialIds()
+
+
+def makes_the_same_ids(one: Path, other: Path) -> bool:
+    """Whether the tokenizer.json of two folders make the same ids of any text, though they differ in their bytes."""
+    try:
+        return _of_the_ids(one) == _of_the_ids(other)
+    except (OSError, *ODD):
+        return False
+
+
+def copy_tokenizer(folder: Path, target: Path, ids: SpecialIds, chat_template: str | None = None) -> list[Path]:
+    """Copy a folder's tokenizer files into another as they are; returns the files made.
+
+    Two may be added: a tokenizer_config.json beside a tokenizer.json that has none, without which transformers guesses
+    by the type of the model, and the chat template, if the folder has none of its own.
+    """
+    names = tokenizer_files(folder)
+    for name in names:
+        (target / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(folder / name, target / name)
+    if CONFIG not in names and "tokenizer.json" in names:
+        text = pieces(folder)
+        tokens = {f"{name[:3]}_token": text[i] for name, i in ids._asdict().items() if i in text}
+        write_json(target / CONFIG, AS_IT_STANDS | tokens)
+        names.append(CONFIG)
+    templates = [name for name in names if "chat_template" in name]
+    if chat_template is not None and not templates and read_chat_template(folder) is None:
+        (target / TEMPLATE).write_text(chat_template, encoding="utf-8")
+        names.append(TEMPLATE)
+    return [target / name for name in names]
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """The default one of a tokenizer folder, from where transformers of any version puts it."""
+    try:
+        if (folder / TEMPLATE).is_file():
+            return (folder / TEMPLATE).read_text(encoding="utf-8")
+        for name in ("chat_template.json", CONFIG):
+            found = json.loads((folder / name).read_bytes()).get("chat_template") if (folder / name).is_file() else None
+            if isinstance(found, list):  # several, by name
+                found = next((each["template"] for each in found if each["name"] == "default"), None)
+            if isinstance(found, str):
+                return found
+    except (OSError, *ODD):
+        pass
+    return None
+
+
+def _pieces(raw: dict) -> dict[int, str]:
+    vocabulary = raw["model"]["vocab"]
+    if isinstance(vocabulary, list):  # Unigram's: piece and score, in the order of ids
+        vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
+    added = {token["id"]: token["content"] for token in raw.get("added_tokens", [])}
+    return {i: piece for piece, i in vocabulary.items()} | added
+
+
+def _around(post_processor: dict | None) -> tuple[str | None, str | None]:
+    """The one token that a tokenizer.json puts before a text, and the one after it."""
+    for each in [post_processor, *(post_processor or {}).get("processors", [])]:
+        kind = (each or {}).get("type")
+        if kind in ("BertProcessing", "RobertaProcessing"):
+            return each["cls"][0], each["sep"][0]
+        if kind == "TemplateProcessing":
+            parts = [part["SpecialToken"]["id"] if "SpecialToken" in part else None for part in each["single"]]
+            before, after = parts[: parts.index(None)], parts[parts.index(None) + 1 :]
+            return before[0] if len(before) == 1 else None, after[0] if len(after) == 1 else None
+    return None, None
+
+
+def _of_the_ids(folder: Path) -> list:
+    raw = json.loads((folder / "tokenizer.json").read_bytes())
+    model = {key: value for key, value in raw["model"].items() if value}  # an older file lacks what is off
+    if "merges" in model:
+        model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    return [model, *(raw.get(key) for key in ("normalizer", "pre_tokenizer", "added_tokens"))]
