@@ -1,9 +1,9 @@
 """Text to token shards: ``python -m halny.model.prepare_data INPUT... --out DIR``.
 
 A document is BOS + ids + EOS, or without either as the flags say; ids + EOS where both are one token. Text is data:
-"</s>" written in a document is four characters, never the end of it. Held-out documents are chosen by a hash of their
-text, so neither order nor company matters, unless they are so few that none or all would be: then the end of the last
-one is. The way of a document, and where it is told in full:
+"</s>" written in a document is four characters, never the end of it, unless --special-tokens says so. Held-out
+documents are chosen by a hash of their text, so neither order nor company matters, unless they are so few that none or
+all would be: then the end of the last one is. The way of a document, and where it is told in full:
 
     files -> blocks of a megabyte, in order            model/data/documents.py, in the main process
     block -> texts, --keep, ids                        model/data/encode.py, in worker processes (model/data/workers.py)
@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +69,7 @@ def prepare(
     strict: bool = False,
     bos: bool | None = None,
     eos: bool | None = None,
+    special_tokens: bool = False,
     val_fraction: float = 0.005,
     shard_tokens: int = SHARD_TOKENS,
     workers: int | None = None,
@@ -78,6 +80,7 @@ def prepare(
     keep     conditions on metadata, as "quality=HIGH"; a document must fulfil all
     strict   DataError at the first document that cannot be used, instead of counting those
     bos, eos whether documents get them; None: if the tokenizer has them, one if they are the same token
+    special_tokens  whether a special token that a text spells out is that token, and no text
     workers  processes beside this one; None: as many as cores, or none for a few megabytes
 
     Raises DataError, naming file, line and remedy, or WorkerDied. Nothing is left behind then but input files that were
@@ -98,6 +101,7 @@ def prepare(
         workers = 0 if size < SMALL else len(os.sched_getaffinity(0))
     settings = {"text_key": text_key, "keep": [condition.text for condition in conditions], "dedup": bool(dedup)}
     settings |= {"val_fraction": val_fraction, "shard_tokens": shard_tokens}
+    settings |= {"special_tokens": True} if special_tokens else {}
     sources = [os.fsencode(name.resolve().name).decode(errors="replace") for name in inputs]
     _prepare(
         lambda done: read_blocks(files, text_key, conditions, done),
@@ -144,6 +148,7 @@ def _prepare(
 ) -> None:
     began, given_out, out = time.monotonic(), out, check_out(out)
     shard_tokens, tokenizer = check_shard_tokens(settings["shard_tokens"]), load_tokenizer(tokenizer)
+    tokenizer = replace(tokenizer, special_tokens=settings.get("special_tokens", False))
     bos_id, eos_id = _markers(bos, eos, tokenizer)
     job = Job(
         tokenizer=tokenizer,
@@ -154,6 +159,8 @@ def _prepare(
         val_fraction=settings["val_fraction"],
         dedup=settings.get("dedup", False),
     )
+    if total_bytes is not None and eos is None and tokenizer.eos_id is None:
+        print(f"prepare_data: {_unmarked(tokenizer, bos_id)}", file=sys.stderr)
     tally = Tally(len(sources), job.dedup)
     made_of = {"halny": tool_version(), "tokenizer": tokenizer.name, "tokenizer.json": tokenizer.sha256()}
     made_of |= {"BOS": bos_id, "EOS": eos_id, "inputs": sources, **settings}
@@ -186,7 +193,7 @@ def _prepare(
             _hold_out_part(writer, job, tally)
         n_documents, n_val = writer.total("documents"), writer.documents["val"]
         policy = {"bos_id": job.bos_id, "eos_id": job.eos_id}
-        writer.finish(tokenizer.name, tokenizer.files, policy, settings, tally.record(sources))
+        writer.finish(tokenizer.name, tokenizer.files, policy, settings, tally.record(sources), tokenizer.special)
         journal.remove()
     if total_bytes is not None:
         others = f"; {ignored:,} files of other endings or hidden ignored" if ignored else ""
@@ -243,6 +250,14 @@ def _markers(bos: bool | None, eos: bool | None, tokenizer: Tokenizer) -> tuple[
         both = f"the tokenizer {tokenizer.name} has one token for both ({bos_id}), which would stand between documents"
         raise DataError(f"--bos --eos: {both} twice; leave one of the flags out")
     return (bos_id, None) if bos else (None, eos_id)
+
+
+def _unmarked(tokenizer: Tokenizer, bos_id: int | None) -> str:
+    what = "begin without BOS and " if bos_id is None else ""
+    return (
+        f"NO END OF TEXT: documents {what}end without EOS, so a model cannot learn where one ends: the tokenizer "
+        f'{tokenizer.name} names none. Name it in its tokenizer_config.json as "eos_token"; if none is meant, --no-eos'
+    )
 
 
 # --- command line -----------------------------------------------------------------------------------------------------
@@ -308,6 +323,8 @@ def _arguments() -> _Parser:
     has = "put {} {} each document (default: if the tokenizer has it{})"
     add("--bos", action=argparse.BooleanOptionalAction, help=has.format("BOS", "before", " and it is not EOS"))
     add("--eos", action=argparse.BooleanOptionalAction, help=has.format("EOS", "after", ""))
+    meant = "take special tokens that a text spells out, as in chats in a template (<|im_end|>), for these tokens; "
+    add("--special-tokens", action="store_true", help=f"{meant}without, they are text like any other")
     share = "share of documents held out for evaluation, chosen by a hash of their text; of too few documents, the end "
     share += "of the last one (default: %(default)s)"
     add("--val-fraction", default=0.005, type=float, metavar="F", help=share)
@@ -329,7 +346,8 @@ def _arguments() -> _Parser:
 def main(argv: list[str] | None = None) -> int:
     parser = _arguments()
     args = parser.parse_args(argv)
-    names = ["tokenizer", "text_key", "keep", "dedup", "strict", "bos", "eos", "val_fraction", "workers"]
+    names = ["tokenizer", "text_key", "keep", "dedup", "strict", "bos", "eos", "special_tokens"]
+    names += ["val_fraction", "workers"]
     if args.check is None and not ((args.inputs or args.merge) and args.out):
         parser.error("give INPUT and --out, or --merge and --out, or --check")
     if args.check is not None and (args.inputs or args.merge or args.out):

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halny.model.data.dataset import DataError, Dataset, RawDataset, open_dataset
+from halny.model.data.dataset import DataError, Dataset, RawDataset, open_dataset, same_tokenizer
 from halny.model.data.growth import contents, with_origins
 from halny.model.data.history import Era, Share, from_json, gone_on, lineages, locate, samples_read
 from halny.model.data.order import grown_order
@@ -240,8 +240,7 @@ def check_one_tokenizer(one: Dataset | RawDataset, other: Dataset | RawDataset) 
             f"{one.path} has a vocabulary of {one.vocab_size}, {other.path} of {other.vocab_size}; prepare them with "
             "one tokenizer"
         )
-    hashes = [dataset.manifest["tokenizer"]["sha256"] for dataset in (one, other) if dataset.tokenizer is not None]
-    if len(set(hashes)) > 1:
+    if not same_tokenizer(one, other):
         raise DataError(f"{one.path} and {other.path} were made by different tokenizers; prepare them with one")
 
 

@@ -11,7 +11,6 @@ manifest records, through memory maps and in chunks, so that any size takes the 
     giant             a document of more tokens than a batch of the reference run, 2^22: a corpus taken for one text?
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from halny.model.data.dataset import CHUNK, SPLITS, DataError, Dataset, RawDatas
 GIANT_TOKENS = 1 << 22
 N_SAMPLES, SAMPLE_TOKENS = 4, 48
 BAR = 40  # characters
+AROUND = (("begins with", "BOS", "bos_id"), ("ends with", "EOS", "eos_id"))
 
 
 class Findings:
@@ -46,7 +46,7 @@ def check(
     findings = Findings()
     for name in data.changed_files() if isinstance(data, Dataset) else []:
         findings.add("files that are not what their checksum says", 1, str(name))
-    bos_id, eos_id = special_ids(data)
+    bos_id, eos_id, _ = data.special_ids
     promised = data.manifest["document"] if isinstance(data, Dataset) else {"bos_id": None, "eos_id": None}
     histograms = {}
     for split in SPLITS:
@@ -63,26 +63,6 @@ def check(
     if not findings.counts:
         print(f"clean      {path}")
     return not findings.counts
-
-
-def special_ids(data: Dataset | RawDataset) -> tuple[int | None, int | None]:
-    """BOS and EOS: those that the documents got, else those that the tokenizer has."""
-    if not isinstance(data, Dataset):
-        return None, None
-    out = []
-    for name in ("bos", "eos"):
-        token_id = data.manifest["document"][f"{name}_id"]
-        if token_id is None and data.tokenizer is not None:
-            try:
-                config = json.loads((data.tokenizer / "tokenizer_config.json").read_bytes())
-                raw = json.loads((data.tokenizer / "tokenizer.json").read_bytes())
-                token = config[f"{name}_token"]
-                token = token["content"] if isinstance(token, dict) else token
-                token_id = next((t["id"] for t in raw["added_tokens"] if t["content"] == token), None)
-            except (OSError, ValueError, KeyError, TypeError):
-                pass  # a tokenizer that says nothing: write_dataset takes any
-        out.append(token_id)
-    return tuple(out)
 
 
 def check_tokens(
@@ -146,6 +126,8 @@ def _statistics(data: Dataset | RawDataset, histograms: dict, tokens_per_second:
             mean = f", {len(stream) / stream.n_documents:,.1f} tokens each" if isinstance(data, Dataset) else ""
             documents = f"{stream.n_documents:,} documents, " if isinstance(data, Dataset) else ""
             yield f"{split:6} {documents}{len(stream):,} tokens{mean}"
+    if isinstance(data, Dataset):
+        yield _markers(data)
     histogram = sum(histograms.values())
     if histogram.any():
         yield "\nlengths of documents, in tokens"
@@ -162,6 +144,15 @@ def _statistics(data: Dataset | RawDataset, histograms: dict, tokens_per_second:
     if tokens_per_second is not None:
         days = f", {epoch / tokens_per_second / 86400:,.2f} days at {tokens_per_second:,g} tokens/s"
     yield f"\nan epoch: {epoch:,} tokens{days}"
+
+
+def _markers(data: Dataset) -> str:
+    """What stands around each document; loudly, if nothing does."""
+    ids = data.manifest["document"]
+    around = [f"{verb} {name} {ids[key]}" for verb, name, key in AROUND if ids[key] is not None]
+    if around:
+        return f"each document {' and '.join(around)}"
+    return "NO MARKERS: no BOS before documents and no EOS after them, unless whoever made the ids has put them there"
 
 
 def _of_the_input(manifest: dict) -> Iterator[str]:

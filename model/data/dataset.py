@@ -28,7 +28,14 @@ from tqdm import tqdm
 
 from halny.model.data.stream import DataError, FileArray, Shard, TokenStream, in_one_line
 from halny.model.durable import in_its_words, sha256
-from halny.model.tokenizer_files import TOKENIZER_FILES
+from halny.model.hints import hint, is_lfs_pointer
+from halny.model.tokenizer_files import (
+    SpecialIds,
+    is_tokenizer_file,
+    makes_the_same_ids,
+    special_ids,
+    tokenizer_files,
+)
 
 FORMAT, VERSION = "halny-tokens", 1
 SPLITS = ("train", "val")
@@ -37,7 +44,23 @@ AGAIN = "prepare it again with python -m halny.model.prepare_data"
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    """The content of a tokenizer's files by their names. DataError for a folder that has no whole one."""
+    try:
+        return {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
+    except ValueError as error:
+        raise DataError(str(error)) from None
+
+
+def same_tokenizer(one: "Dataset", other: "Dataset") -> bool:
+    """Whether the ids of two data folders mean the same tokens, so far as they say of what tokenizer they are."""
+    if one.tokenizer is None or other.tokenizer is None:
+        return True
+    hashes = [dataset.manifest["tokenizer"]["sha256"] for dataset in (one, other)]
+    if hashes[0] == hashes[1]:
+        return True
+    folders = [one.tokenizer, other.tokenizer]
+    sound = [sha256(folder / "tokenizer.json") for folder in folders] == hashes
+    return sound and makes_the_same_ids(*folders)  # as of one that was written by two versions of a library
 
 
 def one_line(error: Exception) -> str:
@@ -62,6 +85,7 @@ class Dataset:
 
     fingerprint  a hash of vocabulary, dtype and all shards: another one means other tokens or another order of them
     tokenizer    the folder of the tokenizer that made the ids, or None
+    special_ids  BOS and EOS that the documents got, else those of the tokenizer; and its padding
     """
 
     def __init__(self, path: Path):
@@ -77,6 +101,15 @@ class Dataset:
                 for record in manifest["tokenizer"]["files"]:
                     self._check_size(self.tokenizer / record["name"], record)
             self._streams = {split: self._open_split(split) for split in SPLITS}
+
+    @cached_property
+    def special_ids(self) -> SpecialIds:
+        recorded = self.manifest["tokenizer"] or {}
+        if "eos_id" in recorded or self.tokenizer is None:
+            known = SpecialIds(*map(recorded.get, SpecialIds._fields))
+        else:  # write_dataset records none, nor did older versions
+            known = special_ids(self.tokenizer)
+        return known._replace(**{name: i for name, i in self.manifest["document"].items() if i is not None})
 
     def split(self, name: str) -> TokenStream:
         """The stream of "train" or "val"; val may be empty."""
@@ -160,7 +193,8 @@ class Dataset:
         if not path.is_file():
             raise DataError(f"{path}: missing; {AGAIN}")
         if (size := path.stat().st_size) != record["bytes"]:
-            raise DataError(f"{path}: {size} bytes, the manifest says {record['bytes']} (cut short?); {AGAIN}")
+            remedy = hint(path) or f" (cut short?); {AGAIN}"
+            raise DataError(f"{path}: {size} bytes, the manifest says {record['bytes']}{remedy}")
 
 
 # llm.c's dev/data/data_common.py: (magic number, version) -> dtype
@@ -175,11 +209,11 @@ class RawDataset:
     vocab_size   as given, else the whole range of the dtype; `verify` holds the ids to it
     hashes       SHA-256 of files by their absolute names, as `hash_files` finds them, so far as they are known
     fingerprint  a hash of dtype and all bytes; reads those files that ``hashes`` lacks when first asked for
-    tokenizer    None: the files do not say
+    tokenizer    None: the files do not say, so no special_ids either
     A file has no document boundaries and so counts as one document.
     """
 
-    tokenizer = None
+    tokenizer, special_ids = None, SpecialIds()
 
     def __init__(
         self,
@@ -259,6 +293,8 @@ def _raw_array(path: Path, dtype: str | None) -> FileArray:
             header = np.frombuffer(file.read(12).ljust(12, b"\0"), dtype="<i4")
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({in_its_words(error)}); check the path") from error
+    if is_lfs_pointer(path):
+        raise DataError(f"{path}: no tokens yet{hint(path)}")
     offset, known = 0, LLM_C_HEADERS.get(tuple(header[:2].tolist()))
     if known is not None and size >= LLM_C_HEADER_BYTES:
         if dtype not in (None, known):
@@ -356,8 +392,11 @@ def _check_manifest(manifest: dict) -> None:
     if manifest["tokenizer"] is not None:
         if not isinstance(manifest["tokenizer"]["sha256"], str):
             raise TypeError("the sha256 of the tokenizer is no text")
+        for name in SpecialIds._fields:
+            if manifest["tokenizer"].get(name) is not None:
+                count(manifest["tokenizer"], name)
         for record in manifest["tokenizer"]["files"]:
-            check_file(record, TOKENIZER_FILES)
+            check_file(record, [record["name"]] if is_tokenizer_file(record["name"]) else [])
     for record in manifest.get("sources", []):  # which, as "input", write_dataset and older versions leave out
         count(record, "documents")
         count(record, "tokens")

@@ -27,6 +27,7 @@ from typing import NamedTuple
 from halny.model.data.dataset import DataError, one_line
 from halny.model.data.keep import Condition, Dropped, first_failed
 from halny.model.durable import in_its_words
+from halny.model.hints import hint, is_lfs_pointer
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 BOM = b"\xef\xbb\xbf"
@@ -95,6 +96,8 @@ def find_files(inputs: Iterable[Path]) -> tuple[list[tuple[int, Path]], int]:
     for _, file in files:
         if not os.access(file, os.R_OK):
             raise DataError(f"{file}: not readable; check its permissions")
+        if is_lfs_pointer(file):
+            raise DataError(f"{file}: no text yet{hint(file)}")
         if (real := file.resolve()) in seen:
             raise DataError(f"{file}: named twice among the inputs, which would double its documents; name it once")
         seen.add(real)

@@ -64,8 +64,8 @@ def encode_block(job: Job, encoder: Encoder, block: Block) -> Encoded:
     out = Encoded(source=block.source, size=block.size, files_done=block.files_done)
     found = [pair for part in block.parts for pair in documents(part, job.text_key, job.keep)]
     encodings = iter(encoder.encode([text for _, text in found if isinstance(text, str)]))
-    head, tail = job.markers()
-    pieces, lengths, val, digests = [np.array([], job.tokenizer.dtype)], [], [], []
+    (head, tail), none = job.markers(), np.array([], job.tokenizer.dtype)
+    pieces, lengths, val, digests = [none], [], [], []
     for where, item in found:
         if isinstance(item, str) and not len(ids := next(encodings)):  # a normalizer may leave nothing of a text
             item = Fault("empty", f"{where}: a document of which the tokenizer leaves no token; remove it")
@@ -77,8 +77,11 @@ def encode_block(job: Job, encoder: Encoder, block: Block) -> Encoded:
             out.dropped[item.reason] += 1
         else:
             raw = item.encode()
-            pieces += [head, ids, tail]
-            lengths.append(len(head) + len(ids) + len(tail))
+            first, last = head, tail
+            if job.tokenizer.special_tokens:  # a text may begin and end with them of its own accord
+                first, last = none if ids[0] in head else head, none if ids[-1] in tail else tail
+            pieces += [first, ids, last]
+            lengths.append(len(first) + len(ids) + len(last))
             val.append(_held_out(raw, job.val_fraction))
             if job.dedup:
                 digests.append(hashlib.blake2b(raw, digest_size=16).digest())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from halny.model.data.dataset import AGAIN, CHUNK, SPLITS, DataError, Dataset, read_tokenizer_files
+from halny.model.data.dataset import AGAIN, CHUNK, SPLITS, DataError, Dataset, read_tokenizer_files, same_tokenizer
 from halny.model.data.progress import Progress
 from halny.model.data.writer import SHARD_TOKENS, Writer, check_out, check_shard_tokens, new_folder
 
@@ -49,10 +49,11 @@ def merge(folders: list[Path], out: Path, *, shard_tokens: int = SHARD_TOKENS, p
                     for ids, lengths in _documents(dataset, split):
                         writer.add(split, ids, lengths)
                         bar.update(ids.nbytes, writer.total("documents"), writer.total("tokens"))
-            name = None if first["tokenizer"] is None else first["tokenizer"]["name"]
-            files = {} if name is None else read_tokenizer_files(datasets[0].tokenizer)
             settings = {"merged": [dataset.manifest["settings"] for dataset in datasets], "shard_tokens": shard_tokens}
-            writer.finish(name, files, first["document"], settings, _counts(datasets))
+            name, files = None, {}
+            if first["tokenizer"] is not None:
+                name, files = first["tokenizer"]["name"], read_tokenizer_files(datasets[0].tokenizer)
+            writer.finish(name, files, first["document"], settings, _counts(datasets), datasets[0].special_ids)
     if progress:
         print(
             f"prepare_data: {given_out}: {writer.total('documents'):,} documents ({writer.documents['val']:,} held "
@@ -69,7 +70,7 @@ def _check_goes_together(one: Dataset, other: Dataset) -> None:
         )
 
     ours, theirs = one.manifest["tokenizer"], other.manifest["tokenizer"]
-    if (ours and ours["sha256"]) != (theirs and theirs["sha256"]):
+    if (ours is None) != (theirs is None) or not same_tokenizer(one, other):
         names = [tok and f"{tok['name']} (tokenizer.json of SHA-256 {tok['sha256'][:12]})" for tok in (ours, theirs)]
         refuse("the tokenizer", *(name or "unknown" for name in names))
     if one.vocab_size != other.vocab_size:

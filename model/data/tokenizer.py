@@ -5,10 +5,12 @@ a lone file wrongly: without the leading "▁", without BOS, and merging by id w
 pieces of spaces only have the score -1e9, so "▁▁", id 259, must merge last and not first: "\n  x" is 28705 13 28705
 1318 and not 13 259 28744. So the fast tokenizer is made here, with its merges by falling score. Among equal scores
 SentencePiece takes the leftmost pair, which a list of merges cannot say; ordering them by the length of the left half,
-longest first, comes to the same (shortest first gets a run of 16 spaces wrong). tests/data/test_data.py holds it to
-SentencePiece; once AutoTokenizer on the lone file passes there, all this can go. Tokenizer folders of users are read
-from their tokenizer.json as it stands, since for some classes ("LlamaTokenizer") transformers 5 rebuilds the rest by
-its own rules; the copy saved with the data says so.
+longest first, comes to the same (shortest first gets a run of 16 spaces wrong). tests/data/test_prepare_data.py holds
+it to SentencePiece; once AutoTokenizer on the lone file passes there, all this can go. The SentencePiece model goes
+with the data and with every export beside it: llama.cpp's converter takes the scores of the pieces from there.
+
+**Tokenizer folders of users** are read from their tokenizer.json as it stands, since for some classes
+("LlamaTokenizer") transformers 5 rebuilds the rest by its own rules. All their files travel as they are.
 
 **Long texts.** Llama-style BPE has no pre-tokenizer: a whole document is one "word", for which the `tokenizers` library
 takes some 120 bytes a character, and ever longer. So a long text is encoded in windows, and the ids are still exactly
@@ -30,7 +32,6 @@ import hashlib
 import importlib.util
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ import numpy as np
 
 from halny.model.data.dataset import DataError, one_line, read_tokenizer_files, to_json, token_dtype
 from halny.model.durable import REMEDIES, in_its_words, sha256
+from halny.model.hints import hint
+from halny.model.tokenizer_files import AS_IT_STANDS, NAMING, SpecialIds, special_ids
 
 MISTRAL = "mistral-v0.1"
 MISTRAL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"  # of its tokenizer.model
@@ -51,14 +54,21 @@ TAIL = 32  # tokens at the end of a window that are encoded again; two would do 
 @dataclass(frozen=True)
 class Tokenizer:
     name: str
-    files: dict[str, bytes]  # what is saved with the data; tokenizer.json is among them and makes the ids
+    files: dict[str, bytes]  # what is saved with the data, tokenizer.json among them
     vocab_size: int
     bos_id: int | None
     eos_id: int | None
+    pad_id: int | None = None
+    backend: str | None = None  # the tokenizer.json that makes the ids, with tokens that only its neighbours name
+    special_tokens: bool = False  # "</s>" in a text is the end of a text, and not four characters
 
     @property
     def dtype(self) -> np.dtype:
         return token_dtype(self.vocab_size)
+
+    @property
+    def special(self) -> SpecialIds:
+        return SpecialIds(self.bos_id, self.eos_id, self.pad_id)
 
     def sha256(self) -> str:
         return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
@@ -76,21 +86,22 @@ class Window(NamedTuple):
 class Encoder:
     """Texts to arrays of ids: exactly the `tokenizers` library's own of each whole text, no special tokens added.
 
-    No truncation, no padding, no special tokens found in text. It needs memory for the text, not the library's 120
-    bytes a character, if the tokenizer is plain BPE like Mistral's (see the head of this file); others see texts whole.
+    No truncation, no padding; special tokens found in text only where the tokenizer says so. Elsewhere it needs memory
+    for the text, not the library's 120 bytes a character, if the tokenizer is plain BPE like Mistral's (see the head of
+    this file); others see texts whole.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         from tokenizers import Tokenizer as Backend
 
-        raw = json.loads(tokenizer.files["tokenizer.json"])
-        self.dtype, self.plain = tokenizer.dtype, _is_plain_bpe(raw)
+        raw = json.loads(tokenizer.backend or tokenizer.files["tokenizer.json"])
+        self.dtype, self.plain = tokenizer.dtype, _is_plain_bpe(raw) and not tokenizer.special_tokens
         if self.plain:
             raw["normalizer"] = None  # done in `_normalized`, where it costs a tenth less of the whole
         self.backend = Backend.from_str(json.dumps(raw))
         self.backend.no_truncation()
         self.backend.no_padding()
-        self.backend.encode_special_tokens = True  # as text, that is
+        self.backend.encode_special_tokens = not tokenizer.special_tokens  # True: as text
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of each text, uint16 or uint32 by the vocabulary."""
@@ -192,12 +203,16 @@ def load_tokenizer(tokenizer: str | Path) -> Tokenizer:
         return mistral_tokenizer()
     folder = Path(tokenizer)
     if not folder.is_dir():
-        raise DataError(f"--tokenizer {tokenizer}: no such folder; name one, or use --tokenizer {MISTRAL}")
+        remedy = hint(tokenizer) or f"; name one, or use --tokenizer {MISTRAL}"
+        raise DataError(f"--tokenizer {tokenizer}: no such folder{remedy}")
     if not (folder / "tokenizer.json").is_file():
-        raise DataError(
-            f"--tokenizer {tokenizer}: no tokenizer.json in it, and only fast tokenizers are read; save one there with "
-            f"save_pretrained of transformers, or use --tokenizer {MISTRAL}"
-        )
+        usual = f"; save one there with save_pretrained of transformers, or use --tokenizer {MISTRAL}"
+        remedy = hint(folder) or usual
+        raise DataError(f"--tokenizer {tokenizer}: no tokenizer.json in it, and only fast tokenizers are read{remedy}")
+    try:
+        files = read_tokenizer_files(folder)
+    except OSError as error:
+        raise DataError(f"--tokenizer {tokenizer}: cannot be read ({in_its_words(error)})") from error
     from transformers import PreTrainedTokenizerFast
     from transformers.utils import logging
 
@@ -205,9 +220,6 @@ def load_tokenizer(tokenizer: str | Path) -> Tokenizer:
     logging.set_verbosity_error()  # advice about regular expressions and missing frameworks is not for our users
     try:
         loaded = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-        with tempfile.TemporaryDirectory() as saved:
-            loaded.save_pretrained(saved)
-            files = read_tokenizer_files(Path(saved))
     except Exception as error:  # a broken file makes transformers and tokenizers raise nearly anything
         if isinstance(error, OSError) and error.errno in REMEDIES:  # says nothing about what is in the folder
             raise DataError(f"--tokenizer {tokenizer}: cannot be read ({in_its_words(error)})") from error
@@ -216,12 +228,10 @@ def load_tokenizer(tokenizer: str | Path) -> Tokenizer:
         ) from error
     finally:
         logging.set_verbosity(verbosity)
-    config = json.loads(files.get("tokenizer_config.json", b"{}"))
-    for key in ("is_local", "local_files_only", "name_or_path", "tokenizer_file", "vocab_file"):
-        config.pop(key, None)  # about this machine, not about the tokenizer
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # the class that takes tokenizer.json as it stands
-    files["tokenizer_config.json"] = to_json(config)
-    return Tokenizer(folder.resolve().name, files, len(loaded), loaded.bos_token_id, loaded.eos_token_id)
+    ids = SpecialIds(loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
+    if not files.keys() & {*NAMING}:  # a tokenizer.json alone
+        ids = special_ids(folder)
+    return Tokenizer(folder.resolve().name, files, len(loaded), *ids, loaded.backend_tokenizer.to_str())
 
 
 def mistral_tokenizer() -> Tokenizer:
@@ -256,19 +266,17 @@ def mistral_tokenizer() -> Tokenizer:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     fast.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in (unk, bos, eos)])
-    config = {
-        # Not "LlamaTokenizer": transformers 5 would rebuild the pipeline by its own rules (see the head of this file).
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": bos,
-        "eos_token": eos,
-        "unk_token": unk,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 1000000000000000019884624838656,
+    raw = json.loads(fast.to_str())
+    raw["model"]["merges"] = [" ".join(merge) for merge in raw["model"]["merges"]]  # as transformers up to 4.44 read it
+    # No text has the unknown token, since bytes stand for what has no piece; so it can fill up a batch.
+    tokens = {"bos_token": bos, "eos_token": eos, "unk_token": unk, "pad_token": unk}
+    config = AS_IT_STANDS | tokens | {"add_bos_token": True, "add_eos_token": False}
+    files = {
+        "tokenizer.json": to_json(raw),
+        "tokenizer.model": model.read_bytes(),
+        "tokenizer_config.json": to_json(config),
     }
-    files = {"tokenizer.json": fast.to_str().encode(), "tokenizer_config.json": to_json(config)}
-    return Tokenizer(MISTRAL, files, len(pieces), sp.bos_id(), sp.eos_id())
+    return Tokenizer(MISTRAL, files, len(pieces), sp.bos_id(), sp.eos_id(), sp.unk_id())
 
 
 def decode(tokenizer: Path, ids: list[int]) -> str:

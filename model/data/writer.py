@@ -19,6 +19,7 @@ import numpy as np
 
 from halny.model.data.dataset import FORMAT, SPLITS, VERSION, DataError, read_tokenizer_files, to_json, token_dtype
 from halny.model.durable import sha256, sync
+from halny.model.tokenizer_files import SpecialIds
 
 SHARD_TOKENS = 2**27
 UNFINISHED = "unfinished.json"  # of a partial folder that a preparation can go on from
@@ -244,7 +245,13 @@ class Writer:
         return {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256(path)}
 
     def finish(
-        self, tokenizer: str | None, files: dict[str, bytes], document: dict, settings: dict, counts: dict | None = None
+        self,
+        tokenizer: str | None,  # its name
+        files: dict[str, bytes],
+        document: dict,
+        settings: dict,
+        counts: dict | None = None,
+        special: SpecialIds | None = None,  # of the tokenizer, where they are known
     ) -> None:
         for split in list(self.open):
             self._close(split)
@@ -267,10 +274,12 @@ class Writer:
             folder = self.folder / "tokenizer"
             folder.mkdir()
             for name, content in files.items():
+                (folder / name).parent.mkdir(exist_ok=True)
                 (folder / name).write_bytes(content)
-            records = [self._record(folder / name) for name in sorted(files)]
+            records = [{**self._record(folder / name), "name": name} for name in sorted(files)]
             digest = hashlib.sha256(files["tokenizer.json"]).hexdigest()
-            manifest["tokenizer"] = {"name": tokenizer, "sha256": digest, "files": records}
+            manifest["tokenizer"] = {"name": tokenizer, "sha256": digest, **(special._asdict() if special else {})}
+            manifest["tokenizer"]["files"] = records
             sync(folder)
         (self.folder / "manifest.json").write_bytes(to_json(manifest, indent=1))
         sync(self.folder / "manifest.json")
