@@ -103,6 +103,7 @@ from halny.model.run.resolve import (
     weights_of,
 )
 from halny.model.run.saver import Saver, training_state
+from halny.model.run.token_ids import settle_token_ids
 from halny.model.run.watch import Watch
 
 # ---------------------------------------------------------------------------------------------- 1 model and optimizer
@@ -472,11 +473,14 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
         eval_sets = agreed(open_eval_sets, corpus, spec)
     watch.at("verifying the data", long=True)
     check_evaluations(recipe, eval_sets)
-    differing = on_main(world, check_tokenizers, recipe.init_from, corpus, eval_sets)
+    said = on_main(world, check_tokenizers, recipe.init_from, corpus, eval_sets)
+    model_config, carried, about_ids = on_main(world, settle_token_ids, spec, corpus)
+    spec = replace(spec, model=model_config)
     for read in filter(None, (corpus, eval_sets)):
         agreed(data_or_refused, read.verify, world.rank, world.size)
     config = {
-        "recipe": asdict(spec.recipe), "model": asdict(spec.model), "data": corpus and corpus.fingerprint,
+        "recipe": asdict(spec.recipe), "model": asdict(spec.model), "carried": carried,
+        "data": corpus and corpus.fingerprint,
         "weights": on_main(world, weights_of, recipe), "rounding": stochastic_rounding.VERSION,
     }  # fmt: skip
     asked = [other for name in recipe.allow_change or () for other in (name, *IMPLIED.get(name, ()))]
@@ -497,7 +501,7 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
         open_records(folder, spec, world, watch.done, config, history, changed)
         watch.writes_heartbeat = True
     say(world, describe(spec, world, corpus, eval_sets))
-    for line in differing:
+    for line in (*about_ids, *said):
         say(world, line)
 
     watch.at("filling the model", long=True)
@@ -610,7 +614,8 @@ def main(recipe: Recipe, process: RankProcess) -> int:
 def leave_results(run: Run, again: bool) -> None:
     """Export, curves and a sample of text; of a run that was finished before, those that are missing."""
     run.watch.at("export", run.step, long=True)
-    leave_export(run.folder, run.spec, run.world, run.corpus, run.model, run.optimizer, again)
+    carried = run.config["carried"]
+    leave_export(run.folder, run.spec, run.world, run.corpus, run.model, run.optimizer, carried, again)
     leave_curves(run.folder, run.world, again)
     leave_sample(run.folder, run.spec, run.world, run.corpus, run.model, again)
 

@@ -27,6 +27,7 @@ from halny.model.durable import folder_above, in_its_words, in_words
 from halny.model.estimate import sizes
 from halny.model.exits import FAILED, FINISHED, REFUSED, Failed, Refused
 from halny.model.hf_folder import check_replaceable
+from halny.model.hints import hint
 from halny.model.mistral import MistralConfig
 from halny.model.run import checkpoint
 from halny.model.run.resolve import DTYPES
@@ -43,6 +44,7 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
     try:
         manifest = checkpoint.read_manifest(path)
         config, recipe = MistralConfig(**manifest["config"]["model"]), manifest["config"]["recipe"]
+        carried = manifest["config"].get("carried", {})
         dtype = dtype or recipe["export_dtype"]
         torch_dtype = DTYPES[dtype]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -51,7 +53,7 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
         raise Refused(f"{error.filename or path} cannot be read: {in_its_words(error)}") from None
     tokenizer = tokenizer or find_tokenizer(path, recipe)
     if tokenizer is not None and not has_tokenizer(tokenizer):
-        raise Refused(f"--tokenizer {tokenizer} is not a folder with a {' or a '.join(TOKENIZERS)}")
+        raise Refused(f"--tokenizer {tokenizer} is not a folder with a {' or a '.join(TOKENIZERS)}{hint(tokenizer)}")
     try:
         check_replaceable(out)
     except ValueError as error:
@@ -66,7 +68,7 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
         raise Refused(f"{path} is damaged ({problem}); name an earlier checkpoint")
     print(f"export     {out}: {sizes.parameters(config):,} parameters in {dtype}, {in_words(needed)}", flush=True)
     try:
-        write_hf(config, torch_dtype, parameters(path, config), out, tokenizer=tokenizer)
+        write_hf(config, torch_dtype, parameters(path, config), out, tokenizer=tokenizer, carried=carried)
     except (OSError, ValueError, SafetensorError) as error:  # the run deletes a checkpoint when its turn comes
         raise Failed(f"{out} was not written: {' '.join(str(error).split())}") from None
     print(f"tokenizer  {tokenizer or 'none found: copy its files into the folder, or name it with --tokenizer'}")

@@ -231,7 +231,8 @@ def load_tokenizer(tokenizer: str | Path) -> Tokenizer:
     ids = SpecialIds(loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
     if not files.keys() & {*NAMING}:  # a tokenizer.json alone
         ids = special_ids(folder)
-    return Tokenizer(folder.resolve().name, files, len(loaded), *ids, loaded.backend_tokenizer.to_str())
+    vocab_size = max(loaded.get_vocab().values(), default=0) + 1  # more than there are tokens, where some ids have none
+    return Tokenizer(folder.resolve().name, files, vocab_size, *ids, loaded.backend_tokenizer.to_str())
 
 
 def mistral_tokenizer() -> Tokenizer:

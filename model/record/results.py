@@ -23,7 +23,7 @@ from halny.model.tokenizer_files import has_tokenizer
 
 def leave_export(
     folder: RunFolder, spec: RunSpec, world: World, corpus: Corpus,
-    model: Mistral, optimizer: ShardedAdamW | SplitAdamW, missing_only: bool,
+    model: Mistral, optimizer: ShardedAdamW | SplitAdamW, carried: dict, missing_only: bool,
 ) -> None:  # fmt: skip
     """The master weights as a Hugging Face folder, with the tokenizer of the data or of --init-from. A collective."""
     path, start = folder.path / "export", spec.recipe.init_from
@@ -32,12 +32,12 @@ def leave_export(
     tokenizer, dtype = corpus.tokenizer or (start if has_tokenizer(start) else None), DTYPES[spec.recipe.export_dtype]
     try:
         if fsdp.is_sharded(model):
-            save_hf(model, path, dtype=dtype, tokenizer=tokenizer)
+            save_hf(model, path, dtype=dtype, tokenizer=tokenizer, carried=carried)
         else:
             weights = dict(master_weights(model, optimizer))
             whole = ((name, weights[name].joined()) for name, _ in pieces(spec.model))
-            write_hf(spec.model, dtype, whole, path, tokenizer=tokenizer)
-    except ValueError as error:  # on all ranks: a tokenizer that is gone, say
+            write_hf(spec.model, dtype, whole, path, tokenizer=tokenizer, carried=carried)
+    except ValueError as error:  # on all ranks: a tokenizer that is gone, say, or a weight beyond fp16
         raise Failed(f"the export could not be written: {error}; the same command again makes it") from None
     say(world, f"export     {path}")
 

@@ -96,7 +96,8 @@ class RunFolder:
             recipe = {k: v for k, v in config["recipe"].items() if k not in {*free, *named}}
             off = {k: False for k, v in recipe.items() if isinstance(v, bool)}  # what a switch was before there was one
             rows = [(k, "--" + k.replace("_", "-"), (off | earlier["recipe"]).get(k), v) for k, v in recipe.items()]
-            rows += [("model", f"model {k}", earlier["model"].get(k), v) for k, v in config["model"].items()]
+            sizes = {k: v for k, v in config["model"].items() if k not in ("bos_id", "eos_id")}  # which no loss sees
+            rows += [("model", f"model {k}", earlier["model"].get(k), v) for k, v in sizes.items()]
             rows += [("data", "data fingerprint", earlier["data"], config["data"])]
             if named:
                 rows += [("weights", "fingerprint of --init-from's weights", earlier["weights"], config["weights"])]

@@ -117,7 +117,8 @@ class Recipe:
         "may be going on, or be one that only others may write")
     out: Path | None = setting("run", None, "file for what --eval-only finds [evaluation.json in --run-dir]",
         shown="FILE")
-    export_dtype: str = setting("run", "bf16", "dtype of the final Hugging Face export", choices=("bf16", "fp32"))
+    export_dtype: str = setting("run", "bf16", "dtype of the final Hugging Face export",
+        choices=("bf16", "fp16", "fp32"))
     max_hours: float | None = setting("run", None,
         "stop, saved, before so many hours from the start: the limit of the batch system, less a little [no limit]",
         above=0)

@@ -27,7 +27,8 @@ from halny.model.estimate import machines, roofline, sizes
 from halny.model.estimate.choices import Decided, Decision, decide, recomputed
 from halny.model.estimate.memory import checkpoint_bytes
 from halny.model.exits import Refused, unknown
-from halny.model.hf_folder import read_hf_config, weights_fingerprint
+from halny.model.hf_folder import read_carried, read_hf_config, weights_fingerprint
+from halny.model.hints import hint
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import MistralConfig
 from halny.model.run.checkpoint import complete, config_of
@@ -36,7 +37,7 @@ from halny.model.run.ranks import World
 from halny.model.run.recipe import CHANGE_WHEN_ASKED, Recipe, ranks_to_profile, steps_to_profile
 from halny.model.run.settings import flag
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # fp16 to export in only
 BUILTIN_VOCAB_SIZE = 32_000  # of Mistral-7B-v0.1's tokenizer
 
 
@@ -146,6 +147,7 @@ def model_config(recipe: Recipe) -> MistralConfig:
         return MistralConfig(**earlier["model"])
     try:
         if recipe.init_from:
+            read_carried(recipe.init_from)
             return check_hf_weights(recipe.init_from)
         if recipe.model in MODELS:
             return MODELS[recipe.model]
@@ -153,6 +155,8 @@ def model_config(recipe: Recipe) -> MistralConfig:
             return read_hf_config(Path(recipe.model))
     except ValueError as error:
         raise Refused(f"{'--init-from' if recipe.init_from else '--model'}: {error}") from None
+    if remedy := hint(recipe.model):
+        raise Refused(f"--model {recipe.model} is neither a preset nor a folder{remedy}")
     raise unknown("--model", recipe.model, MODELS)
 
 

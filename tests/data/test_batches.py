@@ -1,6 +1,7 @@
 """From shards to batches, each clever thing beside a slow and obvious definition of it."""
 
 import itertools
+import json
 import math
 import os
 import shutil
@@ -285,6 +286,17 @@ def test_tokenizers_of_one_vocabulary_but_different_ids_are_refused(tmp_path):
         write_dataset([np.arange(n)], tmp_path / name, vocab_size=9, tokenizer=tmp_path / f"tokenizer-{name}")
     with pytest.raises(DataError, match="different tokenizers"):
         corpus_of(tmp_path / "a:1", tmp_path / "b:1")
+
+
+def test_one_tokenizer_written_by_two_versions_of_a_library_is_one(tmp_path):
+    for n, name, merge in ((5, "a", "x y"), (6, "b", ["x", "y"]), (7, "c", ["y", "x"])):
+        (tmp_path / f"tokenizer-{name}").mkdir()
+        raw = {"model": {"type": "BPE", "vocab": {"x": 0, "y": 1, "xy": 2}, "merges": [merge]}}
+        (tmp_path / f"tokenizer-{name}/tokenizer.json").write_text(json.dumps(raw))
+        write_dataset([np.arange(n) % 3], tmp_path / name, vocab_size=3, tokenizer=tmp_path / f"tokenizer-{name}")
+    assert corpus_of(tmp_path / "a:1", tmp_path / "b:1", seq_len=2).vocab_size == 3
+    with pytest.raises(DataError, match="different tokenizers"):
+        corpus_of(tmp_path / "a:1", tmp_path / "c:1", seq_len=2)
 
 
 def test_raw_files_mix_with_data_folders(tmp_path):

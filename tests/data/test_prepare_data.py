@@ -29,6 +29,7 @@ from halny.model.data import encode, progress, tally, tokenizer, writer
 from halny.model.data.dataset import DataError, Dataset, is_dataset
 from halny.model.data.encode import held_out
 from halny.model.data.keep import parse_conditions
+from halny.model.data.merge import merge
 from halny.model.data.workers import ordered_map
 from halny.model.prepare_data import prepare, prepare_builtin
 
@@ -180,16 +181,92 @@ def test_users_tokenizer(tmp_path, saved):
     (source / "tokenizer.json").write_text(json.dumps(raw))
     config = json.loads((source / "tokenizer_config.json").read_text())
     config = {**config, "tokenizer_class": "LlamaTokenizer", "bos_token": None, "add_bos_token": False}
+    config["extra_special_tokens"] = {"image": "<img>"}  # which transformers 5 would write as a list
     (source / "tokenizer_config.json").write_text(json.dumps(config))
+    (source / "added_tokens.json").write_text("{ }\n")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates/tool_use.jinja").write_text("{{tools}}")
+    whole = contents(source)
     (source / "model.safetensors").write_bytes(b"not to be copied")
+    (source / "README.md").write_bytes(b"neither")
     (tmp_path / "a.txt").write_text(POLISH, encoding="utf-8")
     prepare([tmp_path / "a.txt"], tmp_path / "out", source, progress=False)
     expected = saved(POLISH, add_special_tokens=False).input_ids
     assert documents(tmp_path / "out", "train")[0].tolist() == [*expected, 2]
     data = Dataset(tmp_path / "out")
     assert data.manifest["document"] == {"bos_id": None, "eos_id": 2} and data.manifest["tokenizer"]["name"] == "mine"
-    assert sorted(file.name for file in data.tokenizer.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
+    assert contents(data.tokenizer) == whole
+    assert data.special_ids == (None, 2, 0)
+    data.verify()
+    merge([tmp_path / "out", shutil.copytree(tmp_path / "out", tmp_path / "copy")], tmp_path / "both", progress=False)
+    assert contents(tmp_path / "both/tokenizer") == whole and Dataset(tmp_path / "both").special_ids == (None, 2, 0)
     assert not any(str(tmp_path).encode() in content for content in contents(tmp_path / "out").values())
+
+
+def test_the_built_in_tokenizer_brings_what_its_readers_need(builtin, mistral, saved, sentencepiece):
+    """llama.cpp the pieces' scores, transformers up to 4.44 merges as strings, a batch something to fill it up."""
+    raw = json.loads((builtin / "tokenizer/tokenizer.json").read_bytes())
+    assert {type(merge) for merge in raw["model"]["merges"]} == {str}
+    assert len(raw["model"]["merges"]) == len(json.loads(mistral.files["tokenizer.json"])["model"]["merges"]) > 50_000
+    assert (builtin / "tokenizer/tokenizer.model").read_bytes() == sentencepiece.serialized_model_proto()
+    assert Dataset(builtin).special_ids == (1, 2, 0)
+    assert saved.pad_token_id == 0 and saved.padding_side == "left"
+    assert list(saved(["a b c", "a"], padding=True)) == ["input_ids", "attention_mask"]
+
+
+@pytest.mark.parametrize(
+    "beside, expected",
+    [
+        ({}, {"bos_id": None, "eos_id": None}),
+        ({"config.json": {"bos_token_id": 0, "eos_token_id": [1, 5]}}, {"bos_id": 0, "eos_id": 1}),
+        ({"tokenizer_config.json": {}, "config.json": {"eos_token_id": 1}}, {"bos_id": None, "eos_id": None}),
+    ],
+)
+def test_a_tokenizer_json_alone_is_asked_for_its_markers(tmp_path, beside, expected, capsys):
+    tok = saved_tokenizer(tmp_path / "tok", None, None)
+    (tok / "tokenizer_config.json").unlink()
+    for name, content in beside.items():
+        (tok / name).write_text(json.dumps(content))
+    text = str(write(tmp_path / "x.jsonl", ["ab"]))
+    command = [text, "--out", str(tmp_path / "out"), "--tokenizer", str(tok), "--val-fraction", "0"]
+    assert prepare_data.main(command) == 0
+    assert Dataset(tmp_path / "out").manifest["document"] == expected
+    assert not (tmp_path / "out/tokenizer/config.json").exists()
+    none = expected["eos_id"] is None
+    said, loud = capsys.readouterr().err, "NO END OF TEXT: documents begin without BOS and end without EOS"
+    assert (loud in said) == none
+    assert prepare_data.main(["--check", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert ("NO MARKERS" in out) == none and ("each document begins with BOS 0 and ends with EOS 1" in out) == (
+        not none
+    )
+    assert prepare_data.main([*command[:2], str(tmp_path / "meant"), *command[3:], "--no-eos"]) == 0
+    assert loud not in capsys.readouterr().err
+
+
+def test_special_tokens_in_text_are_meant_only_where_the_flag_says_so(tmp_path, saved, sentencepiece, capsys):
+    """Of Mistral's tokenizer, and of a long text, which is otherwise encoded in windows."""
+    saved.save_pretrained(tmp_path / "tok")
+    texts = ["<s> user</s> x", "user </s>", "plain", "a</s>b " * 9000]
+    path = write(tmp_path / "chat.jsonl", texts)
+    common = {"val_fraction": 0, "progress": False, "workers": 1}
+    prepare([path], tmp_path / "text", tmp_path / "tok", **common)
+    ours = documents(tmp_path / "text", "train")
+    assert [ids.tolist() for ids in ours] == [[1, *sentencepiece.encode(text), 2] for text in texts]
+
+    prepare([path], tmp_path / "meant", tmp_path / "tok", special_tokens=True, **common)
+    meant = documents(tmp_path / "meant", "train")
+    expected = [saved(text, add_special_tokens=False).input_ids for text in texts]
+    assert expected[0].count(2) == 1 and expected[3].count(2) == 9000
+    # no second BOS or EOS where a text has its own
+    assert meant[0].tolist() == [*expected[0], 2] and meant[1].tolist() == [1, *expected[1]]
+    assert [ids.tolist() for ids in meant[2:]] == [[1, *ids, 2] for ids in expected[2:]]
+    assert Dataset(tmp_path / "meant").manifest["settings"]["special_tokens"] is True
+    assert "special_tokens" not in Dataset(tmp_path / "text").manifest["settings"]
+    assert prepare_data.main(["--check", str(tmp_path / "meant")]) == 0
+    out = tmp_path / "by command"
+    assert prepare_data.main([str(path), "--out", str(out), "--special-tokens", "--val-fraction", "0"]) == 0
+    assert [ids.tolist() for ids in documents(out, "train")] == [ids.tolist() for ids in meant]
 
 
 # --- preparing --------------------------------------------------------------------------------------------------------
@@ -739,6 +816,7 @@ def refusals(tmp_path: Path) -> dict[str, tuple[list, dict, list[str]]]:
         "deep": "[" * 100000,
     }.items():
         (tmp_path / f"{name}.jsonl").write_text('{"text": "first line"}\n\n' + line + "\n")
+    (tmp_path / "pointer.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1795188\n")
     (tmp_path / "no-json").mkdir()
     (tmp_path / "no-json" / "tokenizer.model").write_bytes(b"x")
     (tmp_path / "bad-json").mkdir()
@@ -750,6 +828,7 @@ def refusals(tmp_path: Path) -> dict[str, tuple[list, dict, list[str]]]:
         **lines,
         "no input": ([], {}, ["name some"]),
         "missing": ([good, tmp_path / "nowhere.txt"], {}, ["nowhere.txt", "no such"]),
+        "pointer": ([good, tmp_path / "pointer.txt"], {}, ["pointer.txt: no text yet", "git lfs pull"]),
         "ending": ([folder / "a.md"], {}, ["a.md", ".jsonl"]),
         "no ending": ([tmp_path / "full" / "x"], {}, ["full/x", ".jsonl"]),
         "nothing in folder": ([folder], {}, ["folder", ".txt"]),
