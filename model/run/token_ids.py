@@ -13,10 +13,11 @@ from dataclasses import replace
 from halny.model.data.batches import Corpus
 from halny.model.data.dataset import Dataset
 from halny.model.exits import Refused
-from halny.model.hf_folder import read_carried
+from halny.model.hf_folder import few, read_carried
 from halny.model.mistral import MistralConfig
+from halny.model.run.recipe import Recipe
 from halny.model.run.resolve import RunSpec, earlier_config
-from halny.model.tokenizer_files import SpecialIds
+from halny.model.tokenizer_files import SpecialIds, pieces
 
 
 def settle_token_ids(spec: RunSpec, corpus: Corpus | None) -> tuple[MistralConfig, dict, list[str]]:
@@ -30,14 +31,7 @@ def settle_token_ids(spec: RunSpec, corpus: Corpus | None) -> tuple[MistralConfi
         model, carried = of_fresh_weights(spec.model, data)
         of = "as in the data" if data else f"of --model {spec.recipe.model}, since the data do not say"
         return model, carried, [_in_words(model, carried, of)]
-    left: list[str] = []
-    if start.is_dir():
-        try:
-            found, left = read_carried(start)
-        except ValueError as error:
-            raise Refused(f"--init-from: {error}") from None
-    else:  # gone since the first checkpoint
-        found = (earlier_config(spec.recipe) or {}).get("carried", {})
+    found, left = _said_by_start(spec.recipe, corpus)
     written = [SpecialIds(**d.manifest["document"]) for d in datasets if isinstance(d, Dataset)]
     around = written[0] if written else SpecialIds()  # not what a tokenizer could have put around a text
     model, carried, said = of_earlier_weights(spec.model, found, around._replace(pad_id=data and data.pad_id))
@@ -45,6 +39,22 @@ def settle_token_ids(spec: RunSpec, corpus: Corpus | None) -> tuple[MistralConfi
     if left:
         said.append(f"export     without {', '.join(left)} of --init-from {start}")
     return model, carried, [_in_words(model, carried, f"of --init-from {start}"), *said]
+
+
+def _said_by_start(recipe: Recipe, corpus: Corpus | None) -> tuple[dict, list[str]]:
+    """What --init-from says of itself, and what of this exports will lack."""
+    if not recipe.init_from.is_dir():  # gone since the first checkpoint
+        return (earlier_config(recipe) or {}).get("carried", {}), []
+    try:
+        found, left = read_carried(recipe.init_from)
+    except ValueError as error:
+        raise Refused(f"--init-from: {error}") from None
+    held = set(pieces(corpus.tokenizer if corpus else None).values())
+    if held and (lost := set(pieces(recipe.init_from).values()) - held):
+        left.append(f"{few(lost)} of the tokenizer (that of --data, which was not prepared with it)")
+        if found.pop("chat_template", None) is not None:  # which may well speak of them
+            left.append("the chat template")
+    return found, left
 
 
 def of_fresh_weights(model: MistralConfig, data: SpecialIds | None) -> tuple[MistralConfig, dict]:

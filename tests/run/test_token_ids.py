@@ -134,6 +134,20 @@ def test_what_init_from_says_of_itself_outlives_its_folder(base, tmp_path):
             assert (folder / name).read_bytes() == (own / name).read_bytes()
 
 
+def test_tokens_that_only_the_folder_knows_are_named_and_its_chat_template_stays_behind(base, tmp_path):
+    start = shutil.copytree(base, tmp_path / "start")
+    raw = json.loads((start / "tokenizer.json").read_text())
+    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": 130, "content": "<|im_end|>"})
+    (start / "tokenizer.json").write_text(json.dumps(raw))
+    data = prepared(tmp_path / "own", own_tokenizer(tmp_path / "tok"))
+    out = ranks_run(*ONE_STEP, "--data", data, "--init-from", "start", "--run-dir", "r", cwd=tmp_path).out
+    assert (
+        "auto_map, <|im_end|> of the tokenizer (that of --data, " in out and "the chat template of --init-from" in out
+    )
+    assert not (tmp_path / "r/export/chat_template.jinja").exists()
+    assert (tmp_path / "r/export/tokenizer.json").read_bytes() == (tmp_path / "tok/tokenizer.json").read_bytes()
+
+
 def test_an_earlier_run_with_the_ids_of_its_preset_goes_on(tmp_path):
     """Ids are no part of what a run computes: those that older versions took from the preset hinder nothing."""
     data = prepared(tmp_path / "own", own_tokenizer(tmp_path / "tok"))
