@@ -22,7 +22,15 @@ CORE = [
 DATA = ["pyarrow>=17"]
 EXTRAS = {
     # kernels: Hugging Face's, whose import name ours must leave alone
-    "test": ["pytest>=8", "pytest-benchmark>=5", "hypothesis>=6.100", "ruff>=0.8", "kernels>=0.10", *DATA],
+    "test": [
+        "pytest>=8",
+        "pytest-benchmark>=5",
+        "hypothesis>=6.100",
+        "ruff>=0.8",
+        "kernels>=0.10",
+        "ctranslate2>=4.6",
+        *DATA,
+    ],
     "data": DATA,  # for prepare_data's .parquet and .jsonl.zst
     # FlashAttention for Hopper and Blackwell: pure Python, so the same wheel on x86-64 and on GH200's Arm cores. Its
     # beta number in the range is what lets pip take betas at all; kernels/attention.py calls one private name of it.

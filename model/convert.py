@@ -293,9 +293,9 @@ def save_hf(
 
     Raises ValueError for a path that holds anything but an earlier export, a tokenizer folder without a tokenizer, a
     max_shard_bytes below 1, a model on the meta device or with other parameters than a Mistral's, adapters for one, a
-    weight that dtype has no number for (in fp16 those beyond 65,504); TypeError for a dtype that is not a
-    floating-point one; what the file system raises. What goes wrong on rank 0 is raised on every rank, elsewhere as
-    ValueError or RuntimeError, and leaves ``path`` as it was.
+    weight that fp16, where dtype is that, cannot hold; TypeError for a dtype that is not a floating-point one; what the
+    file system raises. What goes wrong on rank 0 is raised on every rank, elsewhere as ValueError or RuntimeError, and
+    leaves ``path`` as it was.
     """
     _check_dtype(dtype)
     _check_shard_bytes(max_shard_bytes)
@@ -419,11 +419,8 @@ def _write(
         # transformers refuses a file whose metadata does not name the format
         held = {hf_name: tensor.cpu().contiguous() for hf_name, tensor in in_file}
         for hf_name, tensor in held.items():
-            if not tensor.isfinite().all():
-                raise ValueError(
-                    f"{hf_name} holds a number that is not finite, or beyond what {tensor.dtype} has; bf16 has the "
-                    "range of fp32"
-                )
+            if tensor.dtype == torch.float16 and not tensor.isfinite().all():
+                raise ValueError(f"{hf_name} holds a number beyond fp16's largest, 65,504; bf16 has the range of fp32")
         save_file(held, partial / file, metadata={"format": "pt"})
         shutil.copymode(partial / CONFIG, partial / file)  # save_file makes files that only their owner may read
         sync(partial / file)

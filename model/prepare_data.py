@@ -193,7 +193,7 @@ def _prepare(
             _hold_out_part(writer, job, tally)
         n_documents, n_val = writer.total("documents"), writer.documents["val"]
         policy = {"bos_id": job.bos_id, "eos_id": job.eos_id}
-        writer.finish(tokenizer.name, tokenizer.files, policy, settings, tally.record(sources), tokenizer.special)
+        writer.finish(tokenizer.name, tokenizer.files, policy, settings, tally.record(sources), tokenizer.special_ids)
         journal.remove()
     if total_bytes is not None:
         others = f"; {ignored:,} files of other endings or hidden ignored" if ignored else ""

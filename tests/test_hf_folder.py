@@ -98,9 +98,7 @@ def test_fp16_holds_what_it_can_and_refuses_the_rest(model, tmp_path):
     large.init_weights(0)
     with torch.no_grad():
         large.layers[1].mlp.down.weight[3, 4] = 70000
-    with pytest.raises(
-        ValueError, match=r"layers\.1\.mlp\.down_proj\.weight holds .* torch.float16 .*; bf16 has the range"
-    ):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.down_proj\.weight holds a number beyond fp16's"):
         save_hf(large, tmp_path / "out", dtype=torch.float16)
     assert contents(tmp_path) == before
 

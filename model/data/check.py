@@ -150,6 +150,8 @@ def _markers(data: Dataset) -> str:
     """What stands around each document; loudly, if nothing does."""
     ids = data.manifest["document"]
     around = [f"{verb} {name} {ids[key]}" for verb, name, key in AROUND if ids[key] is not None]
+    if ids["eos_id"] is None and around:
+        around.append("has no EOS at its end")
     if around:
         return f"each document {' and '.join(around)}"
     return "NO MARKERS: no BOS before documents and no EOS after them, unless whoever made the ids has put them there"

@@ -67,7 +67,7 @@ class Tokenizer:
         return token_dtype(self.vocab_size)
 
     @property
-    def special(self) -> SpecialIds:
+    def special_ids(self) -> SpecialIds:
         return SpecialIds(self.bos_id, self.eos_id, self.pad_id)
 
     def sha256(self) -> str:

@@ -147,7 +147,7 @@ def model_config(recipe: Recipe) -> MistralConfig:
         return MistralConfig(**earlier["model"])
     try:
         if recipe.init_from:
-            read_carried(recipe.init_from)
+            read_carried(recipe.init_from)  # whose errors are for now and not for when the run's folder is there
             return check_hf_weights(recipe.init_from)
         if recipe.model in MODELS:
             return MODELS[recipe.model]

@@ -61,15 +61,15 @@ def of_fresh_weights(model: MistralConfig, data: SpecialIds | None) -> tuple[Mis
     """(model, carried) with the ids of the data, where those say."""
     if data is None:
         return model, {}
-    carried = {} if data.pad_id is None else {"config": {"pad_token_id": data.pad_id}}
-    return replace(model, bos_id=data.bos_id, eos_id=data.eos_id), carried
+    bos, eos, pad = _within(model, data)
+    return replace(model, bos_id=bos, eos_id=eos), {} if pad is None else {"config": {"pad_token_id": pad}}
 
 
 def of_earlier_weights(
     model: MistralConfig, carried: dict, around: SpecialIds
 ) -> tuple[MistralConfig, dict, list[str]]:
     """(model, carried, what has changed) of --init-from, trained on texts with these ids around them."""
-    carried, said = copy.deepcopy(carried), []
+    carried, said, around = copy.deepcopy(carried), [], _within(model, around)
     config, generation = carried.setdefault("config", {}), carried.get("generation_config")
     if around.eos_id is not None:
         ends = _listed(config.get("eos_token_id", model.eos_id))
@@ -91,6 +91,11 @@ def of_earlier_weights(
     if around.pad_id is not None and config.get("pad_token_id") is None:
         config["pad_token_id"] = around.pad_id
     return model, carried, said
+
+
+def _within(model: MistralConfig, ids: SpecialIds) -> SpecialIds:
+    """Without those that the model has no row for: transformers builds no model around such a pad token."""
+    return SpecialIds(*(i if i is not None and i < model.vocab_size else None for i in ids))
 
 
 def _listed(ids: int | list[int] | None) -> list[int]:

@@ -240,8 +240,12 @@ def test_a_tokenizer_json_alone_is_asked_for_its_markers(tmp_path, beside, expec
     assert ("NO MARKERS" in out) == none and ("each document begins with BOS 0 and ends with EOS 1" in out) == (
         not none
     )
-    assert prepare_data.main([*command[:2], str(tmp_path / "meant"), *command[3:], "--no-eos"]) == 0
-    assert loud not in capsys.readouterr().err
+    meant = tmp_path / "meant"
+    assert prepare_data.main([*command[:2], str(meant), *command[3:], "--no-eos"]) == 0
+    assert "NO END" not in capsys.readouterr().err
+    assert prepare_data.main(["--check", str(meant)]) == 0
+    out = capsys.readouterr().out
+    assert ("NO MARKERS" in out) == none and ("begins with BOS 0 and has no EOS at its end" in out) == (not none)
 
 
 def test_special_tokens_in_text_are_meant_only_where_the_flag_says_so(tmp_path, saved, sentencepiece, capsys):

@@ -55,6 +55,7 @@ def told(folder: Path, name: str = "config.json") -> tuple:
         (None, 1, 2, {}),
         (SpecialIds(5, 0, None), 5, 0, {}),
         (SpecialIds(None, None, 7), None, None, {"config": {"pad_token_id": 7}}),
+        (SpecialIds(255, 256, 257), 255, None, {}),  # the model has 256 rows
     ],
 )
 def test_fresh_weights_take_what_the_data_say(data, bos, eos, carried):
