@@ -27,8 +27,9 @@ def hint(path: str | Path) -> str:
         return ""
     if (folder / "adapter_config.json").is_file():
         return "; it is a LoRA adapter: merge it into its base model (merge_and_unload, save_pretrained), and name that"
-    if snapshots := sorted(folder.glob("snapshots/*/")):
-        return f"; it is a folder of Hugging Face's cache: name {snapshots[-1]}"
+    if snapshots := [*folder.glob("snapshots/*/"), *folder.glob("models--*/snapshots/*/")]:
+        newest = max(snapshots, key=lambda path: path.stat().st_mtime)
+        return f"; it is a folder of Hugging Face's cache, where models lie deeper: name {newest}, for example"
     if (folder / "checkpoints").is_dir():
         made = "name its export/" if (folder / "export").is_dir() else "make one with python -m halny.model.export"
         return f"; it is a run of train.py, not a Hugging Face folder: {made}"

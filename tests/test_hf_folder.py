@@ -3,13 +3,15 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from halny.model import hf_folder
 from halny.model.convert import load_hf, save_hf
-from halny.model.data.dataset import DataError
+from halny.model.data.dataset import DataError, open_dataset
 from halny.model.data.tokenizer import load_tokenizer
+from halny.model.data.writer import write_dataset
 from halny.model.hf_folder import read_carried, read_hf_config
 from halny.model.hints import hint
 from halny.model.mistral import PRESETS, Mistral
@@ -210,6 +212,7 @@ def test_chat_templates_of_any_version(tmp_path):
 HINTED = {
     "adapter": ({"adapter_config.json": "{}", "adapter_model.safetensors": ""}, ["LoRA adapter", "merge"]),
     "cache": ({"refs/main": "c0ffee", "snapshots/c0ffee/config.json": "{}"}, ["cache", "snapshots/c0ffee"]),
+    "hub": ({"models--a--b/snapshots/c0ffee/config.json": "{}"}, ["cache", "models--a--b/snapshots/c0ffee"]),
     "run": ({"config.json": "{}", "checkpoints/x": "", "export/config.json": "{}"}, ["run of train.py", "export/"]),
     "unfinished": ({"config.json": "{}", "checkpoints/x": ""}, ["run of train.py", "halny.model.export"]),
     "step-00000003": ({"manifest.json": "{}"}, ["checkpoint", "halny.model.export"]),
@@ -246,3 +249,10 @@ def test_git_lfs_pointers_are_refused_wherever_they_lie(model, tmp_path):
         with pytest.raises((ValueError, DataError), match=r"tokenizer\.model is a Git LFS pointer"):
             refuse()
     assert not (tmp_path / "out").exists()
+
+    write_dataset([np.arange(99)], tmp_path / "data", vocab_size=99)
+    (tmp_path / "data/train-00000.npy").write_text(POINTER)
+    (tmp_path / "raw.bin").write_text(POINTER + " " * (len(POINTER) % 2))
+    for path, name, dtype in (("data", "train-00000.npy", None), ("raw.bin", "raw.bin", "uint16")):
+        with pytest.raises(DataError, match=f"{name} is a Git LFS pointer"):
+            open_dataset(tmp_path / path, dtype)
