@@ -309,7 +309,8 @@ def _arguments() -> _Parser:
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="INPUT", help=f"{', '.join(ENDINGS)} files or folders of them")
     add("--out", type=Path, metavar="DIR", help="data folder to make; must not exist, or be empty")
-    names = "folder with a tokenizer.json, or Mistral-7B-v0.1's own by name (default: %(default)s)"
+    names = "folder with a tokenizer.json, whose tokenizer files go as they are into DIR and every export; or "
+    names += "Mistral-7B-v0.1's own by name (default: %(default)s)"
     add("--tokenizer", default=MISTRAL, metavar=f"DIR|{MISTRAL}", help=names)
     add("--text-key", default="text", metavar="KEY", help="key or column of the text (default: %(default)s)")
     condition = (

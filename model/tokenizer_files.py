@@ -112,7 +112,7 @@ def copy_tokenizer(folder: Path, target: Path, ids: SpecialIds, chat_template: s
         shutil.copyfile(folder / name, target / name)
     if CONFIG not in names and "tokenizer.json" in names:
         text = pieces(folder)
-        tokens = {f"{name[:3]}_token": text[i] for name, i in ids._asdict().items() if i in text}
+        tokens = {f"{name.removesuffix('_id')}_token": text[i] for name, i in ids._asdict().items() if i in text}
         write_json(target / CONFIG, AS_IT_STANDS | tokens)
         names.append(CONFIG)
     templates = [name for name in names if "chat_template" in name]
