@@ -21,7 +21,8 @@ TOKENIZER_FILES = (
     *(*NAMING, "added_tokens.json", TEMPLATE, "chat_template.json"),
     *("vocab.json", "merges.txt", "vocab.txt", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
 )
-MORE_TEMPLATES = re.compile(r"additional_chat_templates/[\w-][\w.-]*\.jinja")  # as transformers 5 has them
+# Mistral's SentencePiece models by version, and the chat templates of transformers 5 beside the default one
+OTHERS = re.compile(r"tokenizer\.model\.v\d\w*|additional_chat_templates/[\w-][\w.-]*\.jinja")
 # What makes any transformers take a tokenizer.json as it stands: not "LlamaTokenizer", whose pipeline transformers 5
 # rebuilds by its own rules; no token types, which a Mistral does not take; padding on the side where no text goes on.
 AS_IT_STANDS = {
@@ -43,7 +44,7 @@ class SpecialIds(NamedTuple):
 
 
 def is_tokenizer_file(name: str) -> bool:
-    return name in TOKENIZER_FILES or MORE_TEMPLATES.fullmatch(name) is not None
+    return name in TOKENIZER_FILES or OTHERS.fullmatch(name) is not None
 
 
 def has_tokenizer(folder: Path | None) -> bool:
@@ -54,8 +55,9 @@ def tokenizer_files(folder: Path) -> list[str]:
     """The names of those that a folder has. ValueError if none is a tokenizer, or one is Git LFS's stand-in for it."""
     if not has_tokenizer(folder):
         raise ValueError(f"tokenizer {folder} is not a folder with a {' or a '.join(TOKENIZERS)}")
-    more = sorted(str(path.relative_to(folder)) for path in folder.glob("additional_chat_templates/*"))
-    names = [name for name in (*TOKENIZER_FILES, *more) if is_tokenizer_file(name) and (folder / name).is_file()]
+    others = [*folder.glob("tokenizer.model.*"), *folder.glob("additional_chat_templates/*")]
+    named = [*TOKENIZER_FILES, *sorted(str(path.relative_to(folder)) for path in others)]
+    names = [name for name in named if is_tokenizer_file(name) and (folder / name).is_file()]
     for name in names:
         if is_lfs_pointer(folder / name):
             raise ValueError(f"tokenizer {folder}: {name} is a Git LFS pointer, not the file; run git lfs pull there")

@@ -115,6 +115,7 @@ def test_tokenizer_files_travel_byte_for_byte(model, tmp_path):
         "tokenizer_config.json": '{ "extra_special_tokens": {"image": "<i>"},\n "chat_template": "{{a}}"}',
         "added_tokens.json": "{}",
         "additional_chat_templates/tool_use.jinja": "{{tools}}",
+        "tokenizer.model.v3": "pieces of another version",
     }
     source = folder_of(tmp_path / "mine", files)
     (source / "model.safetensors").write_text("no file of a tokenizer")
