@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parents[1]
-FOLDER = REPO / "runs/clients"
+FOLDER = REPO / "runs/clients" / f"python{sys.version_info.major}.{sys.version_info.minor}"  # of compiled packages
 PROMPT = "The wind comes down the mountains"
 N_NEW = 12
 CLOSE = 1e-4  # between fp32 logits: a window one shorter moves them by 3e-2, another norm_eps by 1e-2, RoPE's by 2e-3
