@@ -12,10 +12,11 @@ The file is the story of a run, and reads from top to bottom:
     4  the loop                steps, checkpoints, evaluations
     5  from start to end       refusals first; set up, train, leave results
 
-What it stands on: model/run/ (recipe: every setting; resolve: what follows from them; inputs: what is read; ranks: what
-ranks agree on; watch: who ends a run that hangs; fsdp: who holds what of the model; optimizer: AdamW, which updates are
-skipped; checkpoint and saver: how a run is saved and found again; evaluation; rank_process: signals and exit codes),
-model/data/ (samples and how they reach the device), model/record/ (what a run says and leaves), model/mistral.py.
+What it stands on: model/run/ (recipe: every setting; resolve: what follows from them; inputs: what is read; token_ids:
+what exports say of texts; ranks: what ranks agree on; watch: who ends a run that hangs; fsdp: who holds what of the
+model; optimizer: AdamW, which updates are skipped; checkpoint and saver: how a run is saved and found again;
+evaluation; rank_process: signals and exit codes), model/data/ (samples and how they reach the device), model/record/
+(what a run says and leaves), model/mistral.py.
 """
 
 from __future__ import annotations

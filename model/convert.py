@@ -42,7 +42,6 @@ from halny.model.hf_folder import (
     SINGLE,
     check_replaceable,
     few,
-    generation_config,
     hf_config,
     read_hf_config,
     read_json,
@@ -412,9 +411,11 @@ def _write(
     def file_of(hf_name: str) -> str:
         return SINGLE if n_files == 1 else f"model-{numbers[hf_name]:05}-of-{n_files:05}.safetensors"
 
+    carried = carried or {}
     described = hf_config(config, reduce(torch.promote_types, stored.values()), carried)
+    ids = {key: value for key, value in described.items() if key.endswith("_token_id")}
     write_json(partial / CONFIG, described)
-    write_json(partial / GENERATION_CONFIG, generation_config(config, carried))
+    write_json(partial / GENERATION_CONFIG, carried.get("generation_config") or {"_from_model_config": True, **ids})
     for file, in_file in groupby(tensors, key=lambda item: file_of(item[0])):
         # transformers refuses a file whose metadata does not name the format
         held = {hf_name: tensor.cpu().contiguous() for hf_name, tensor in in_file}
@@ -429,8 +430,8 @@ def _write(
         weight_map = {hf_name: file_of(hf_name) for hf_name in sorted(numbers)}
         write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     if tokenizer is not None:
-        ids = SpecialIds(config.bos_id, config.eos_id, described.get("pad_token_id"))
-        for file in copy_tokenizer(Path(tokenizer), partial, ids, (carried or {}).get("chat_template")):
+        special = SpecialIds(config.bos_id, config.eos_id, described.get("pad_token_id"))
+        for file in copy_tokenizer(Path(tokenizer), partial, special, carried.get("chat_template")):
             sync(file)
     sync(partial)
 

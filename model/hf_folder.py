@@ -137,14 +137,6 @@ def hf_config(config: MistralConfig, dtype: torch.dtype, carried: dict | None = 
     }
 
 
-def generation_config(config: MistralConfig, carried: dict | None = None) -> dict:
-    """generation_config.json: the one that ``read_carried`` took, or what follows from config.json."""
-    if found := (carried or {}).get("generation_config"):
-        return found
-    ids = {key: value for key, value in hf_config(config, torch.float32, carried).items() if key.endswith("_token_id")}
-    return {"_from_model_config": True, **ids}
-
-
 def read_carried(path: str | Path) -> tuple[dict, list[str]]:
     """What an export of a model that began as this folder says of it beside its sizes, and what of this is left behind.
 

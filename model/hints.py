@@ -9,14 +9,16 @@ LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 def is_lfs_pointer(file: Path) -> bool:
     """Whether a file is Git LFS's stand-in of three lines, as a clone without git-lfs leaves it."""
     try:
+        if file.stat().st_size >= 1024:
+            return False
         with file.open("rb") as opened:
-            return opened.read(len(LFS_POINTER)) == LFS_POINTER and file.stat().st_size < 1024
+            return opened.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:
         return False
 
 
 def hint(path: str | Path) -> str:
-    """ "; " and a remedy, for a path that was named as a Hugging Face folder or a file of one and is none; else ""."""
+    """What to append to a refusal of a path that is no Hugging Face folder, or no file of one: a remedy, or nothing."""
     folder = Path(path)
     if is_lfs_pointer(folder):
         return f"; {folder.name} is a Git LFS pointer, not the file itself: run git lfs pull in {folder.parent}"

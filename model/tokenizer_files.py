@@ -1,7 +1,7 @@
 """The files of a tokenizer, as data folders, checkpoints' exports and Hugging Face folders hold them.
 
-They travel as they are, byte for byte: saving a tokenizer again means to lose what the library of the day does not
-know, or writes in a way that the one of yesterday cannot read.
+They are copied byte for byte. To save a tokenizer anew would drop what the installed library does not know, and may
+write what an older one cannot read.
 """
 
 import json
@@ -24,7 +24,8 @@ TOKENIZER_FILES = (
 # Mistral's SentencePiece models by version, and the chat templates of transformers 5 beside the default one
 OTHERS = re.compile(r"tokenizer\.model\.v\d\w*|additional_chat_templates/[\w-][\w.-]*\.jinja")
 # What makes any transformers take a tokenizer.json as it stands: not "LlamaTokenizer", whose pipeline transformers 5
-# rebuilds by its own rules; no token types, which a Mistral does not take; padding on the side where no text goes on.
+# rebuilds by its own rules; no token types, which a Mistral does not take; padding on the left, as text grows on the
+# right.
 AS_IT_STANDS = {
     "tokenizer_class": "PreTrainedTokenizerFast",
     "model_input_names": ["input_ids", "attention_mask"],
@@ -66,10 +67,8 @@ def tokenizer_files(folder: Path) -> list[str]:
 
 def pieces(folder: Path | None) -> dict[int, str]:
     """What each id means, as a folder's tokenizer.json says; nothing where there is none, or it says it otherwise."""
-    if folder is None:
-        return {}
     try:
-        return _pieces(json.loads((folder / "tokenizer.json").read_bytes()))
+        return {} if folder is None else _pieces(_read(folder / "tokenizer.json"))
     except (OSError, *ODD):
         return {}
 
@@ -78,18 +77,16 @@ def special_ids(folder: Path) -> SpecialIds:
     """What tokenizer_config.json (or special_tokens_map.json) names; of a tokenizer.json without either, what its
     post-processor puts around a text, and what config.json beside it says of the rest."""
     try:
-        raw = json.loads((folder / "tokenizer.json").read_bytes())
+        raw = _read(folder / "tokenizer.json")
         ids = {piece: i for i, piece in _pieces(raw).items()}
-        named = [json.loads((folder / name).read_bytes()) for name in NAMING if (folder / name).is_file()]
-        if named:
-            tokens = [(named[0] | named[-1]).get(f"{name}_token") for name in ("bos", "eos", "pad")]
+        if any((folder / name).is_file() for name in NAMING):
+            named = _read(folder / NAMING[0]) | _read(folder / NAMING[1])
+            tokens = [named.get(f"{name}_token") for name in ("bos", "eos", "pad")]
             return SpecialIds(*(ids.get(token["content"] if isinstance(token, dict) else token) for token in tokens))
-        bos, eos = (ids.get(piece) for piece in _around(raw.get("post_processor")))
-        model = json.loads((folder / "config.json").read_bytes()) if (folder / "config.json").is_file() else {}
-        others = [model.get(f"{name}_token_id") for name in ("bos", "eos", "pad")]
-        others = [i[0] if isinstance(i, list) and i else i for i in others]
-        others = [i if i in ids.values() else None for i in others]
-        return SpecialIds(others[0] if bos is None else bos, others[1] if eos is None else eos, others[2])
+        around, config, known = _around(raw.get("post_processor")), _read(folder / "config.json"), set(ids.values())
+        firsts = [[*listed(config.get(f"{name}_token_id")), None][0] for name in ("bos", "eos", "pad")]
+        found = [ids.get(piece, first) for piece, first in zip((*around, None), firsts, strict=True)]
+        return SpecialIds(*(i if i in known else None for i in found))
     except (OSError, *ODD):
         return SpecialIds()
 
@@ -130,7 +127,7 @@ def read_chat_template(folder: Path) -> str | None:
         if (folder / TEMPLATE).is_file():
             return (folder / TEMPLATE).read_text(encoding="utf-8")
         for name in ("chat_template.json", CONFIG):
-            found = json.loads((folder / name).read_bytes()).get("chat_template") if (folder / name).is_file() else None
+            found = _read(folder / name).get("chat_template")
             if isinstance(found, list):  # several, by name
                 found = next((each["template"] for each in found if each["name"] == "default"), None)
             if isinstance(found, str):
@@ -138,6 +135,15 @@ def read_chat_template(folder: Path) -> str | None:
     except (OSError, *ODD):
         pass
     return None
+
+
+def listed(ids: int | list[int] | None) -> list[int]:
+    """The ids that a key of a config names: one, several or none."""
+    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def _read(file: Path) -> dict:
+    return json.loads(file.read_bytes()) if file.is_file() else {}
 
 
 def _pieces(raw: dict) -> dict[int, str]:
@@ -162,7 +168,7 @@ def _around(post_processor: dict | None) -> tuple[str | None, str | None]:
 
 
 def _of_the_ids(folder: Path) -> list:
-    raw = json.loads((folder / "tokenizer.json").read_bytes())
+    raw = _read(folder / "tokenizer.json")
     model = {key: value for key, value in raw["model"].items() if value}  # an older file lacks what is off
     if "merges" in model:
         model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]

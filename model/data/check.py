@@ -21,7 +21,6 @@ from halny.model.data.dataset import CHUNK, SPLITS, DataError, Dataset, RawDatas
 GIANT_TOKENS = 1 << 22
 N_SAMPLES, SAMPLE_TOKENS = 4, 48
 BAR = 40  # characters
-AROUND = (("begins with", "BOS", "bos_id"), ("ends with", "EOS", "eos_id"))
 
 
 class Findings:
@@ -148,13 +147,11 @@ def _statistics(data: Dataset | RawDataset, histograms: dict, tokens_per_second:
 
 def _markers(data: Dataset) -> str:
     """What stands around each document; loudly, if nothing does."""
-    ids = data.manifest["document"]
-    around = [f"{verb} {name} {ids[key]}" for verb, name, key in AROUND if ids[key] is not None]
-    if ids["eos_id"] is None and around:
-        around.append("has no EOS at its end")
-    if around:
-        return f"each document {' and '.join(around)}"
-    return "NO MARKERS: no BOS before documents and no EOS after them, unless whoever made the ids has put them there"
+    bos, eos = (data.manifest["document"][key] for key in ("bos_id", "eos_id"))
+    if bos is None and eos is None:
+        return "NO MARKERS: no BOS before documents and no EOS after them, unless whoever made the ids put them there"
+    begins = "" if bos is None else f"begins with BOS {bos} and "
+    return f"each document {begins}{'has no EOS at its end' if eos is None else f'ends with EOS {eos}'}"
 
 
 def _of_the_input(manifest: dict) -> Iterator[str]:

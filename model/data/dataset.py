@@ -44,7 +44,7 @@ AGAIN = "prepare it again with python -m halny.model.prepare_data"
 
 
 def read_tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """The content of a tokenizer's files by their names. DataError for a folder that has no whole one."""
+    """The content of a tokenizer's files by their names. DataError where `tokenizer_files` raises ValueError."""
     try:
         return {name: (folder / name).read_bytes() for name in tokenizer_files(folder)}
     except ValueError as error:

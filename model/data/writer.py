@@ -278,8 +278,8 @@ class Writer:
                 (folder / name).write_bytes(content)
             records = [{**self._record(folder / name), "name": name} for name in sorted(files)]
             digest = hashlib.sha256(files["tokenizer.json"]).hexdigest()
-            manifest["tokenizer"] = {"name": tokenizer, "sha256": digest, **(special._asdict() if special else {})}
-            manifest["tokenizer"]["files"] = records
+            ids = special._asdict() if special else {}
+            manifest["tokenizer"] = {"name": tokenizer, "sha256": digest, **ids, "files": records}
             sync(folder)
         (self.folder / "manifest.json").write_bytes(to_json(manifest, indent=1))
         sync(self.folder / "manifest.json")

@@ -17,7 +17,7 @@ from halny.model.hf_folder import few, read_carried
 from halny.model.mistral import MistralConfig
 from halny.model.run.recipe import Recipe
 from halny.model.run.resolve import RunSpec, earlier_config
-from halny.model.tokenizer_files import SpecialIds, pieces
+from halny.model.tokenizer_files import SpecialIds, listed, pieces
 
 
 def settle_token_ids(spec: RunSpec, corpus: Corpus | None) -> tuple[MistralConfig, dict, list[str]]:
@@ -33,7 +33,7 @@ def settle_token_ids(spec: RunSpec, corpus: Corpus | None) -> tuple[MistralConfi
         return model, carried, [_in_words(model, carried, of)]
     found, left = _said_by_start(spec.recipe, corpus)
     written = [SpecialIds(**d.manifest["document"]) for d in datasets if isinstance(d, Dataset)]
-    around = written[0] if written else SpecialIds()  # not what a tokenizer could have put around a text
+    around = written[0] if written else SpecialIds()  # what documents have, not what their tokenizer names
     model, carried, said = of_earlier_weights(spec.model, found, around._replace(pad_id=data and data.pad_id))
     said = [f"token ids  {line}" for line in said]
     if left:
@@ -72,16 +72,17 @@ def of_earlier_weights(
     carried, said, around = copy.deepcopy(carried), [], _within(model, around)
     config, generation = carried.setdefault("config", {}), carried.get("generation_config")
     if around.eos_id is not None:
-        ends = _listed(config.get("eos_token_id", model.eos_id))
-        if around.eos_id not in ends:
-            said.append(f"texts of --data end with {around.eos_id}, and --init-from names {ends or 'no end'}: exports "
-                "name both")  # fmt: skip
-            if ends:
-                config["eos_token_id"] = [*ends, around.eos_id]
+        before = config.get("eos_token_id", model.eos_id)
+        ends = _and_end(before, around.eos_id)
+        if ends != before:
+            named = listed(before) or "no end"
+            said.append(f"texts of --data end with {around.eos_id}, and --init-from names {named}: exports name both")
+            if isinstance(ends, list):
+                config["eos_token_id"] = ends
             else:
-                model = replace(model, eos_id=around.eos_id)
-        if generation is not None and around.eos_id not in (ends := _listed(generation.get("eos_token_id"))):
-            generation["eos_token_id"] = [*ends, around.eos_id] if ends else around.eos_id
+                model = replace(model, eos_id=ends)
+        if generation is not None:
+            generation["eos_token_id"] = _and_end(generation.get("eos_token_id"), around.eos_id)
     if around.bos_id not in (None, model.bos_id):
         said.append(f"texts of --data begin with {around.bos_id}, and --init-from says {model.bos_id}: exports say "
             f"{around.bos_id}")  # fmt: skip
@@ -94,16 +95,19 @@ def of_earlier_weights(
 
 
 def _within(model: MistralConfig, ids: SpecialIds) -> SpecialIds:
-    """Without those that the model has no row for: transformers builds no model around such a pad token."""
+    """The ids, less those that the model has no row for: transformers refuses a config with such a pad token."""
     return SpecialIds(*(i if i is not None and i < model.vocab_size else None for i in ids))
 
 
-def _listed(ids: int | list[int] | None) -> list[int]:
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+def _and_end(ids: int | list[int] | None, end: int) -> int | list[int]:
+    """The ends of a text and one more; as they were if it is among them."""
+    if end in listed(ids):
+        return ids
+    return end if ids is None else [*listed(ids), end]
 
 
 def _in_words(model: MistralConfig, carried: dict, of: str) -> str:
     config = carried.get("config", {})
-    ends = ", ".join(map(str, _listed(config.get("eos_token_id", model.eos_id)))) or "none"
+    ends = ", ".join(map(str, listed(config.get("eos_token_id", model.eos_id)))) or "none"
     bos, pad = ("none" if i is None else i for i in (model.bos_id, config.get("pad_token_id")))
     return f"token ids  BOS {bos}, EOS {ends}, pad {pad}: {of}"
