@@ -20,6 +20,14 @@ CORE = [
     "sentencepiece>=0.2",
 ]
 DATA = ["pyarrow>=17"]
+QUALITY = [
+    # The same XGBoost as the package xgboost, under the same import name, without its 300 MB of NCCL and GPU code that
+    # would stand beside torch's own; it has wheels for x86-64 and for Arm.
+    "xgboost-cpu>=3,<4",
+    # Polish morphology, its dictionary inside the wheel. There is none for Linux on Arm (GH200).
+    "morfeusz2>=1.99.10; platform_machine != 'aarch64'",
+    *DATA,
+]
 EXTRAS = {
     # kernels: Hugging Face's, whose import name ours must leave alone
     "test": [
@@ -29,9 +37,10 @@ EXTRAS = {
         "ruff>=0.8",
         "kernels>=0.10",
         "ctranslate2>=4.6",
-        *DATA,
+        *QUALITY,
     ],
     "data": DATA,  # for prepare_data's .parquet and .jsonl.zst
+    "quality": QUALITY,  # for python -m halny.model.quality and prepare_data --quality
     # FlashAttention for Hopper and Blackwell: pure Python, so the same wheel on x86-64 and on GH200's Arm cores. Its
     # beta number in the range is what lets pip take betas at all; kernels/attention.py calls one private name of it.
     "flash": ["flash-attn-4>=4.0.0b36,<5; platform_system == 'Linux'"],

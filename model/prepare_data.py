@@ -22,16 +22,17 @@ makes arrays of ids after them: a small part of one core's time, and so the larg
 import argparse
 import os
 import platform
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from halny.model.data.command import Parser, exit_code, n_workers
 from halny.model.data.dataset import DataError
 from halny.model.data.documents import (
     ENDINGS,
@@ -50,10 +51,12 @@ from halny.model.data.progress import Progress
 from halny.model.data.resume import InputFile, Journal, input_file
 from halny.model.data.tally import Tally
 from halny.model.data.tokenizer import MISTRAL, Tokenizer, load_tokenizer
-from halny.model.data.workers import WorkerDied, ordered_map
+from halny.model.data.workers import ordered_map
 from halny.model.data.writer import SHARD_TOKENS, Writer, check_out, check_shard_tokens, new_folder, tool_version
 
-SMALL = 4 << 20  # bytes of input that are not worth the start of a worker
+if TYPE_CHECKING:
+    from halny.model.data.quality import Classifier
+
 HOPELESS = 10_000  # faults before the first document, after which the flags are to blame and not the input
 BUILTIN_VAL_FRACTION = 0.08
 
@@ -65,6 +68,7 @@ def prepare(
     *,
     text_key: str = "text",
     keep: Iterable[str] = (),
+    quality: Path | None = None,
     dedup: bool = False,
     strict: bool = False,
     bos: bool | None = None,
@@ -78,6 +82,7 @@ def prepare(
     """Tokenizes files, and folders of them, into a data folder; --help says more of the options.
 
     keep     conditions on metadata, as "quality=HIGH"; a document must fulfil all
+    quality  a classifier's folder: its labels are the metadata `quality` and `quality_prob`, whatever the input says
     strict   DataError at the first document that cannot be used, instead of counting those
     bos, eos whether documents get them; None: if the tokenizer has them, one if they are the same token
     special_tokens  whether a special token that a text spells out is that token, and no text
@@ -88,29 +93,42 @@ def prepare(
     """
     if not isinstance(val_fraction, int | float) or not 0 <= val_fraction < 1:
         raise DataError(f"--val-fraction {val_fraction}: must be at least 0 and less than 1, for example 0.005")
-    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
-        raise DataError(f"--workers {workers}: must be a positive number of processes, for example 8")
     inputs, conditions = [Path(name) for name in inputs], parse_conditions(keep)
+    classifier, on_labels = None, []
+    if quality is not None:
+        from halny.model.data.quality import KEYS, load_classifier
+
+        on_labels = [condition for condition in conditions if condition.key in KEYS]
+        if not on_labels:
+            example = "--keep quality=HIGH --keep 'quality_prob>0.9'"
+            raise DataError(f"--quality {quality}: no --keep asks for what it labels; add {example}")
+        classifier = load_classifier(quality)
+    on_metadata = [condition for condition in conditions if condition not in on_labels]
     files, ignored = find_files(inputs)
     check_packages(files)
-    if conditions and (text := next((file for _, file in files if ending(file) == ".txt"), None)):
-        raise DataError(f"--keep {conditions[0].text}: {text} has no metadata; leave .txt files out")
+    if on_metadata and (text := next((file for _, file in files if ending(file) == ".txt"), None)):
+        raise DataError(f"--keep {on_metadata[0].text}: {text} has no metadata; leave .txt files out")
     input_files = [input_file(file) for _, file in files]
     size = sum(file.size for file in input_files)
-    if workers is None:
-        workers = 0 if size < SMALL else len(os.sched_getaffinity(0))
+    workers = n_workers(workers, size)
     settings = {"text_key": text_key, "keep": [condition.text for condition in conditions], "dedup": bool(dedup)}
     settings |= {"val_fraction": val_fraction, "shard_tokens": shard_tokens}
     settings |= {"special_tokens": True} if special_tokens else {}
+    if classifier:
+        settings["quality"] = {"fingerprint": classifier.fingerprint, "morphology": classifier.morphology_here}
+        if progress and (warning := classifier.other_dictionary()):
+            print(f"prepare_data: {warning}", file=sys.stderr)
     sources = [os.fsencode(name.resolve().name).decode(errors="replace") for name in inputs]
     _prepare(
-        lambda done: read_blocks(files, text_key, conditions, done),
+        lambda done: read_blocks(files, text_key, on_metadata, done),
         out,
         tokenizer,
         settings,
         sources,
         files=input_files,
-        conditions=conditions,
+        keep=on_metadata,
+        classifier=classifier,
+        keep_labels=on_labels,
         bos=bos,
         eos=eos,
         strict=strict,
@@ -138,7 +156,9 @@ def _prepare(
     sources: list[str],
     *,
     files: Iterable[InputFile] = (),
-    conditions: Iterable[Condition] = (),
+    keep: Iterable[Condition] = (),
+    classifier: "Classifier | None" = None,
+    keep_labels: Iterable[Condition] = (),
     bos: bool | None = None,
     eos: bool | None = None,
     strict: bool = False,
@@ -155,7 +175,9 @@ def _prepare(
         bos_id=bos_id,
         eos_id=eos_id,
         text_key=settings.get("text_key", "text"),
-        keep=tuple(conditions),
+        keep=tuple(keep),
+        classifier=classifier,
+        keep_labels=tuple(keep_labels),
         val_fraction=settings["val_fraction"],
         dedup=settings.get("dedup", False),
     )
@@ -175,16 +197,16 @@ def _prepare(
             goes_on = f"going on after {journal.done:,} of {len(journal.files):,} input files, done before"
             print(f"prepare_data: {given_out}: {goes_on}", file=sys.stderr)
         for block in encoded:
-            keep = tally.add(block)
+            stays = tally.add(block)
             if tally.first_faults and strict:
                 raise DataError(f"{next(iter(tally.first_faults.values()))} (refused because of --strict)")
             if tally.faults.total() >= HOPELESS and not tally.documents.sum() and not tally.dropped:
                 first = next(iter(tally.first_faults.values()))
                 raise DataError(f"none of the first {tally.faults.total():,} documents can be used; the first: {first}")
-            for split, chosen in (("train", keep & ~block.val), ("val", keep & block.val)):
+            for split, chosen in (("train", stays & ~block.val), ("val", stays & block.val)):
                 ids = block.ids if chosen.all() else block.ids[np.repeat(chosen, block.lengths)]
                 writer.add(split, ids, block.lengths[chosen])
-            journal.add(block.digests[keep] if job.dedup else block.digests, block.files_done)
+            journal.add(block.digests[stays] if job.dedup else block.digests, block.files_done)
             progress.update(block.size, writer.total("documents"), writer.total("tokens"))
         if not writer.total("documents"):
             raise DataError(f"no documents in the input ({tally.line() or 'it is empty'}); add some text")
@@ -263,19 +285,6 @@ def _unmarked(tokenizer: Tokenizer, bos_id: int | None) -> str:
 # --- command line -----------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"prepare_data: {message}; see --help\n")
-
-
-class _Terminated(KeyboardInterrupt):
-    pass
-
-
-def _terminate(*_) -> None:
-    raise _Terminated
-
-
 DESCRIPTION = f"""Tokenizes text into a folder of memory-mapped token shards for train.py --data.
 
 INPUT is .txt (a document a file), .jsonl, .jsonl.gz or .jsonl.zst (a JSON object a line), .parquet (a row a document),
@@ -299,8 +308,8 @@ With --check: 0 clean; 1 not clean; 2 nothing that could be opened.
 """
 
 
-def _arguments() -> _Parser:
-    parser = _Parser(
+def _arguments() -> Parser:
+    parser = Parser(
         prog="python -m halny.model.prepare_data",
         description=DESCRIPTION,
         epilog=EPILOG,
@@ -318,6 +327,8 @@ def _arguments() -> _Parser:
     )
     condition += "< <=; a dot in KEY leads into nested objects); given several times, all must hold"
     add("--keep", action="append", default=[], metavar="CONDITION", help=condition)
+    judge = "label documents by this classifier (python -m halny.model.quality fit), for --keep quality=... and "
+    add("--quality", type=Path, metavar="DIR", help=f"{judge}quality_prob...")
     drop = "drop documents whose text came before, the first stays; takes 24 to 48 bytes of memory a document"
     add("--dedup", action="store_true", help=drop)
     add("--strict", action="store_true", help="refuse the input at the first document that would be skipped")
@@ -347,7 +358,7 @@ def _arguments() -> _Parser:
 def main(argv: list[str] | None = None) -> int:
     parser = _arguments()
     args = parser.parse_args(argv)
-    names = ["tokenizer", "text_key", "keep", "dedup", "strict", "bos", "eos", "special_tokens"]
+    names = ["tokenizer", "text_key", "keep", "quality", "dedup", "strict", "bos", "eos", "special_tokens"]
     names += ["val_fraction", "workers"]
     if args.check is None and not ((args.inputs or args.merge) and args.out):
         parser.error("give INPUT and --out, or --merge and --out, or --check")
@@ -357,8 +368,8 @@ def main(argv: list[str] | None = None) -> int:
         given = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) != parser.get_default(name)]
         if args.inputs or given:
             parser.error(f"--merge joins documents as they were prepared, without {(given or ['INPUT'])[0]}")
-    before = signal.signal(signal.SIGTERM, _terminate)
-    try:
+
+    def work() -> int:
         if args.check is not None:
             from halny.model.data.check import check
 
@@ -369,25 +380,8 @@ def main(argv: list[str] | None = None) -> int:
             options = {name: getattr(args, name) for name in names}
             prepare(args.inputs, args.out, shard_tokens=args.shard_tokens, **options)
         return 0
-    except DataError as error:
-        message, code = [str(error), *_notes(error)], 2
-    except WorkerDied as error:
-        message, code = [str(error), *(_notes(error) or ["nothing was written"])], 1
-    except BrokenPipeError:  # --check DIR | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt as error:
-        what, code = ("terminated", 143) if isinstance(error, _Terminated) else ("interrupted", 130)
-        message = [what, *(_notes(error) or ["nothing was written"])]
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    print("prepare_data: " + " ".join("; ".join(message).splitlines()), file=sys.stderr)
-    return code
 
-
-def _notes(error: BaseException) -> list[str]:
-    """What was kept, from model/data/resume.py."""
-    return getattr(error, "__notes__", [])
+    return exit_code("prepare_data", work)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,11 @@ import pytest
 from halny.model.run import preflight
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = {"halny.model.prepare_data", "halny.model.export"}  # they stand on the rooms, as train.py does
+COMMANDS = {
+    "halny.model.prepare_data",
+    "halny.model.quality",
+    "halny.model.export",
+}  # they stand on the rooms, as train.py does
 
 
 def modules() -> dict[str, Path]:

@@ -470,13 +470,20 @@ def part_of(text: str) -> str:
     return "held back" if bucket == 0 else "HIGH" if bucket < 11 else "LOW"
 
 
+def partly(damage: Callable[[str, random.Random], str], text: str, rng: random.Random) -> str:
+    """The text with its last paragraphs damaged, a fifth of them to all: pages are seldom bad throughout."""
+    paragraphs = text.split("\n\n")
+    start = int(rng.uniform(0, 0.8) * len(paragraphs))
+    return "\n\n".join([*paragraphs[:start], damage("\n\n".join(paragraphs[start:]), rng)])
+
+
 def labelled(documents: Iterable[Document], seed: int) -> Iterator[dict]:
-    """{"text", "quality", "kind"} of all documents but those held back; a clean one is either HIGH or damaged."""
+    """{"text", "quality", "kind"} of all documents but those held back; a clean one is HIGH, or partly damaged."""
     rng, n_damaged = random.Random(seed), 0
     for text, kind in documents:
         quality = "MEDIUM" if kind in LISTS else part_of(text)
         if quality == "LOW":
             kind = TRAINED[n_damaged % len(TRAINED)]
-            text, n_damaged = DAMAGES[kind](text, rng), n_damaged + 1
+            text, n_damaged = partly(DAMAGES[kind], text, rng), n_damaged + 1
         if quality != "held back":
             yield {"text": text, "quality": quality, "kind": kind}

@@ -5,7 +5,7 @@
     .parquet                      a row a document, the text in a column of that name
 
 Two halves. `read_blocks` runs in the main process: it reads files in order and cuts them, at line ends, into blocks of
-about a megabyte. `documents` runs in the workers: it makes texts of a block, or a `Fault` of what is none.
+about a megabyte. `documents` runs in the workers: it makes a `Document` of each text, or a `Fault` of what is none.
 
 Handled: a byte-order mark at the start of a file is no text; NUL, CR LF and any other character are; a blank line is no
 document. Skipped, counted by reason, and refused with `--strict`: everything that raises `Fault` here. A damaged file
@@ -58,7 +58,12 @@ class Part(NamedTuple):
 
 class Rows(NamedTuple):
     texts: list[bytes | None]
-    records: list[dict]  # the columns that --keep reads, a row each
+    records: list[dict]  # a row each: of the other columns those that --keep reads, or all
+
+
+class Document(NamedTuple):
+    text: str
+    record: dict  # the object of its line, text and all; of its row the columns that were read; empty for a .txt
 
 
 class Block(NamedTuple):
@@ -144,8 +149,13 @@ def check_packages(files: Iterable[tuple[int, Path]]) -> None:
 # --- main process: blocks ---------------------------------------------------------------------------------------------
 
 
-def read_blocks(files: list[tuple[int, Path]], text_key: str, keep: list[Condition], done: int = 0) -> Iterator[Block]:
-    """The blocks of all files but the first `done`, in order; DataError where the disk or the network fails."""
+def read_blocks(
+    files: list[tuple[int, Path]], text_key: str, keep: list[Condition] | None, done: int = 0
+) -> Iterator[Block]:
+    """The blocks of all files but the first `done`, in order; DataError where the disk or the network fails.
+
+    Of .parquet files the columns are read that `keep` asks for, or all where it is None.
+    """
     together, source_before, size_together = [], 0, 0  # small .txt files share a block
 
     def full(source: int, kind: str) -> bool:
@@ -246,7 +256,7 @@ def _reader(raw, kind: str) -> tuple[Callable[[int], bytes], int]:
     return pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd").read, min(BLOCK_BYTES, 1 << 16)
 
 
-def _read_rows(file: Path, text_key: str, keep: list[Condition]) -> Iterator[tuple[Part, int]]:
+def _read_rows(file: Path, text_key: str, keep: list[Condition] | None) -> Iterator[tuple[Part, int]]:
     import pyarrow
     from pyarrow import parquet
 
@@ -266,7 +276,10 @@ def _read_rows(file: Path, text_key: str, keep: list[Condition]) -> Iterator[tup
             )
             yield Part(str(file), number, Fault("column of another type", message, of_file=True)), total
             return
-        read = list({name: None for condition in keep if (name := condition.column(schema.names))})
+        if keep is None:
+            read = [name for name in schema.names if name != text_key]
+        else:
+            read = list({name: None for condition in keep if (name := condition.column(schema.names))})
         per_row = sum(table.metadata.row_group(i).total_byte_size for i in range(table.num_row_groups)) / max(rows, 1)
         batch_size = max(1, min(8192, int(BLOCK_BYTES / max(per_row, 1))))
         for batch in table.iter_batches(
@@ -297,24 +310,24 @@ def _is_text(kind) -> bool:
 # --- workers: documents -----------------------------------------------------------------------------------------------
 
 
-def documents(part: Part, text_key: str, keep: list[Condition]) -> Iterator[tuple[str, str | Fault | Dropped]]:
-    """What a part holds, one after the other, each with its place: texts, faults, documents that --keep drops."""
+def documents(part: Part, text_key: str, keep: list[Condition]) -> Iterator[tuple[str, Document | Fault | Dropped]]:
+    """What a part holds, one after the other, each with its place: documents, faults, those that --keep drops."""
     if isinstance(part.data, Fault):
         yield f"{part.file}:{part.number}", part.data
     elif isinstance(part.data, Rows):
         for i, raw in enumerate(part.data.texts):
             where = f"{part.file}:{part.number + i}"
-            yield where, _guarded(_text_of_row, raw, part.data.records[i], where, keep)
+            yield where, _guarded(_document_of_row, raw, part.data.records[i], where, keep)
     elif part.is_text:
-        yield f"{part.file}:1", _guarded(_text_of_file, part.data, part.file)
+        yield f"{part.file}:1", _guarded(_document_of_file, part.data, part.file)
     else:
         for number, line in enumerate(part.data.split(b"\n"), start=part.number):
             if line.strip():  # a blank line is no document
                 where = f"{part.file}:{number}"
-                yield where, _guarded(_text_of_line, line, text_key, where, keep)
+                yield where, _guarded(_document_of_line, line, text_key, where, keep)
 
 
-def _guarded(make, *arguments) -> str | Fault | Dropped:
+def _guarded(make, *arguments) -> Document | Fault | Dropped:
     try:
         return make(*arguments)
     except Fault as fault:
@@ -333,11 +346,11 @@ def _decode(raw: bytes, file: str, line: int | None = None) -> str:
         raise Fault("not UTF-8", f"{where}: not valid UTF-8 ({byte}); {remedy}") from None
 
 
-def _text_of_file(raw: bytes, file: str) -> str:
-    return _not_empty(_decode(raw, file, 1), f"{file}:1")
+def _document_of_file(raw: bytes, file: str) -> Document:
+    return _not_empty(_decode(raw, file, 1), {}, f"{file}:1")
 
 
-def _text_of_line(raw: bytes, text_key: str, where: str, keep: list[Condition]) -> str | Dropped:
+def _document_of_line(raw: bytes, text_key: str, where: str, keep: list[Condition]) -> Document | Dropped:
     mend = "mend or remove the line"
     try:
         record = json.loads(_decode(raw, where))
@@ -360,18 +373,18 @@ def _text_of_line(raw: bytes, text_key: str, where: str, keep: list[Condition]) 
     if lone := re.search("[\ud800-\udfff]", text):
         code = f"\\u{ord(lone.group()):04x}"
         raise Fault("lone surrogate", f"{where}: {text_key!r} holds the lone surrogate {code}; {mend}")
-    return first_failed(keep, record) or _not_empty(text, where)
+    return first_failed(keep, record) or _not_empty(text, record, where)
 
 
-def _text_of_row(raw: bytes | None, record: dict, where: str, keep: list[Condition]) -> str | Dropped:
+def _document_of_row(raw: bytes | None, record: dict, where: str, keep: list[Condition]) -> Document | Dropped:
     if raw is None:
         raise Fault("null", f"{where}: the text of this row is null; remove the row")
     if len(raw) > MAX_DOCUMENT_BYTES:
         raise _too_large(where)
-    return first_failed(keep, record) or _not_empty(_decode(raw, where), where)
+    return first_failed(keep, record) or _not_empty(_decode(raw, where), record, where)
 
 
-def _not_empty(text: str, where: str) -> str:
+def _not_empty(text: str, record: dict, where: str) -> Document:
     if not text:
         raise Fault("empty", f"{where}: an empty document; remove it")
-    return text
+    return Document(text, record)

@@ -2,15 +2,19 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from halny.model.data.documents import Block, Fault, documents
-from halny.model.data.keep import Condition, Dropped
+from halny.model.data.documents import Block, Document, Fault, documents
+from halny.model.data.keep import Condition, Dropped, first_failed
 from halny.model.data.tokenizer import Encoder, Tokenizer
+
+if TYPE_CHECKING:
+    from halny.model.data.quality import Classifier, Labeller
 
 
 def held_out(text: str, val_fraction: float) -> bool:
@@ -30,7 +34,9 @@ class Job:
     bos_id: int | None
     eos_id: int | None
     text_key: str = "text"
-    keep: tuple[Condition, ...] = ()
+    keep: tuple[Condition, ...] = ()  # on the metadata of the input
+    classifier: "Classifier | None" = None
+    keep_labels: tuple[Condition, ...] = ()  # on what the classifier says
     val_fraction: float = 0.0
     dedup: bool = False
 
@@ -57,17 +63,24 @@ class Encoded:
 
 
 def encoder_of_blocks(job: Job) -> Callable[[Block], Encoded]:
-    return partial(encode_block, job, Encoder(job.tokenizer))
+    labeller = None
+    if job.classifier is not None:
+        from halny.model.data.quality import Labeller
+
+        labeller = Labeller(job.classifier)
+    return partial(encode_block, job, Encoder(job.tokenizer), labeller)
 
 
-def encode_block(job: Job, encoder: Encoder, block: Block) -> Encoded:
+def encode_block(job: Job, encoder: Encoder, labeller: "Labeller | None", block: Block) -> Encoded:
     out = Encoded(source=block.source, size=block.size, files_done=block.files_done)
     found = [pair for part in block.parts for pair in documents(part, job.text_key, job.keep)]
-    encodings = iter(encoder.encode([text for _, text in found if isinstance(text, str)]))
+    if labeller:
+        found = list(_unless_label_drops(found, labeller, job.keep_labels))
+    encodings = iter(encoder.encode([item.text for _, item in found if isinstance(item, Document)]))
     (head, tail), none = job.markers(), np.array([], job.tokenizer.dtype)
     pieces, lengths, val, digests = [none], [], [], []
     for where, item in found:
-        if isinstance(item, str) and not len(ids := next(encodings)):  # a normalizer may leave nothing of a text
+        if isinstance(item, Document) and not len(ids := next(encodings)):  # a normalizer may leave nothing of a text
             item = Fault("empty", f"{where}: a document of which the tokenizer leaves no token; remove it")
         out.n_documents += not (isinstance(item, Fault) and item.of_file)
         if isinstance(item, Fault):
@@ -76,7 +89,7 @@ def encode_block(job: Job, encoder: Encoder, block: Block) -> Encoded:
         elif isinstance(item, Dropped):
             out.dropped[item.reason] += 1
         else:
-            raw = item.encode()
+            raw = item.text.encode()
             first, last = head, tail
             if job.tokenizer.special_tokens:  # a text may begin and end with them of its own accord
                 first, last = none if ids[0] in head else head, none if ids[-1] in tail else tail
@@ -88,3 +101,11 @@ def encode_block(job: Job, encoder: Encoder, block: Block) -> Encoded:
     out.ids, out.lengths, out.val = np.concatenate(pieces), np.array(lengths, np.int64), np.array(val, bool)
     out.digests = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
     return out
+
+
+def _unless_label_drops(found: list[tuple], labeller: "Labeller", keep: Sequence[Condition]) -> Iterator[tuple]:
+    labels = iter(labeller.label([item.text for _, item in found if isinstance(item, Document)]))
+    for where, item in found:
+        if isinstance(item, Document):
+            item = first_failed(keep, next(labels).metadata()) or item
+        yield where, item

@@ -72,7 +72,7 @@ def parse_conditions(texts: Iterable[str]) -> list[Condition]:
     return conditions
 
 
-def first_failed(keep: list[Condition], record: dict) -> Dropped | None:
+def first_failed(keep: Iterable[Condition], record: dict) -> Dropped | None:
     for condition in keep:
         if (found := condition.find(record)) is None:
             return Dropped(f"no {condition.key}")

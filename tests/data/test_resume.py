@@ -116,10 +116,11 @@ def stop_in(monkeypatch, name: str, error: BaseException, line: int = 1) -> None
     """Raises an error when a block of a file comes, of this line of it or one after."""
     encode_block = encode.encode_block
 
-    def stopped(job, encoder, block):
+    def stopped(*arguments):
+        block = arguments[-1]
         if any(Path(part.file).name == name and part.number >= line for part in block.parts):
             raise error
-        return encode_block(job, encoder, block)
+        return encode_block(*arguments)
 
     monkeypatch.setattr(encode, "encode_block", stopped)
 
