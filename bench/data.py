@@ -2,6 +2,8 @@
 
     python bench/data.py                       MB/s and tokens/s: tokenizer alone, prepare_data, the loader
     python bench/data.py --memory --mb 2000    prepare_data of a generated corpus, and the peak memory of each process
+    python bench/data.py --quality runs/polish                 labels of real prose, beside the tokenizer
+    python bench/data.py --quality runs/polish --memory        peak memory where hardly a word is met twice
 
 The corpus is generated: Polish-looking and English words, whose frequencies fall as in language, in documents of some 3
 kB, as .jsonl. "tokenizer alone" is `encode_batch_fast` of the `tokenizers` library on texts that are already in memory,
@@ -11,6 +13,11 @@ and system time of all processes) tell what the clock cannot where others comput
 
 The loader (model/data/batches.py) reads what was prepared, as one process with one thread of it does: samples of 4096,
 eight a batch, a batch a step, onto the CPU, the files in the page cache. A token is a position of a batch.
+
+--quality takes the folder that `python bench/polish.py` made: classifiers are fitted to its labelled.jsonl, with and
+without morphology, and its prose.jsonl is what is measured and labelled, as it is and with four documents in one. "new
+words" is the first time that a process meets these texts, and must analyse each of their word forms; "known" is each
+later time, the best of the rounds. A corpus is between the two, the nearer to the second the larger it is.
 """
 
 import argparse
@@ -25,6 +32,7 @@ import sys
 import tempfile
 import threading
 import time
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -166,6 +174,82 @@ def loader_tokens_per_second(sources: list[str], documents: bool, seconds: float
     return tokens / (time.perf_counter() - began)
 
 
+def best_rate(work, texts: list[str], size: int) -> tuple[float, float]:
+    """MB/s of the first call, and of the best of the ROUNDS after it."""
+    rates = []
+    for _ in range(1 + ROUNDS):
+        began = time.perf_counter()
+        work(texts)
+        rates.append(size / 1e6 / (time.perf_counter() - began))
+    return rates[0], max(rates[1:])
+
+
+def measurer(morphology: bool):
+    from halny.model.data.features import Features
+
+    features = Features(morphology)
+    return lambda texts: [features.measure(text) for text in texts]
+
+
+def labeller(classifier):
+    from halny.model.data.quality import Labeller
+
+    return Labeller(classifier).label
+
+
+def quality_rates(folder: Path, scratch: Path) -> None:
+    from halny.model.data.quality import load_classifier
+    from halny.model.data.quality_fit import fit
+    from halny.model.data.tokenizer import Encoder, mistral_tokenizer
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    short = [json.loads(line)["text"] for line in (folder / "prose.jsonl").read_text().splitlines()]
+    long = ["\n\n".join(short[i : i + 4]) for i in range(0, len(short), 4)]
+    size = sum(len(text.encode()) for text in short)
+    sizes = [f"{size / len(texts) / 1e3:.1f} kB" for texts in (short, long)]
+    print(f"{size / 1e6:.2f} MB of prose, in documents of {' and of '.join(sizes)}; one process, one thread\n")
+    heads = [f"{name}, {kb}" for kb in sizes for name in ("new words", "known")]
+    print(f"{'MB/s per core':34}" + "".join(f"{head:>22}" for head in heads))
+
+    def show(name: str, make) -> None:
+        rates = [rate for texts in (short, long) for rate in best_rate(make(), texts, size)]
+        print(f"{name:34}" + "".join(f"{rate:22.2f}" for rate in rates), flush=True)
+
+    encoder = Encoder(mistral_tokenizer())
+    show("tokenizer (Mistral's)", lambda: encoder.encode)
+    for name, morphology in (("without morphology", False), ("with morphology", True)):
+        began = time.perf_counter()
+        fit([folder / "labelled.jsonl"], scratch / name, morphology=morphology, workers=1, progress=False)
+        took, classifier = time.perf_counter() - began, load_classifier(scratch / name)
+        show(f"features, {name}", partial(measurer, morphology))
+        show(f"labels, {name}", partial(labeller, classifier))
+        print(f"  (fitted in {took:.1f} s)")
+
+
+def make_novel_corpus(path: Path, megabytes: float) -> int:
+    """Documents of words that hardly come twice; the bytes of text in it."""
+    rng, text_bytes = random.Random(0), 0
+    with open(path, "w") as file:
+        while text_bytes < megabytes * 1e6:
+            text = re.sub("(.{9})", r"\1 ", "".join(rng.choices("aeiouykłstrnzwmpdcąę", k=3000)))
+            text_bytes += len(text.encode())
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+    return text_bytes
+
+
+def quality_memory(folder: Path, scratch: Path, megabytes: float, n_workers: int) -> None:
+    from halny.model.data.quality_fit import fit
+
+    fit([folder / "labelled.jsonl"], scratch / "classifier", progress=False)
+    extra = ["--quality", str(scratch / "classifier"), "--keep", "quality_prob>0"]
+    for size in (megabytes / 4, megabytes):
+        text_bytes, out = make_novel_corpus(scratch / "corpus.jsonl", size), scratch / f"out-{size}"
+        seconds, _, peaks = run_prepare(scratch / "corpus.jsonl", out, n_workers, extra)
+        print(f"{text_bytes / 1e6:,.0f} MB of words that hardly come twice, {seconds:,.0f} s")
+        for name, peak in sorted(peaks.items()):
+            print(f"{name:16} {peak / 1e6:6.0f} MB at its peak", flush=True)
+
+
 def cpu_of_children() -> float:
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
@@ -181,9 +265,16 @@ def main() -> None:
     parser.add_argument("--mb", type=float, default=60, help="size of the generated corpus (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: %(default)s)")
     parser.add_argument("--memory", action="store_true", help="peak memory of each process instead")
+    parser.add_argument("--quality", type=Path, metavar="DIR", help="labels instead, of what bench/polish.py made")
     args = parser.parse_args()
+    if args.quality and not (args.quality / "prose.jsonl").is_file():
+        parser.error(f"--quality {args.quality}: no prose.jsonl in it; python bench/polish.py --out {args.quality}")
     print(f"{platform.machine()}, {os.cpu_count()} cores, {args.workers} processes, Python {platform.python_version()}")
     with tempfile.TemporaryDirectory() as folder:
+        if args.quality and args.memory:
+            return quality_memory(args.quality, Path(folder), args.mb, args.workers)
+        if args.quality:
+            return quality_rates(args.quality, Path(folder))
         corpus = Path(folder) / "corpus.jsonl"
         text_bytes = make_corpus(corpus, args.mb)
         if args.memory:

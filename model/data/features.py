@@ -11,6 +11,7 @@ tests/data/test_features.py holds the values of some texts.
 
 import math
 import re
+import statistics
 import zlib
 from collections import Counter
 from typing import NamedTuple
@@ -214,25 +215,25 @@ class Features:
 def _lengths(parts: Parts, sums: dict[str, int]) -> dict[str, float]:
     n_words, in_lines = len(parts.words), np.array([len(line) for line in parts.lines])
     mean, square = _over(sums["letters"], n_words), _over(sums["letters_squared"], n_words)
-    n_sentences = parts.sentence_words
+    in_sentences = parts.sentence_words
     return {
         "log_characters": math.log10(1 + len(parts.text)),
         "log_words": math.log10(1 + n_words),
-        "log_sentences": math.log10(1 + len(n_sentences)),
+        "log_sentences": math.log10(1 + len(in_sentences)),
         "word_length": mean,
         "word_length_sd": math.sqrt(max(square - mean**2, 0)),
         "short_words": _over(sums["short"], n_words),
         "long_words": _over(sums["long"], n_words),
         "log_longest_word": math.log10(1 + max(map(len, parts.words), default=0)),
-        "sentence_words": _mean(n_sentences),
-        "sentence_words_sd": _sd(n_sentences),
-        "sentence_words_median": float(np.median(n_sentences)) if len(n_sentences) else 0.0,
-        "log_longest_sentence": math.log10(1 + n_sentences.max(initial=0)),
-        "short_sentences": _mean(n_sentences < 4),
-        "long_sentences": _mean(n_sentences > 40),
+        "sentence_words": _mean(in_sentences),
+        "sentence_words_sd": _sd(in_sentences),
+        "sentence_words_median": statistics.median(in_sentences.tolist() or [0]),
+        "log_longest_sentence": math.log10(1 + in_sentences.max(initial=0)),
+        "short_sentences": _over(_count(in_sentences < 4), len(in_sentences)),
+        "long_sentences": _over(_count(in_sentences > 40), len(in_sentences)),
         "line_characters": _mean(in_lines),
         "line_characters_cv": _over(_sd(in_lines), _mean(in_lines)),
-        "short_lines": _mean(in_lines < 30),
+        "short_lines": _over(_count(in_lines < 30), len(in_lines)),
         "line_words": _over(n_words, len(parts.lines)),
         "paragraph_words": _mean(parts.paragraph_words),
         "paragraph_words_cv": _over(_sd(parts.paragraph_words), _mean(parts.paragraph_words)),
@@ -279,6 +280,7 @@ def _marks(parts: Parts) -> dict[str, float]:
     n_words, n_lines, n_sentences = len(parts.words), len(parts.lines), len(parts.sentences)
     digit, space = kinds == KIND["digit"], kinds == KIND["space"]
     mark = (kinds == KIND["sentence_mark"]) | (kinds == KIND["comma"])
+    n_marks = _count(mark)
     shout = (codes == ord("!")) | (codes == ord("?"))
     tag = (codes == ord("#")) | (codes == ord("@"))
     hyphen = (codes == ord("-")) | (codes == 0xAD) | (codes == ord("¬"))
@@ -287,23 +289,23 @@ def _marks(parts: Parts) -> dict[str, float]:
     first = np.searchsorted(seen, parts.sentence_starts)  # of each sentence, and each has a letter
     return {
         "mojibake": _over(sum(1 for _ in MOJIBAKE.finditer(text)), n_words),
-        "letters_and_digits": _over(int((letter[1:] & digit[:-1]).sum() + (digit[1:] & letter[:-1]).sum()), n_words),
-        "hyphenated_ends": _over(int((letter[:-2] & hyphen[1:-1] & (codes[2:] == ord("\n"))).sum()), n_lines),
+        "letters_and_digits": _over(_count(letter[1:] & digit[:-1]) + _count(digit[1:] & letter[:-1]), n_words),
+        "hyphenated_ends": _over(_count(letter[:-2] & hyphen[1:-1] & (codes[2:] == ord("\n"))), n_lines),
         "addresses": _over(text.count("://") + text.count("www.") + len(ADDRESS.findall(text)), n_words),
-        "tags": _over(int((tag[:-1] & letter[1:]).sum()), n_words),
+        "tags": _over(_count(tag[:-1] & letter[1:]), n_words),
         "markup": _over(sum(1 for _ in MARKUP.finditer(text)), n_words),
         "bullets": _over(sum(1 for line in parts.lines if BULLET.match(line)), n_lines),
         "separators": _over(sum(1 for line in parts.lines if SEPARATOR.search(line, 1, len(line) - 1)), n_lines),
         "exclamations": _over(text.count("!"), n_sentences),
         "questions": _over(text.count("?"), n_sentences),
         "ellipses": _over(text.count("…") + text.count("..."), n_sentences),
-        "repeated_marks": _over(int((shout[1:] & shout[:-1]).sum()), n_sentences),
-        "stretched": _over(int(stretched.sum()), n_words),
-        "space_before_mark": _over(int((space[:-1] & mark[1:]).sum()), int(mark.sum())),
-        "no_space_after_mark": _over(int((letter[:-2] & mark[1:-1] & letter[2:]).sum()), int(mark.sum())),
-        "double_spaces": _over(int((space[1:] & space[:-1]).sum()), n_words),
+        "repeated_marks": _over(_count(shout[1:] & shout[:-1]), n_sentences),
+        "stretched": _over(_count(stretched), n_words),
+        "space_before_mark": _over(_count(space[:-1] & mark[1:]), n_marks),
+        "no_space_after_mark": _over(_count(letter[:-2] & mark[1:-1] & letter[2:]), n_marks),
+        "double_spaces": _over(_count(space[1:] & space[:-1]), n_words),
         "ended_lines": _over(sum(line.rstrip("\"'”’»)]").endswith(SENTENCE_MARKS) for line in parts.lines), n_lines),
-        "small_starts": _over(int((kinds[seen[first]] < N_LOWER).sum()), n_sentences),
+        "small_starts": _over(_count(kinds[seen[first]] < N_LOWER), n_sentences),
     }
 
 
@@ -320,25 +322,25 @@ def _written(parts: Parts, sums: dict[str, int]) -> dict[str, float]:
 
 
 def _repetition(parts: Parts) -> dict[str, float]:
-    raw = parts.text.encode("utf-8", "surrogatepass")
+    raw, n = parts.text.encode("utf-8", "surrogatepass"), len(parts.words)
     number = {word: i for i, word in enumerate(dict.fromkeys(parts.words))}
-    words = np.fromiter(map(number.__getitem__, parts.words), np.int64, len(parts.words))
-    counts, grams, n = {1: np.bincount(words)}, words, len(words)
-    for size, step in ((2, 1), (3, 1), (5, 2)):  # a five is the threes that begin at its first word and its third
-        keys = grams[: max(len(grams) - step, 0)] * (n + 1) + grams[step:]
-        _, grams, counts[size] = np.unique(keys, return_inverse=True, return_counts=True)
+    words = np.fromiter(map(number.__getitem__, parts.words), np.int64, n)
+    twos = words[:-1] * len(number) + words[1:]
+    threes = twos[:-1] * len(number) + words[2:]  # below 2^60, since there are under 2^20 words
+    fives = zip(threes[:-2].tolist(), threes[2:].tolist(), strict=True)
+    counts, twos, threes = np.bincount(words), Counter(twos.tolist()), Counter(threes.tolist())
     return {
         "repeated_lines": _repeated(parts.lines),
         "repeated_paragraphs": _repeated(parts.paragraphs),
         "repeated_sentences": _repeated(parts.sentences),
-        **{name: _over(int(counts[i].max(initial=0)), n - i + 1) for i, name in TOP_GRAMS.items()},
-        **{f"repeated_{i}_grams": max(1 - _over(len(counts[i]), n - i + 1), 0) if n >= i else 0.0 for i in (3, 5)},
+        "top_word": _over(int(counts.max(initial=0)), n),
+        "top_2_gram": _over(max(twos.values(), default=0), n - 1),
+        "top_3_gram": _over(max(threes.values(), default=0), n - 2),
+        "repeated_3_grams": 1 - len(threes) / (n - 2) if n > 2 else 0.0,
+        "repeated_5_grams": 1 - len(set(fives)) / (n - 4) if n > 4 else 0.0,
         "compression": _over(len(zlib.compress(raw, 1)), len(raw)),
-        "word_entropy": _over(_entropy(counts[1]), math.log2(max(n, 1))),
+        "word_entropy": _over(_entropy(counts), math.log2(max(n, 1))),
     }
-
-
-TOP_GRAMS = {1: "top_word", 2: "top_2_gram", 3: "top_3_gram"}
 
 
 def _vocabulary(parts: Parts, sums: dict[str, int]) -> dict[str, float]:
@@ -400,7 +402,7 @@ def _morphology(parts: Parts, sums: dict[str, int], can_be_finite: np.ndarray) -
         "plural": _over(sums["pl"], sums["sg"] + sums["pl"]),
         "nouns_per_verb": sums["noun"] / (UNIT + sums["verb"]),
         "ambiguity": _over(UNIT * sums["ambiguity"] - sums["oov"], known),
-        "finite_sentences": _mean(finite),
+        "finite_sentences": _over(_count(finite), n_sentences),
         "finite_words": _over(int(parts.sentence_words[finite].sum()), n),
     }
 
@@ -409,8 +411,11 @@ def _over(part: float, whole: float) -> float:
     return part / whole if whole else 0.0
 
 
+_count = np.count_nonzero
+
+
 def _mean(values: np.ndarray) -> float:
-    """Of whole numbers or booleans; numpy's own mean takes three times as long on arrays as short as these."""
+    """Of whole numbers; numpy's own mean takes three times as long on arrays as short as these."""
     return int(values.sum()) / len(values) if len(values) else 0.0
 
 

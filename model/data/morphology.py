@@ -8,6 +8,7 @@ Woliński, Morfeusz Reloaded (LREC 2014); the tags are those of the National Cor
 """
 
 import importlib.util
+from functools import cache
 
 import numpy as np
 
@@ -105,21 +106,7 @@ class Morphology:
         readings = self._readings(form)
         if all(tag == "ign" for tag, _ in readings):  # "np" stands in the dictionary as "np."
             readings = [reading for reading in self._readings(form + ".") if reading[0].startswith("brev")] or readings
-        row = np.zeros(len(COLUMNS), np.int64)
-        weight = UNIT // len(readings)
-        for tag, is_name in readings:
-            kind, *parts = tag.split(":")
-            for name in CLASSES.get(kind, ()):
-                row[COLUMN[name]] += weight
-            if kind == "fin":  # of a perfective verb it is the future
-                row[COLUMN["future" if "perf" in parts else "present"]] += weight
-            for values in (part.split(".") for part in parts if kind != "prep"):  # whose cases are those it governs
-                for value in values:
-                    if value in COLUMN:  # cases, persons, numbers, aspects
-                        row[COLUMN[value]] += weight // len(values)
-            row[COLUMN["proper_name"]] += weight * is_name
-        row[COLUMN["ambiguity"]] = min(len(readings), MOST_READINGS)
-        return row
+        return _row(tuple(readings))
 
     def _readings(self, form: str) -> list[tuple[str, bool]]:
         """(tag, whether of a proper name) of each reading of its first part: "żeś" is "że" + "ś" and counts as "że"."""
@@ -129,3 +116,22 @@ class Morphology:
             if start == 0
         }
         return sorted(found)
+
+
+@cache  # of some thousand different ones
+def _row(readings: tuple[tuple[str, bool], ...]) -> np.ndarray:
+    row = np.zeros(len(COLUMNS), np.int64)
+    weight = UNIT // len(readings)
+    for tag, is_name in readings:
+        kind, *parts = tag.split(":")
+        for name in CLASSES.get(kind, ()):
+            row[COLUMN[name]] += weight
+        if kind == "fin":  # of a perfective verb it is the future
+            row[COLUMN["future" if "perf" in parts else "present"]] += weight
+        for values in (part.split(".") for part in parts if kind != "prep"):  # whose cases are those it governs
+            for value in values:
+                if value in COLUMN:  # cases, persons, numbers, aspects
+                    row[COLUMN[value]] += weight // len(values)
+        row[COLUMN["proper_name"]] += weight * is_name
+    row[COLUMN["ambiguity"]] = min(len(readings), MOST_READINGS)
+    return row

@@ -219,12 +219,12 @@ class Parts:
         ends = sorted({*ends, *self._sentence_ends()})
         self.sentences, self.sentence_starts, self.sentence_words = self._cut(ends, starts)
 
-    def _cut(self, ends: list[int], word_starts: np.ndarray) -> tuple[list[str], np.ndarray, np.ndarray]:
+    def _cut(self, ends: list[int], word_starts: np.ndarray) -> tuple[list[str], list[int], np.ndarray]:
         """The parts that have a word, without space around them; where each begins; how many words each has."""
-        bounds = np.array([0, *ends, len(self.text)])
+        bounds = [0, *ends, len(self.text)]
         n_words = np.diff(np.searchsorted(word_starts, bounds))
-        bounds = np.stack([bounds[:-1], bounds[1:]], 1)[n_words > 0]
-        return [self.text[a:b].strip() for a, b in bounds.tolist()], bounds[:, 0], n_words[n_words > 0]
+        kept = [(a, b) for a, b, n in zip(bounds, bounds[1:], n_words.tolist(), strict=False) if n]
+        return [self.text[a:b].strip() for a, b in kept], [a for a, _ in kept], n_words[n_words > 0]
 
     def _sentence_ends(self) -> Iterator[int]:
         for match in SENTENCE_END.finditer(self.text):
