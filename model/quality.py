@@ -40,10 +40,10 @@ def explain(text: str, folder: Path) -> str:
     if by_rule(labeller.features.names, values[None])[0]:
         lines.append("without being judged: it has no word, or most of its letters are of another script")
     else:
-        probabilities = labeller.probabilities(values[None])[0]
+        probabilities = labeller.trees.probabilities(values[None])[0]
         others = ", ".join(f"{name} {p:.4f}" for name, p in zip(classes, probabilities, strict=True))
         lines.append(f"  {others}")
-        moved = labeller.contributions(values)[classes.index(given.quality)]
+        moved = labeller.trees.contributions(values)[classes.index(given.quality)]
         order = np.argsort(-np.abs(moved), kind="stable")[:MOST_TELLING]
         heads = "".join(f"{'median of ' + name:>18}" for name in classes)
         for sign, towards in ((1, "towards"), (-1, "away from")):
@@ -91,8 +91,8 @@ def summary(manifest: dict) -> str:
     used = "calibrated" if errors["after"] < errors["before"] else "not calibrated, which would not lower it"
     lines += [
         "",
-        f"calibration error {held_out['calibration_error']:.3f} on those held out; in the folds {errors['before']:.3f} "
-        f"before and {errors['after']:.3f} after calibration ({used})",
+        f"expected calibration error {held_out['calibration_error']:.3f} on those held out; in the folds "
+        f"{errors['before']:.3f} before and {errors['after']:.3f} after calibration ({used})",
         f"{'probability':>16}{'documents':>12}{'mean':>8}{'right':>8}",
     ]
     for row in held_out["reliability"]:

@@ -109,7 +109,9 @@ def load_classifier(folder: Path) -> Classifier:
     if wrong:
         raise DataError(f"{folder}: {wrong}; copy it again, or {again}")
     check_installed(manifest["morphology"] is not None)
-    return Classifier(folder, manifest, model)
+    classifier = Classifier(folder, manifest, model)
+    _check_reading(classifier)
+    return classifier
 
 
 def _differs(classifier: Classifier) -> str | None:
@@ -128,6 +130,20 @@ def _differs(classifier: Classifier) -> str | None:
     if (digest := hashlib.sha256(classifier.model).hexdigest()) != manifest["model"]:
         return f"{MODEL} was cut or changed since the fit ({len(classifier.model):,} bytes, SHA-256 {digest[:12]}...)"
     return None
+
+
+def _check_reading(classifier: Classifier) -> None:
+    """DataError where this XGBoost makes other probabilities of the same trees: 3.0 ignores a part of 3.2's files."""
+    import xgboost
+
+    medians = np.array(list(classifier.manifest["medians"].values()), np.float32).T
+    found = Trees(classifier).probabilities(medians)
+    if not np.allclose(found, classifier.manifest["of_medians"], atol=1e-3):
+        wrote = classifier.manifest["packages"]
+        raise DataError(
+            f"{classifier.folder}: XGBoost {xgboost.__version__} reads the trees otherwise than the one that wrote "
+            f"them ({', '.join(f'{name} {of}' for name, of in wrote.items())}); install that, or fit again"
+        )
 
 
 def check_installed(morphology: bool) -> None:
@@ -149,16 +165,38 @@ def by_rule(names: Sequence[str], values: np.ndarray) -> np.ndarray:
     return (values[:, names.index("log_words")] == 0) | (values[:, names.index("other_script")] > 0.5)
 
 
-class Labeller:
-    """The classifier at work, in one thread."""
+def margins_of(booster, values: np.ndarray) -> np.ndarray:
+    """[n, classes] float64 of measured texts, [n, features]."""
+    return booster.inplace_predict(values, predict_type="margin").reshape(len(values), -1).astype(np.float64)
+
+
+class Trees:
+    """XGBoost's model and the calibration, in one thread."""
 
     def __init__(self, classifier: Classifier):
         import xgboost
 
-        self.classifier, self.classes = classifier, classifier.manifest["classes"]
-        self.features = Features(classifier.morphology is not None)
         self.booster = xgboost.Booster({"nthread": 1}, model_file=bytearray(classifier.model))
-        self.calibration = classifier.calibration
+        self.names, self.calibration = classifier.manifest["features"], classifier.calibration
+
+    def probabilities(self, values: np.ndarray) -> np.ndarray:
+        """[n, classes] of measured texts; that of one does not depend on the others."""
+        return self.calibration.probabilities(margins_of(self.booster, values))
+
+    def contributions(self, values: np.ndarray) -> np.ndarray:
+        """[classes, features] of one measured text: how much each moved the margin of each class (TreeSHAP)."""
+        import xgboost
+
+        data = xgboost.DMatrix(values[None], feature_names=self.names, nthread=1)
+        return self.booster.predict(data, pred_contribs=True)[0, :, :-1]
+
+
+class Labeller:
+    """The classifier at work."""
+
+    def __init__(self, classifier: Classifier):
+        self.classes, self.trees = classifier.manifest["classes"], Trees(classifier)
+        self.features = Features(classifier.morphology is not None)
 
     def label(self, texts: Sequence[str]) -> list[Label]:
         """A label for each text; that of one does not depend on the others."""
@@ -166,21 +204,9 @@ class Labeller:
             return []
         values = np.stack([self.features.measure(text) for text in texts])
         ruled = by_rule(self.features.names, values)
-        probabilities = self.probabilities(values)
+        probabilities = self.trees.probabilities(values)
         best = probabilities.argmax(1)
         return [
             Label("LOW", 1.0, True) if rule else Label(self.classes[k], round(float(row[k]), DIGITS))
             for rule, k, row in zip(ruled, best, probabilities, strict=True)
         ]
-
-    def probabilities(self, values: np.ndarray) -> np.ndarray:
-        """[n, classes] of measured texts."""
-        margins = self.booster.inplace_predict(values, predict_type="margin").reshape(len(values), -1)
-        return self.calibration.probabilities(margins.astype(np.float64))
-
-    def contributions(self, values: np.ndarray) -> np.ndarray:
-        """[classes, features] of one measured text: how much each moved the margin of each class (TreeSHAP)."""
-        import xgboost
-
-        data = xgboost.DMatrix(values[None], feature_names=list(self.features.names), nthread=1)
-        return self.booster.predict(data, pred_contribs=True)[0, :, :-1]

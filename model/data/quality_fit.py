@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from halny.model.data.command import n_workers
 from halny.model.data.dataset import DataError, to_json
@@ -46,6 +47,7 @@ from halny.model.data.quality import (
     Calibration,
     by_rule,
     check_installed,
+    margins_of,
     softmax,
 )
 from halny.model.data.workers import ordered_map
@@ -82,6 +84,8 @@ def fit(
 
     Raises DataError for what cannot be used: before the features are measured, but for what only they tell.
     """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
+        raise DataError(f"--seed {seed}: must be a whole number from 0 to 2**31 - 1")
     files, _ = find_files(inputs)
     check_packages(files)
     check_installed(morphology)
@@ -102,7 +106,7 @@ def fit(
     _check_enough(of_label)
     classes = [label for label in LABELS if of_label[label]]
     with new_folder(out) as folder:
-        manifest, model, plot = _fit(samples, classes, names, seed)
+        manifest, model, draw = _fit(samples, classes, names, seed, progress)
         versions = {package: _version(package) for package in ("xgboost-cpu", "xgboost", "numpy", "scipy")}
         manifest = {
             "format": FORMAT,
@@ -114,7 +118,7 @@ def fit(
             **manifest,
         }
         (folder / MODEL).write_bytes(model)
-        plot(folder / PLOT)
+        draw(folder / PLOT)
         (folder / MANIFEST).write_bytes(to_json(manifest, indent=1))
     if progress:
         took = time.monotonic() - began
@@ -221,7 +225,9 @@ def measurer(argument: tuple[str, bool]) -> Callable[[Block], tuple[int, list[tu
 # --- trees and calibration --------------------------------------------------------------------------------------------
 
 
-def _fit(samples: Samples, classes: list[str], names: list[str], seed: int) -> tuple[dict, bytes, Callable]:
+def _fit(
+    samples: Samples, classes: list[str], names: list[str], seed: int, progress: bool
+) -> tuple[dict, bytes, Callable[[Path], None]]:
     """The part of the manifest that depends on the documents, the trees, and what draws the plot."""
     import xgboost
 
@@ -237,20 +243,18 @@ def _fit(samples: Samples, classes: list[str], names: list[str], seed: int) -> t
         data = xgboost.DMatrix(samples.values[rows], y[rows], weight=weights[y[rows]], feature_names=names, nthread=1)
         return xgboost.train(settings, data, ROUNDS)
 
-    def margins(booster: xgboost.Booster, rows: np.ndarray) -> np.ndarray:
-        found = booster.inplace_predict(samples.values[rows], predict_type="margin")
-        return found.reshape(len(rows), -1).astype(np.float64)
-
     used = np.flatnonzero(~held_out)
     with ThreadPoolExecutor() as pool:
-        boosters = list(pool.map(train, [used, *(used[fold[used] != i] for i in range(FOLDS))]))
+        sets = [used, *(used[fold[used] != i] for i in range(FOLDS))]
+        off = not (progress and sys.stderr.isatty())
+        boosters = list(tqdm(pool.map(train, sets), total=len(sets), desc="quality: fitting", disable=off))
     booster, unseen = boosters[0], np.zeros((len(y), len(classes)))  # margins by trees that did not see the document
     for i in range(FOLDS):
         rows = used[fold[used] == i]
-        unseen[rows] = margins(boosters[1 + i], rows)
+        unseen[rows] = margins_of(boosters[1 + i], samples.values[rows])
     calibration, errors = calibrate(unseen[used], y[used], fold[used])
     test = np.flatnonzero(held_out)
-    probabilities = calibration.probabilities(margins(booster, test))
+    probabilities = calibration.probabilities(margins_of(booster, samples.values[test]))
     report = {"calibration_error_in_folds": errors, "held_out": report_on(probabilities, y[test], classes)}
     gains = booster.get_score(importance_type="total_gain")
     total = sum(gains.values()) or 1.0
@@ -258,14 +262,16 @@ def _fit(samples: Samples, classes: list[str], names: list[str], seed: int) -> t
         name: round(gain / total, 4) for name, gain in sorted(gains.items(), key=lambda pair: (-pair[1], pair[0]))[:20]
     }
     model = bytes(booster.save_raw("json"))
-    medians = np.stack([np.median(samples.values[y == k], 0) for k in range(len(classes))], 1)
+    medians = np.stack([np.median(samples.values[y == k], 0) for k in range(len(classes))]).astype(float).round(6)
+    of_medians = calibration.probabilities(margins_of(booster, medians.astype(np.float32)))
     manifest = {
         "features": names,
         "classes": classes,
         "calibration": calibration._asdict(),
         "model": hashlib.sha256(model).hexdigest(),
         "training": {"xgboost": settings, "rounds": ROUNDS, "folds": FOLDS, "held_out": f"1 in {HELD_OUT}"},
-        "medians": dict(zip(names, medians.astype(float).round(6).tolist(), strict=True)),
+        "medians": dict(zip(names, medians.T.tolist(), strict=True)),
+        "of_medians": of_medians.round(6).tolist(),  # their probabilities, to see whether another XGBoost agrees
         "report": report,
     }
     return manifest, model, partial(plot, report["held_out"])
@@ -273,7 +279,7 @@ def _fit(samples: Samples, classes: list[str], names: list[str], seed: int) -> t
 
 def _draws(digest: bytes, seed: int) -> tuple[int, int]:
     """Which part of HELD_OUT a text is of (0: the one that is held out), and which fold."""
-    mixed = hashlib.blake2b(digest, digest_size=16, key=seed.to_bytes(8, "big", signed=True)).digest()
+    mixed = hashlib.blake2b(digest, digest_size=16, key=seed.to_bytes(8, "big")).digest()
     return int.from_bytes(mixed[:8], "big") % HELD_OUT, int.from_bytes(mixed[8:], "big") % FOLDS
 
 

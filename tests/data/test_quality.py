@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -238,6 +239,7 @@ def test_a_spoiled_classifier_is_refused(classifier, tmp_path, spoil, said):
         ({"features": ["log_words", "beauty"]}, "fitted with other features .*beauty"),
         ({"classes": ["HIGH", "BEST", "LOW"]}, "of the classes .*BEST"),
         ({"calibration": {"temperature": 1.0}}, "cut or changed since the fit"),
+        ({"calibration": {"temperature": 9.0, "biases": [0.0] * 3}}, "reads the trees otherwise"),
     ],
 )
 def test_another_version_is_refused(classifier, tmp_path, values, said):
@@ -250,7 +252,8 @@ def test_the_fingerprint_is_of_what_labels_depend_on(classifier, tmp_path):
     report = {"report": {}, "documents": {}}
     assert load_classifier(changed(classifier, tmp_path / "1", **report)).fingerprint == one
     other = {"calibration": {"temperature": 2.0, "biases": [0.0] * 3}}
-    assert load_classifier(changed(classifier, tmp_path / "2", **other)).fingerprint != one
+    whole = load_classifier(classifier)
+    assert replace(whole, manifest=whole.manifest | other).fingerprint != one
 
 
 def test_another_dictionary_is_said(classifier, tmp_path, capsys):
@@ -280,6 +283,16 @@ def test_without_morfeusz(classifier, labelled, tmp_path, monkeypatch):
     manifest = fit([labelled], tmp_path / "without", morphology=False, progress=False)
     assert manifest["morphology"] is None and manifest["report"]["held_out"]["accuracy"] > 0.8
     assert Labeller(load_classifier(tmp_path / "without")).label([CLEAN])[0].quality == "HIGH"
+
+
+def test_an_xgboost_that_reads_the_trees_otherwise_is_refused(classifier, tmp_path):
+    """As 3.0 does: it takes what 3.2 wrote, without a word, and leaves out the share of each class."""
+    report = json.loads((classifier / "classifier.json").read_text())["of_medians"]
+    copy = changed(classifier, tmp_path / "copy", of_medians=np.roll(report, 1, axis=1).tolist())
+    with pytest.raises(
+        DataError, match=r"XGBoost \d.* reads the trees otherwise than the one that wrote .*xgboost-cpu 3"
+    ):
+        load_classifier(copy)
 
 
 def test_without_xgboost(classifier, monkeypatch):
@@ -382,7 +395,7 @@ def test_label_refuses(classifier, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("at", ["a", "b", "c"])
-def test_label_goes_on_after_an_interruption(classifier, corpus, tmp_path, monkeypatch, capsys, at):
+def test_label_goes_on_after_an_interruption(classifier, labelled, corpus, tmp_path, monkeypatch, capsys, at):
     monkeypatch.setattr(labelling, "PART_BYTES", 20_000)
     label(corpus, tmp_path / "whole", classifier, progress=False)
     label_block = labelling.label_block
@@ -406,9 +419,8 @@ def test_label_goes_on_after_an_interruption(classifier, corpus, tmp_path, monke
         with monkeypatch.context() as patch:
             patch.setattr(labelling, "label_block", stopped)
             assert quality.main([*arguments[:-1], str(tmp_path / "other")]) == 130
-        arguments[arguments.index("--model") + 1] = str(
-            changed(classifier, tmp_path / "copy", calibration={"temperature": 9.0, "biases": [0.0] * 3})
-        )
+        fit([labelled], tmp_path / "classifier", seed=1, progress=False)
+        arguments[arguments.index("--model") + 1] = str(tmp_path / "classifier")
         assert quality.main([*arguments[:-1], str(tmp_path / "other")]) == 2
         assert "interrupted preparation of other settings or inputs (classifier was" in capsys.readouterr().err
 
@@ -492,8 +504,8 @@ def test_contributions_add_up_to_the_margin(classifier):
     base = None
     for text in PAGES.values():
         values = labeller.features.measure(text)
-        margins = labeller.booster.inplace_predict(values[None], predict_type="margin")[0]
-        rest = margins - labeller.contributions(values).sum(1)
+        margins = labeller.trees.booster.inplace_predict(values[None], predict_type="margin")[0]
+        rest = margins - labeller.trees.contributions(values).sum(1)
         base = rest if base is None else base
         assert rest == pytest.approx(base, abs=1e-3)  # the average over the training set
 
