@@ -21,7 +21,7 @@ CORE = [
 ]
 DATA = ["pyarrow>=17"]
 QUALITY = [
-    # The same XGBoost as the package xgboost, under the same import name, without its 300 MB of NCCL and GPU code that
+    # The same XGBoost as the package xgboost, under the same import name, without the 0.5 GB of NCCL and GPU code that
     # would stand beside torch's own; it has wheels for x86-64 and for Arm.
     "xgboost-cpu>=3.2,<4",
     # Polish morphology, its dictionary inside the wheel. There is none for Linux on Arm (GH200).

@@ -16,6 +16,7 @@ import pytest
 from polish_texts import PAGES, small_set
 from pyarrow import parquet
 
+from bench import data as bench_data
 from bench.lib.polish import DAMAGES
 from halny.model import prepare_data, quality
 from halny.model.data import documents as reading
@@ -543,3 +544,13 @@ def test_help_teaches_and_loads_nothing_heavy(verb):
 def test_the_trainer_imports_none_of_it():
     code = "import train, sys; sys.exit(bool({'halny.model.data.quality', 'xgboost', 'morfeusz2'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2]).returncode == 0
+
+
+def test_the_bench_runs(labelled, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bench_data, "ROUNDS", 1)
+    (tmp_path / "labelled.jsonl").write_bytes(labelled.read_bytes())
+    write_lines(tmp_path / "prose.jsonl", [{"text": text} for text in PAGES.values()])
+    bench_data.quality_rates(tmp_path, tmp_path)
+    rows = re.findall(r"^(tokenizer|features|labels).*?((?: +\d+\.\d\d){4})$", capsys.readouterr().out, re.MULTILINE)
+    assert [name for name, _ in rows] == ["tokenizer", *["features", "labels"] * 2]
+    assert all(float(rate) > 0 for _, rates in rows for rate in rates.split())
