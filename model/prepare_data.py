@@ -6,7 +6,7 @@ documents are chosen by a hash of their text, so neither order nor company matte
 all would be: then the end of the last one is. The way of a document, and where it is told in full:
 
     files -> blocks of a megabyte, in order            model/data/documents.py, in the main process
-    block -> texts, --keep, ids                        model/data/encode.py, in worker processes (model/data/workers.py)
+    block -> texts, --keep, --quality, ids             model/data/encode.py, in worker processes (model/data/workers.py)
     ids, in the order of the input -> --dedup, counts  model/data/tally.py, in the main process again
     -> shards                                          model/data/writer.py
     -> what a killed preparation goes on from          model/data/resume.py
@@ -24,7 +24,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,7 @@ from halny.model.data.documents import (
     find_files,
     read_blocks,
 )
-from halny.model.data.encode import Encoded, Job, encoder_of_blocks
+from halny.model.data.encode import Job, encoder_of_blocks
 from halny.model.data.keep import Condition, parse_conditions
 from halny.model.data.merge import merge
 from halny.model.data.progress import Progress
@@ -190,7 +190,7 @@ def _prepare(
         new_folder(out, resumes=True) as folder,
         Writer(folder, tokenizer.vocab_size, shard_tokens) as writer,
         Journal(folder, made_of, list(files), writer, tally) as journal,
-        closing(_encoded(job, read(journal.done), workers)) as encoded,
+        closing(ordered_map(encoder_of_blocks, job, read(journal.done), workers)) as encoded,
         Progress(total_bytes, journal.bytes_done(), writer.total("tokens")) as progress,
     ):
         if journal.done and total_bytes is not None:
@@ -226,13 +226,6 @@ def _prepare(
             sep="\n",
             file=sys.stderr,
         )
-
-
-def _encoded(job: Job, blocks: Iterable[Block], workers: int) -> Iterator[Encoded]:
-    if workers:
-        yield from ordered_map(encoder_of_blocks, job, blocks, workers)
-    else:
-        yield from map(encoder_of_blocks(job), blocks)
 
 
 def _hold_out_part(writer: Writer, job: Job, tally: Tally) -> None:

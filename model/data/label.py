@@ -13,7 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import closing, nullcontext, suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -33,6 +33,7 @@ from halny.model.durable import sync
 
 PART_BYTES = 256 << 20  # of text in a file, about: preparation goes on from file to file
 COMPRESSION = 3
+ABOVE = f"probability above {SURE}"  # in labels.json
 
 
 def label(
@@ -64,16 +65,15 @@ def label(
     tally, job = LabelTally(), (classifier, text_key)
     with (
         new_folder(out, resumes=True) as folder,
-        Parts(folder) as parts,
+        PartFiles(folder) as parts,
         Journal(folder, made_of, input_files, parts, tally) as journal,
     ):
         if journal.done and progress:
             goes_on = f"going on after {journal.done:,} of {len(files):,} input files, done before"
             print(f"quality: {given}: {goes_on}", file=sys.stderr)
         blocks = read_blocks(files, text_key, None, journal.done)
-        results = ordered_map(labeller_of_blocks, job, blocks, workers) if workers else None
         with (
-            closing(results) if workers else nullcontext(map(labeller_of_blocks(job), blocks)) as labelled,
+            closing(ordered_map(labeller_of_blocks, job, blocks, workers)) as labelled,
             Progress(size if progress else None, journal.bytes_done(), name="quality") as bar,
         ):
             for block in labelled:
@@ -193,7 +193,7 @@ class LabelTally(Tally):
 
     def restore(self, state: dict) -> None:
         super().restore(state)
-        self.labels, self.sure = Counter(state["labels"]), Counter(state["sure"])
+        self.labels, self.sure = Counter(state["labels"]), Counter(state[ABOVE])
         self.by_rule, self.replaced = state["by_rule"], state["replaced"]
 
     def record(self) -> dict:
@@ -202,15 +202,12 @@ class LabelTally(Tally):
         return {"input": counts, **self._of_labels()}
 
     def _of_labels(self) -> dict:
-        counts = {"labels": self.labels, "sure": self.sure}
+        counts = {"labels": self.labels, ABOVE: self.sure}
         ordered = {name: {label: count[label] for label in LABELS} for name, count in counts.items()}
         return {**ordered, "by_rule": self.by_rule, "replaced": self.replaced}
 
     def lines(self) -> list[str]:
-        lines = [
-            f"  {label:6} {self.labels[label]:,} ({self.sure[label]:,} with a probability above {SURE})"
-            for label in LABELS
-        ]
+        lines = [f"  {label:6} {self.labels[label]:,} ({self.sure[label]:,} with a {ABOVE})" for label in LABELS]
         if self.by_rule:
             lines.append(f"  {self.by_rule:,} of LOW without being judged: no word, or most letters of another script")
         if self.replaced:
@@ -218,14 +215,14 @@ class LabelTally(Tally):
         return lines + super().lines()
 
 
-class Parts:
+class PartFiles:
     """The files that are written, for resume.py's Journal."""
 
     def __init__(self, folder: Path):
         self.folder, self.number, self.n_documents = folder, 0, 0
         self.file, self.text_bytes = None, 0  # of the part that is open
 
-    def __enter__(self) -> "Parts":
+    def __enter__(self) -> "PartFiles":
         return self
 
     def __exit__(self, *exception) -> None:

@@ -103,14 +103,16 @@ def load_classifier(folder: Path) -> Classifier:
         raise DataError(f"{folder}: no {MANIFEST} in it; name a folder that python -m halny.model.quality fit made")
     try:
         manifest, model = json.loads((folder / MANIFEST).read_bytes()), (folder / MODEL).read_bytes()
-        wrong = _differs(Classifier(folder, manifest, model))
+        classifier = Classifier(folder, manifest, model)
+        if not (wrong := _differs(classifier)):
+            check_installed(classifier.morphology is not None)
+            wrong = _read_otherwise(classifier)
+    except DataError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         wrong = f"cut or changed since the fit ({f'no {error}' if isinstance(error, KeyError) else one_line(error)})"
     if wrong:
         raise DataError(f"{folder}: {wrong}; copy it again, or {again}")
-    check_installed(manifest["morphology"] is not None)
-    classifier = Classifier(folder, manifest, model)
-    _check_reading(classifier)
     return classifier
 
 
@@ -132,18 +134,16 @@ def _differs(classifier: Classifier) -> str | None:
     return None
 
 
-def _check_reading(classifier: Classifier) -> None:
-    """DataError where this XGBoost makes other probabilities of the same trees: 3.0 ignores a part of 3.2's files."""
+def _read_otherwise(classifier: Classifier) -> str | None:
+    """What this XGBoost makes of the trees, if it is not what the fit made: 3.0 ignores a part of 3.2's files."""
     import xgboost
 
-    medians = np.array(list(classifier.manifest["medians"].values()), np.float32).T
-    found = Trees(classifier).probabilities(medians)
-    if not np.allclose(found, classifier.manifest["of_medians"], atol=1e-3):
-        wrote = classifier.manifest["packages"]
-        raise DataError(
-            f"{classifier.folder}: XGBoost {xgboost.__version__} reads the trees otherwise than the one that wrote "
-            f"them ({', '.join(f'{name} {of}' for name, of in wrote.items())}); install that, or fit again"
-        )
+    manifest = classifier.manifest
+    medians = np.array([manifest["medians"][name] for name in manifest["features"]], np.float32).T
+    if np.allclose(Trees(classifier).probabilities(medians), manifest["of_medians"], atol=1e-3):
+        return None
+    wrote = " ".join(f"{name} {version}" for name, version in manifest["packages"].items() if "xgboost" in name)
+    return f"XGBoost {xgboost.__version__} reads its trees otherwise than the one that wrote them (install {wrote})"
 
 
 def check_installed(morphology: bool) -> None:

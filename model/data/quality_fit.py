@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import closing
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -197,10 +197,11 @@ def measure(
     total_bytes: int | None,
 ) -> Samples:
     """The second reading: features of each text that `labels` has, once."""
-    argument, blocks = (text_key, morphology), read_blocks(files, text_key, [])
-    results = ordered_map(measurer, argument, blocks, workers) if workers else map(measurer(argument), blocks)
-    values = {}
-    with closing(results) if workers else nullcontext(results), Progress(total_bytes, name="quality") as progress:
+    blocks, values = read_blocks(files, text_key, []), {}
+    with (
+        closing(ordered_map(measurer, (text_key, morphology), blocks, workers)) as results,
+        Progress(total_bytes, name="quality") as progress,
+    ):
         for size, measured in results:
             values.update((key, row) for key, row in measured if key in labels)
             progress.update(size, len(values))

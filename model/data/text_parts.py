@@ -133,6 +133,7 @@ SUMS = (*LEXICAL, *COLUMNS)
 
 
 def _lexical(form: str) -> list[int]:
+    """In the order of LEXICAL."""
     lower, n = form.lower(), len(form)
     is_syllable = [match[1] is not None for match in VOWEL.finditer(lower)]
     return [

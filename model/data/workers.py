@@ -31,12 +31,15 @@ class WorkerDied(RuntimeError):
 
 
 def ordered_map(prepare: Callable[[Any], Callable], argument: Any, items: Iterable, n_workers: int) -> Iterator:
-    """``map(prepare(argument), items)`` with the function made and applied in `n_workers` other processes.
+    """``map(prepare(argument), items)`` with the function made and applied in `n_workers` other processes, 0 for none.
 
     Results come in the order of the items, which are read only a few ahead. `prepare` must be a function of a module
     other than __main__; argument, items and results are pickled. An exception in a worker is raised here; WorkerDied if
     one was killed. Leaving the iterator, by an exception or `close` too, ends the workers.
     """
+    if not n_workers:
+        yield from map(prepare(argument), items)
+        return
     connections, processes = [], []
     try:
         for _ in range(n_workers):

@@ -118,6 +118,13 @@ def test_another_seed_is_another_split(labelled, classifier, tmp_path):
     assert one.fingerprint != other.fingerprint
 
 
+def test_two_labels_are_enough(labelled, tmp_path):
+    rows = [json.loads(line) for line in labelled.read_text().splitlines() if "MEDIUM" not in line]
+    manifest = fit([write_lines(tmp_path / "x.jsonl", rows)], tmp_path / "out", progress=False)
+    assert manifest["classes"] == ["HIGH", "LOW"] and manifest["report"]["held_out"]["accuracy"] > 0.8
+    assert Labeller(load_classifier(tmp_path / "out")).label([CLEAN])[0].quality == "HIGH"
+
+
 def test_texts_with_several_labels_and_without_words_are_left_out(labelled, tmp_path):
     rows = [json.loads(line) for line in labelled.read_text().splitlines()]
     rows += [rows[0] | {"quality": "HIGH" if rows[0]["quality"] != "HIGH" else "LOW"}]
@@ -238,9 +245,10 @@ def test_a_spoiled_classifier_is_refused(classifier, tmp_path, spoil, said):
         ({"features_version": 0}, "its features_version is 0, and this halny knows 1; .* fit it again"),
         ({"format": "other"}, "its format is 'other'"),
         ({"features": ["log_words", "beauty"]}, "fitted with other features .*beauty"),
+        ({"medians": {}}, "cut or changed since the fit .no 'log_characters'"),
         ({"classes": ["HIGH", "BEST", "LOW"]}, "of the classes .*BEST"),
         ({"calibration": {"temperature": 1.0}}, "cut or changed since the fit"),
-        ({"calibration": {"temperature": 9.0, "biases": [0.0] * 3}}, "reads the trees otherwise"),
+        ({"calibration": {"temperature": 9.0, "biases": [0.0] * 3}}, "reads its trees otherwise"),
     ],
 )
 def test_another_version_is_refused(classifier, tmp_path, values, said):
@@ -291,7 +299,7 @@ def test_an_xgboost_that_reads_the_trees_otherwise_is_refused(classifier, tmp_pa
     report = json.loads((classifier / "classifier.json").read_text())["of_medians"]
     copy = changed(classifier, tmp_path / "copy", of_medians=np.roll(report, 1, axis=1).tolist())
     with pytest.raises(
-        DataError, match=r"XGBoost \d.* reads the trees otherwise than the one that wrote .*xgboost-cpu 3"
+        DataError, match=r"XGBoost \d.* reads its trees otherwise than the one that wrote them .install xgboost-cpu 3"
     ):
         load_classifier(copy)
 
@@ -340,7 +348,7 @@ def test_label_keeps_documents_and_counts_what_is_none(classifier, corpus, tmp_p
     assert all(list(row) == ["id", "text", "quality", "quality_prob"] for row in rows)
     labels = {name: sum(row["quality"] == name for row in rows) for name in ("HIGH", "MEDIUM", "LOW")}
     sure = {name: sum(row["quality"] == name and row["quality_prob"] > 0.9 for row in rows) for name in labels}
-    assert (record["labels"], record["sure"]) == (labels, sure) and min(labels.values()) > 50
+    assert (record["labels"], record["probability above 0.9"]) == (labels, sure) and min(labels.values()) > 50
     assert record["input"] == {"documents": 211, "skipped": {"empty": 1, "not JSON": 1}} and record["by_rule"] == 2
     assert record["classifier"] == load_classifier(classifier).fingerprint
     assert json.loads((tmp_path / "out/labels.json").read_text()) == record
@@ -443,7 +451,7 @@ def test_preparing_labels_on_the_way_to_the_same_tokens(classifier, corpus, tmp_
     counts = [manifest["input"] for manifest in manifests]
     assert counts[0]["dropped"] == counts[1]["dropped"] and counts[1]["skipped"] == {"empty": 1, "not JSON": 1}
     kept = sum(manifests[1]["splits"][split]["documents"] for split in ("train", "val"))
-    assert kept == record["sure"]["HIGH"] == 209 - sum(counts[1]["dropped"].values())
+    assert kept == record["probability above 0.9"]["HIGH"] == 209 - sum(counts[1]["dropped"].values())
     fingerprint = load_classifier(classifier).fingerprint
     assert manifests[1]["settings"]["quality"]["fingerprint"] == fingerprint == record["classifier"]
 
