@@ -20,7 +20,7 @@ from halny.model.data.dataset import DataError
 from halny.model.data.documents import ENDINGS, MAX_DOCUMENT_BYTES
 from halny.model.data.features import FEATURES
 from halny.model.data.label import label
-from halny.model.data.quality import LABELS, SURE, Labeller, by_rule, load_classifier
+from halny.model.data.quality import LABELS, SURE, Labeller, load_classifier
 from halny.model.data.quality_fit import fit
 
 MOST_TELLING = 12  # features that are shown
@@ -37,7 +37,7 @@ def explain(text: str, folder: Path) -> str:
     values = labeller.features.measure(text)
     given = labeller.label([text])[0]
     lines = [f"{given.quality}, probability {given.probability:.4f}"]
-    if by_rule(labeller.features.names, values[None])[0]:
+    if given.by_rule:
         lines.append("without being judged: it has no word, or most of its letters are of another script")
     else:
         probabilities = labeller.trees.probabilities(values[None])[0]

@@ -58,7 +58,7 @@ def label(
     given, out, input_files = out, check_out(out), [input_file(file) for _, file in files]
     size = sum(file.size for file in input_files)
     workers = n_workers(workers, size)
-    made_of = {"halny": tool_version(), "classifier": classifier.fingerprint, "text_key": text_key}
+    made_of = {"tool": f"halny {tool_version()}", "classifier": classifier.fingerprint, "text_key": text_key}
     made_of["morphology"] = classifier.morphology_here
     if progress and (warning := classifier.other_dictionary()):
         print(f"quality: {warning}", file=sys.stderr)
@@ -86,7 +86,8 @@ def label(
         if not parts.total("documents"):
             raise DataError(f"no documents in the input ({tally.line() or 'it is empty'}); add some text")
         parts.finish()
-        record = {"tool": f"halny {made_of['halny']}", **made_of, **tally.record()}
+        counts = {"documents": tally.n_read, "skipped": dict(sorted(tally.faults.items()))}
+        record = {**made_of, "input": counts, **tally.of_labels()}
         (folder / "labels.json").write_bytes(to_json(record, indent=1))
         sync(folder / "labels.json")
         journal.remove()
@@ -189,19 +190,15 @@ class LabelTally(Tally):
         self.replaced += block.replaced
 
     def state(self) -> dict:
-        return super().state() | self._of_labels()
+        return super().state() | self.of_labels()
 
     def restore(self, state: dict) -> None:
         super().restore(state)
         self.labels, self.sure = Counter(state["labels"]), Counter(state[ABOVE])
         self.by_rule, self.replaced = state["by_rule"], state["replaced"]
 
-    def record(self) -> dict:
+    def of_labels(self) -> dict:
         """For labels.json."""
-        counts = {"documents": self.n_read, "skipped": dict(sorted(self.faults.items()))}
-        return {"input": counts, **self._of_labels()}
-
-    def _of_labels(self) -> dict:
         counts = {"labels": self.labels, ABOVE: self.sure}
         ordered = {name: {label: count[label] for label in LABELS} for name, count in counts.items()}
         return {**ordered, "by_rule": self.by_rule, "replaced": self.replaced}

@@ -52,6 +52,7 @@ from halny.model.data.quality import (
 )
 from halny.model.data.workers import ordered_map
 from halny.model.data.writer import check_out, new_folder, tool_version
+from halny.model.durable import sync
 
 LEAST = 50  # documents of a class
 FOLDS, HELD_OUT = 5, 5  # one part in so many
@@ -120,6 +121,8 @@ def fit(
         (folder / MODEL).write_bytes(model)
         draw(folder / PLOT)
         (folder / MANIFEST).write_bytes(to_json(manifest, indent=1))
+        for name in (MODEL, PLOT, MANIFEST):
+            sync(folder / name)
     if progress:
         took = time.monotonic() - began
         print(f"quality: {given}: a classifier, from {size / 1e6:,.1f} MB in {took:.1f} s", file=sys.stderr)

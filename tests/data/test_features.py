@@ -5,6 +5,7 @@ import math
 import random
 import re
 import unicodedata
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -40,6 +41,7 @@ def test_the_table():
     assert len({feature.definition for feature in FEATURES}) == len(FEATURES)
     assert feature_names(False) == feature_names(True)[: len(feature_names(False))]
     assert all(feature.low < feature.high and feature.why for feature in FEATURES)
+    assert f"[{len(FEATURES)} numbers]" in (Path(__file__).parents[2] / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
