@@ -27,10 +27,7 @@ MOST_TELLING = 12  # features that are shown
 
 
 def explain(text: str, folder: Path) -> str:
-    """What a classifier makes of a text: class and probabilities, and what moved it, in log-odds, beside the medians.
-
-    Contributions are TreeSHAP's: with the average over the training set they add up to the margin of the class.
-    """
+    """What a classifier makes of a text, to print (EXPLAIN below says what that is)."""
     classifier = load_classifier(folder)
     labeller = Labeller(classifier)
     classes, medians = classifier.manifest["classes"], classifier.manifest["medians"]
@@ -135,6 +132,10 @@ without being judged. The first million characters of a document decide.
 Killed or stopped, the same command goes on after the input files that were finished. The same input gives the same
 bytes, whatever the number of workers.
 """
+EXPLAIN = """Shows the class and probability of a document, what moved it towards and away from that class, in log-odds,
+beside the medians of each class that the classifier was fitted to, and all features with their definitions.
+Contributions are TreeSHAP's: with the average over the training set they add up to the margin of the class.
+"""
 EPILOG = "Exit codes: 0 done; 1 a worker died; 2 refused; 130 interrupted; 143 terminated (no DIR unless 0)."
 
 
@@ -170,7 +171,7 @@ def _arguments() -> Parser:
     add(text_key[0], **text_key[1])
     add("--strict", action="store_true", help="refuse the input at the first document that would be skipped")
     add(workers[0], **workers[1])
-    add = verb("explain", "show what a classifier makes of one document", explain.__doc__).add_argument
+    add = verb("explain", "show what a classifier makes of one document", EXPLAIN).add_argument
     add("text", type=Path, metavar="TEXTFILE", help="a document, as UTF-8")
     add("--model", type=Path, required=True, metavar="DIR", help="classifier folder")
     return parser

@@ -369,10 +369,12 @@ def plot(report: dict, path: Path) -> None:
     figure = Figure(figsize=(4.5, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1)
-    axes.plot([row["probability"] for row in rows], [row["right"] for row in rows], "o-")
+    axes.plot([row["probability"] for row in rows], [row["right"] for row in rows], "o")
     for row in rows:
         place = (row["probability"], row["right"])
-        axes.annotate(f"{row['documents']:,}", place, textcoords="offset points", xytext=(6, -10), fontsize=8)
-    title = f"{report['documents']:,} documents held out: calibration error {report['calibration_error']:.3f}"
-    axes.set(xlabel="probability of the label", ylabel="share of labels that are right", title=title)
+        axes.annotate(
+            f"{row['documents']:,}", place, textcoords="offset points", xytext=(-5, -12), fontsize=8, ha="right"
+        )
+    axes.set(xlabel="probability of the label", ylabel="share of labels that are right")
+    axes.set_title(f"{report['documents']:,} documents held out\ncalibration error {report['calibration_error']:.3f}")
     figure.savefig(path, dpi=120, metadata={"Software": None})

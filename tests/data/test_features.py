@@ -19,6 +19,7 @@ from halny.model.data.features import FEATURES, VERSION, Features, feature_names
 from halny.model.data.morphology import COLUMN, UNIT, Morphology, NoMorphology
 from halny.model.data.text_parts import Parts
 
+pytest.importorskip("morfeusz2", reason="no wheel for Linux on Arm")
 PROSE = [text for name, text in PAGES.items() if name.startswith("prose")]
 
 

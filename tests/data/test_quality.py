@@ -28,6 +28,8 @@ from halny.model.data.quality import Calibration, Labeller, load_classifier, sof
 from halny.model.data.quality_fit import calibrate, calibration_error, fit, likeliest, report_on
 from halny.model.prepare_data import prepare
 
+pytest.importorskip("xgboost")
+pytest.importorskip("morfeusz2", reason="no wheel for Linux on Arm")
 CLEAN = PAGES["prose_bees"]
 CYRILLIC = "Съешь же ещё этих мягких французских булок, да выпей чаю. " * 5
 
