@@ -26,6 +26,7 @@ from contextlib import closing
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from threading import Event
 from typing import NamedTuple
 
 import numpy as np
@@ -242,16 +243,27 @@ def _fit(
         raise DataError("the held-out fifth, or the rest, has no document of some label; label more, or change --seed")
     settings = {**XGBOOST, "num_class": len(classes), "seed": seed}
 
+    left = Event()
+
+    class Stop(xgboost.callback.TrainingCallback):
+        """Ctrl-C reaches the main thread only."""
+
+        def after_iteration(self, *_) -> bool:
+            return left.is_set()
+
     def train(rows: np.ndarray) -> xgboost.Booster:
         weights = len(rows) / (len(classes) * np.bincount(y[rows], minlength=len(classes)).clip(1))
         data = xgboost.DMatrix(samples.values[rows], y[rows], weight=weights[y[rows]], feature_names=names, nthread=1)
-        return xgboost.train(settings, data, ROUNDS)
+        return xgboost.train(settings, data, ROUNDS, callbacks=[Stop()])
 
     used = np.flatnonzero(~held_out)
     with ThreadPoolExecutor() as pool:
         sets = [used, *(used[fold[used] != i] for i in range(FOLDS))]
         off = not (progress and sys.stderr.isatty())
-        boosters = list(tqdm(pool.map(train, sets), total=len(sets), desc="quality: fitting", disable=off))
+        try:
+            boosters = list(tqdm(pool.map(train, sets), total=len(sets), desc="quality: fitting", disable=off))
+        finally:
+            left.set()
     booster, unseen = boosters[0], np.zeros((len(y), len(classes)))  # margins by trees that did not see the document
     for i in range(FOLDS):
         rows = used[fold[used] == i]

@@ -4,8 +4,10 @@ import datetime
 import json
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -125,6 +127,19 @@ def test_two_labels_are_enough(labelled, tmp_path):
     manifest = fit([write_lines(tmp_path / "x.jsonl", rows)], tmp_path / "out", progress=False)
     assert manifest["classes"] == ["HIGH", "LOW"] and manifest["report"]["held_out"]["accuracy"] > 0.8
     assert Labeller(load_classifier(tmp_path / "out")).label([CLEAN])[0].quality == "HIGH"
+
+
+def test_fit_can_be_stopped_while_trees_grow(labelled, tmp_path):
+    code = "import sys; from halny.model import quality; from halny.model.data import quality_fit\n"
+    code += "quality_fit.ROUNDS = 10**9\nsys.exit(quality.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "fit", str(labelled), "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert "fitting" in process.stderr.readline()
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and said == "quality: interrupted; nothing was written\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_texts_with_several_labels_and_without_words_are_left_out(labelled, tmp_path):
