@@ -246,8 +246,12 @@ def quality_memory(folder: Path, scratch: Path, megabytes: float, n_workers: int
         text_bytes, out = make_novel_corpus(scratch / "corpus.jsonl", size), scratch / f"out-{size}"
         seconds, _, peaks = run_prepare(scratch / "corpus.jsonl", out, n_workers, extra)
         print(f"{text_bytes / 1e6:,.0f} MB of words that hardly come twice, {seconds:,.0f} s")
-        for name, peak in sorted(peaks.items()):
-            print(f"{name:16} {peak / 1e6:6.0f} MB at its peak", flush=True)
+        show_peaks(peaks)
+
+
+def show_peaks(peaks: dict[str, int]) -> None:
+    for name, peak in sorted(peaks.items()):
+        print(f"{name:16} {peak / 1e6:6.0f} MB at its peak", flush=True)
 
 
 def cpu_of_children() -> float:
@@ -280,8 +284,7 @@ def main() -> None:
         if args.memory:
             seconds, _, peaks = run_prepare(corpus, Path(folder) / "out", args.workers, [])
             print(f"{text_bytes / 1e6:,.0f} MB of text, {tokens_of(Path(folder) / 'out'):,} tokens, {seconds:,.0f} s")
-            for name, peak in sorted(peaks.items()):
-                print(f"{name:16} {peak / 1e6:6.0f} MB at its peak")
+            show_peaks(peaks)
             return
         small = Path(folder) / "small.jsonl"
         small.write_text('{"text": "start-up"}\n')

@@ -42,6 +42,7 @@ from halny.model.data.documents import (
     check_packages,
     ending,
     find_files,
+    ignored_in_words,
     read_blocks,
 )
 from halny.model.data.encode import Job, encoder_of_blocks
@@ -49,7 +50,7 @@ from halny.model.data.keep import Condition, parse_conditions
 from halny.model.data.merge import merge
 from halny.model.data.progress import Progress
 from halny.model.data.resume import InputFile, Journal, input_file
-from halny.model.data.tally import Tally
+from halny.model.data.tally import HOPELESS, Tally
 from halny.model.data.tokenizer import MISTRAL, Tokenizer, load_tokenizer
 from halny.model.data.workers import ordered_map
 from halny.model.data.writer import SHARD_TOKENS, Writer, check_out, check_shard_tokens, new_folder, tool_version
@@ -57,7 +58,6 @@ from halny.model.data.writer import SHARD_TOKENS, Writer, check_out, check_shard
 if TYPE_CHECKING:
     from halny.model.data.quality import Classifier
 
-HOPELESS = 10_000  # faults before the first document, after which the flags are to blame and not the input
 BUILTIN_VAL_FRACTION = 0.08
 
 
@@ -193,23 +193,17 @@ def _prepare(
         closing(ordered_map(encoder_of_blocks, job, read(journal.done), workers)) as encoded,
         Progress(total_bytes, journal.bytes_done(), writer.total("tokens")) as progress,
     ):
-        if journal.done and total_bytes is not None:
-            goes_on = f"going on after {journal.done:,} of {len(journal.files):,} input files, done before"
+        if (goes_on := journal.goes_on()) and total_bytes is not None:
             print(f"prepare_data: {given_out}: {goes_on}", file=sys.stderr)
         for block in encoded:
             stays = tally.add(block)
-            if tally.first_faults and strict:
-                raise DataError(f"{next(iter(tally.first_faults.values()))} (refused because of --strict)")
-            if tally.faults.total() >= HOPELESS and not tally.documents.sum() and not tally.dropped:
-                first = next(iter(tally.first_faults.values()))
-                raise DataError(f"none of the first {tally.faults.total():,} documents can be used; the first: {first}")
+            tally.check(strict)
             for split, chosen in (("train", stays & ~block.val), ("val", stays & block.val)):
                 ids = block.ids if chosen.all() else block.ids[np.repeat(chosen, block.lengths)]
                 writer.add(split, ids, block.lengths[chosen])
             journal.add(block.digests[stays] if job.dedup else block.digests, block.files_done)
             progress.update(block.size, writer.total("documents"), writer.total("tokens"))
-        if not writer.total("documents"):
-            raise DataError(f"no documents in the input ({tally.line() or 'it is empty'}); add some text")
+        tally.check_some(writer.total("documents"))
         if job.val_fraction and not all(writer.documents.values()):
             journal.remove()  # which may speak of the document that is cut
             _hold_out_part(writer, job, tally)
@@ -218,10 +212,9 @@ def _prepare(
         writer.finish(tokenizer.name, tokenizer.files, policy, settings, tally.record(sources), tokenizer.special_ids)
         journal.remove()
     if total_bytes is not None:
-        others = f"; {ignored:,} files of other endings or hidden ignored" if ignored else ""
         print(
             f"prepare_data: {given_out}: {n_documents:,} documents ({n_val:,} held out), {writer.total('tokens'):,} "
-            f"tokens, from {total_bytes / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s{others}",
+            f"tokens, from {total_bytes / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s{ignored_in_words(ignored)}",
             *tally.lines(),
             sep="\n",
             file=sys.stderr,
@@ -306,7 +299,6 @@ def _arguments() -> Parser:
         prog="python -m halny.model.prepare_data",
         description=DESCRIPTION,
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("inputs", nargs="*", type=Path, metavar="INPUT", help=f"{', '.join(ENDINGS)} files or folders of them")

@@ -17,11 +17,12 @@ import numpy as np
 
 from halny.model.data.command import Parser, exit_code
 from halny.model.data.dataset import DataError
-from halny.model.data.documents import ENDINGS, MAX_DOCUMENT_BYTES
+from halny.model.data.documents import ENDINGS, Fault, decode, read_text
 from halny.model.data.features import FEATURES
 from halny.model.data.label import label
 from halny.model.data.quality import LABELS, SURE, Labeller, load_classifier
 from halny.model.data.quality_fit import fit
+from halny.model.durable import in_its_words
 
 MOST_TELLING = 12  # features that are shown
 
@@ -32,7 +33,7 @@ def explain(text: str, folder: Path) -> str:
     labeller = Labeller(classifier)
     classes, medians = classifier.manifest["classes"], classifier.manifest["medians"]
     values = labeller.features.measure(text)
-    given = labeller.label([text])[0]
+    given = labeller.judge(values[None])[0]
     lines = [f"{given.quality}, probability {given.probability:.4f}"]
     if given.by_rule:
         lines.append("without being judged: it has no word, or most of its letters are of another script")
@@ -96,9 +97,8 @@ def summary(manifest: dict) -> str:
         span = f"{row['from']:.1f} to {row['to']:.1f}"
         lines.append(f"{span:>16}{row['documents']:>12,}{row['probability']:>8.3f}{row['right']:>8.3f}")
     if kept := held_out.get(f"HIGH, p > {SURE}"):
-        share = f"{kept['are HIGH'] / kept['documents']:.1%}" if kept["documents"] else "none"
-        found = f"{kept['are HIGH'] / kept['of HIGH']:.1%} of those that are" if kept["of HIGH"] else "of none"
-        lines += ["", f"HIGH with a probability above {SURE}: {kept['documents']:,}; {share} are HIGH; {found}"]
+        right = f"{kept['are HIGH']:,} of them are HIGH, of {kept['of HIGH']:,} that are"
+        lines += ["", f"called HIGH with a probability above {SURE}: {kept['documents']:,} documents; {right}"]
     telling = list(report["most_telling"].items())[:MOST_TELLING]
     lines += ["", "most telling: " + ", ".join(f"{name} {share:.1%}" for name, share in telling)]
     return "\n".join(lines)
@@ -140,37 +140,28 @@ EPILOG = "Exit codes: 0 done; 1 a worker died; 2 refused; 130 interrupted; 143 t
 
 
 def _arguments() -> Parser:
-    parser = Parser(
-        prog="python -m halny.model.quality",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="python -m halny.model.quality", description=DESCRIPTION, epilog=EPILOG)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="fit|label|explain", parser_class=Parser)
+    reading = argparse.ArgumentParser(add_help=False)
+    add = reading.add_argument
+    add("--text-key", default="text", metavar="KEY", help="key of the text (default: %(default)s)")
+    add("--workers", type=int, metavar="N", help="processes (default: as many as cores)")
 
-    def verb(name: str, short: str, long: str):
-        return verbs.add_parser(
-            name, help=short, description=long, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
+    def verb(name: str, short: str, long: str, **options):
+        return verbs.add_parser(name, help=short, description=long, epilog=EPILOG, **options)
 
-    text_key = ("--text-key", dict(default="text", metavar="KEY", help="key of the text (default: %(default)s)"))
-    workers = ("--workers", dict(type=int, metavar="N", help="processes (default: as many as cores)"))
-    add = verb("fit", "train a classifier on labelled documents", FIT).add_argument
+    add = verb("fit", "train a classifier on labelled documents", FIT, parents=[reading]).add_argument
     add("inputs", nargs="+", type=Path, metavar="LABELLED", help="labelled documents, files or folders")
     add("--out", type=Path, required=True, metavar="DIR", help="classifier folder to make; must not exist, or be empty")
-    add(text_key[0], **text_key[1])
     add("--label-key", default="quality", metavar="KEY", help="key of the label (default: %(default)s)")
     alone = "leave out what needs morfeusz2: for machines without it (no wheel for Linux on Arm, GH200)"
     add("--no-morphology", dest="morphology", action="store_false", help=alone)
     add("--seed", type=int, default=0, metavar="N", help="of the split and the trees (default: %(default)s)")
-    add(workers[0], **workers[1])
-    add = verb("label", "label documents", LABEL).add_argument
+    add = verb("label", "label documents", LABEL, parents=[reading]).add_argument
     add("inputs", nargs="+", type=Path, metavar="INPUT", help=f"{', '.join(ENDINGS)} files or folders of them")
     add("--model", type=Path, required=True, metavar="DIR", help="classifier folder")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to make; must not exist, or be empty")
-    add(text_key[0], **text_key[1])
     add("--strict", action="store_true", help="refuse the input at the first document that would be skipped")
-    add(workers[0], **workers[1])
     add = verb("explain", "show what a classifier makes of one document", EXPLAIN).add_argument
     add("text", type=Path, metavar="TEXTFILE", help="a document, as UTF-8")
     add("--model", type=Path, required=True, metavar="DIR", help="classifier folder")
@@ -178,14 +169,16 @@ def _arguments() -> Parser:
 
 
 def _read(file: Path) -> str:
+    """A file as preparation reads a .txt, whatever its ending."""
     try:
-        if file.stat().st_size > MAX_DOCUMENT_BYTES:
-            raise DataError(f"{file}: over {MAX_DOCUMENT_BYTES >> 20} MiB, no one document; cut it")
-        return file.read_text(encoding="utf-8-sig")
+        content = read_text(file)[0].data
+        if isinstance(content, Fault):
+            raise content
+        return decode(content, str(file), 1)
     except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}); check the path") from None
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: not valid UTF-8 (byte {error.start:,}); convert it with iconv") from None
+        raise DataError(f"{file}: cannot be read ({in_its_words(error)}); check the path") from None
+    except Fault as fault:
+        raise DataError(str(fault)) from None
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,6 +18,8 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
 
+from halny.model.data.text_parts import ENGLISH, STOP_WORDS
+
 PACKAGES = ("manpages-pl", "libreoffice-help-pl", "fortunes-pl")
 CLEAN = ("help", "man", "fortunes")
 LISTS = ("contents", "index", "table", "links", "options")
@@ -25,11 +27,6 @@ SHORTEST, LONGEST = 500, 3000  # characters of a clean document; a longer page b
 LIST_SIZES = (400, 800, 1300, 2000, 2800)  # characters of the lists, in turn
 # of fortunes-pl; others are mostly chat logs, jokes in one line, or signatures
 FORTUNES = ("bajki", "matura", "nauka", "pratchett", "puchatek", "sapkowski", "seneka", "stachura", "zen")
-
-POLISH = frozenset(
-    re.findall(r"\w+", "i w z na do się nie jest to że lub po od dla są aby jako przez oraz jeśli jak można")
-)
-ENGLISH = frozenset(re.findall(r"\w+", "the of to is and in for a an or be this that with are not you can by from if"))
 
 FORMULA = re.compile(r"\{?=|[A-ZĄĆĘŁŃÓŚŹŻ][\w.]+ ?\(.*\)$")  # also how a function of a spreadsheet is called
 
@@ -103,7 +100,7 @@ def share(words: frozenset[str], text: str) -> float:
 
 
 def is_polish(text: str) -> bool:
-    polish, english = share(POLISH, text), share(ENGLISH, text)
+    polish, english = share(STOP_WORDS, text), share(ENGLISH, text)
     return polish > english or (english == 0 and re.search("[ąćęłńóśźż]", text) is not None)
 
 
@@ -113,7 +110,7 @@ def is_sentence(text: str) -> bool:
 
 def is_item(line: str) -> bool:
     """Whether a line may stand in a list: short, not in English, and more letters than figures and signs."""
-    in_english = share(ENGLISH, line) > share(POLISH, line)
+    in_english = share(ENGLISH, line) > share(STOP_WORDS, line)
     return len(line) < 200 and not in_english and 2 * sum(map(str.isalpha, line)) > len(line)
 
 

@@ -25,7 +25,10 @@ def n_workers(asked: int | None, size: int) -> int:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, and not the whole usage."""
+    """Says what is wrong in one line, and not the whole usage; prints descriptions as they are written."""
+
+    def __init__(self, **options):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
 
     def error(self, message: str):
         self.exit(2, f"{self.prog.split('.')[-1]}: {message}; see --help\n")

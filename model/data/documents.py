@@ -19,7 +19,9 @@ import json
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -73,6 +75,23 @@ class Block(NamedTuple):
     files_done: int = 0  # how many files, from the first, are at their end with it
 
 
+@dataclass(kw_only=True)
+class Outcome:
+    """What became of a block, whatever its documents are read for: Tally adds it up."""
+
+    size: int  # as in `Block`, and so is the next
+    files_done: int
+    n_documents: int = 0  # those that the block holds, whatever becomes of them
+    faults: Counter = field(default_factory=Counter)
+    first_faults: dict[str, str] = field(default_factory=dict)  # reason -> the first message, in the order of the input
+
+    def count(self, item: "Document | Fault | Dropped") -> None:
+        self.n_documents += not (isinstance(item, Fault) and item.of_file)
+        if isinstance(item, Fault):
+            self.faults[item.reason] += 1
+            self.first_faults.setdefault(item.reason, str(item))
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -111,6 +130,11 @@ def find_files(inputs: Iterable[Path]) -> tuple[list[tuple[int, Path]], int]:
     return files, ignored
 
 
+def ignored_in_words(n: int) -> str:
+    """The end of a message on what was read."""
+    return f"; {n:,} files of other endings or hidden ignored" if n else ""
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     """All files below a folder, through links too, each folder once. DataError for what cannot be looked into."""
 
@@ -138,12 +162,16 @@ def check_packages(files: Iterable[tuple[int, Path]]) -> None:
     """DataError where a file needs a package that is not there."""
     for _, file in files:
         if ending(file) in (".jsonl.zst", ".parquet"):
-            try:
-                import pyarrow.parquet  # noqa: F401
-            except ImportError:
-                message = f"{file}: reading {ending(file)} needs pyarrow; pip install 'halny[data]'"
-                raise DataError(message) from None
+            check_pyarrow(f"{file}: reading {ending(file)}")
             return
+
+
+def check_pyarrow(what: str) -> None:
+    """DataError where the package that `what` needs is not there."""
+    try:
+        import pyarrow.parquet  # noqa: F401
+    except ImportError:
+        raise DataError(f"{what} needs pyarrow; pip install 'halny[data]'") from None
 
 
 # --- main process: blocks ---------------------------------------------------------------------------------------------
@@ -169,7 +197,7 @@ def read_blocks(
             together, size_together = [], 0
         try:
             if kind == ".txt":
-                part, size = _read_text(file)
+                part, size = read_text(file)
                 together.append(part)
                 source_before, size_together = source, size_together + size
             else:
@@ -187,7 +215,7 @@ def read_blocks(
         yield Block(source_before, together, size_together, len(files))
 
 
-def _read_text(file: Path) -> tuple[Part, int]:
+def read_text(file: Path) -> tuple[Part, int]:
     if (size := file.stat().st_size) > MAX_DOCUMENT_BYTES:
         return Part(str(file), 1, _too_large(f"{file}:1"), is_text=True), size
     return Part(str(file), 1, file.read_bytes().removeprefix(BOM), is_text=True), size
@@ -334,7 +362,7 @@ def _guarded(make, *arguments) -> Document | Fault | Dropped:
         return fault
 
 
-def _decode(raw: bytes, file: str, line: int | None = None) -> str:
+def decode(raw: bytes, file: str, line: int | None = None) -> str:
     """`line` counts from the start of raw; without it, `file` names the place."""
     try:
         return raw.decode("utf-8")
@@ -347,13 +375,13 @@ def _decode(raw: bytes, file: str, line: int | None = None) -> str:
 
 
 def _document_of_file(raw: bytes, file: str) -> Document:
-    return _not_empty(_decode(raw, file, 1), {}, f"{file}:1")
+    return _not_empty(decode(raw, file, 1), {}, f"{file}:1")
 
 
 def _document_of_line(raw: bytes, text_key: str, where: str, keep: list[Condition]) -> Document | Dropped:
     mend = "mend or remove the line"
     try:
-        record = json.loads(_decode(raw, where))
+        record = json.loads(decode(raw, where))
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
         raise Fault("not JSON", f"{where}: not valid JSON ({reason}); {mend}") from None
@@ -381,7 +409,7 @@ def _document_of_row(raw: bytes | None, record: dict, where: str, keep: list[Con
         raise Fault("null", f"{where}: the text of this row is null; remove the row")
     if len(raw) > MAX_DOCUMENT_BYTES:
         raise _too_large(where)
-    return first_failed(keep, record) or _not_empty(_decode(raw, where), record, where)
+    return first_failed(keep, record) or _not_empty(decode(raw, where), record, where)
 
 
 def _not_empty(text: str, record: dict, where: str) -> Document:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from halny.model.data.documents import Block, Document, Fault, documents
+from halny.model.data.documents import Block, Document, Fault, Outcome, documents
 from halny.model.data.keep import Condition, Dropped, first_failed
 from halny.model.data.tokenizer import Encoder, Tokenizer
 
@@ -24,6 +24,11 @@ def held_out(text: str, val_fraction: float) -> bool:
 
 def _held_out(raw: bytes, val_fraction: float) -> bool:
     return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "big") < val_fraction * 2.0**64
+
+
+def digest_of(raw: bytes) -> bytes:
+    """16 bytes by which two texts, in UTF-8, are told to be the same."""
+    return hashlib.blake2b(raw, digest_size=16).digest()
 
 
 @dataclass(frozen=True)
@@ -45,21 +50,16 @@ class Job:
         return [np.array([] if i is None else [i], self.tokenizer.dtype) for i in (self.bos_id, self.eos_id)]
 
 
-@dataclass
-class Encoded:
+@dataclass(kw_only=True)
+class Encoded(Outcome):
     """What became of a block: its documents' ids, one after the other, and counts of what is none."""
 
     source: int
-    size: int  # as in `Block`, and so is the next
-    files_done: int = 0
     ids: np.ndarray | None = None
     lengths: np.ndarray | None = None
     val: np.ndarray | None = None  # bool, a document each
     digests: np.ndarray | None = None  # [documents, 2] uint64 with --dedup, else [0, 2]
-    n_documents: int = 0  # those that the block holds, whatever becomes of them
     dropped: Counter = field(default_factory=Counter)
-    faults: Counter = field(default_factory=Counter)
-    first_faults: dict[str, str] = field(default_factory=dict)  # reason -> the first message, in the order of the input
 
 
 def encoder_of_blocks(job: Job) -> Callable[[Block], Encoded]:
@@ -82,13 +82,10 @@ def encode_block(job: Job, encoder: Encoder, labeller: "Labeller | None", block:
     for where, item in found:
         if isinstance(item, Document) and not len(ids := next(encodings)):  # a normalizer may leave nothing of a text
             item = Fault("empty", f"{where}: a document of which the tokenizer leaves no token; remove it")
-        out.n_documents += not (isinstance(item, Fault) and item.of_file)
-        if isinstance(item, Fault):
-            out.faults[item.reason] += 1
-            out.first_faults.setdefault(item.reason, str(item))
-        elif isinstance(item, Dropped):
+        out.count(item)
+        if isinstance(item, Dropped):
             out.dropped[item.reason] += 1
-        else:
+        elif isinstance(item, Document):
             raw = item.text.encode()
             first, last = head, tail
             if job.tokenizer.special_tokens:  # a text may begin and end with them of its own accord
@@ -97,7 +94,7 @@ def encode_block(job: Job, encoder: Encoder, labeller: "Labeller | None", block:
             lengths.append(len(first) + len(ids) + len(last))
             val.append(_held_out(raw, job.val_fraction))
             if job.dedup:
-                digests.append(hashlib.blake2b(raw, digest_size=16).digest())
+                digests.append(digest_of(raw))
     out.ids, out.lengths, out.val = np.concatenate(pieces), np.array(lengths, np.int64), np.array(val, bool)
     out.digests = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
     return out

@@ -18,13 +18,21 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-
 from halny.model.data.command import n_workers
-from halny.model.data.dataset import DataError, to_json
-from halny.model.data.documents import Block, Document, Fault, check_packages, documents, find_files, read_blocks
+from halny.model.data.dataset import to_json
+from halny.model.data.documents import (
+    Block,
+    Document,
+    Outcome,
+    check_packages,
+    check_pyarrow,
+    documents,
+    find_files,
+    ignored_in_words,
+    read_blocks,
+)
 from halny.model.data.progress import Progress
-from halny.model.data.quality import INSTALL, KEYS, LABELS, SURE, Classifier, Label, Labeller, load_classifier
+from halny.model.data.quality import KEYS, LABELS, SURE, Classifier, Label, Labeller, load_classifier
 from halny.model.data.resume import Journal, input_file
 from halny.model.data.tally import Tally
 from halny.model.data.workers import ordered_map
@@ -53,7 +61,7 @@ def label(
     inputs, began = [Path(name) for name in inputs], time.monotonic()
     files, ignored = find_files(inputs)
     check_packages(files)
-    check_zstd()
+    check_pyarrow("writing .jsonl.zst")
     classifier = load_classifier(classifier)
     given, out, input_files = out, check_out(out), [input_file(file) for _, file in files]
     size = sum(file.size for file in input_files)
@@ -68,8 +76,7 @@ def label(
         PartFiles(folder) as parts,
         Journal(folder, made_of, input_files, parts, tally) as journal,
     ):
-        if journal.done and progress:
-            goes_on = f"going on after {journal.done:,} of {len(files):,} input files, done before"
+        if (goes_on := journal.goes_on()) and progress:
             print(f"quality: {given}: {goes_on}", file=sys.stderr)
         blocks = read_blocks(files, text_key, None, journal.done)
         with (
@@ -78,13 +85,11 @@ def label(
         ):
             for block in labelled:
                 tally.add(block)
-                if tally.first_faults and strict:
-                    raise DataError(f"{next(iter(tally.first_faults.values()))} (refused because of --strict)")
+                tally.check(strict)
                 parts.add(block.frame, block.text_bytes, block.labels.total())
-                journal.add(np.zeros((0, 2), np.uint64), block.files_done)
+                journal.add(None, block.files_done)
                 bar.update(block.size, parts.total("documents"))
-        if not parts.total("documents"):
-            raise DataError(f"no documents in the input ({tally.line() or 'it is empty'}); add some text")
+        tally.check_some(parts.total("documents"))
         parts.finish()
         counts = {"documents": tally.n_read, "skipped": dict(sorted(tally.faults.items()))}
         record = {**made_of, "input": counts, **tally.of_labels()}
@@ -92,38 +97,25 @@ def label(
         sync(folder / "labels.json")
         journal.remove()
     if progress:
-        others = f"; {ignored:,} files of other endings or hidden ignored" if ignored else ""
-        took = f"from {size / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s{others}"
+        took = f"from {size / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s{ignored_in_words(ignored)}"
         print(f"quality: {given}: {tally.labels.total():,} documents labelled, {took}", file=sys.stderr)
         print(*tally.lines(), sep="\n", file=sys.stderr)
     return record
 
 
-def check_zstd() -> None:
-    try:
-        import pyarrow  # noqa: F401
-    except ImportError:
-        raise DataError(f"writing .jsonl.zst needs pyarrow; {INSTALL}") from None
-
-
 # --- in the workers ---------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class LabelledBlock:
+@dataclass(kw_only=True)
+class LabelledBlock(Outcome):
     """What became of a block; its documents are a frame of zstd, of which a file may hold many."""
 
-    size: int  # as in `Block`, and so is the next
-    files_done: int
     frame: bytes = b""
     text_bytes: int = 0
-    n_documents: int = 0  # those that the block holds, whatever becomes of them
     labels: Counter = field(default_factory=Counter)
     sure: Counter = field(default_factory=Counter)  # of these, with a probability above SURE
     by_rule: int = 0
     replaced: int = 0  # documents that had such a key before
-    faults: Counter = field(default_factory=Counter)
-    first_faults: dict[str, str] = field(default_factory=dict)
 
 
 def labeller_of_blocks(job: tuple[Classifier, str]) -> Callable[[Block], LabelledBlock]:
@@ -134,12 +126,10 @@ def labeller_of_blocks(job: tuple[Classifier, str]) -> Callable[[Block], Labelle
 def label_block(labeller: Labeller, text_key: str, block: Block) -> LabelledBlock:
     import pyarrow
 
-    out = LabelledBlock(block.size, block.files_done)
+    out = LabelledBlock(size=block.size, files_done=block.files_done)
     found = [item for part in block.parts for _, item in documents(part, text_key, [])]
-    for fault in (item for item in found if isinstance(item, Fault)):
-        out.faults[fault.reason] += 1
-        out.first_faults.setdefault(fault.reason, str(fault))
-    out.n_documents = sum(not (isinstance(item, Fault) and item.of_file) for item in found)
+    for item in found:
+        out.count(item)
     items, lines = [item for item in found if isinstance(item, Document)], []
     for item, given in zip(items, labeller.label([item.text for item in items]), strict=True):
         lines.append(_line(item, text_key, given))
@@ -180,9 +170,7 @@ class LabelTally(Tally):
         self.labels, self.sure, self.by_rule, self.replaced = Counter(), Counter(), 0, 0
 
     def add(self, block: LabelledBlock) -> None:
-        self.n_read += block.n_documents
-        self.faults += block.faults
-        self.first_faults = block.first_faults | self.first_faults
+        self.count(block)
         self.documents[0] += block.labels.total()
         self.labels += block.labels
         self.sure += block.sure

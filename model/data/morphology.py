@@ -84,6 +84,7 @@ def find_morfeusz() -> None:
         raise NoMorphology
 
 
+@cache
 def dictionary() -> str:
     """Which one this is: versions of the package and of the dictionary."""
     import morfeusz2

@@ -24,7 +24,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from threading import Event
 from typing import NamedTuple
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from halny.model.data.command import n_workers
 from halny.model.data.dataset import DataError, to_json
 from halny.model.data.documents import Block, Document, Fault, check_packages, documents, find_files, read_blocks
+from halny.model.data.encode import digest_of
 from halny.model.data.features import VERSION, Features, feature_names
 from halny.model.data.morphology import dictionary
 from halny.model.data.progress import Progress
@@ -86,11 +86,14 @@ def fit(
 
     Raises DataError for what cannot be used: before the features are measured, but for what only they tell.
     """
+    check_installed(morphology)
+    import scipy
+    import xgboost
+
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**31:
         raise DataError(f"--seed {seed}: must be a whole number from 0 to 2**31 - 1")
     files, _ = find_files(inputs)
     check_packages(files)
-    check_installed(morphology)
     given, out = out, check_out(out)
     size = sum(file.stat().st_size for _, file in files)
     workers, began = n_workers(workers, size), time.monotonic()
@@ -109,11 +112,10 @@ def fit(
     classes = [label for label in LABELS if of_label[label]]
     with new_folder(out) as folder:
         manifest, model, draw = _fit(samples, classes, names, seed, progress)
-        versions = {package: _version(package) for package in ("xgboost-cpu", "xgboost", "numpy", "scipy")}
         manifest = {
             "format": FORMAT,
             "tool": f"halny {tool_version()}, Python {platform.python_version()}",
-            "packages": {package: found for package, found in versions.items() if found},
+            "packages": {module.__name__: module.__version__ for module in (np, scipy, xgboost)},
             "features_version": VERSION,
             "morphology": dictionary() if morphology else None,
             "documents": counts | {label: of_label[label] for label in classes},
@@ -130,13 +132,6 @@ def fit(
     return manifest
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 # --- labels and features ----------------------------------------------------------------------------------------------
 
 
@@ -145,10 +140,6 @@ class Labelled(NamedTuple):
     n_read: int
     conflicting: int  # documents that are left out, since their text has another label elsewhere
     repeated: int  # that are left out, since their text and label came before
-
-
-def digest_of(text: str) -> bytes:
-    return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
 def read_labels(files: list[tuple[int, Path]], text_key: str, label_key: str) -> Labelled:
@@ -163,7 +154,7 @@ def read_labels(files: list[tuple[int, Path]], text_key: str, label_key: str) ->
                 remedy = "label it, or name the right key with --label-key"
                 raise DataError(f"{where}: no label under {label_key!r} (keys of this document: {keys}); {remedy}")
             counts[str(label)] += 1
-            labels.setdefault(digest_of(item.text), Counter())[str(label)] += 1
+            labels.setdefault(digest_of(item.text.encode()), Counter())[str(label)] += 1
     if unknown := {label: n for label, n in counts.items() if label not in LABELS}:
         named = ", ".join(f"{label!r} ({n:,} documents)" for label, n in sorted(unknown.items())[:6])
         raise DataError(f"unknown labels under {label_key!r}: {named}; they must be {', '.join(LABELS)}")
@@ -222,7 +213,7 @@ def measurer(argument: tuple[str, bool]) -> Callable[[Block], tuple[int, list[tu
     def measure_block(block: Block) -> tuple[int, list[tuple[bytes, np.ndarray]]]:
         found = [item for part in block.parts for _, item in documents(part, text_key, [])]
         texts = [item.text for item in found if isinstance(item, Document)]
-        return block.size, [(digest_of(text), features.measure(text)) for text in texts]
+        return block.size, [(digest_of(text.encode()), features.measure(text)) for text in texts]
 
     return measure_block
 
@@ -234,36 +225,15 @@ def _fit(
     samples: Samples, classes: list[str], names: list[str], seed: int, progress: bool
 ) -> tuple[dict, bytes, Callable[[Path], None]]:
     """The part of the manifest that depends on the documents, the trees, and what draws the plot."""
-    import xgboost
-
     y = np.array([classes.index(label) for label in samples.labels])
     drawn = np.array([_draws(row.tobytes(), seed) for row in samples.digests])
     held_out, fold = drawn[:, 0] == 0, drawn[:, 1]
     if not set(y[~held_out]) == set(y[held_out]) == set(range(len(classes))):
         raise DataError("the held-out fifth, or the rest, has no document of some label; label more, or change --seed")
     settings = {**XGBOOST, "num_class": len(classes), "seed": seed}
-
-    left = Event()
-
-    class Stop(xgboost.callback.TrainingCallback):
-        """Ctrl-C reaches the main thread only."""
-
-        def after_iteration(self, *_) -> bool:
-            return left.is_set()
-
-    def train(rows: np.ndarray) -> xgboost.Booster:
-        weights = len(rows) / (len(classes) * np.bincount(y[rows], minlength=len(classes)).clip(1))
-        data = xgboost.DMatrix(samples.values[rows], y[rows], weight=weights[y[rows]], feature_names=names, nthread=1)
-        return xgboost.train(settings, data, ROUNDS, callbacks=[Stop()])
-
     used = np.flatnonzero(~held_out)
-    with ThreadPoolExecutor() as pool:
-        sets = [used, *(used[fold[used] != i] for i in range(FOLDS))]
-        off = not (progress and sys.stderr.isatty())
-        try:
-            boosters = list(tqdm(pool.map(train, sets), total=len(sets), desc="quality: fitting", disable=off))
-        finally:
-            left.set()
+    sets = [used, *(used[fold[used] != i] for i in range(FOLDS))]
+    boosters = _grow(samples.values, y, sets, names, settings, progress)
     booster, unseen = boosters[0], np.zeros((len(y), len(classes)))  # margins by trees that did not see the document
     for i in range(FOLDS):
         rows = used[fold[used] == i]
@@ -291,6 +261,32 @@ def _fit(
         "report": report,
     }
     return manifest, model, partial(plot, report["held_out"])
+
+
+def _grow(values: np.ndarray, y: np.ndarray, sets: list[np.ndarray], names: list[str], settings: dict, progress: bool):
+    """An xgboost.Booster for each set of rows, in threads: XGBoost computes without Python's lock."""
+    import xgboost
+
+    left = Event()
+
+    class Stop(xgboost.callback.TrainingCallback):
+        """Ends the training after an interruption, of which only the main thread hears."""
+
+        def after_iteration(self, *_) -> bool:
+            return left.is_set()
+
+    def train(rows: np.ndarray) -> xgboost.Booster:
+        k = settings["num_class"]
+        weights = len(rows) / (k * np.bincount(y[rows], minlength=k).clip(1))
+        data = xgboost.DMatrix(values[rows], y[rows], weight=weights[y[rows]], feature_names=names, nthread=1)
+        return xgboost.train(settings, data, ROUNDS, callbacks=[Stop()])
+
+    with ThreadPoolExecutor() as pool:
+        off = not (progress and sys.stderr.isatty())
+        try:
+            return list(tqdm(pool.map(train, sets), total=len(sets), desc="quality: fitting", disable=off))
+        finally:
+            left.set()
 
 
 def _draws(digest: bytes, seed: int) -> tuple[int, int]:

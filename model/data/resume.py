@@ -73,11 +73,16 @@ class Journal:
             kept = f"{self.done:,} of {len(self.files):,} input files are done and kept in {self.folder}"
             error.add_note(f"{kept}; the same command goes on from there")
 
+    def goes_on(self) -> str | None:
+        """What to say where an earlier process did a part."""
+        done = f"{self.done:,} of {len(self.files):,} input files"
+        return f"going on after {done}, done before" if self.done else None
+
     def bytes_done(self) -> int:
         return sum(file.size for file in self.files[: self.done])
 
-    def add(self, digests: np.ndarray, done: int) -> None:
-        """A block is written: the digests of its documents, and how many files are done. Saves, if it is worth it."""
+    def add(self, digests: np.ndarray | None, done: int) -> None:
+        """A block is written: its documents' digests for --dedup, and how many files are done. Saves, if worth it."""
         began = time.monotonic()
         if self.digests is not None:
             self.digests.write(digests.tobytes())

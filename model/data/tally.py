@@ -4,9 +4,12 @@ from collections import Counter
 
 import numpy as np
 
+from halny.model.data.dataset import DataError
+from halny.model.data.documents import Outcome
 from halny.model.data.encode import Encoded
 
 ARRAYS = ("documents", "tokens")  # of Tally: by source
+HOPELESS = 10_000  # faults before the first document, after which the flags are to blame and not the input
 
 
 class Tally:
@@ -20,16 +23,32 @@ class Tally:
 
     def add(self, block: Encoded) -> np.ndarray:
         """Counts a block, and says which of its documents stay: all that were not seen before."""
-        self.n_read += block.n_documents
+        self.count(block)
         self.dropped += block.dropped
-        self.faults += block.faults
-        self.first_faults = block.first_faults | self.first_faults
         keep = np.ones(len(block.lengths), bool) if self.seen is None else self.seen.add(block.digests)
         if duplicates := int((~keep).sum()):
             self.dropped["duplicate"] += duplicates
         self.documents[block.source] += keep.sum()
         self.tokens[block.source] += block.lengths[keep].sum()
         return keep
+
+    def count(self, block: Outcome) -> None:
+        self.n_read += block.n_documents
+        self.faults += block.faults
+        self.first_faults = block.first_faults | self.first_faults
+
+    def check(self, strict: bool) -> None:
+        """DataError at the first fault if `strict`, and at the last of HOPELESS before any document."""
+        first = next(iter(self.first_faults.values()), None)
+        if first and strict:
+            raise DataError(f"{first} (refused because of --strict)")
+        if self.faults.total() >= HOPELESS and not self.documents.sum() and not self.dropped:
+            raise DataError(f"none of the first {self.faults.total():,} documents can be used; the first: {first}")
+
+    def check_some(self, n_documents: int) -> None:
+        """DataError at the end of an input that gave none."""
+        if not n_documents:
+            raise DataError(f"no documents in the input ({self.line() or 'it is empty'}); add some text")
 
     def state(self) -> dict:
         """All but what was seen, for JSON; `restore` takes it back."""

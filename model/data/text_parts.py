@@ -179,8 +179,8 @@ class Forms(dict):
 
     def tidy(self) -> None:
         if len(self.numbers) > ROWS:  # of endless noise
-            self.clear()
-            self.__init__(self.morphology)
+            for remembered in (self, self.older, self.numbers):
+                remembered.clear()
         elif len(self) > FORMS:
             self.older = dict(self)
             self.clear()
@@ -215,8 +215,8 @@ class Parts:
         starts = np.flatnonzero(self.is_letter & ~np.concatenate([[False], self.is_letter[:-1]]))
 
         ends = [match.end() for match in PARAGRAPH_END.finditer(text)]
-        lines = [match.end() for match in re.finditer("\n", text)]
-        self.paragraphs, _, self.paragraph_words = self._cut(ends or lines, starts)
+        ends_or_lines = ends or [match.end() for match in re.finditer("\n", text)]
+        self.paragraphs, _, self.paragraph_words = self._cut(ends_or_lines, starts)
         ends = sorted({*ends, *self._sentence_ends()})
         self.sentences, self.sentence_starts, self.sentence_words = self._cut(ends, starts)
 

@@ -692,7 +692,7 @@ def test_documents_too_large_are_skipped_in_bounded_memory(tmp_path, monkeypatch
 
 
 def test_a_wrong_key_is_refused_before_all_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "HOPELESS", 50)
+    monkeypatch.setattr(tally, "HOPELESS", 50)
     monkeypatch.setattr(reading, "BLOCK_BYTES", 100)
     write(tmp_path / "x.jsonl", ["some text"] * 1000)
     with pytest.raises(DataError, match=r"none of the first [5-9]\d documents .*x.jsonl:1: no key 'body'"):
