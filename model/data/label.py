@@ -99,7 +99,7 @@ def label(
     if progress:
         took = f"from {size / 1e6:,.1f} MB in {time.monotonic() - began:.1f} s{ignored_in_words(ignored)}"
         print(f"quality: {given}: {tally.labels.total():,} documents labelled, {took}", file=sys.stderr)
-        print(*tally.lines(), sep="\n", file=sys.stderr)
+        print(*tally.label_lines(), *tally.lines(), sep="\n", file=sys.stderr)
     return record
 
 
@@ -191,13 +191,13 @@ class LabelTally(Tally):
         ordered = {name: {label: count[label] for label in LABELS} for name, count in counts.items()}
         return {**ordered, "by_rule": self.by_rule, "replaced": self.replaced}
 
-    def lines(self) -> list[str]:
+    def label_lines(self) -> list[str]:
         lines = [f"  {label:6} {self.labels[label]:,} ({self.sure[label]:,} with a {ABOVE})" for label in LABELS]
         if self.by_rule:
             lines.append(f"  {self.by_rule:,} of LOW without being judged: no word, or most letters of another script")
         if self.replaced:
             lines.append(f"  {self.replaced:,} had {' or '.join(KEYS)} before, replaced here")
-        return lines + super().lines()
+        return lines
 
 
 class PartFiles:
