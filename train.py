@@ -15,8 +15,8 @@ The file is the story of a run, and reads from top to bottom:
 What it stands on: model/run/ (recipe: every setting; resolve: what follows from them; inputs: what is read; token_ids:
 what exports say of texts; ranks: what ranks agree on; watch: who ends a run that hangs; fsdp: who holds what of the
 model; optimizer: AdamW, which updates are skipped; checkpoint and saver: how a run is saved and found again;
-evaluation; rank_process: signals and exit codes), model/data/ (samples and how they reach the device), model/record/
-(what a run says and leaves), model/mistral.py.
+evaluation; rank_process: signals and exit codes; host: drivers, caches, cores), model/data/ (samples and how they
+reach the device), model/record/ (what a run says and leaves), model/mistral.py.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ from halny.model.run.evaluation import HELD_OUT, EvalSets, evaluate, perplexity_
 from halny.model.run.inputs import (
     check_evaluations,
     check_ids,
+    check_same_inputs,
     check_tokenizers,
     hash_raw_files,
     open_data,
@@ -83,9 +84,11 @@ from halny.model.run.ranks import (
     ask_everywhere,
     check_collectives,
     check_same_weights,
+    check_shared_folder,
     first_missed,
     on_main,
     say,
+    settle_on_host,
     start_distributed,
 )
 from halny.model.run.replay import replay
@@ -101,7 +104,6 @@ from halny.model.run.resolve import (
     is_frozen,
     resolve,
     scores_path,
-    weights_of,
 )
 from halny.model.run.saver import Saver, training_state
 from halny.model.run.token_ids import settle_token_ids
@@ -451,6 +453,7 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     """Everything before the first step: refusals first, then the folder, the data, the model and its weights."""
     began, looking = process.began, recipe.replay_step is not None or recipe.eval_only
     world = start_distributed(recipe.deadline)
+    about_host = settle_on_host(world, recipe.numa, recipe.allow_old_nccl)
     recipe = on_main(world, as_it_began, recipe)
     spec = agreed(resolve, recipe, world)
     agreed(check_looking, recipe)
@@ -458,6 +461,7 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     corpus = agreed(open_data, recipe.data, spec, hashes) if recipe.data else None
     eval_sets = agreed(open_eval_sets, corpus, spec, hashes)
     agreed(check_ids, corpus, eval_sets, spec, world.rank, world.size)
+    weights = check_same_inputs(recipe, corpus, eval_sets, world)
     if not looking:
         agreed(check_disk, spec)
         on_main(world, check_loggers, spec.recipe.tensorboard, spec.recipe.wandb)
@@ -467,6 +471,7 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, so --no-resume has had its turn
     if not looking:
         on_main(world, folder.open, None if restarted else recipe.resume)
+        check_shared_folder(folder.path, world)
     watch = Watch(world, recipe.deadline, folder.path, process.write_failure)
     process.run_begins(spec, watch, None if looking else folder)
     if corpus is None and (not (recipe.eval_only and recipe.eval_data) or on_main(world, folder.data.exists)):
@@ -482,7 +487,7 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     config = {
         "recipe": asdict(spec.recipe), "model": asdict(spec.model), "carried": carried,
         "data": corpus and corpus.fingerprint,
-        "weights": on_main(world, weights_of, recipe), "rounding": stochastic_rounding.VERSION,
+        "weights": weights, "rounding": stochastic_rounding.VERSION,
     }  # fmt: skip
     asked = [other for name in recipe.allow_change or () for other in (name, *IMPLIED.get(name, ()))]
     history, changed = on_main(world, folder.check_config, config, FREE_TO_CHANGE, asked)
@@ -502,7 +507,7 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
         open_records(folder, spec, world, watch.done, config, history, changed)
         watch.writes_heartbeat = True
     say(world, describe(spec, world, corpus, eval_sets))
-    for line in (*about_ids, *said):
+    for line in (*about_host, *about_ids, *said):
         say(world, line)
 
     watch.at("filling the model", long=True)

@@ -338,6 +338,14 @@ def nodes_of(ranks: str) -> None:
     os.environ["LOCAL_WORLD_SIZE"] = ranks
 
 
+def another_folder(guilty: str, patience: str) -> None:
+    """One rank is in a folder of its own, as with a disk of its node alone: relative paths lead elsewhere."""
+    ranks.PATIENCE_S = float(patience)
+    if rank() == int(guilty):
+        Path("elsewhere").mkdir(exist_ok=True)
+        os.chdir("elsewhere")
+
+
 def slow_device(guilty: str, factor: str, operation: str = "mm") -> None:
     """On one rank an operation of torch is done so many times over, each as a rank a node: a throttled device."""
     nodes_of("1")

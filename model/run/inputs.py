@@ -6,6 +6,7 @@ Each is opened, or refused in a line that names flag and value, before the run's
 from __future__ import annotations
 
 import functools
+import socket
 from pathlib import Path
 
 from halny.model.data.batches import Corpus, named_sources
@@ -15,7 +16,7 @@ from halny.model.exits import Refused
 from halny.model.run.evaluation import EvalSets, parse_named
 from halny.model.run.ranks import World, agreed, everywhere, on_main, say
 from halny.model.run.recipe import Recipe
-from halny.model.run.resolve import RunSpec, data_or_refused
+from halny.model.run.resolve import RunSpec, data_or_refused, weights_of
 from halny.model.tokenizer_files import pieces
 
 
@@ -77,6 +78,26 @@ def check_ids(corpus: Corpus | None, sets: EvalSets, spec: RunSpec, part: int, p
                         f"model's vocabulary is of {spec.model.vocab_size}, that of the data {dataset.vocab_size}; "
                         "prepare the data with the model's tokenizer"
                     )
+
+
+def check_same_inputs(recipe: Recipe, corpus: Corpus | None, sets: EvalSets, world: World) -> str | None:
+    """Refuse data or weights of which a node has another copy than rank 0; a collective.
+
+    Each rank reads its own part, so that an old copy on the disk of one node would be in the batch unseen. Returns the
+    fingerprint of the weights (``weights_of``).
+    """
+    first_of_node = world.rank % world.node_size == 0
+    weights = agreed(weights_of if first_of_node else lambda _: None, recipe)
+    found = {f"--init-from {recipe.init_from}": weights} if first_of_node else {}
+    found |= {f"--data {' '.join(recipe.data or ())}": corpus.fingerprint} if corpus else {}
+    found |= {f"--eval-data {dataset.path}": dataset.fingerprint for dataset in sets.datasets.values()}
+    everyone, hosts = everywhere(found), everywhere(socket.gethostname())
+    for rank, theirs in enumerate(everyone):
+        for name, fingerprint in theirs.items():
+            if fingerprint != everyone[0][name]:
+                raise Refused(f"{name} is another for rank {rank} on {hosts[rank]} than for rank 0 on {hosts[0]}; copy "
+                    "it there anew, or name one on a file system that all nodes share")  # fmt: skip
+    return everyone[0][f"--init-from {recipe.init_from}"]
 
 
 def check_tokenizers(start: Path | None, corpus: Corpus | None, sets: EvalSets) -> list[str]:

@@ -10,7 +10,7 @@ from halny.model.exits import FAILED, FINISHED, Failed, Refused
 from halny.model.run.inputs import open_data
 from halny.model.run.preflight import Job, preflight
 from halny.model.run.rank_process import RankProcess
-from halny.model.run.ranks import agreed, anywhere, say, start_distributed
+from halny.model.run.ranks import agreed, anywhere, say, settle_on_host, start_distributed
 from halny.model.run.recipe import Recipe
 from halny.model.run.resolve import DTYPES, describe_sharding, model_config, resolve, saving_interval
 from halny.model.run.watch import Watch
@@ -43,6 +43,7 @@ def plan_request(recipe: Recipe) -> Request:
 def look_before(recipe: Recipe, process: RankProcess) -> int:
     """--preflight: whether these machines are fit for this run, and how fast it will be (preflight.py)."""
     world = start_distributed(recipe.deadline)
+    about_host = settle_on_host(world, recipe.numa, recipe.allow_old_nccl)
     spec = agreed(resolve, recipe, world)
     r, watch = spec.recipe, Watch(world, min(recipe.deadline, 60.0), recipe.run_dir, process.write_failure)
     process.run_begins(spec, watch)
@@ -53,6 +54,7 @@ def look_before(recipe: Recipe, process: RankProcess) -> int:
             raise Failed(f"the preflight was stopped by {told}")
 
     job = Job(spec.work, spec.layout, DTYPES[r.dtype], r.run_dir, r.keep)
-    say(world, describe_sharding(spec))
+    for line in (describe_sharding(spec), *about_host):
+        say(world, line)
     opening = functools.partial(open_data, recipe.data, spec) if recipe.data else None
     return FINISHED if preflight(job, world, opening, functools.partial(say, world), stage) else FAILED

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import os
 import signal
 import socket
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from halny.model.durable import in_its_words
 from halny.model.exits import FAILED, REFUSED, Failed, Refused
+from halny.model.run.host import keep_caches_here
 from halny.model.run.recipe import Recipe, command_line
 
 if TYPE_CHECKING:
@@ -56,9 +58,11 @@ class RankProcess:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup wants it
                 signal.signal(number, self._ask_to_stop)
-        os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # on the CPU, huge pages for the logits
+        if mmap.PAGESIZE == 4096:  # on the CPU, huge pages of 2 MiB for the logits; of pages of 64 kB they are 512
+            os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # on a GPU, less fragmentation
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # nothing: torch 2.13 announces its profiler otherwise
+        keep_caches_here()
         if os.environ.get("RANK", "0") != "0" and not sys.warnoptions:
             warnings.simplefilter("ignore")  # rank 0 has the same ones, and says them once
         if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
@@ -143,14 +147,17 @@ class RankProcess:
 def refuse(message: object) -> typing.NoReturn:
     """One line from rank 0, and exit code 2 on every rank.
 
-    torchrun ends all ranks as soon as the first one exits, so the others wait until rank 0 has been heard.
+    torchrun ends all ranks as soon as the first one exits, so the others wait until rank 0 has been heard. Where it has
+    nothing to refuse (a recipe file that one node lacks), the first rank of this host speaks then.
     """
-    if os.environ.get("RANK", "0") == "0":
-        print(f"train.py: {message}", file=sys.stderr, flush=True)
-    else:
+    rank, first_here = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
+    if rank != "0":
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: os._exit(REFUSED))
         time.sleep(10)
+        message = f"rank {rank} on {socket.gethostname()}: {message}"
+    if rank == "0" or first_here:
+        print(f"train.py: {message}", file=sys.stderr, flush=True)
     os._exit(REFUSED)
 
 

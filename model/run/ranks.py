@@ -7,13 +7,18 @@ is no place to wait in. And no wait is for ever: watch.py sees to that.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import secrets
 import socket
 import statistics
 import sys
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -23,7 +28,9 @@ from tqdm import tqdm
 
 from halny.model.durable import in_its_words
 from halny.model.exits import DataLost, Failed, Refused
+from halny.model.run.host import bind_to_numa_node, check_gpu, check_nccl, has_gpu
 
+PATIENCE_S = 10.0  # in which a network file system must show what another host has written
 LONG_PHASE = 6  # reading, writing and verifying whole models may take so many deadlines
 
 
@@ -58,20 +65,33 @@ def start_distributed(deadline: float) -> World:
     The back ends' own timeouts lie beyond the longest deadline of ``Watch``, which can say more than they can.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+    device, backend = torch.device("cpu"), "gloo"
+    if has_gpu():
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        if local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(device)
     timeout = timedelta(seconds=LONG_PHASE * deadline + 120)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    agreed(check_gpu, local_rank)  # now that all ranks hear of it
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     node_size = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     return World(dist.get_rank(), dist.get_world_size(), device, mesh, node_size)
+
+
+def settle_on_host(world: World, numa: bool, allow_old_nccl: bool) -> list[str]:
+    """What host.py checks and arranges once a rank knows its GPU, and the lines to say of it. A collective."""
+    if world.device.type != "cuda":
+        return []
+    warning = agreed(check_nccl, allow_old_nccl) if world.size > 1 else None
+    bound = Counter(filter(None, everywhere(bind_to_numa_node(world.device, numa))))
+    return [
+        *([f"warning    {warning}"] if warning else []),
+        *(f"numa       {n} rank(s) {done}" for done, n in sorted(bound.items())),
+        f"caches     compiled kernels in {os.environ.get('TRITON_CACHE_DIR', 'their default folder')} of each node",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------ agreement
@@ -102,7 +122,31 @@ def first_missed(problem: Exception | None) -> DataLost:
 
 
 def agreed(check: Callable, *arguments):
-    """``check(*arguments)`` on every rank; if it refuses on any, all ranks refuse, with the first one's message."""
+    """``check(*arguments)`` on every rank; if it refuses on any, all ranks refuse, with the first one's message.
+
+    Where it is not the same on all, as of a folder that one node lacks, that rank and its host are named.
+    """
+    result, problem = _tried(check, *arguments)
+    problems = everywhere(problem)
+    if not any(problems):
+        return result
+    if len(set(problems)) == 1:
+        raise Refused(problem)
+    hosts, refusing = everywhere(socket.gethostname()), [rank for rank, text in enumerate(problems) if text]
+    others = f" and {len(refusing) - 1} other(s) of {len(problems)}" if len(refusing) > 1 else ""
+    raise Refused(f"rank {refusing[0]} on {hosts[refusing[0]]}{others}: {problems[refusing[0]]}")
+
+
+def on_main(world: World, action: Callable, *arguments):
+    """``action(*arguments)`` on rank 0 while the others wait; its result, or its refusal, on all of them."""
+    result, problem = everywhere(_tried(action, *arguments) if world.is_main else None)[0]
+    if problem is not None:
+        raise Refused(problem)
+    return result
+
+
+def _tried(check: Callable, *arguments) -> tuple[object, str | None]:
+    """Its result, or why it refuses."""
     result = problem = None
     try:
         result = check(*arguments)
@@ -110,15 +154,7 @@ def agreed(check: Callable, *arguments):
         problem = str(error)
     except OSError as error:
         problem = f"{error.filename or 'input'}: {in_its_words(error)}"
-    for other in everywhere(problem):
-        if other is not None:
-            raise Refused(other)
-    return result
-
-
-def on_main(world: World, action: Callable, *arguments):
-    """``action(*arguments)`` on rank 0 while the others wait; its result, or its refusal, on all of them."""
-    return everywhere(agreed(action if world.is_main else lambda *_: None, *arguments))[0]
+    return result, problem
 
 
 # -------------------------------------------------------------------------------------------------------- known answers
@@ -161,6 +197,49 @@ def check_collectives(world: World, numel: int = 2**20) -> None:
         name, at = wrong[0]
         raise Failed(f"{name} of known numbers came out wrong on rank {at} ({everywhere(socket.gethostname())[at]}); "
             "change the network library or its settings, or leave that node out")  # fmt: skip
+
+
+def check_shared_folder(folder: Path, world: World) -> None:
+    """Refuse a --run-dir that is another folder for some rank than for rank 0, naming rank and host; a collective.
+
+    Every rank writes a token into it and reads that of rank 0, and rank 0 reads all. A disk of each node, or a mount
+    that one of them lacks, would only be found out by the first checkpoint, some hundred steps later.
+    """
+    token = everywhere(secrets.token_hex(8))[0]
+    files = [folder / f".token-{rank}-{token}" for rank in range(world.size)]
+    deadline = time.monotonic() + PATIENCE_S
+
+    def why_not(action: Callable) -> str | None:
+        """Why ``action`` fails, however often it is tried; None where it does not."""
+        while True:
+            try:
+                return action()
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    return in_its_words(error)
+            with contextlib.suppress(OSError):
+                os.listdir(folder.parent)  # NFS asks its server anew
+            time.sleep(0.1)
+
+    def write() -> None:
+        files[world.rank].write_text(token)
+
+    def read(rank: int) -> None:
+        if files[rank].read_text() != token:
+            raise OSError(f"{files[rank].name} holds something else")
+
+    lost = everywhere(why_not(write))
+    lost = everywhere(lost[world.rank] or why_not(functools.partial(read, 0)))
+    if world.is_main:
+        lost = [reason or why_not(functools.partial(read, rank)) for rank, reason in enumerate(lost)]
+    lost = {rank: reason for rank, reason in enumerate(everywhere(lost)[0]) if reason}
+    with contextlib.suppress(OSError):
+        files[world.rank].unlink()
+    if lost:
+        hosts, rank = everywhere(socket.gethostname()), min(lost)
+        others = f" and {len(lost) - 1} other(s)" if len(lost) > 1 else ""
+        raise Refused(f"--run-dir {folder}: rank {rank} on {hosts[rank]}{others} does not see there what rank 0 on "
+            f"{hosts[0]} does ({lost[rank]}); name a folder on a file system that all nodes share")  # fmt: skip
 
 
 def check_same_weights(module: nn.Module, name: str, world: World) -> None:

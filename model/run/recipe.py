@@ -85,6 +85,10 @@ class Recipe:
         "never, or auto, where memory is short; costs 0.5% of a 7B's step",
         choices=("auto", "always", "never"))
 
+    numa: bool = setting("ranks", True,
+        "keep each rank on the cores of its GPU's NUMA node, where its launcher has not bound it to one")
+    allow_old_nccl: bool = setting("ranks", False, "on Arm, start with an NCCL before 2.29.3, which may hang there")
+
     plan: bool = setting("plan", False,
         "calculate what this run will do on the machine below (memory, speed, network, time, energy), without a GPU, "
         "print it and end")
@@ -169,7 +173,7 @@ PRESETS: dict[str, dict] = {
 # What a resumed run may change: what is computed stays, but for updates skipped. (Data may move: its fingerprint not.)
 FREE_TO_CHANGE = (
     *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
-    *("shard", "replicate", "reshard", "recompute"),
+    *("shard", "replicate", "reshard", "recompute", "numa", "allow_old_nccl"),
     *("save_every", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
     *("max_hours", "deadline", "replay_step", "eval_data", "eval_only", "out", "profile", "profile_ranks"),
     *("plan", "gpus", "gpu", "nic_gbs", "gpus_per_node", "preflight"),

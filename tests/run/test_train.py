@@ -611,8 +611,9 @@ def test_weights_that_are_not_numbers_are_refused_before_the_first_step(small, f
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     command = [*SMALL, "--data", small, "--init-from", "hf", "--steps", 2, "--run-dir", "r"]
     refused = ranks_run(*command, ranks=2, cwd=tmp_path, codes=[REFUSED] * 2)
-    words = "--init-from: hf/model.safetensors: model.layers.1.mlp.up_proj.weight holds a number that is not finite"
-    assert words in refused.err and status(tmp_path / "r")["state"] == "failed"
+    words = "hf/model.safetensors: model.layers.1.mlp.up_proj.weight holds a number that is not finite"
+    assert refused.err.startswith("train.py: --init-from: rank 1 on ") and words in refused.err
+    assert status(tmp_path / "r")["state"] == "failed"
     assert not (tmp_path / "r/metrics.jsonl").exists()
 
 
