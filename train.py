@@ -14,9 +14,9 @@ The file is the story of a run, and reads from top to bottom:
 
 What it stands on: model/run/ (recipe: every setting; resolve: what follows from them; inputs: what is read; token_ids:
 what exports say of texts; ranks: what ranks agree on; watch: who ends a run that hangs; fsdp: who holds what of the
-model; optimizer: AdamW, which updates are skipped; checkpoint and saver: how a run is saved and found again;
-evaluation; rank_process: signals and exit codes; host: drivers, caches, cores), model/data/ (samples and how they
-reach the device), model/record/ (what a run says and leaves), model/mistral.py.
+model; optimizer: AdamW, which updates are skipped; checkpoint, saver and save_interval: how and when a run is saved,
+and found again; evaluation; rank_process: signals and exit codes; host: drivers, caches, cores), model/data/ (samples
+and how they reach the device), model/record/ (what a run says and leaves), model/mistral.py.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ from halny.model.convert import load_hf_weights
 from halny.model.data.batches import IGNORED, Batch, Corpus
 from halny.model.data.history import to_json
 from halny.model.durable import write_json
+from halny.model.estimate.choices import DISK
 from halny.model.estimate.memory import checkpoint_bytes
 from halny.model.estimate.roofline import attention_keys
 from halny.model.exits import FINISHED, STOPPED, DataLost, Failed, Refused
@@ -105,6 +106,7 @@ from halny.model.run.resolve import (
     resolve,
     scores_path,
 )
+from halny.model.run.save_interval import SaveInterval
 from halny.model.run.saver import Saver, training_state
 from halny.model.run.token_ids import settle_token_ids
 from halny.model.run.watch import Watch
@@ -221,8 +223,6 @@ def train_step(
 
 # ------------------------------------------------------------------------------------------------------------ 3 a run
 
-DISK_BYTES_A_SECOND = 5e8  # of a rank, a cautious guess
-
 
 @dataclass
 class Run:
@@ -237,6 +237,7 @@ class Run:
     optimizer: ShardedAdamW | SplitAdamW | None  # None: --eval-only
     guard: Guard
     saver: Saver
+    interval: SaveInterval
     hook: CheckpointHook
     watch: Watch
     journal: Journal
@@ -244,6 +245,7 @@ class Run:
     config: dict
     began: float  # time.monotonic() of its start
     step: int = 0  # the last one done
+    next_checked: int = 0  # the layer whose weights the next save compares, modulo their number
     scores: dict | None = None  # of the last evaluation: its step, and the metrics
     evaluation_s: float = 0.0  # how long it took
     spent: dict[str, float] = field(default_factory=dict)  # seconds of this start, by what they were spent on
@@ -253,8 +255,9 @@ class Run:
     def save(self) -> None:
         """Begin a checkpoint of the last step done, after a look whether all ranks see the same weights."""
         self.watch.at("checkpoint", self.step, long=True)
+        began = time.monotonic()
         if self.world.size > 1:  # one layer at a time: in the end all of them
-            layer = self.step // self.spec.recipe.save_every % self.spec.model.n_layers
+            layer, self.next_checked = self.next_checked % self.spec.model.n_layers, self.next_checked + 1
             check_same_weights(self.model.layers[layer], f"layer {layer}", self.world)
         updates = int(next(iter(self.optimizer.state.values()))["step"])  # steps less those that were skipped
         facts = {
@@ -264,6 +267,7 @@ class Run:
         if self.scores and self.scores["step"] == self.step:
             facts["evaluation"] = {name: x for name, x in self.scores.items() if math.isfinite(x)}
         self.saver.save(self.step, training_state(self.model, self.optimizer), facts)
+        self.interval.saved(time.monotonic() - began)
         stalled = f"{self.saver.stalled_s * 1e3:.0f} ms"
         say(self.world, f"saving step {self.step}; the training waited {stalled} for its copy")
         if self.world.is_main:
@@ -286,6 +290,7 @@ class Run:
                 state["step"].fill_(facts["updates"])
             self.guard.remember(facts["losses"])
             self.step, self.journal.skips = facts["step"], int(facts["skips"])
+            self.next_checked = self.step
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise Refused(f"{path}: its manifest does not tell where the run was ({error!r})") from None
         if self.spec.recipe.moments != "fp32" and facts["config"].get("rounding", 1) != stochastic_rounding.VERSION:
@@ -300,7 +305,7 @@ class Run:
     @property
     def save_s(self) -> float:
         """Seconds to allow for a checkpoint, or for the export, which is smaller; guessed until one is written."""
-        guess = checkpoint_bytes(self.spec.model, self.spec.recipe.moments) / self.world.size / DISK_BYTES_A_SECOND
+        guess = checkpoint_bytes(self.spec.model, self.spec.recipe.moments) / self.world.size / DISK
         return 1.5 * (self.saver.took_s or guess)
 
     def take_step(self, step: int, batches: list[Batch]) -> tuple[Tensor, float]:
@@ -347,9 +352,10 @@ def train(run: Run) -> str | None:
             # Of the next step, and before it: a rank that found out in it would leave the others in their collectives.
             missed = loader.problem(hurry=run.process.stopping)
             stop = run.process.stopping() or run.out_of_time(2 * journal.step_s + run.save_s)
-            answers, asking = ask_everywhere(stop, run.saver.failed, missed is not None)
+            save = run.interval.due(step, run.evaluation_is_due(), journal.step_s)
+            answers, asking = ask_everywhere(stop, run.saver.failed, missed is not None, save)
             asking.wait()
-            stopping, save_failed, data_lost = map(bool, answers.tolist())
+            stopping, save_failed, data_lost, save = map(bool, answers.tolist())
             if save_failed:
                 run.saver.wait()
                 raise Failed("another rank could not write its part of the checkpoint, and says why")
@@ -359,7 +365,7 @@ def train(run: Run) -> str | None:
                 journal.settle()
                 with journal.gap.spending("evaluation"):
                     stopping = not log_evaluation(run)
-            if stopping or step == recipe.steps or step % recipe.save_every == 0:
+            if stopping or save or step == recipe.steps:
                 journal.settle()
                 with journal.gap.spending("checkpoints"):
                     run.save()
@@ -517,9 +523,10 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     say_all, spent = functools.partial(say, world), {}
     hook = CheckpointHook(recipe.on_checkpoint, folder.path, say_all)
     saver = Saver(folder.checkpoints, recipe.keep, recipe.keep_every, world, eval_sets.decides, hook.saved)
+    interval = SaveInterval(spec, saver, world, say_all)
     journal = Journal(spec, world, folder, watch, spent)
-    run = Run(spec, world, folder, corpus, eval_sets, model, optimizer, guard, saver, hook, watch, journal, process,
-        config, began, spent=spent)  # fmt: skip
+    run = Run(spec, world, folder, corpus, eval_sets, model, optimizer, guard, saver, interval, hook, watch, journal,
+        process, config, began, spent=spent)  # fmt: skip
     if path:
         run.restore(path)
         say(world, f"{'evaluating' if recipe.eval_only else 'resuming after'} step {run.step} from {path}")

@@ -39,6 +39,15 @@ def in_words(n_bytes: float) -> str:
     return f"{n_bytes / 1e3:.0f} kB"
 
 
+def duration(seconds: float) -> str:
+    """0.4 s, 35 s, 14 min, 2.5 h: a time for a message."""
+    if seconds < 9.95:
+        return f"{seconds:.2g} s"
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 99.5 * 60 else f"{seconds / 3600:.1f} h"
+
+
 MISSING = FileNotFoundError, NotADirectoryError, IsADirectoryError  # what is there is wrong; others may pass
 REMEDIES = {
     errno.EMFILE: "raise this process's limit with ulimit -n",

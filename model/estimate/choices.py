@@ -1,5 +1,5 @@
-"""The choices that a recipe leaves open: micro batch, layout, recompute. ``decide`` makes them, for the trainer on the
-machine that it is on and for --plan on any other."""
+"""The choices that a recipe leaves open: micro batch, layout, recompute, checkpoints. ``decide`` makes the first three,
+for the trainer on the machine that it is on and for --plan on any other."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from halny.model.durable import in_words
 from halny.model.estimate import sizes
-from halny.model.estimate.memory import memory_estimate, rank_memory, room
+from halny.model.estimate.machines import MACHINES
+from halny.model.estimate.memory import checkpoint_bytes, memory_estimate, rank_memory, room
 from halny.model.estimate.work import ALONE, Layout, Work
 from halny.model.exits import Refused
 
@@ -212,6 +213,39 @@ def choose_recompute(work: Work, layout: Layout, memory_bytes: int | None, asked
     if more - needs <= spare:
         return keeping, f"there is room for {in_words(more - needs)} more"
     return again, f"keeping them takes {in_words(more - needs)} more, and {in_words(max(0, spare))} are left"
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+WRITING_COSTS = 0.1  # of the time in which a checkpoint is written beside the steps: what it slows them by, assumed
+DISK = 5e8  # bytes/s of a rank, a cautious guess
+
+
+def save_s(config: MistralConfig, moments: str, shards: int, gpu_name: str) -> tuple[float, float]:
+    """Before one was made: seconds for which a save stops the training, and in which a rank writes its part."""
+    size = checkpoint_bytes(config, moments, shards)
+    rates = {machine.name: machine.host_copy for machine in MACHINES.values()}
+    return size / rates.get(gpu_name, min(rates.values())), size / DISK
+
+
+def best_interval_s(stop_s: float, writing_s: float, mtbf_s: float) -> float:
+    """Seconds from checkpoint to checkpoint at which saves and failures together cost least.
+
+    stop_s, writing_s  for how long a save stops the training, and is written beside it
+    mtbf_s             mean time between failures: they come at random, and what was done since the last save is lost
+
+    A save of cost C every T seconds takes C / T of the time, a failure T / 2. Young (1974) has sqrt(2 C mtbf_s); this
+    is Daly's expansion, which is good where failures are frequent too (2006, doi:10.1016/j.future.2004.11.016). Not
+    shorter than the writing, for which the next save would wait.
+    """
+    cost_s = stop_s + WRITING_COSTS * writing_s
+    x = cost_s / (2 * mtbf_s)
+    best = math.sqrt(2 * cost_s * mtbf_s) * (1 + math.sqrt(x) / 3 + x / 9) - cost_s if x < 1 else mtbf_s
+    return max(best, writing_s)
+
+
+# ------------------------------------------------------------------------------------------------------------- in words
 
 
 def recomputed(work: Work) -> str:

@@ -15,9 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from halny.model.durable import in_words, replacing
+from halny.model.durable import duration, in_words, replacing
 from halny.model.estimate import machines, roofline, sizes
-from halny.model.estimate.choices import Decided, Decision, decide, divisors, recomputed
+from halny.model.estimate.choices import DISK, Decided, Decision, best_interval_s, decide, divisors, recomputed
 from halny.model.estimate.machines import MACHINES, Machine
 from halny.model.estimate.memory import (
     MOMENT_BYTES,
@@ -95,7 +95,7 @@ class Request:
     seq_len: int
     micro_batch: int | None
     steps: int
-    save_every: int
+    save_every: int | str  # steps, or "auto" by mtbf_hours
     gpus: str  # "256", or a range of powers of two, "8..2048"
     gpu: str
     nic_gbs: float  # of each GPU, GB/s
@@ -105,6 +105,7 @@ class Request:
     reshard: str | None = None
     moments: str = "fp32"  # AdamW's, on one GPU
     recompute: str = "auto"
+    mtbf_hours: float | None = None
 
     @property
     def asked(self) -> dict:
@@ -255,11 +256,17 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
 
     whole, size = (checkpoint_bytes(config, work.moments, shards) for shards in (1, chosen.layout.shard))
     stall = size / m.host_copy
-    hours = {name: (r.steps * x.total + r.steps // r.save_every * stall) / 3600 for name, x in steps.items()}
+    every = r.save_every
+    if r.mtbf_hours is not None:
+        best = best_interval_s(stall, size / DISK, r.mtbf_hours * 3600)
+        every = max(1, round(best / s.total))
+    hours = {name: (r.steps * x.total + r.steps // every * stall) / 3600 for name, x in steps.items()}
     mwh = {name: cluster.gpus * m.watts * POWER_SHARE * h / 1e6 for name, h in hours.items()}
     lines += [
         f"checkpoint {in_words(whole)}, {in_words(size)} a rank; a save stalls {stall:.3f} "
-        f"s at {in_words(m.host_copy)}/s, every {r.save_every} steps {stall / (r.save_every * s.total):.4%} of it",
+        f"s at {in_words(m.host_copy)}/s, every {every} steps "
+        + (f"({duration(every * s.total)}, best for --mtbf-hours {r.mtbf_hours:g}) " if r.mtbf_hours else "")
+        + f"{stall / (every * s.total):.4%} of it",
         f"time       {r.steps:,} steps of {r.steps * r.batch_tokens / 1e9:,.1f} billion tokens: "
         f"{in_days(hours['leading'])} to {in_days(hours['good'])}, {in_days(hours['published'])} at published rates; "
         f"{cluster.gpus * hours['good']:,.0f} GPU hours (evaluation and queue come on top)",

@@ -36,7 +36,7 @@ def plan_request(recipe: Recipe) -> Request:
         model_config(r), r.batch_tokens, r.seq_len, r.micro_batch, r.steps, saving_interval(r),
         r.gpus or ("256" if r.moments == "fp32" else "1"),
         r.gpu or "gh200-96", r.nic_gbs or 25.0, r.gpus_per_node or 4, r.shard, r.replicate, r.reshard, r.moments,
-        r.recompute,
+        r.recompute, r.mtbf_hours,
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from halny.model.mistral import MistralConfig
 from halny.model.run.checkpoint import complete, config_of
 from halny.model.run.evaluation import EvalSets, parse_named
 from halny.model.run.ranks import World
-from halny.model.run.recipe import CHANGE_WHEN_ASKED, Recipe, ranks_to_profile, steps_to_profile
+from halny.model.run.recipe import AUTO, CHANGE_WHEN_ASKED, Recipe, ranks_to_profile, steps_to_profile
 from halny.model.run.settings import flag
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}  # fp16 to export in only
@@ -276,7 +276,13 @@ def schedule(recipe: Recipe) -> tuple[int, int, float]:
     return warmup_steps, decay_steps, min_lr
 
 
-def saving_interval(recipe: Recipe) -> int:
+def saving_interval(recipe: Recipe) -> int | str:
+    """Steps between checkpoints, or "auto" (run/save_interval.py)."""
+    if recipe.save_every == AUTO and recipe.mtbf_hours is None:
+        raise Refused("--save-every auto needs --mtbf-hours, the mean time between failures of the whole job; 50,000 "
+            "divided by its number of GPUs, where nothing better is known")  # fmt: skip
+    if recipe.save_every != AUTO and recipe.mtbf_hours is not None:
+        raise Refused(f"--mtbf-hours {recipe.mtbf_hours:g} belongs to --save-every auto; add that or leave it out")
     return recipe.save_every or max(1, min(500, recipe.steps // 10))
 
 
@@ -350,7 +356,8 @@ def describe(spec: RunSpec, world: World, corpus: Corpus | None, eval_sets: Eval
         describe_sharding(spec),
         f"recompute  {recomputed(spec.work)}: {spec.decision.recompute_why}",
         f"memory     about {sum(memory.values()) / gib:.2f} GiB a rank: {parts}",
-        f"run        {r.run_dir}: a checkpoint every {r.save_every} steps"
+        f"run        {r.run_dir}: a checkpoint every "
+        + (f"{r.save_every} steps" if r.save_every != AUTO else f"so often, best for --mtbf-hours {r.mtbf_hours:g}")
         + (f", evaluation every {r.eval_every}" if r.eval_every and eval_sets.rows else ", no evaluation"),
     ])  # fmt: skip
 

@@ -34,13 +34,24 @@ KIND_NAMES = {
 
 
 def setting(
-    group: str, default, help: str, *, minimum=None, above=None, below=None, choices=None, bare=None, shown=None
+    group: str,
+    default,
+    help: str,
+    *,
+    minimum=None,
+    above=None,
+    below=None,
+    choices=None,
+    word=None,
+    bare=None,
+    shown=None,
 ):
     """A field: the group it is listed under, its help line, and the values it admits.
 
-    bare: the value that the flag alone stands for, if it may stand alone; shown: what the help shows for its value.
+    word: what may stand for a value of its type ("auto"); bare: the value that the flag alone stands for, if it may
+    stand alone; shown: what the help shows for its value.
     """
-    limits = dict(minimum=minimum, above=above, below=below, choices=choices)
+    limits = dict(minimum=minimum, above=above, below=below, choices=choices, word=word)
     return field(default=default, metadata=dict(group=group, help=help, **limits, bare=bare, shown=shown))
 
 
@@ -85,7 +96,10 @@ class Settings:
     def convert(self, name: str, value, where: str):
         """A flag's text or a TOML value as its setting's type; Refused, naming where and the value, if it is none."""
         kind, limits = self.kinds[name], self.fields[name].metadata
-        wrong = Refused(f"{where} must be {KIND_NAMES[kind]}, got {value!r}")
+        if limits["word"] is not None and value == limits["word"]:
+            return value
+        or_word = f" or {limits['word']}" if limits["word"] else ""
+        wrong = Refused(f"{where} must be {KIND_NAMES[kind]}{or_word}, got {value!r}")
         if kind == NAMES:
             names = [value] if isinstance(value, str) else value
             if not (
