@@ -11,7 +11,7 @@ in choosing them.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from halny.model.estimate import machines, roofline, sizes
 from halny.model.estimate.machines import MACHINES
@@ -34,15 +34,15 @@ class Rates:
 # The first three are for kernels as fast as the best public ones on Hopper: 790, 740 and 690 of 989.5 TFLOP/s in matrix
 # products; attention's 52.8 TFLOP of four sequences of 4,096 in 109, 122 and 135 ms (FlashAttention 3); 4.3, 3.7 and
 # 3.4 of an H200's 4.8 TB/s (its copy bandwidth; quack; Liger-Kernel). Straggling is assumed. "published" is fitted to
-# the runs in bench/published.py (a test fits it again), its attention FlashAttention 2's rate (350 TFLOP/s). Measured
-# since (bench/results/RESULTS.md): an H200 at its limit of 700 W does 690 to 704 TFLOP/s of a step's products, as
-# "good" has it; 353 to 360 in attention by cuDNN, below "good"; copies at 4.25 TB/s, and norms, RoPE and SwiGLU at 95%
-# of that, above "leading".
+# the runs in bench/published.py (a test fits it again), its products those of cuBLAS before 12.8, its attention
+# FlashAttention 2's rate (350 TFLOP/s). Measured since (bench/results/RESULTS.md): an H200 at its limit of 700 W does
+# 690 to 704 TFLOP/s of a step's products, as "good" has it; 353 to 360 in attention by cuDNN, below "good"; copies at
+# 4.25 TB/s, and norms, RoPE and SwiGLU at 95% of that, above "leading".
 RATES = {
     "ideal": Rates(0.798, 0.489, 0.896, 0.0, 0.0),
     "leading": Rates(0.748, 0.438, 0.771, 0.02e-3, 0.005),
     "good": Rates(0.697, 0.395, 0.708, 0.3e-3, 0.010),
-    "published": Rates(0.510, 0.354, 0.708, 0.3e-3, 0.0075),
+    "published": Rates(0.593, 0.354, 0.708, 0.3e-3, 0.0196),
 }
 
 # Assumed for every machine; --preflight measures them on the real one.
@@ -50,6 +50,20 @@ NIC_SHARE = 0.85  # of a NIC's line rate that collectives reach
 NVLINK_SHARE = 0.80  # of NVLink's: NCCL's bus bandwidth on eight H100 is some 360 of 450 GB/s
 HOP_S = 5e-6  # a collective's latency for each node in its ring
 NIC = 25e9  # bytes/s a GPU between nodes, for a machine of which only the GPU is known
+
+FULL_W, IDLE_W = 700.0, 80.0  # Hopper's limit, at which the rates above hold, and what it draws when it does nothing
+
+
+def limited(rates: Rates, watts: float) -> Rates:
+    """The rates of a Hopper board whose power is limited to so many watts.
+
+    Products and attention go with the clock f. Power above idle is f V^2: while the voltage V follows the clock, f goes
+    with the cube root of power; once V is at its floor, with power itself. An H200 at 700 W runs a step at 1,490 of its
+    1,980 MHz, between the two, so the square root is taken: at 500 W, 0.82 of the clock.
+    """
+    clock = math.sqrt((watts - IDLE_W) / (FULL_W - IDLE_W))
+    return replace(rates, matmul=rates.matmul * clock, attention=rates.attention * clock)
+
 
 # ----------------------------------------------------------------------------------------------------- the step's model
 
@@ -170,15 +184,19 @@ def step(work: Work, cluster: Cluster, layout: Layout, rates: Rates, communicato
     n_layers, n_micro = config.n_layers, work.accumulation
     flops = gpu.bf16_flops
     matmul_s = 2 * sizes.layer_matmul_parameters(config) * tokens / (flops * rates.matmul)
-    attention_s = roofline.attention_flops(config, [work.seq_len] * work.micro_batch) / n_layers
+    attention_s = roofline.attention_flops(config, [work.seq_len] * work.micro_batch) / work.shared_by / n_layers
     attention_s = attention_s / 3 / (flops * rates.attention)  # forward; the backward is two such
     bandwidth = gpu.hbm_bytes_per_second * rates.memory
     forward_bytes, backward_bytes = (
-        moved / n_layers for moved in roofline.row_kernel_bytes(config, tokens, recompute=work.recompute)
+        work.row_bytes * moved / n_layers
+        for moved in roofline.row_kernel_bytes(config, tokens, recompute=work.recompute)
     )
+    again_bytes = forward_bytes if work.recomputed_matmuls else 0.0
     head_bytes = roofline.loss_bytes(config, tokens) + roofline.other_bytes(config, tokens)
     if layout.fsdp:
         gathered, reduced = roofline.copy_bytes(sizes.layer_shapes(config), layout.shard, layout.gathered_again)
+        if layout.gathers_once:  # no copies: weights lie where they are gathered; fp32 sums of gradients are rewritten
+            gathered, reduced = 0, 2 * sizes.FP32_BYTES * sizes.layer_parameters(config)
         forward_bytes, backward_bytes = forward_bytes + gathered, backward_bytes + reduced
         head_bytes += sum(roofline.copy_bytes(sizes.root_shapes(config), layout.shard, 1))
     head_matmul_s = 6 * config.vocab_size * config.dim * tokens / (flops * rates.matmul)
@@ -186,7 +204,6 @@ def step(work: Work, cluster: Cluster, layout: Layout, rates: Rates, communicato
 
     again_matmul_s = work.recomputed_matmuls * matmul_s
     again_attention_s = attention_s if work.recomputes_attention else 0.0
-    again_bytes = work.recomputed_matmuls * forward_bytes
     forward_s = matmul_s + attention_s + forward_bytes / bandwidth + rates.layer_gap_s / 3
     backward_s = 2 * (matmul_s + attention_s) + again_matmul_s + again_attention_s
     backward_s += (backward_bytes + again_bytes) / bandwidth + rates.layer_gap_s * 2 / 3
@@ -202,6 +219,9 @@ def step(work: Work, cluster: Cluster, layout: Layout, rates: Rates, communicato
         (between if c.kind == "all-reduce" else each)[name] += collective_s(c, cluster)
     last = each | {name: each[name] + s for name, s in between.items()}
     earlier = each | dict.fromkeys(between, 0.0) if layout.holds_gradients else each
+    if layout.gathers_once:
+        earlier = earlier | dict.fromkeys(("gather", "gather_again", "gather_root"), 0.0)
+    alone = layout.gathers_once and layout.holds_gradients  # no rank waits for another before the last micro step
     compute_s = n_layers * (forward_s + backward_s) + head_s
     elapsed_s = network_s = 0.0
     for times, seconds in ((1, last), (n_micro - 1, earlier)):
@@ -221,7 +241,7 @@ def step(work: Work, cluster: Cluster, layout: Layout, rates: Rates, communicato
         optimizer=optimizer_s,
         gaps=n_micro * n_layers * rates.layer_gap_s,
         exposed=exposed,
-        straggling=busy * rates.straggling * math.log2(cluster.nodes),
+        straggling=busy / (n_micro if alone else 1) * rates.straggling * math.log2(cluster.nodes),
         hidden=network_s - exposed,
     )
 

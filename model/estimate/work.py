@@ -23,14 +23,16 @@ class Work:
     moments: str = "fp32"  # AdamW's
     compute_bytes: int = 2  # of the dtype of the computation
     # other programs' steps, in bench/published.py:
-    recomputed_matmuls: float = 0.0  # share of the layers' forward matrix products that the backward recomputes
+    recomputed_matmuls: float = 0.0  # share of the layers' forward products computed again, and all between them
+    row_bytes: float = 1.0  # of norms, RoPE and SwiGLU, beside fused kernels'; more where PyTorch runs them op by op
     recomputes_attention: bool = False
     reduce_bytes: int = 4  # of a gradient on the network
+    shared_by: int = 1  # ranks that compute a micro batch together: parts of its sequences, or of its layers
 
     @property
     def tokens(self) -> int:
-        """Of a micro batch."""
-        return self.micro_batch * self.seq_len
+        """Of a micro batch, or a rank's part of it."""
+        return self.micro_batch * self.seq_len // self.shared_by
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Layout:
                      they were kept, n those of a node
     holds_gradients  each rank sums whole gradients over its micro batches and reduces them once a step
     fsdp             False where one rank in bf16 holds the whole model and does without (run/optimizer.py)
+    gathers_once     others' ZeRO-1 and 2: weights stay gathered from one micro step to the next
     """
 
     shard: int = 1
@@ -50,6 +53,7 @@ class Layout:
     fsdp: bool = True
     reshard_why: str = field(default="", compare=False)
     gradients_why: str = field(default="", compare=False)
+    gathers_once: bool = False
 
     @property
     def ranks(self) -> int:

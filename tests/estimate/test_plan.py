@@ -182,17 +182,104 @@ def test_the_micro_batch_of_one_gpu_follows_from_its_memory(gpu, moments, micro_
 
 
 def test_published_runs_are_predicted():
-    """The stated constants are those that fit; runs left out of choosing them: a median error of at most 10%."""
+    """The stated constants are those that fit. Runs left out of it: half within 5%, all but three within 10%."""
     stated, fitted = step_time.RATES["published"], published.fit(published.RUNS)
     assert fitted.matmul == pytest.approx(stated.matmul, abs=2e-3)
     assert fitted.straggling == pytest.approx(stated.straggling, abs=3e-4)
     assert {**asdict(fitted), "matmul": 0, "straggling": 0} == {**asdict(stated), "matmul": 0, "straggling": 0}
     rows = published.predictions()
-    assert len(rows) == 10 and all(row.run.source and row.run.assumed for row in rows)
-    assert statistics.median(abs(row.error) for row in rows) <= 0.10
-    assert statistics.median(abs(row.error_point_out) for row in rows) <= 0.10
+    assert len(rows) == 26 and len({row.run.program.name for row in rows}) == 9
+    assert all(row.run.program.source and row.run.program.assumed for row in rows)
+    missed = {("CSCS Megatron", 64), ("CSCS Megatron", 128), ("OLMo-core", 64)}  # of OLMo-core's two the 13B
+    for field in ("error", "error_point_out"):
+        errors = {row.run: abs(getattr(row, field)) for row in rows}
+        assert statistics.median(errors.values()) <= 0.05 and max(errors.values()) <= 0.27
+        beyond = [run for run, error in errors.items() if error > 0.10]
+        assert {(run.program.name, run.gpus) for run in beyond} == missed and len(beyond) == 3
     changed = [replace(run, published=2 * run.published) if run is rows[0].run else run for run in published.RUNS]
     assert published.predictions(changed)[0].predicted == rows[0].predicted  # a point has no part in its own prediction
+
+
+def test_a_limit_of_power_slows_what_goes_with_the_clock():
+    rates = step_time.Rates(0.7, 0.4, 0.8, 1e-3, 0.01)
+    assert step_time.limited(rates, 700) == rates
+    low = step_time.limited(rates, 500)
+    assert (low.matmul, low.attention) == pytest.approx((0.7 * 0.8231, 0.4 * 0.8231), rel=1e-4)  # (420 / 620) ** 0.5
+    assert replace(low, matmul=0.7, attention=0.4) == rates
+
+
+def test_what_a_recompute_computes_again():
+    """Llama 3 8B: a layer's products are 218.1 million weights; k, out and w3 are 79.7 of them, w2 is 58.7."""
+    selective, full = (published.again(published.LLAMA3_8B, kind) for kind in ("selective", "full"))
+    assert selective["recomputed_matmuls"] == pytest.approx(79.69 / 218.1, rel=1e-4)
+    assert full["recomputed_matmuls"] == pytest.approx(1 - 58.72 / 218.1, rel=1e-4)
+    assert (selective["recomputes_attention"], full["recomputes_attention"]) == (False, True)
+    rates, work = step_time.RATES["good"], replace(WORK, recompute=False)
+    plain, part = (step_time.step(w, GH200_256, FSDP, rates) for w in (work, replace(work, recomputed_matmuls=0.4)))
+    forward, backward = roofline.row_kernel_bytes(MISTRAL_7B, 16_384, recompute=False)
+    bandwidth = 4000e9 * rates.memory
+    assert part.memory_bound - plain.memory_bound == pytest.approx(forward / bandwidth)  # all between the products
+    eager = step_time.step(replace(work, row_bytes=3.0), GH200_256, FSDP, rates)
+    assert eager.memory_bound - plain.memory_bound == pytest.approx(2 * (forward + backward) / bandwidth)
+
+
+def test_eager_bytes():
+    """Bytes a token that PyTorch's operations move for norms, RoPE, SwiGLU, in Llama 3 8B, beside fused kernels'."""
+    d, rotated, f = 4096, 4096 + 1024, 14336
+    norm = 6 + 8 + 4 + 8 + 6 + 4  # to fp32, squared, mean, multiplied by rstd, to bf16, by the weight
+    forward = 2 * d * (norm + 6) + rotated * (6 + 8 + 6) + f * (4 + 6)  # additions; RoPE; silu, product
+    norm = (
+        4 + 4 + 6 + 8 + 12 + 4 + 8 + 12 + 6
+    )  # weight, its gradient, to fp32; rstd; its gradient; x by it; sum, to bf16
+    backward = 2 * d * (norm + 6) + rotated * (6 + 8 + 6) + f * (12 + 6)
+    config = replace(published.LLAMA3_8B, n_layers=100)  # the first norm and the last count little
+    fused = sum(roofline.row_kernel_bytes(config, 16_384, recompute=False)) / 16_384 / 100
+    assert (forward + backward) / fused == pytest.approx(published.EAGER, abs=0.1)
+
+
+def test_older_attention_is_as_slow_as_its_own_table_says():
+    """MPT-7B with full recompute: 6,935, 3,318 and 1,956 tokens/s on sequences of 8,192, 32,768 and 65,536."""
+    for longer, rate, shorter, faster in ((65_536, 1956, 8192, 6935), (32_768, 3318, 8192, 6935)):
+        flops = 4 / 3 * 12 * 32 * 4096 * (longer - shorter) / 2
+        assert flops / (1 / rate - 1 / faster) == pytest.approx(published.FLASH_1 * 989.5e12, rel=0.005)
+
+
+def test_gathering_once():
+    """ZeRO-1: weights gathered and gradients reduced by one of four micro steps, for which alone ranks wait."""
+    work, rates = replace(WORK, accumulation=4), step_time.RATES["good"]
+    each, once = Layout(256, gathered_again=1), Layout(256, gathered_again=1, gathers_once=True)
+    fsdp, zero = (step_time.step(work, GH200_256, layout, rates) for layout in (each, once))
+    gathers = [c for c in roofline.collectives(MISTRAL_7B, 256, gathered_again=1) if c.kind == "all-gather"]
+    gathered = sum(c.count * step_time.collective_s(c, GH200_256) for c in gathers)
+    assert fsdp.hidden + fsdp.exposed - zero.hidden - zero.exposed == pytest.approx(3 * gathered)
+    before = zero.total - zero.straggling
+    assert zero.straggling == pytest.approx(before / 4 * rates.straggling * 6)  # 64 nodes
+    copies = 32 * sum(roofline.copy_bytes(sizes.layer_shapes(MISTRAL_7B), 256, 1)) - 8 * 32 * sizes.layer_parameters(
+        MISTRAL_7B
+    )
+    assert fsdp.memory_bound - zero.memory_bound == pytest.approx(4 * copies / (4000e9 * rates.memory))
+
+
+def test_ranks_that_share_a_micro_batch():
+    """Two ranks on 8 x 4096 compute as much as each on 4 x 4096."""
+    rates = step_time.RATES["good"]
+    shared, own = (
+        step_time.step(replace(WORK, micro_batch=n, shared_by=n // 4), GH200_256, FSDP, rates) for n in (8, 4)
+    )
+    assert asdict(shared) == pytest.approx(asdict(own))
+
+
+def test_published_mfu_is_what_its_counting_says():
+    """In points: 6 x all weights, or those but the embedding, and attention as if no mask halved it."""
+    for run in published.RUNS:
+        if not run.claimed or run.program.name == "CSCS Megatron" or run.work.config == published.NEMOTRON_15B:
+            continue  # a middle of two figures; grouped keys counted as whole ones
+        config, seq_len = run.work.config, run.work.seq_len
+        flops = roofline.palm_flops_per_token(config, seq_len)
+        if "all weights" not in run.program.counting or run.program.name == "llm-foundry":  # its embedding is its head
+            flops -= 6 * config.vocab_size * config.dim
+        assert 100 * run.published * flops / 989.5e12 == pytest.approx(run.claimed, abs=1.0), run.what
+        assert run.mfu < run.claimed
 
 
 def test_a_sweep_says_where_it_stops_and_plots_it(tmp_path):
