@@ -6,12 +6,13 @@ Two constants are fitted to the runs: the share of the peak in matrix products, 
 constants do not explain, and the straggling a doubling of the nodes. Each run is predicted by constants fitted to the
 runs of the *other* programs only: left out alone, its own program's other runs would give it away. That error is
 printed too, in the column "point out". What is known of a run, beside its sizes, is of few kinds, whose numbers come
-from sources or from arithmetic, not from the fit:
+from sources or from arithmetic, not from the fit; but which kinds there are was decided with all runs in sight, and
+that no error below tests:
 
 watts       the board's limit (step_time.py's ``limited``): 500 W on Meta's H100. A GH200's is the module's, which its
             CPU shares: 660 W a module of four-module nodes and 100 W for the CPU are assumed.
-recent      matrix products by cuBLAS 12.8 or later (January 2025), whose kernels for Hopper, nvjet, are new. They are
-            as fast as we measured them, RATES["good"]; the fitted share is that of cuBLAS before.
+recent      matrix products by cuBLAS 12.8 or later (January 2025), with which its kernels for Hopper called nvjet are
+            assumed to begin. They are as fast as we measured them, RATES["good"]; the fitted share is of those before.
 attention   FlashAttention 2's and cuDNN's rates are alike (step_time.py). Older: MPT's Triton kernel, from the slope
             of its own table, 7B on sequences of 8,192 to 65,536 tokens: 164 TFLOP/s.
 eager       no torch.compile, no fused kernels: RMSNorm, RoPE, SwiGLU and the additions, counted op by op as PyTorch
