@@ -182,20 +182,17 @@ def test_the_micro_batch_of_one_gpu_follows_from_its_memory(gpu, moments, micro_
 
 
 def test_published_runs_are_predicted():
-    """The stated constants are those that fit. Runs left out of it: half within 5%, all but three within 10%."""
+    """The stated constants are those that fit. Runs left out of it: half of them within 5%, all within 10%."""
     stated, fitted = step_time.RATES["published"], published.fit(published.RUNS)
     assert fitted.matmul == pytest.approx(stated.matmul, abs=2e-3)
     assert fitted.straggling == pytest.approx(stated.straggling, abs=3e-4)
     assert {**asdict(fitted), "matmul": 0, "straggling": 0} == {**asdict(stated), "matmul": 0, "straggling": 0}
     rows = published.predictions()
-    assert len(rows) == 26 and len({row.run.program.name for row in rows}) == 9
+    assert len(rows) == 27 and len({row.run.program.name for row in rows}) == 9
     assert all(row.run.program.source and row.run.program.assumed for row in rows)
-    missed = {("CSCS Megatron", 64), ("CSCS Megatron", 128), ("OLMo-core", 64)}  # of OLMo-core's two the 13B
     for field in ("error", "error_point_out"):
-        errors = {row.run: abs(getattr(row, field)) for row in rows}
-        assert statistics.median(errors.values()) <= 0.05 and max(errors.values()) <= 0.27
-        beyond = [run for run, error in errors.items() if error > 0.10]
-        assert {(run.program.name, run.gpus) for run in beyond} == missed and len(beyond) == 3
+        errors = [abs(getattr(row, field)) for row in rows]
+        assert statistics.median(errors) <= 0.05 and max(errors) <= 0.10
     changed = [replace(run, published=2 * run.published) if run is rows[0].run else run for run in published.RUNS]
     assert published.predictions(changed)[0].predicted == rows[0].predicted  # a point has no part in its own prediction
 
@@ -272,8 +269,8 @@ def test_ranks_that_share_a_micro_batch():
 def test_published_mfu_is_what_its_counting_says():
     """In points: 6 x all weights, or those but the embedding, and attention as if no mask halved it."""
     for run in published.RUNS:
-        if not run.claimed or run.program.name == "CSCS Megatron" or run.work.config == published.NEMOTRON_15B:
-            continue  # a middle of two figures; grouped keys counted as whole ones
+        if not run.claimed or run.work.config == published.NEMOTRON_15B:
+            continue  # grouped keys counted as whole ones
         config, seq_len = run.work.config, run.work.seq_len
         flops = roofline.palm_flops_per_token(config, seq_len)
         if "all weights" not in run.program.counting or run.program.name == "llm-foundry":  # its embedding is its head
