@@ -9,8 +9,8 @@ printed too, in the column "point out". What is known of a run, beside its sizes
 from sources or from arithmetic, not from the fit; but which kinds there are was decided with all runs in sight, and
 that no error below tests:
 
-watts       the board's limit (step_time.py's ``limited``): 500 W on Meta's H100. A GH200's is the module's, which its
-            CPU shares: 660 W a module of four-module nodes and 100 W for the CPU are assumed.
+watts       the board's limit (``limited``): 500 W on Meta's H100. A GH200's is the module's, which its CPU shares:
+            660 W a module of four-module nodes and 100 W for the CPU are assumed.
 recent      matrix products by cuBLAS 12.8 or later (January 2025), with which its kernels for Hopper called nvjet are
             assumed to begin. They are as fast as we measured them, RATES["good"]; the fitted share is of those before.
 attention   FlashAttention 2's and cuDNN's rates are alike (step_time.py). Older: MPT's Triton kernel, from the slope
@@ -32,6 +32,7 @@ which counts what is computed once: 6 x multiplied weights and the pairs that th
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass, replace
 
@@ -45,7 +46,8 @@ from halny.model.mistral import MistralConfig
 H100, H200 = machines.GPUS["NVIDIA H100 80GB HBM3"], machines.GPUS["NVIDIA H200"]
 H100_HBM2E = replace(H100, hbm_bytes_per_second=2.4e12, memory_bytes=96 * 10**9)  # Meta's
 GH200, GH200_WATTS = machines.GPUS["NVIDIA GH200 480GB"], 660 - 100
-FLASH_1 = 0.166  # of the peak, MPT's attention
+MPT_ATTENTION = 0.166  # of the peak
+FULL_W, IDLE_W = 700.0, 80.0  # Hopper's limit, at which step_time.py's rates hold, and what it draws when idle
 EAGER = 3.7  # times the bytes of fused kernels; tests/estimate/test_plan.py has the count
 
 # Architectures in the words of MistralConfig, which has three MLP matrices and no tied weights: where others have two
@@ -58,6 +60,17 @@ OLMO_7B = MistralConfig(vocab_size=100352, hidden_dim=11008, n_kv_heads=32, wind
 OLMO_13B = replace(OLMO_7B, dim=5120, n_layers=40, n_heads=40, n_kv_heads=40, hidden_dim=13824)
 NEMOTRON_15B = MistralConfig(vocab_size=256000, dim=6144, n_heads=48, hidden_dim=16384, window=None)
 MISTRAL_7B = MistralConfig()
+
+
+def limited(rates: Rates, watts: float) -> Rates:
+    """The rates of a Hopper board whose power is limited to so many watts.
+
+    Products and attention go with the clock f. Power above idle is f V^2: while the voltage V follows the clock, f goes
+    with the cube root of power; once V is at its floor, with power itself. An H200 at 700 W runs a step at 1,490 of its
+    1,980 MHz, between the two, so the square root is taken: at 500 W, 0.82 of the clock.
+    """
+    clock = math.sqrt((watts - IDLE_W) / (FULL_W - IDLE_W))
+    return replace(rates, matmul=rates.matmul * clock, attention=rates.attention * clock)
 
 
 def again(config: MistralConfig, kind: str) -> dict:
@@ -79,7 +92,7 @@ class Program:
     gpu: machines.GPU = H100
     gpus_per_node: int = 8
     nic_gbs: float = 50  # a GPU
-    watts: float = step_time.FULL_W
+    watts: float = FULL_W
     recent: bool = False
     attention: float | None = None  # of the peak, where it is not the rates'
     reduce_bytes: int = 4
@@ -103,7 +116,7 @@ class Run:
         layout = replace(program.layout, shard=shards, replicate=self.gpus // shards) if self.gpus > 1 else ALONE
         if program.recent:
             rates = replace(rates, matmul=step_time.RATES["good"].matmul)
-        rates = step_time.limited(replace(rates, attention=program.attention or rates.attention), program.watts)
+        rates = limited(replace(rates, attention=program.attention or rates.attention), program.watts)
         step = step_time.step(self.work, cluster, layout, rates, communicators=1)
         return step_time.tokens_per_second(self.work, step)
 
@@ -122,7 +135,7 @@ FOUNDRY = Program(
     "llm-foundry", "https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md",
     "6 x all weights + attention whole", "50 GB/s a GPU between nodes; fp32 reductions; low-precision LayerNorm and "
     "GELU move what fused kernels do; recompute of the whole layer, as torch before 2.1",
-    attention=FLASH_1, layout=EACH)  # fmt: skip
+    attention=MPT_ATTENTION, layout=EACH)  # fmt: skip
 FMS = Program(
     "fms-fsdp", "https://pytorch.org/blog/maximizing-training-throughput, https://github.com/foundation-model-stack/"
     "fms-fsdp", "", "HSDP 8 x 12; 800 Gb/s a node; bf16 reductions, its mixed-precision policy",

@@ -11,7 +11,7 @@ in choosing them.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from halny.model.estimate import machines, roofline, sizes
 from halny.model.estimate.machines import MACHINES
@@ -50,20 +50,6 @@ NIC_SHARE = 0.85  # of a NIC's line rate that collectives reach
 NVLINK_SHARE = 0.80  # of NVLink's: NCCL's bus bandwidth on eight H100 is some 360 of 450 GB/s
 HOP_S = 5e-6  # a collective's latency for each node in its ring
 NIC = 25e9  # bytes/s a GPU between nodes, for a machine of which only the GPU is known
-
-FULL_W, IDLE_W = 700.0, 80.0  # Hopper's limit, at which the rates above hold, and what it draws when it does nothing
-
-
-def limited(rates: Rates, watts: float) -> Rates:
-    """The rates of a Hopper board whose power is limited to so many watts.
-
-    Products and attention go with the clock f. Power above idle is f V^2: while the voltage V follows the clock, f goes
-    with the cube root of power; once V is at its floor, with power itself. An H200 at 700 W runs a step at 1,490 of its
-    1,980 MHz, between the two, so the square root is taken: at 500 W, 0.82 of the clock.
-    """
-    clock = math.sqrt((watts - IDLE_W) / (FULL_W - IDLE_W))
-    return replace(rates, matmul=rates.matmul * clock, attention=rates.attention * clock)
-
 
 # ----------------------------------------------------------------------------------------------------- the step's model
 
