@@ -106,7 +106,7 @@ class Recipe:
         "[continue if there is a checkpoint]")
     save_every: int | str | None = setting("run", None,
         "steps between checkpoints; or auto, where saves and failures together cost least, by what a save takes and "
-        "--mtbf-hours [a tenth of --steps, at most 500]", minimum=1, word=AUTO, shown="N")
+        "--mtbf-hours [a tenth of --steps, at most 500]", minimum=1, word=AUTO, shown="N|auto")
     mtbf_hours: float | None = setting("run", None,
         "mean time between failures of the whole job, for --save-every auto. Llama 3's 16,384 GPUs had one every 3.1 "
         "hours: some 50,000 hours, divided by the number of GPUs", above=0)

@@ -124,7 +124,7 @@ def values(name: str):
     if limits["choices"]:
         return st.sampled_from(limits["choices"])
     low = limits["minimum"] if limits["above"] is None else limits["above"] * (1 + 1e-9) or 1e-9
-    return {
+    of_kind = {
         int: st.integers(limits["minimum"] or 0, (limits["below"] or 2**63) - 1),
         float: st.floats(low, (limits["below"] or 1e6) * (1 - 1e-9), allow_nan=False),
         bool: st.booleans(),
@@ -132,6 +132,7 @@ def values(name: str):
         Path: names.map(Path),
         NAMES: st.lists(names, min_size=1, max_size=3).map(tuple),
     }[kind]
+    return of_kind if limits["word"] is None else st.just(limits["word"]) | of_kind
 
 
 @given(st.data())
