@@ -1,4 +1,4 @@
-"""A stand-in for Slurm on this host: sbatch, srun and scontrol, with real processes and real signals.
+"""A stand-in for Slurm on this host: sbatch, srun, scontrol, squeue, with real processes and real signals.
 
     python tests/slurm.py sbatch FILE.sbatch [ARGUMENT ...]     runs it, and again as long as it requeues itself
 
@@ -29,7 +29,8 @@ def sbatch(arguments: list[str]) -> int:
     bin_folder = STATE.absolute() / "bin"
     bin_folder.mkdir(exist_ok=True)
     here = Path(__file__).resolve()
-    for name, program in (("srun", f'"{here}" srun'), ("scontrol", f'"{here}" scontrol'), ("python", "")):
+    commands = {name: f'"{here}" {name}' for name in ("srun", "scontrol", "squeue")}
+    for name, program in (commands | {"python": ""}).items():
         command = bin_folder / name
         command.write_text(f'#!/bin/sh\nexec "{sys.executable}" {program} "$@"\n')
         command.chmod(0o755)
@@ -95,5 +96,10 @@ def scontrol(arguments: list[str]) -> int:
     return 0
 
 
+def squeue(_arguments: list[str]) -> int:
+    print("RUNNING None")
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit({"sbatch": sbatch, "srun": srun, "scontrol": scontrol}[sys.argv[1]](sys.argv[2:]))
+    sys.exit({"sbatch": sbatch, "srun": srun, "scontrol": scontrol, "squeue": squeue}[sys.argv[1]](sys.argv[2:]))

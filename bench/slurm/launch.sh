@@ -49,9 +49,17 @@ elif ((code == 2)); then
     echo "refused: see $logs/0.txt"
 elif ((code == 75)) || [[ $(newest) != "$before" ]]; then
     # Stopped and saved; or failed, but further than the last time, so that trying again comes to an end.
-    echo "ended with $code, saved $(basename "$(newest)"); back into the queue"
-    scontrol requeue "$SLURM_JOB_ID"
-    exit 0
+    saved="ended with $code, saved $(basename "$(newest)")"
+    # If Slurm is ending the job itself, that is left to it: a cancelled one would come back, and one that was requeued
+    # comes back anyway. Only at its time limit a job would end for good.
+    state=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format "%T %r")  # a state and its reason
+    if [[ $state =~ ^(COMPLETING|CANCELLED) && $state != *TimeLimit ]]; then
+        echo "$saved; left to Slurm, which is ending the job"
+    else
+        echo "$saved; back into the queue"
+        scontrol requeue "$SLURM_JOB_ID"
+        exit 0
+    fi
 else
     echo "failed with $code and came no further: see $logs"
 fi
