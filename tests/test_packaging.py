@@ -112,3 +112,29 @@ def test_metadata():
 def test_the_distribution_owns_no_top_level_kernels_or_model():
     top_level = importlib.metadata.distribution("halny").read_text("top_level.txt")
     assert top_level.split() == ["halny"]
+
+
+def test_the_image_is_built_of_what_this_repository_has_and_asks_for():
+    """bench/slurm/halny.def, as far as that can be told without Apptainer."""
+    text = (ROOT / "bench/slurm/halny.def").read_text()
+    header, *parts = re.split(r"^%(\w+)\n", text, flags=re.MULTILINE)
+    sections = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert re.search(r"^Bootstrap: docker\nFrom: \S+:\S+$", header, re.MULTILINE)
+    assert list(sections) == ["labels", "help", "files", "post", "environment", "runscript", "test"]
+    for name in ("post", "environment", "runscript", "test"):
+        subprocess.run(["sh", "-n"], input=sections[name], text=True, check=True)  # which Apptainer runs them with
+
+    files = dict(line.split() for line in sections["files"].splitlines() if line.strip())
+    assert files == {
+        name: f"/opt/halny/{name}" for name in ("setup.py", "pyproject.toml", "kernels", "model", "train.py")
+    }
+    assert all((ROOT / name).exists() for name in files)
+
+    requires = importlib.metadata.requires("halny")
+    lowest, end = re.search(r'"torch>=([\d.]+),<([\d.]+)"', sections["post"]).groups()
+    (ours,) = (line for line in requires if re.match(r"torch\b", line))
+    assert f"<{end}" in ours and int(lowest[2:]) >= int(re.search(r">=2\.(\d+)", ours)[1])
+    extras = re.search(r'"/opt/halny\[(.*)\]"', sections["post"])[1].split(",")
+    assert set(extras) <= set(importlib.metadata.metadata("halny").get_all("Provides-Extra"))
+    program = sections["test"].split('python -c "')[1].rpartition('"')[0]
+    compile(program, "halny.def", "exec")

@@ -1,5 +1,6 @@
 # What the .sbatch files here have in common: start the ranks, pass signals on, requeue what is not finished.
 # Sourced at their end, with the arguments of train.py; "binding" holds srun's options for the node's NUMA layout.
+# HALNY_IMAGE=halny.sif before sbatch: train.py and all it needs come from that image (halny.def builds it).
 #
 # srun starts the ranks itself, one task each, without torchrun: a signal reaches each of them directly, Slurm binds and
 # logs each, and nobody kills a rank 30 s into its last save. Where a rank dies, the others say which, and end.
@@ -21,6 +22,10 @@ newest() {
     [[ -z $folder ]] || ls -d "$folder"/checkpoints/step-* 2>/dev/null | tail -n 1
 }
 
+program=(python -u train.py)
+# Without a terminal, Apptainer hands signals on. APPTAINER_BIND names folders outside this one, of data for instance.
+[[ -z ${HALNY_IMAGE:-} ]] || program=(apptainer run --nv --bind "$PWD" "$HALNY_IMAGE")
+
 echo "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID: $SLURM_NTASKS ranks, the store on $MASTER_ADDR:$MASTER_PORT"
 before=$(newest)
 
@@ -30,7 +35,7 @@ srun --output="$logs/%t.txt" --open-mode=append --wait=60 --kill-on-bad-exit=0 \
     --cpus-per-task="$SLURM_CPUS_PER_TASK" "${binding[@]}" \
     bash -c 'export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
              export LOCAL_WORLD_SIZE=$((SLURM_NTASKS / SLURM_NNODES))
-             exec python -u train.py "$@"' rank "$@" &
+             exec "$@"' rank "${program[@]}" "$@" &
 ranks=$!
 
 # A signal to the whole job (preemption, scancel --full) reaches this shell too, which must outlive the ranks.

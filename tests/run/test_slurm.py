@@ -18,13 +18,13 @@ def submit():
     """sbatch of a job file, on two ranks, in a folder that looks like the repository's; nothing outlives the test."""
     jobs = []
 
-    def start(cwd: Path, file: str, *arguments, nodes: int = 1) -> subprocess.Popen:
+    def start(cwd: Path, file: str, *arguments, nodes: int = 1, env: dict | None = None) -> subprocess.Popen:
         for name in ("train.py", "bench"):
             (cwd / name).symlink_to(REPO / name)
         options = ["--ntasks", "2", "--nodes", str(nodes)]
         command = [sys.executable, TESTS / "slurm.py", "sbatch", *options, f"bench/slurm/{file}", *arguments]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | (env or {})
         command = list(map(str, command))
         jobs.append(subprocess.Popen(command, cwd=cwd, env=environment, start_new_session=True, **pipes))
         return jobs[-1]
@@ -85,3 +85,15 @@ def test_a_refused_run_is_not_requeued(submit, tmp_path):
     assert "refused" in out and "start 1" not in out
     [log] = tmp_path.glob("logs/*/0.txt")
     assert log.read_text() == "train.py: --steps must be a whole number, got 'none'\n"
+
+
+def test_in_an_image_the_ranks_run_what_the_image_holds(submit, tmp_path):
+    """HALNY_IMAGE, with a stand-in for Apptainer that says how it was called, and where."""
+    apptainer = tmp_path / "bin/apptainer"
+    apptainer.parent.mkdir()
+    apptainer.write_text('#!/bin/sh\necho "$RANK: $*"\n')
+    apptainer.chmod(0o755)
+    image = {"HALNY_IMAGE": "halny.sif", "PATH": f"{apptainer.parent}:{os.environ['PATH']}"}
+    assert "finished" in output(submit(tmp_path, "8gpu.sbatch", "mistral-1b", "--lr", "1e-3", env=image))
+    logs = [path.read_text() for path in sorted(tmp_path.glob("logs/*/*.txt"))]
+    assert logs == [f"{rank}: run --nv --bind {tmp_path} halny.sif mistral-1b --lr 1e-3\n" for rank in (0, 1)]
