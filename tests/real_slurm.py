@@ -55,6 +55,25 @@ def free_ports(number: int) -> list[int]:
         return [free.getsockname()[1] for free in sockets]
 
 
+def processes(conf: str) -> Iterator[tuple[int, str, dict[str, str]]]:
+    """(process id, command line, environment) of all that runs under the Slurm of a slurm.conf, daemons included."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has just ended, or is another user's
+            text = (folder / "environ").read_bytes().decode(errors="replace")
+            environment = dict(line.partition("=")[::2] for line in text.split("\0"))
+            if environment.get("SLURM_CONF") == conf:
+                yield int(folder.name), (folder / "cmdline").read_text(errors="replace"), environment
+
+
+def kill_all(conf: str) -> None:
+    """Ranks, steps and daemons, until nothing is left that could start more."""
+    while running := [pid for pid, _, _ in processes(conf)]:
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.05)
+
+
 class Slurm:
     """The daemons, started; RuntimeError with their logs if they do not come up."""
 
@@ -75,11 +94,15 @@ class Slurm:
             (folder / f"gpu{gpu}").symlink_to("/dev/null")
         (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-7]\n")
 
+        self.conf = str(folder / "slurm.conf")
         self.environment = os.environ | {
-            "SLURM_CONF": str(folder / "slurm.conf"), "PATH": f"{folder}/bin:{PATH}",
+            "SLURM_CONF": self.conf, "PATH": f"{folder}/bin:{PATH}",
             "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo",
         }  # fmt: skip
         self.daemons: list[subprocess.Popen] = []
+        # Ends all of it as soon as this process has closed the pipe, or has ended itself, however that came.
+        command = [sys.executable, __file__, self.conf]
+        self.guard = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
         try:
             self._start_daemons()
         except BaseException:
@@ -97,10 +120,9 @@ class Slurm:
         self._wait_for("the nodes", lambda: self.ask("sinfo", "--noheader", "--Node", "--format=%T") == both_idle)
 
     def _start(self, *command: str) -> None:
-        """A daemon, which ends with this process should that be killed."""
         with (self.folder / f"{command[0]}-{len(self.daemons)}.out").open("wb") as out:
-            command = ("setpriv", "--pdeathsig", "KILL", *command)
-            self.daemons.append(subprocess.Popen(command, env=self.environment, stdout=out, stderr=out))
+            streams = dict(stdout=out, stderr=out, start_new_session=True)  # which Ctrl-C does not reach
+            self.daemons.append(subprocess.Popen(command, env=self.environment, **streams))
 
     def _wait_for(self, what: str, happened: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 30
@@ -118,24 +140,11 @@ class Slurm:
         done = subprocess.run(command, cwd=cwd, env=self.environment, capture_output=True, text=True, timeout=60)
         return done.stdout or done.stderr
 
-    def processes(self) -> Iterator[tuple[int, str, dict[str, str]]]:
-        """(process id, command line, environment) of all that runs under this Slurm, its daemons included."""
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):  # it has just ended, or is another user's
-                text = (folder / "environ").read_bytes().decode(errors="replace")
-                environment = dict(line.partition("=")[::2] for line in text.split("\0"))
-                if environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]:
-                    yield int(folder.name), (folder / "cmdline").read_text(errors="replace"), environment
-
     def end(self) -> None:
-        """Kill all of it, ranks and all, until nothing is left that could start more."""
-        while running := [pid for pid, _, _ in self.processes()]:
-            for pid in running:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            for daemon in self.daemons:
-                daemon.poll()
-            time.sleep(0.05)
+        self.guard.stdin.close()
+        self.guard.wait()
+        for daemon in self.daemons:
+            daemon.wait()
 
 
 class Job:
@@ -145,15 +154,18 @@ class Job:
         self.slurm, self.cwd = slurm, cwd
         self.number = int(slurm.ask("sbatch", "--parsable", *arguments, cwd=cwd))
         self.log = cwd / f"logs/{self.number}/0.txt"  # rank 0's, over all starts
+        self.state, self.asked = "", 0.0
 
     def facts(self) -> dict[str, str]:
         """JobState, Restarts, ExitCode and so on, as Slurm has them now."""
         return dict(re.findall(r"(\w+)=(\S*)", self.slurm.ask("scontrol", "show", "job", self.number)))
 
     def poll(self) -> str | None:
-        """How the job ended; None while it waits, runs, or is being ended."""
-        state = self.facts()["JobState"]
-        return state if state in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED") else None
+        """How the job ended; None while it waits, runs, or is being ended. Slurm is asked twice a second at most."""
+        if time.monotonic() - self.asked > 0.5:
+            self.state, self.asked = self.facts()["JobState"], time.monotonic()
+        ended = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+        return self.state if self.state in ended else None
 
     def ended(self, timeout_s: float = 120) -> dict[str, str]:
         """Its facts once it has ended."""
@@ -177,5 +189,12 @@ class Job:
     def pid(self, rank: int) -> int:
         """The process of a rank."""
         mine = {"SLURM_JOB_ID": str(self.number), "RANK": str(rank)}
-        found = [pid for pid, line, env in self.slurm.processes() if "train.py" in line and mine.items() <= env.items()]
+        found = [
+            pid for pid, line, env in processes(self.slurm.conf) if "train.py" in line and mine.items() <= env.items()
+        ]
         return min(found)  # those it started itself come after it
+
+
+if __name__ == "__main__":  # the guard
+    sys.stdin.read()
+    kill_all(sys.argv[1])

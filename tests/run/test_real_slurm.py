@@ -77,6 +77,9 @@ def test_at_its_time_limit_a_job_saves_goes_back_into_the_queue_and_resumes(subm
     late = submit([*ONE_RANK, "--time", 1, "--signal", "URG@1"], "8gpu.sbatch", *ENDLESS, "--run-dir", "late")
     wait_for_step(late, tmp_path / "late", 2)
     slurm.ask("scontrol", "update", f"JobId={late.number}", "EndTime=now")
+    for job in (told, late):
+        wait_until(job, lambda job=job: "start 1 of job" in job.out)
+        slurm.ask("scontrol", "update", f"JobId={job.number}", "TimeLimit=10")  # so that it is not stopped again
     for job, run_dir in ((told, tmp_path / "r"), (late, tmp_path / "late")):
         wait_until(job, lambda job=job: "resuming after step" in job.log.read_text())
         stopped, again = stopped_and_resumed(job.log.read_text())
