@@ -9,6 +9,9 @@ export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 # As torchrun would: numpy's and torch's threads on the CPU would otherwise be as many as there are cores.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Where train.py keeps compiled kernels, if TRITON_CACHE_DIR does not say: on the node. A TMPDIR that came along from the
+# shell of sbatch may be on a file system that all nodes share, where hundreds of ranks wait for each other.
+export TMPDIR=${SLURM_TMPDIR:-/tmp}
 # One connection would put gathering and reducing in turn; some sites set it for other programs.
 unset CUDA_DEVICE_MAX_CONNECTIONS
 
