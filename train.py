@@ -51,8 +51,6 @@ from halny.model.convert import load_hf_weights
 from halny.model.data.batches import IGNORED, Batch, Corpus
 from halny.model.data.history import to_json
 from halny.model.durable import write_json
-from halny.model.estimate.choices import DISK
-from halny.model.estimate.memory import checkpoint_bytes
 from halny.model.estimate.roofline import attention_keys
 from halny.model.exits import FINISHED, STOPPED, DataLost, Failed, Refused
 from halny.model.mistral import Mistral
@@ -305,8 +303,7 @@ class Run:
     @property
     def save_s(self) -> float:
         """Seconds to allow for a checkpoint, or for the export, which is smaller; guessed until one is written."""
-        guess = checkpoint_bytes(self.spec.model, self.spec.recipe.moments) / self.world.size / DISK
-        return 1.5 * (self.saver.took_s or guess)
+        return 1.5 * self.interval.writing_s
 
     def take_step(self, step: int, batches: list[Batch]) -> tuple[Tensor, float]:
         """``train_step`` at the learning rate of that step: its values, and the rate."""

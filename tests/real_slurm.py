@@ -1,8 +1,7 @@
 """A Slurm of its own on this host, for tests: munged, slurmctld and two slurmds, all in one folder.
 
 The nodes are called 127.0.0.1 and 127.0.0.2, so that the name of a job's first node, where the job files put the ranks'
-store, is an address. Their 144 CPUs and 8 GPUs are made up, as
-the headers of the job files ask for them.
+store, is an address. Their 144 CPUs and 8 GPUs are made up, since the headers of the job files ask for them.
 """
 
 import contextlib

@@ -217,13 +217,15 @@ def choose_recompute(work: Work, layout: Layout, memory_bytes: int | None, asked
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
-
 WRITING_COSTS = 0.1  # of the time in which a checkpoint is written beside the steps: what it slows them by, assumed
 DISK = 5e8  # bytes/s of a rank, a cautious guess
 
 
-def save_s(config: MistralConfig, moments: str, shards: int, gpu_name: str) -> tuple[float, float]:
-    """Before one was made: seconds for which a save stops the training, and in which a rank writes its part."""
+def expect_save(config: MistralConfig, moments: str, shards: int, gpu_name: str) -> tuple[float, float]:
+    """Before one was made: seconds for which a save stops the training, and in which a rank writes its part.
+
+    gpu_name  the driver's; for one that is not known the slowest copy into host memory is taken
+    """
     size = checkpoint_bytes(config, moments, shards)
     rates = {machine.name: machine.host_copy for machine in MACHINES.values()}
     return size / rates.get(gpu_name, min(rates.values())), size / DISK

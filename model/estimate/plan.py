@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from halny.model.durable import duration, in_words, replacing
 from halny.model.estimate import machines, roofline, sizes
-from halny.model.estimate.choices import DISK, Decided, Decision, best_interval_s, decide, divisors, recomputed
+from halny.model.estimate.choices import Decided, Decision, best_interval_s, decide, divisors, expect_save, recomputed
 from halny.model.estimate.machines import MACHINES, Machine
 from halny.model.estimate.memory import (
     MOMENT_BYTES,
@@ -255,11 +255,10 @@ def one(request: Request, work: Work, cluster: Cluster) -> str:
     ]
 
     whole, size = (checkpoint_bytes(config, work.moments, shards) for shards in (1, chosen.layout.shard))
-    stall = size / m.host_copy
+    stall, writing = expect_save(config, work.moments, chosen.layout.shard, m.name)
     every = r.save_every
     if r.mtbf_hours is not None:
-        best = best_interval_s(stall, size / DISK, r.mtbf_hours * 3600)
-        every = max(1, round(best / s.total))
+        every = max(1, round(best_interval_s(stall, writing, r.mtbf_hours * 3600) / s.total))
     hours = {name: (r.steps * x.total + r.steps // every * stall) / 3600 for name, x in steps.items()}
     mwh = {name: cluster.gpus * m.watts * POWER_SHARE * h / 1e6 for name, h in hours.items()}
     lines += [

@@ -72,7 +72,7 @@ class RankProcess:
         try:
             return command_line(arguments)
         except Refused as refusal:
-            refuse(refusal)
+            refuse(refusal, alone=True)
 
     def _ask_to_stop(self, number: int, _frame) -> None:
         self.stop_signal = signal.Signals(number).name
@@ -144,19 +144,20 @@ class RankProcess:
                 self.folder.status("failed", self.watch.done, reason)
 
 
-def refuse(message: object) -> typing.NoReturn:
+def refuse(message: object, alone: bool = False) -> typing.NoReturn:
     """One line from rank 0, and exit code 2 on every rank.
 
-    torchrun ends all ranks as soon as the first one exits, so the others wait until rank 0 has been heard. Where it has
-    nothing to refuse (a recipe file that one node lacks), the first rank of this host speaks then.
+    torchrun ends all ranks as soon as the first one exits, so the others wait until rank 0 has been heard. ``alone``:
+    before the ranks have met. Rank 0 may have nothing to refuse then, as where one node lacks the recipe file, so that
+    the first rank of each host speaks too, if it was not ended in the meantime.
     """
-    rank, first_here = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0") == "0"
+    rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if rank != "0":
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: os._exit(REFUSED))
         time.sleep(10)
         message = f"rank {rank} on {socket.gethostname()}: {message}"
-    if rank == "0" or first_here:
+    if rank == "0" or (alone and local_rank == "0"):
         print(f"train.py: {message}", file=sys.stderr, flush=True)
     os._exit(REFUSED)
 

@@ -63,7 +63,7 @@ def refusal(check, *arguments) -> str:
 # ------------------------------------------------------------------------------------------------------------ the table
 
 
-def test_the_table_of_platforms(machine, small, tmp_path, capsys):
+def test_the_table_of_platforms(machine, small, tmp_path):
     """What each gives, in one line that names the value and the remedy."""
     table = {}
     machine(arch="aarch64", nccl=(2, 28, 9))
@@ -79,8 +79,7 @@ def test_the_table_of_platforms(machine, small, tmp_path, capsys):
     fault = ("another_folder", "1", "0.3")
     apart = ranks_run(*COMMAND, "--data", small, ranks=2, cwd=tmp_path, fault=fault, codes=[2, 2])
     table["a run folder of rank 1's own"] = apart.err.strip()
-    with capsys.disabled():
-        print(*(f"\n{platform}\n    {line}" for platform, line in table.items()))
+    print(*(f"\n{platform}\n    {line}" for platform, line in table.items()), sep="")
 
     for platform, words in {
         "aarch64, NCCL 2.28.9": ("2.28.9", "torch 2.12", "2.29.3", "--allow-old-nccl"),
@@ -302,6 +301,6 @@ def test_where_rank_0_refuses_nothing_the_first_rank_of_a_host_speaks(monkeypatc
     monkeypatch.setattr(rank_process.time, "sleep", waited.append)
     monkeypatch.setattr(os, "_exit", leave)
     with pytest.raises(SystemExit) as left:
-        rank_process.refuse("no")
+        rank_process.refuse("no", alone=True)
     assert left.value.code == REFUSED and capsys.readouterr().err.strip() == said
     assert waited == ([] if rank == "0" else [10])

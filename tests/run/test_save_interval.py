@@ -56,7 +56,7 @@ def interval(monkeypatch):
 def test_it_is_due_by_the_clock_and_by_what_the_last_save_took(interval):
     auto, clock, said = interval()
     auto.saved(stop_s=2.0)
-    seconds = best_interval_s(2.0, auto._writing_s, 36_000)
+    seconds = best_interval_s(2.0, auto.writing_s, 36_000)
     clock.now += 0.9 * seconds
     assert not auto.due(7, False, 0.5)
     clock.now += 0.2 * seconds
@@ -73,7 +73,7 @@ def test_it_is_due_by_the_clock_and_by_what_the_last_save_took(interval):
 def test_an_evaluated_step_is_saved_earlier_and_the_kept_ones_always(interval):
     auto, clock, _ = interval("--keep-every", "50")
     auto.saved(stop_s=2.0)
-    clock.now += 0.6 * best_interval_s(2.0, auto._writing_s, 36_000)
+    clock.now += 0.6 * best_interval_s(2.0, auto.writing_s, 36_000)
     assert [auto.due(step, evaluated, 0.5) for step, evaluated in ((49, False), (49, True), (50, False))] == [
         False, True, True,
     ]  # fmt: skip
