@@ -339,7 +339,8 @@ def nodes_of(ranks: str) -> None:
 
 
 def another_folder(guilty: str, patience: str) -> None:
-    """One rank is in a folder of its own, as with a disk of its node alone: relative paths lead elsewhere."""
+    """Each rank is a node, and one is in a folder of its own, as on a disk: relative paths lead elsewhere."""
+    nodes_of("1")
     ranks.PATIENCE_S = float(patience)
     if rank() == int(guilty):
         Path("elsewhere").mkdir(exist_ok=True)

@@ -88,16 +88,18 @@ def check_same_inputs(recipe: Recipe, corpus: Corpus | None, sets: EvalSets, wor
     """
     first_of_node = world.rank % world.node_size == 0
     weights = agreed(weights_of if first_of_node else lambda _: None, recipe)
-    found = {f"--init-from {recipe.init_from}": weights} if first_of_node else {}
-    found |= {f"--data {' '.join(recipe.data or ())}": corpus.fingerprint} if corpus else {}
+    found = {f"--data {' '.join(recipe.data or ())}": corpus.fingerprint} if corpus else {}
     found |= {f"--eval-data {dataset.path}": dataset.fingerprint for dataset in sets.datasets.values()}
-    everyone, hosts = everywhere(found), everywhere(socket.gethostname())
-    for rank, theirs in enumerate(everyone):
+    if recipe.init_from and first_of_node:
+        found[f"--init-from {recipe.init_from}"] = weights
+    everyone, hosts = everywhere((weights, found)), everywhere(socket.gethostname())
+    main_weights, main_found = everyone[0]
+    for rank, (_, theirs) in enumerate(everyone):
         for name, fingerprint in theirs.items():
-            if fingerprint != everyone[0][name]:
+            if fingerprint != main_found[name]:
                 raise Refused(f"{name} is another for rank {rank} on {hosts[rank]} than for rank 0 on {hosts[0]}; copy "
                     "it there anew, or name one on a file system that all nodes share")  # fmt: skip
-    return everyone[0][f"--init-from {recipe.init_from}"]
+    return main_weights
 
 
 def check_tokenizers(start: Path | None, corpus: Corpus | None, sets: EvalSets) -> list[str]:

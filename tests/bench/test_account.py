@@ -566,7 +566,7 @@ def test_the_loop_reads_only_the_step_before(dtype, small, tmp_path):
     found = reads_of(tmp_path / "clean", *command)
     assert {tuple(read[:2]) for read in found["reads"]} == {("journal.py", "line"), ("train.py", "train")}
     assert {line for _, function, line in found["reads"] if function == "train"} == {
-        "stopping, save_failed, data_lost = map(bool, answers.tolist())"
+        "stopping, save_failed, data_lost, save = map(bool, answers.tolist())"
     }
     steps = [["step", 1], ["step", 2], ["settle", 1], ["step", 3], ["settle", 2], ["settle", 3]]  # 3 is saved
     assert found["order"] == [*steps, ["step", 4], ["settle", 4], ["step", 5], ["settle", 5]]  # 4 is followed by a look

@@ -617,6 +617,17 @@ def test_weights_that_are_not_numbers_are_refused_before_the_first_step(small, f
     assert not (tmp_path / "r/metrics.jsonl").exists()
 
 
+def test_another_copy_of_the_weights_on_one_node_is_refused(small, folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "elsewhere/hf")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, tmp_path / "elsewhere/hf/model.safetensors", metadata={"format": "pt"})
+    command = [*SMALL, "--data", small, "--init-from", "hf", "--steps", 2, "--run-dir", "r"]
+    fault = ("another_folder", "1", "0.3")
+    refused = ranks_run(*command, ranks=2, cwd=tmp_path, fault=fault, codes=[REFUSED] * 2)
+    assert "--init-from hf is another for rank 1 on" in refused.err and not (tmp_path / "r").exists()
+
+
 def test_ids_that_no_token_uses_are_no_reason_to_refuse(small, tmp_path):
     """A tokenizer with a token more than the model has rows; the test model's vocabulary is 256."""
     rng, spec = np.random.default_rng(0), SimpleNamespace(model=MODELS["test"])
