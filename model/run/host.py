@@ -72,7 +72,7 @@ def has_gpu() -> bool:
 
 
 def check_gpu(local_rank: int) -> None:
-    """Refuse a GPU that torch cannot use, for the run would be on the CPU without a word, and a rank that has none."""
+    """Refuse a rank without a GPU of its own, and a GPU that torch cannot use: it would train on the CPU instead."""
     import torch
 
     if has_gpu():
@@ -110,8 +110,9 @@ def driver_version() -> str:
 def check_nccl(allowed: bool) -> str | None:
     """Refuse an NCCL that may hang on Arm, on more than one GPU; if that is ``allowed``, the line to warn with.
 
-    Before 2.29.3, a compare-and-swap that fails for no reason, as Arm's may, is not tried again
-    (https://github.com/NVIDIA/nccl/releases/tag/v2.29.3-1; if it was compiled by a gcc before 10, as wheels are).
+    Before 2.29.3, a compare-and-swap that fails for no reason, as it may on Arm, is not tried again. The release notes
+    (https://github.com/NVIDIA/nccl/releases/tag/v2.29.3-1) say so of what a gcc before 10 has compiled; the wheels of
+    2.28.9 and 2.29.2 were seen to hang (https://github.com/NVIDIA/nccl/issues/2353).
     """
     import torch
 
@@ -120,7 +121,7 @@ def check_nccl(allowed: bool) -> str | None:
         return None
     found = f"NCCL {'.'.join(map(str, version))} may hang on Arm, without a word"
     if allowed:
-        return f"{found}; started all the same, for --allow-old-nccl"
+        return f"{found}; started all the same, as --allow-old-nccl says"
     raise Refused(f"{found}; take torch 2.12 or later, or NCCL {'.'.join(map(str, NCCL_FOR_ARM))} or later "
         "(nvidia-nccl-cu13); with --allow-old-nccl the run starts all the same")  # fmt: skip
 
