@@ -33,12 +33,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from tqdm import tqdm
 
 from halny.model.durable import move_into_place, partial_folder, sync, write_json
 from halny.model.hf_folder import (
     CONFIG,
     GENERATION_CONFIG,
     INDEX,
+    README,
+    README_MARK,
     SINGLE,
     check_replaceable,
     few,
@@ -117,7 +120,7 @@ def load_hf(path: str | Path, dtype: torch.dtype | None = None) -> Mistral:
     _check_dtype(dtype)
     config = read_hf_config(path)
     headers = _read_headers(path, config)
-    dtype = dtype or reduce(torch.promote_types, (header.dtype for header in headers.values()))
+    dtype = dtype or _common_dtype(headers)
     with torch.device("meta"):
         model = Mistral(config)
     for parameter in model.parameters():
@@ -227,17 +230,52 @@ def _list_files(folder: Path) -> dict[Path, set[str] | None]:
     return files
 
 
+class HfWeights:
+    """The weights of a Hugging Face folder by our names, some rows of one parameter at a time, on the CPU.
+
+    path, config  the folder, and its sizes
+    dtype         the stored one; where the folder holds several, the one that they promote to
+    Raises, when made, what ``check_hf_weights`` raises, and reads no weight.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path, self.config = Path(path), read_hf_config(path)
+        self._headers, self._pieces = _read_headers(path, self.config), dict(pieces(self.config))
+        self.dtype = _common_dtype(self._headers)
+
+    def rows(self, name: str, low: int = 0, high: int | None = None) -> Tensor:
+        """Rows low to high of our parameter of that name; ValueError where one is not finite."""
+        placed = self._pieces[name]
+        high = sum(piece.shape[0] for piece in placed) if high is None else high
+        x = torch.empty(max(0, high - low), *placed[0].shape[1:], dtype=self.dtype)
+        for hf_name, first, last, at in _overlaps(placed, low, high):
+            file = self._headers[hf_name].file
+            with _opened(file) as opened:
+                rows = opened.get_slice(hf_name)[first:last]
+            _check_finite(rows, file, hf_name)
+            x[at : at + last - first] = rows
+        return x
+
+
+def _common_dtype(headers: dict[str, _Header]) -> torch.dtype:
+    return reduce(torch.promote_types, (header.dtype for header in headers.values()))
+
+
+def _overlaps(placed: list[Piece], low: int, high: int) -> Iterator[tuple[str, int, int, int]]:
+    """What rows low to high of a parameter are of its pieces: (Hugging Face name, from row, to row, where in ours)."""
+    for hf_name, shape, first_row in placed:
+        start, end = max(low, first_row), min(high, first_row + shape[0])
+        if start < end:
+            yield hf_name, start - first_row, end - first_row, start - low
+
+
 def _copy_weights(model: Mistral, headers: dict[str, _Header], progress: Callable[[int, int], None] | None) -> None:
     parameters = model.weights()
     reads = []  # (file, Hugging Face name, from row, to row, where to)
     for name, placed in pieces(model.config):
         local, start = local_rows(parameters[name])
-        end = start + local.shape[0]
-        for hf_name, shape, first_row in placed:
-            low, high = max(start, first_row), min(end, first_row + shape[0])
-            if low < high:
-                rows = (low - first_row, high - first_row)
-                reads.append((headers[hf_name].file, hf_name, *rows, local[low - start : high - start]))
+        for hf_name, low, high, at in _overlaps(placed, start, start + local.shape[0]):
+            reads.append((headers[hf_name].file, hf_name, low, high, local[at : at + high - low]))
     reads.sort(key=lambda read: read[0])
     done, total = 0, sum(target.numel() * headers[hf_name].dtype.itemsize for _, hf_name, _, _, target in reads)
     for file, in_file in groupby(reads, key=lambda read: read[0]):
@@ -339,12 +377,14 @@ def write_hf(
     *,
     tokenizer: str | Path | None = None,
     carried: dict | None = None,
+    readme: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """``save_hf`` by one process and without a model: of parameters (our names, whole) in the order of ``pieces``.
 
     Writes the same bytes as ``save_hf`` of a model with these parameters, takes them one by one and holds one file's
-    tensors at a time. Raises what ``save_hf`` raises, and what ``parameters`` raises; then ``path`` is as it was.
+    tensors at a time. ``readme`` is the text of a README.md beside them. Raises what ``save_hf`` raises, and what
+    ``parameters`` raises; then ``path`` is as it was.
     """
     _check_dtype(dtype)
     _check_shard_bytes(max_shard_bytes)
@@ -358,6 +398,9 @@ def write_hf(
     )
     try:
         stored = {name: dtype for name, _ in pieces(config)}
+        if readme is not None:
+            (partial / README).write_text(f"{README_MARK}\n\n{readme}", encoding="utf-8")
+            sync(partial / README)
         _write(config, stored, tensors, partial, tokenizer, carried, max_shard_bytes)
         check_replaceable(target)  # again: writing took a while
         move_into_place(partial, target)
@@ -416,16 +459,22 @@ def _write(
     ids = {key: value for key, value in described.items() if key.endswith("_token_id")}
     write_json(partial / CONFIG, described)
     write_json(partial / GENERATION_CONFIG, carried.get("generation_config") or {"_from_model_config": True, **ids})
+    shown = None if total > 1e9 else True  # None: on a terminal
+    bar = tqdm(total=total, unit="B", unit_scale=True, desc="writing", leave=False, disable=shown)
     for file, in_file in groupby(tensors, key=lambda item: file_of(item[0])):
-        # transformers refuses a file whose metadata does not name the format
-        held = {hf_name: tensor.cpu().contiguous() for hf_name, tensor in in_file}
+        held = {}
+        for hf_name, tensor in in_file:
+            held[hf_name] = tensor.cpu().contiguous()
+            bar.update(tensor.nbytes)
         for hf_name, tensor in held.items():
             if tensor.dtype == torch.float16 and not tensor.isfinite().all():
                 raise ValueError(f"{hf_name} holds a number beyond fp16's largest, 65,504; bf16 has the range of fp32")
+        # transformers refuses a file whose metadata does not name the format
         save_file(held, partial / file, metadata={"format": "pt"})
         shutil.copymode(partial / CONFIG, partial / file)  # save_file makes files that only their owner may read
         sync(partial / file)
         del held  # before the next file's are gathered
+    bar.close()
     if n_files > 1:
         weight_map = {hf_name: file_of(hf_name) for hf_name in sorted(numbers)}
         write_json(partial / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +21,10 @@ from torch import Tensor
 from halny.model.convert import pieces, write_hf
 from halny.model.data.batches import parse_sources
 from halny.model.data.dataset import DataError
-from halny.model.durable import folder_above, in_its_words, in_words
+from halny.model.durable import in_its_words, in_words
 from halny.model.estimate import sizes
-from halny.model.exits import FAILED, FINISHED, REFUSED, Failed, Refused
-from halny.model.hf_folder import check_replaceable
+from halny.model.exits import Failed, Refused, exit_code
+from halny.model.hf_folder import check_out
 from halny.model.hints import hint
 from halny.model.mistral import MistralConfig
 from halny.model.run import checkpoint
@@ -54,14 +52,8 @@ def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | 
     tokenizer = tokenizer or find_tokenizer(path, recipe)
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise Refused(f"--tokenizer {tokenizer} is not a folder with a {' or a '.join(TOKENIZERS)}{hint(tokenizer)}")
-    try:
-        check_replaceable(out)
-    except ValueError as error:
-        raise Refused(str(error)) from None
-    existing = folder_above(out)
-    free, needed = shutil.disk_usage(existing).free, sizes.parameters(config) * torch_dtype.itemsize
-    if free < needed:
-        raise Refused(f"{out} takes {in_words(needed)}, and {existing} has {in_words(free)} free; make room")
+    needed = sizes.parameters(config) * torch_dtype.itemsize
+    check_out(out, needed)
 
     print(f"checkpoint {path}, step {manifest['step']}: verifying its checksums", flush=True)
     if problem := checkpoint.damage(path):
@@ -149,20 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights [the run's --export-dtype]")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder with its files [that of the run's data]")
     given = parser.parse_args(arguments)
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        export(given.source, given.out, given.dtype, given.tokenizer)
-        return FINISHED
-    except Refused as refusal:
-        message, code = str(refusal), REFUSED
-    except Failed as failure:
-        message, code = str(failure), FAILED
-    except KeyboardInterrupt:
-        message, code = "interrupted; nothing was written", 130
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    print(f"export: {message}", file=sys.stderr)
-    return code
+    return exit_code("export", lambda: export(given.source, given.out, given.dtype, given.tokenizer))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,13 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import torch
 
+from halny.model.durable import folder_above, in_words
+from halny.model.exits import Refused
 from halny.model.hints import hint
 from halny.model.mistral import MistralConfig
 from halny.model.tokenizer_files import is_tokenizer_file, read_chat_template
@@ -39,12 +42,15 @@ ONLY = {
     "partial_rotary_factor": (1, None),
     "quantization_config": (None,),
 }
+# What model/export.py and model/convert.py say of how they made a folder: an object with a key for each of them.
+MADE = "halny"
 # Keys that say where a folder comes from, or name code that does not come along: an export has its own, or none.
-NOT_CARRIED = ("auto_map", "_name_or_path", "transformers_version", "_commit_hash")
+NOT_CARRIED = ("auto_map", "_name_or_path", "transformers_version", "_commit_hash", MADE)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 EXPORT_FILES = {SINGLE, INDEX, CONFIG, GENERATION_CONFIG}  # with SHARD and a tokenizer's: all that save_hf ever writes
+README, README_MARK = "README.md", "<!-- written by halny, and replaced with the export -->"  # never another README.md
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 
@@ -171,6 +177,17 @@ def read_json(file: Path) -> dict:
     return content
 
 
+def check_out(target: Path, n_bytes: int) -> None:
+    """Refused unless ``save_hf`` may write there, and there is room for so many bytes."""
+    try:
+        check_replaceable(target)
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    existing = folder_above(target)
+    if (free := shutil.disk_usage(existing).free) < n_bytes:
+        raise Refused(f"{target} takes {in_words(n_bytes)}, and {existing} has {in_words(free)} free; make room")
+
+
 def check_replaceable(target: Path) -> None:
     """ValueError unless ``save_hf`` may write there: nothing, an empty folder, or an earlier export and no more."""
     if not target.exists():
@@ -191,6 +208,9 @@ def _is_of_an_export(entry: os.DirEntry) -> bool:
             file.is_file(follow_symlinks=False) and is_tokenizer_file(f"{entry.name}/{file.name}") for file in files
         )
     name = entry.name
+    if name == README and entry.is_file(follow_symlinks=False):
+        with open(entry, encoding="utf-8", errors="replace") as file:
+            return file.read(len(README_MARK)) == README_MARK
     known = name in EXPORT_FILES or SHARD.fullmatch(name) is not None or is_tokenizer_file(name)
     return known and entry.is_file(follow_symlinks=False)
 
