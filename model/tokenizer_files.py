@@ -33,6 +33,12 @@ AS_IT_STANDS = {
     "clean_up_tokenization_spaces": False,
     "model_max_length": 1000000000000000019884624838656,
 }
+# The 256 characters in which a byte-level BPE, GPT-2's and those after it, writes bytes; "Ġ" is the space
+SEEN = (*range(33, 127), *range(161, 173), *range(174, 256))  # these bytes are the characters of their number
+UNSEEN = [byte for byte in range(256) if byte not in SEEN]
+BYTE_LEVEL = {chr(byte): byte for byte in SEEN} | {chr(256 + i): byte for i, byte in enumerate(UNSEEN)}
+SPACE = "▁"  # SentencePiece's
+BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")  # and its piece for a byte, where no piece has the character
 ODD = (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError)  # of JSON that is not what it seems
 
 
@@ -71,6 +77,39 @@ def pieces(folder: Path | None) -> dict[int, str]:
         return {} if folder is None else _pieces(_read(folder / "tokenizer.json"))
     except (OSError, *ODD):
         return {}
+
+
+def spelled(folder: Path | None) -> dict[int, bytes]:
+    """What each ordinary id stands for in running text, in UTF-8; a part of a character for some, as "<0xC5>".
+
+    Special tokens and the unknown token stand for no text and are not in it. Nothing where there is no tokenizer.json,
+    or its pieces spell in another way than those of byte-level BPE and of SentencePiece (WordPiece's "##").
+    """
+    try:
+        return {} if folder is None else _spelled(_read(folder / "tokenizer.json"))
+    except (OSError, *ODD):
+        return {}
+
+
+def is_byte_level(folder: Path) -> bool:
+    """Whether a folder's tokenizer.json writes its pieces in the characters of BYTE_LEVEL."""
+    try:
+        return _is_byte_level(_read(folder / "tokenizer.json"))
+    except (OSError, *ODD):
+        return False
+
+
+def unknown_id(folder: Path) -> int | None:
+    """The id for what a folder's tokenizer.json cannot spell; None where it has none, or bytes stand in."""
+    try:
+        raw = _read(folder / "tokenizer.json")
+        named = _read(folder / NAMING[0]) | _read(folder / NAMING[1])
+        token = named.get("unk_token")
+        ids = {piece: i for i, piece in _pieces(raw).items()}
+        unknown = _unknown(raw)
+        return ids.get(token["content"] if isinstance(token, dict) else token) if unknown is None else unknown
+    except (OSError, *ODD):
+        return None
 
 
 def special_ids(folder: Path) -> SpecialIds:
@@ -152,6 +191,50 @@ def _pieces(raw: dict) -> dict[int, str]:
         vocabulary = {piece: i for i, (piece, _) in enumerate(vocabulary)}
     added = {token["id"]: token["content"] for token in raw.get("added_tokens", [])}
     return {i: piece for piece, i in vocabulary.items()} | added
+
+
+def _spelled(raw: dict) -> dict[int, bytes]:
+    model = raw["model"]
+    marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
+    if model.get("type", "BPE" if "merges" in model else None) not in ("BPE", "Unigram") or marked:
+        return {}
+    added = {token["id"]: token for token in raw.get("added_tokens", [])}
+    without = {_unknown(raw), *(i for i, token in added.items() if token["special"])}
+    bytes_of = _of_byte_level if _is_byte_level(raw) else _of_sentencepiece
+    own = _pieces({"model": model})  # Gemma lists "▁▁" as an added token too: it is two spaces nonetheless
+    return {
+        i: bytes_of(piece) if own.get(i) == piece else piece.encode()
+        for i, piece in _pieces(raw).items()
+        if i not in without
+    }
+
+
+def _of_byte_level(piece: str) -> bytes:
+    known = all(character in BYTE_LEVEL for character in piece)
+    return bytes(BYTE_LEVEL[character] for character in piece) if known else piece.encode()  # as its decoder does
+
+
+def _of_sentencepiece(piece: str) -> bytes:
+    byte = BYTE_PIECE.fullmatch(piece)
+    return bytes.fromhex(byte[1]) if byte else piece.replace(SPACE, " ").encode()
+
+
+def _is_byte_level(raw: dict) -> bool:
+    """Whether the step of that name is among those that a text, or a list of pieces, goes through."""
+    steps = [raw.get(key) for key in ("normalizer", "pre_tokenizer", "decoder")]
+    for step in filter(None, steps):  # which grows by those inside
+        if step["type"] == "ByteLevel":
+            return True
+        steps += [inside for key in ("normalizers", "pretokenizers", "decoders") for inside in step.get(key, [])]
+    return False
+
+
+def _unknown(raw: dict) -> int | None:
+    """The unknown token's id, as the model of a tokenizer.json itself names it."""
+    model = raw["model"]
+    if "unk_id" in model:  # Unigram's
+        return model["unk_id"]
+    return {piece: i for i, piece in _pieces(raw).items()}.get(model.get("unk_token"))
 
 
 def _around(post_processor: dict | None) -> tuple[str | None, str | None]:
