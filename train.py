@@ -408,13 +408,14 @@ def score(run: Run) -> dict | None:
         return run.process.stopping() or run.out_of_time(left + run.save_s)
 
     for key, rows in run.eval_sets.rows.items():
-        found = evaluate(run.model, rows, run.spec.recipe.micro_batch, run.world, alive, stopping)
+        text = run.eval_sets.texts[key]
+        found = evaluate(run.model, rows, text, run.spec.recipe.micro_batch, run.world, alive, stopping)
         if found is None:
             return None
         scores |= {f"{key}_{name}": value for name, value in found.items()}
         say(run.world, f"{'held out' if key == HELD_OUT else key.removeprefix(HELD_OUT + '_')} at step {run.step}: "
             f"loss {found['loss']:.4f}  ppl {perplexity_in_words(found['perplexity'])}  "
-            f"acc {found['accuracy']:.2%}")  # fmt: skip
+            f"acc {found['accuracy']:.2%}" + (f"  {found['bits_per_byte']:.4f} bits/byte" if text else ""))  # fmt: skip
     run.evaluation_s = time.monotonic() - began
     return scores
 

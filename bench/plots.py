@@ -99,28 +99,32 @@ def plots(device: Device) -> list[Path]:
 def overlay(runs: list[Path], png: Path) -> None:
     """Loss, accuracy and speed of several runs of train.py over the tokens they have seen, in one picture.
 
-    Over tokens and not steps, so that runs of different batches compare. Raises BadResult for a run without a step.
+    Over tokens and not steps, so that runs of different batches compare; and held-out bits per byte where a run has
+    them, by which runs of different tokenizers compare. Raises BadResult for a run without a step.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 4.6), layout="constrained", facecolor="white")
-    panels = figure.subplots(1, 3)
-    columns = ("loss", "accuracy", "tokens_per_second_per_gpu")
-    for i, run in enumerate(runs):
-        lines = RunFolder(run).lines()
+    read = [RunFolder(run).lines() for run in runs]
+    columns = {"loss": "loss", "accuracy": "accuracy", "tokens_per_second_per_gpu": "tokens/s/GPU"}
+    if any("val_bits_per_byte" in line for lines in read for line in lines):
+        columns["bits_per_byte"] = "bits per byte"
+    figure = Figure(figsize=(5 * len(columns), 4.6), layout="constrained", facecolor="white")
+    panels = figure.subplots(1, len(columns))
+    for i, (run, lines) in enumerate(zip(runs, read, strict=True)):
         tokens = {line["step"]: line["tokens"] for line in lines if "tokens" in line}
         if not tokens:
             raise BadResult(f"{run} has no step in its metrics.jsonl; name a run of train.py that has begun")
         color = colormaps["tab10"](i % 10)
         for axes, name in zip(panels, columns, strict=True):
             points = [(tokens[line["step"]], line[name]) for line in lines if line.get(name) is not None]
-            axes.plot(*zip(*points, strict=True), color=color, linewidth=1, alpha=0.7, label=str(run))
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, linewidth=1, alpha=0.7, label=str(run))
             evaluated = [line for line in lines if line.get(f"val_{name}") is not None and line["step"] in tokens]
             held_out = [(tokens[line["step"]], line[f"val_{name}"]) for line in evaluated]
             if held_out:
                 axes.plot(*zip(*held_out, strict=True), "o--", color=color, linewidth=1, markersize=5)
-    for axes, title in zip(panels, ("loss", "accuracy", "tokens/s/GPU"), strict=True):
+    for axes, title in zip(panels, columns.values(), strict=True):
         axes.set(title=title, xlabel="tokens")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)

@@ -212,6 +212,7 @@ class Mistral(nn.Module):
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         restart_positions: bool = True,
+        reduction: str = "sum",
     ):
         """Logits, or with labels the loss and its counts.
 
@@ -221,9 +222,9 @@ class Mistral(nn.Module):
         that changes results by rounding only, which is smaller for the smaller angles.
 
         Returns logits [B, T, V] in the compute dtype; or, with labels, ``LinearCrossEntropy(loss, n_tokens,
-        n_correct)`` with the SUM of the losses over the targets, fp32. Raises ValueError for a T beyond
-        config.max_seq_len, token ids or labels outside the vocabulary, or cu_seqlens or max_seqlen that do not
-        fit.
+        n_correct)`` with the SUM of the losses over the targets, fp32; with reduction="none" the loss of each, [B, T],
+        0 where there is none. Raises ValueError for a T beyond config.max_seq_len, token ids or labels outside the
+        vocabulary, or cu_seqlens or max_seqlen that do not fit.
         """
         tokens = self._check(tokens, cu_seqlens, max_seqlen)
         B, T = tokens.shape
@@ -252,8 +253,8 @@ class Mistral(nn.Module):
         if labels is None:
             return self.head(x_btd)
         if is_plain(self.head, nn.Linear):
-            return linear_cross_entropy(x_btd, self.head.weight, labels, reduction="sum")
-        return counted_cross_entropy(self.head(x_btd), labels, reduction="sum")
+            return linear_cross_entropy(x_btd, self.head.weight, labels, reduction=reduction)
+        return counted_cross_entropy(self.head(x_btd), labels, reduction=reduction)
 
     def _check(self, tokens: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None) -> Tensor:
         """The tokens as int64, or an error that names what is wrong."""

@@ -209,7 +209,8 @@ def _prepare(
             _hold_out_part(writer, job, tally)
         n_documents, n_val = writer.total("documents"), writer.documents["val"]
         policy = {"bos_id": job.bos_id, "eos_id": job.eos_id}
-        writer.finish(tokenizer.name, tokenizer.files, policy, settings, tally.record(sources), tokenizer.special_ids)
+        counts, special = tally.record(sources), tokenizer.special_ids
+        writer.finish(tokenizer.name, tokenizer.files, policy, settings, counts, special, tally.split_bytes)
         journal.remove()
     if total_bytes is not None:
         print(
@@ -226,19 +227,22 @@ def _hold_out_part(writer: Writer, job: Job, tally: Tally) -> None:
 
     Of tokens, as many are held out as --val-fraction says of all, unless that is most of this document.
     """
-    split = "train" if writer.documents["train"] else "val"
+    last_in = "train" if writer.documents["train"] else "val"
     n_documents, n_tokens = writer.total("documents"), writer.total("tokens")
-    ids = writer.take_last(split)
+    ids = writer.take_last(last_in)
     head, tail = job.markers()
     ids = ids[len(head) : len(ids) - len(tail)]
     n = min(int(job.val_fraction * n_tokens), int(max(job.val_fraction, 0.5) * len(ids)))
     for split, part in (("train", ids[: len(ids) - n]), ("val", ids[len(ids) - n :])):
         if len(part):
             writer.add(split, np.concatenate([head, part, tail]))
-    if n:
-        few = f"too few documents for --val-fraction {job.val_fraction}"
-        message = f"{few}: the last {n:,} tokens of the last one are held out as a document of their own"
-        tally.cut(message, writer.total("documents") - n_documents, writer.total("tokens") - n_tokens)
+    few = f"too few documents for --val-fraction {job.val_fraction}"
+    message = f"{few}: the last {n:,} tokens of the last one are held out as a document of their own" if n else None
+    spelled = job.tokenizer.spelled()
+    held_out = ids[len(ids) - n :].tolist()
+    n_bytes = sum(len(spelled[i]) for i in held_out) if spelled.keys() >= set(held_out) else None
+    more = (writer.total(what) - before for what, before in (("documents", n_documents), ("tokens", n_tokens)))
+    tally.cut(message, *more, last_in, n_bytes)
 
 
 def _markers(bos: bool | None, eos: bool | None, tokenizer: Tokenizer) -> tuple[int | None, int | None]:

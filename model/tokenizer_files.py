@@ -86,8 +86,16 @@ def spelled(folder: Path | None) -> dict[int, bytes]:
     or its pieces spell in another way than those of byte-level BPE and of SentencePiece (WordPiece's "##").
     """
     try:
-        return {} if folder is None else _spelled(_read(folder / "tokenizer.json"))
+        return {} if folder is None else spelled_by(_read(folder / "tokenizer.json"))
     except (OSError, *ODD):
+        return {}
+
+
+def spelled_by(raw: dict) -> dict[int, bytes]:
+    """As ``spelled``, of the content of a tokenizer.json."""
+    try:
+        return _spelled(raw)
+    except ODD:
         return {}
 
 
@@ -110,6 +118,16 @@ def unknown_id(folder: Path) -> int | None:
         return ids.get(token["content"] if isinstance(token, dict) else token) if unknown is None else unknown
     except (OSError, *ODD):
         return None
+
+
+def differing(ours: dict[int, str], theirs: dict[int, str]) -> tuple[list[int], bool]:
+    """Of the ids of both those that mean something else, and whether that makes them other tokenizers.
+
+    A few may have another name, as special tokens do; but not where a piece has moved, or where it is more than a few.
+    """
+    both, named = sorted(ours.keys() & theirs.keys()), set(ours.values())
+    found = sorted((i for i in both if ours[i] != theirs[i]), key=lambda i: theirs[i] not in named)  # moved ones first
+    return found, bool(found) and (theirs[found[0]] in named or len(found) > len(both) / 100)
 
 
 def special_ids(folder: Path) -> SpecialIds:

@@ -124,7 +124,9 @@ def _statistics(data: Dataset | RawDataset, histograms: dict, tokens_per_second:
         if len(stream):
             mean = f", {len(stream) / stream.n_documents:,.1f} tokens each" if isinstance(data, Dataset) else ""
             documents = f"{stream.n_documents:,} documents, " if isinstance(data, Dataset) else ""
-            yield f"{split:6} {documents}{len(stream):,} tokens{mean}"
+            n_bytes = data.n_bytes(split) if isinstance(data, Dataset) else None
+            of_text = "" if n_bytes is None else f"; {n_bytes:,} bytes of text, {n_bytes / len(stream):.2f} per token"
+            yield f"{split:6} {documents}{len(stream):,} tokens{mean}{of_text}"
     if isinstance(data, Dataset):
         yield _markers(data)
     histogram = sum(histograms.values())
@@ -160,7 +162,8 @@ def _of_the_input(manifest: dict) -> Iterator[str]:
         yield "\nsources"
         for record in manifest["sources"]:
             share = f"{record['tokens'] / total:7.2%} of tokens"
-            yield f"{share:>24} {record['documents']:12,} documents  {record['name']}"
+            n_bytes = f"{record['bytes']:15,} bytes" if "bytes" in record else ""
+            yield f"{share:>24} {record['documents']:12,} documents{n_bytes}  {record['name']}"
     counts = manifest.get("input", {})
     left_out = [(n, f"{why} {reason}") for why in ("dropped", "skipped") for reason, n in counts.get(why, {}).items()]
     if left_out:

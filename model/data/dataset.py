@@ -93,7 +93,9 @@ class Dataset:
         with in_one_line(self.path):
             self.manifest = manifest = self._read_manifest()
             self.vocab_size = manifest["vocab_size"]
-            identity = [manifest[key] for key in ("format", "version", "vocab_size", "dtype", "splits")]
+            identity = [manifest[key] for key in ("format", "version", "vocab_size", "dtype")]
+            identity.append({split: {k: x for k, x in record.items() if k != "bytes"} for split, record in
+                             manifest["splits"].items()})  # fmt: skip
             self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
             self.tokenizer = None
             if manifest["tokenizer"] is not None:
@@ -116,6 +118,16 @@ class Dataset:
         if name not in SPLITS:
             raise DataError(f"a data folder has the splits {' and '.join(SPLITS)}, got {name!r}")
         return self._streams[name]
+
+    def n_bytes(self, split: str) -> int | None:
+        """The UTF-8 bytes of the documents' texts, without what stands around them; None if nobody counted them."""
+        return self.manifest["splits"][split].get("bytes")
+
+    @property
+    def markers(self) -> tuple[int, ...]:
+        """The ids around documents, which stand for no byte of their texts; none where texts may spell them out."""
+        ids = (i for i in self.manifest["document"].values() if i is not None)
+        return () if _special_tokens(self.manifest["settings"]) else tuple(ids)
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Reads every byte of every parts-th file: DataError where one is not what the manifest says."""
@@ -197,6 +209,11 @@ class Dataset:
             raise DataError(f"{path}: {size} bytes, the manifest says {record['bytes']}{remedy}")
 
 
+def _special_tokens(settings: dict) -> bool:
+    """Whether --special-tokens prepared the folder, or one of those that it was merged from."""
+    return bool(settings.get("special_tokens")) or any(map(_special_tokens, settings.get("merged", ())))
+
+
 # llm.c's dev/data/data_common.py: (magic number, version) -> dtype
 LLM_C_HEADERS = {(20240520, 1): "uint16", (20240801, 7): "uint32"}
 LLM_C_HEADER_BYTES = 256 * 4
@@ -213,7 +230,7 @@ class RawDataset:
     A file has no document boundaries and so counts as one document.
     """
 
-    tokenizer, special_ids = None, SpecialIds()
+    tokenizer, special_ids, markers = None, SpecialIds(), ()
 
     def __init__(
         self,
@@ -247,6 +264,9 @@ class RawDataset:
         if name not in SPLITS:
             raise DataError(f"a dataset has the splits {' and '.join(SPLITS)}, got {name!r}")
         return self._streams[name]
+
+    def n_bytes(self, split: str) -> None:
+        """None: the files do not say what text the ids stand for."""
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Reads the parts-th share of the ids: DataError where one is outside the vocabulary.
@@ -400,6 +420,7 @@ def _check_manifest(manifest: dict) -> None:
     for record in manifest.get("sources", []):  # which, as "input", write_dataset and older versions leave out
         count(record, "documents")
         count(record, "tokens")
+        count({"bytes": 0} | record, "bytes")  # which versions before this one did not count
         if not isinstance(record["name"], str):
             raise TypeError(f"a source's name is {record['name']!r}")
     if counts := manifest.get("input"):
@@ -410,6 +431,7 @@ def _check_manifest(manifest: dict) -> None:
         record = manifest["splits"][split]
         count(record, "documents")
         count(record, "tokens")
+        count({"bytes": 0} | record, "bytes")
         for i, shard in enumerate(record["files"]):
             check_file(shard, [f"{split}-{i:05d}.npy"])
             check_file(shard["boundaries"], [f"{split}-{i:05d}.documents.npy"])

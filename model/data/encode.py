@@ -57,6 +57,7 @@ class Encoded(Outcome):
     source: int
     ids: np.ndarray | None = None
     lengths: np.ndarray | None = None
+    n_bytes: np.ndarray | None = None  # of each document's text in UTF-8
     val: np.ndarray | None = None  # bool, a document each
     digests: np.ndarray | None = None  # [documents, 2] uint64 with --dedup, else [0, 2]
     dropped: Counter = field(default_factory=Counter)
@@ -78,7 +79,7 @@ def encode_block(job: Job, encoder: Encoder, labeller: "Labeller | None", block:
         found = list(_unless_label_drops(found, labeller, job.keep_labels))
     encodings = iter(encoder.encode([item.text for _, item in found if isinstance(item, Document)]))
     (head, tail), none = job.markers(), np.array([], job.tokenizer.dtype)
-    pieces, lengths, val, digests = [none], [], [], []
+    pieces, lengths, n_bytes, val, digests = [none], [], [], [], []
     for where, item in found:
         if isinstance(item, Document) and not len(ids := next(encodings)):  # a normalizer may leave nothing of a text
             item = Fault("empty", f"{where}: a document of which the tokenizer leaves no token; remove it")
@@ -92,10 +93,12 @@ def encode_block(job: Job, encoder: Encoder, labeller: "Labeller | None", block:
                 first, last = none if ids[0] in head else head, none if ids[-1] in tail else tail
             pieces += [first, ids, last]
             lengths.append(len(first) + len(ids) + len(last))
+            n_bytes.append(len(raw))
             val.append(_held_out(raw, job.val_fraction))
             if job.dedup:
                 digests.append(digest_of(raw))
-    out.ids, out.lengths, out.val = np.concatenate(pieces), np.array(lengths, np.int64), np.array(val, bool)
+    out.ids, out.val = np.concatenate(pieces), np.array(val, bool)
+    out.lengths, out.n_bytes = np.array(lengths, np.int64), np.array(n_bytes, np.int64)
     out.digests = np.frombuffer(b"".join(digests), np.uint64).reshape(-1, 2)
     return out
 

@@ -53,7 +53,8 @@ def merge(folders: list[Path], out: Path, *, shard_tokens: int = SHARD_TOKENS, p
             name, files = None, {}
             if first["tokenizer"] is not None:
                 name, files = first["tokenizer"]["name"], read_tokenizer_files(datasets[0].tokenizer)
-            writer.finish(name, files, first["document"], settings, _counts(datasets), datasets[0].special_ids)
+            counts, special = _counts(datasets), datasets[0].special_ids
+            writer.finish(name, files, first["document"], settings, counts, special, _n_bytes(datasets))
     if progress:
         print(
             f"prepare_data: {given_out}: {writer.total('documents'):,} documents ({writer.documents['val']:,} held "
@@ -96,6 +97,12 @@ def _documents(dataset: Dataset, split: str) -> Iterator[tuple[np.ndarray, np.nd
             yield stream.gather([shard_start + begin], [int(ends[-1]) - begin]), np.diff(ends, prepend=begin)
             first, begin = last, int(ends[-1])
         shard_start += begin
+
+
+def _n_bytes(datasets: list[Dataset]) -> dict[str, int] | None:
+    """Of the texts of each split; None where one of the folders does not say."""
+    found = {split: [dataset.n_bytes(split) for dataset in datasets] for split in SPLITS}
+    return None if any(None in each for each in found.values()) else {split: sum(each) for split, each in found.items()}
 
 
 def _counts(datasets: list[Dataset]) -> dict:

@@ -32,6 +32,10 @@ class Windows:
         start = (row - (self.sizes[part - 1] if part else 0)) * self.seq_len
         return np.array([self._begins[part] + start]), np.array([min(self.seq_len, self._targets[part] - start)])
 
+    def unpredicted(self) -> np.ndarray:
+        """Where the tokens are in the stream that no row predicts: the first of each part."""
+        return np.array([begin for begin in self._begins if begin < len(self.stream)], np.int64)
+
 
 class Packing:
     """The rows of a stream with whole documents in them, best-fit: each attends to itself only, none predicts another.
@@ -68,6 +72,11 @@ class Packing:
         """As of Windows: a document or a piece of one each."""
         pieces = slice(self._first_piece[row], self._first_piece[row + 1])
         return self._starts[pieces], self._lengths[pieces]
+
+    def unpredicted(self) -> np.ndarray:
+        """As of Windows: the first token of each document."""
+        ends = _document_ends(self.stream)
+        return ends[:-1][np.diff(ends) > 0]
 
 
 Rows = Windows | Packing

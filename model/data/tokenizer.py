@@ -42,7 +42,7 @@ import numpy as np
 from halny.model.data.dataset import DataError, one_line, read_tokenizer_files, to_json, token_dtype
 from halny.model.durable import REMEDIES, in_its_words, sha256
 from halny.model.hints import hint
-from halny.model.tokenizer_files import AS_IT_STANDS, NAMING, SpecialIds, special_ids
+from halny.model.tokenizer_files import AS_IT_STANDS, NAMING, SpecialIds, special_ids, spelled, spelled_by
 
 MISTRAL = "mistral-v0.1"
 MISTRAL_SHA256 = "dadfd56d766715c61d2ef780a525ab43b8e6da4de6865bda3d95fdef5e134055"  # of its tokenizer.model
@@ -69,6 +69,10 @@ class Tokenizer:
     @property
     def special_ids(self) -> SpecialIds:
         return SpecialIds(self.bos_id, self.eos_id, self.pad_id)
+
+    def spelled(self) -> dict[int, bytes]:
+        """What each id stands for in running text, as far as its kind is known: tokenizer_files.spelled."""
+        return spelled_by(json.loads(self.files["tokenizer.json"]))
 
     def sha256(self) -> str:
         return hashlib.sha256(self.files["tokenizer.json"]).hexdigest()
@@ -278,6 +282,14 @@ def mistral_tokenizer() -> Tokenizer:
         "tokenizer_config.json": to_json(config),
     }
     return Tokenizer(MISTRAL, files, len(pieces), sp.bos_id(), sp.eos_id(), sp.unk_id())
+
+
+def bytes_before(tokenizer: Path) -> int:
+    """How many bytes a tokenizer folder puts before each text: 1 where that is a space, as Llama's does."""
+    from tokenizers import Tokenizer as Backend
+
+    ids, text = Backend.from_file(str(tokenizer / "tokenizer.json")).encode("a", add_special_tokens=False).ids, "a"
+    return sum(len(spelled(tokenizer)[i]) for i in ids) - len(text)
 
 
 def decode(tokenizer: Path, ids: list[int]) -> str:

@@ -252,6 +252,7 @@ class Writer:
         settings: dict,
         counts: dict | None = None,
         special: SpecialIds | None = None,  # of the tokenizer, where they are known
+        n_bytes: dict[str, int] | None = None,  # of the texts of each split in UTF-8, where that is known
     ) -> None:
         for split in list(self.open):
             self._close(split)
@@ -266,7 +267,12 @@ class Writer:
             "settings": settings,
             **(counts or {}),  # of the input: what became of its documents
             "splits": {
-                split: {"documents": self.documents[split], "tokens": self.tokens[split], "files": self.shards[split]}
+                split: {
+                    "documents": self.documents[split],
+                    "tokens": self.tokens[split],
+                    **({"bytes": n_bytes[split]} if n_bytes else {}),
+                    "files": self.shards[split],
+                }
                 for split in SPLITS
             },
         }

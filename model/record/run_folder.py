@@ -181,15 +181,16 @@ class RunFolder:
             logger.close()
 
     def plot_curves(self) -> None:
-        """curves.png: loss, perplexity and accuracy over the steps, training and held-out."""
+        """curves.png: loss, perplexity and accuracy over the steps, training and held-out; held-out bits per byte."""
         from matplotlib.figure import Figure  # not pyplot: no display, no global state
 
         lines = self.lines()
-        figure = Figure(figsize=(12, 3.6), layout="constrained")
-        for axes, name in zip(figure.subplots(1, 3), ("loss", "perplexity", "accuracy"), strict=True):
-            sets = sorted(
-                {k for line in lines for k in line if k.startswith("val_") and k.endswith(f"_{name}")}, key=len
-            )
+        keys = sorted({key for line in lines for key in line if key.startswith("val_")}, key=len)
+        names = ["loss", "perplexity", "accuracy"]
+        names += ["bits_per_byte"] if any(key.endswith("_bits_per_byte") for key in keys) else []
+        figure = Figure(figsize=(4 * len(names), 3.6), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names)), names, strict=True):
+            sets = [key for key in keys if key.endswith(f"_{name}")]
             labels = {name: "training", f"val_{name}": "held out"}
             for key in (name, *sets):
                 label = labels.get(key, key.removeprefix("val_").removesuffix(f"_{name}"))
@@ -197,7 +198,7 @@ class RunFolder:
                 points = [(line["step"], line[key]) for line in lines if line.get(key) is not None]
                 if points:
                     axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-            axes.set(title=name, xlabel="step", yscale="log" if name == "perplexity" else "linear")
+            axes.set(title=name.replace("_", " "), xlabel="step", yscale="log" if name == "perplexity" else "linear")
             axes.grid(alpha=0.3)
             if axes.lines:
                 axes.legend()

@@ -49,6 +49,9 @@ def energy_joules(device: torch.device) -> float | None:
         return None
 
 
+EVALUATED = ("step", "val_loss", "val_bits_per_byte")
+
+
 def summarize(lines: list[dict], spec, spent: dict[str, float], wall_s: float, energy_j: float | None) -> dict:
     """``lines`` of metrics.jsonl; the run's RunSpec; ``spent`` seconds by what they were spent on, this start."""
     tokens = spec.recipe.batch_tokens
@@ -66,7 +69,7 @@ def summarize(lines: list[dict], spec, spent: dict[str, float], wall_s: float, e
         "tokens_per_second_per_gpu": rate,
         "mfu": sum(mfu * s for mfu, s in mfus) / sum(s for _, s in mfus) if mfus else None,
         "mfu_palm": rate * palm / spec.peak_flops if rate and spec.peak_flops else None,
-        "best_evaluation": best and {"step": best["step"], "val_loss": best["val_loss"]},
+        "best_evaluation": best and {key: best[key] for key in EVALUATED if key in best},
         "this_start": {"wall_s": wall_s, "spent_s": dict(spent), "energy_j": energy_j},
     }
 

@@ -3,6 +3,11 @@
 A run evaluates on its held-out split, and on what --eval-data names. The key of a set begins its names in
 metrics.jsonl: ``val`` for the held-out split (val_loss, val_perplexity, val_accuracy) and ``val_NAME`` for the others.
 All of them are means over targets, so a long document weighs more than a short one, and a row of padding nothing.
+
+Losses of different tokenizers do not compare, since their targets are different pieces of text. val_bits_per_byte does:
+the bits that the model needs for the set's text, by the bytes of that text in UTF-8, which prepare_data has counted.
+BOS and EOS around documents are no text, so what they cost is left out, as lm-evaluation-harness leaves it out of its
+bits_per_byte.
 """
 
 from __future__ import annotations
@@ -11,19 +16,50 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from halny.model.data.batches import Corpus, check_one_tokenizer, read_in_turn
-from halny.model.data.dataset import DataError, Dataset, RawDataset
+from halny.model.data.dataset import SPLITS, DataError, Dataset, RawDataset
 from halny.model.data.rows import Packing, Rows, Windows
+from halny.model.data.tokenizer import bytes_before
 from halny.model.mistral import Mistral
 from halny.model.run import fsdp
 from halny.model.run.ranks import World, ask_everywhere, first_missed
+from halny.model.tokenizer_files import spelled
 
 HELD_OUT = "val"
+
+
+class Text(NamedTuple):
+    """What the tokens of a set stand for: so many bytes in UTF-8, and none by the ids around its documents."""
+
+    n_bytes: int
+    markers: tuple[int, ...]
+
+
+def text_of(sets: Sequence[tuple[Dataset | RawDataset, Rows]]) -> Text | None:
+    """Of the targets of these rows, of data with one tokenizer; None where the data do not say."""
+    sets = [(dataset, rows) for dataset, rows in sets if len(rows)]
+    counts = [_bytes_of_targets(dataset, rows) for dataset, rows in sets]
+    if None in counts:
+        return None
+    each = [set(dataset.markers) for dataset, _ in sets]
+    return Text(sum(counts), tuple(sorted(set.union(*each))) if all(each) else ())
+
+
+def _bytes_of_targets(dataset: Dataset | RawDataset, rows: Rows) -> int | None:
+    """The bytes of a split's text, without those of a first token that nothing predicts, where there is no BOS."""
+    n_bytes = dataset.n_bytes(next(split for split in SPLITS if dataset.split(split) is rows.stream))
+    first = rows.unpredicted().tolist()
+    ids = [i for i in rows.stream.gather(first, [1] * len(first)).tolist() if i not in dataset.markers]
+    if n_bytes is None or not ids:
+        return n_bytes
+    text, before = spelled(dataset.tokenizer), bytes_before(dataset.tokenizer)
+    return n_bytes - sum(len(text[i]) - before for i in ids) if text.keys() >= set(ids) else None
 
 
 def parse_named(texts: Sequence[str]) -> dict[str, Path]:
@@ -42,8 +78,9 @@ def parse_named(texts: Sequence[str]) -> dict[str, Path]:
 class EvalSets:
     """What a run evaluates on: ``rows`` holds the rows of each set under its key, the held-out split first.
 
-    A named folder is evaluated whole, whatever its split; it is cut into rows as the training data is. Sets without a
-    target are left out. Raises DataError for a folder that is none, does not fit, or has nothing to predict.
+    ``texts`` holds what they stand for, or None where the data do not say. A named folder is evaluated whole, whatever
+    its split; it is cut into rows as the training data is. Sets without a target are left out. Raises DataError for a
+    folder that is none, does not fit, or has nothing to predict.
     """
 
     def __init__(
@@ -55,8 +92,10 @@ class EvalSets:
         open_dataset: Callable[[Path], Dataset | RawDataset],
     ):
         self.rows: dict[str, list[Rows]] = {}
+        self.texts: dict[str, Text | None] = {}
         if corpus is not None and any(map(len, corpus.held_out)):
             self.rows[HELD_OUT] = corpus.held_out
+            self.texts[HELD_OUT] = text_of([(source.dataset, source.held_out) for source in corpus.sources])
         self.datasets = {name: open_dataset(folder) for name, folder in named.items()}
         read = {source.dataset.fingerprint for source in corpus.sources} if corpus is not None else set()
         self.trained_on = {name for name, dataset in self.datasets.items() if dataset.fingerprint in read}
@@ -70,6 +109,7 @@ class EvalSets:
             if not any(map(len, rows)):
                 raise DataError(f"{dataset.path} has no token to predict")
             self.rows[f"{HELD_OUT}_{name}"] = rows
+            self.texts[f"{HELD_OUT}_{name}"] = text_of([(dataset, of_split) for of_split in rows])
 
     @property
     def decides(self) -> str | None:
@@ -83,30 +123,37 @@ class EvalSets:
             dataset.verify(part, parts)
 
     def describe(self) -> list[str]:
-        """A line a named set."""
-        return [
+        """A line a named set, and one of those whose bits per byte are not known."""
+        lines = [
             f"{name}: {dataset.path}, {sum(rows.n_targets for rows in self.rows[f'{HELD_OUT}_{name}']):,} targets"
             + "; the run trains on them, so they say nothing about other text" * (name in self.trained_on)
             for name, dataset in self.datasets.items()
         ]
+        unknown = [key for key, text in self.texts.items() if text is None]
+        if unknown:
+            lines.append(f"{', '.join(unknown)}: no bits per byte, since the data do not say how many bytes their text "
+                "has; preparing them again counts these")  # fmt: skip
+        return lines
 
 
 @torch.no_grad()
 def evaluate(
     model: Mistral,
     rows: Sequence[Rows],
+    text: Text | None,
     micro_batch: int,
     world: World,
     alive: Callable[[], None],
     asked_to_stop: Callable[[], bool],
 ) -> dict[str, float] | None:
-    """Loss, perplexity and accuracy a target over all rows, each once whatever the world size.
+    """Loss, perplexity and accuracy per target over all rows, each once whatever the world size; bits per byte of text.
 
-    The same micro batches are computed on any number of ranks, and their fp32 sums added in fp64, so for one
+    The same micro batches are computed on any number of ranks, and their fp32 losses added in fp64, so for one
     micro_batch the numbers are the same too. ``alive`` is called for each batch. None if ``asked_to_stop`` was true on
     some rank in the middle of it. Raises DataLost, on all ranks, where one could not read its rows.
     """
-    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
+    totals = torch.zeros(4, dtype=torch.float64, device=world.device)
+    markers = torch.tensor(text.markers if text else (), dtype=torch.int64, device=world.device)
     stopping, missed, data_lost = False, None, False
     # Every rank runs as many forward passes as any, for each gathers parameters with the others; past the last row a
     # batch is empty.
@@ -118,8 +165,11 @@ def evaluate(
         except DataError as error:  # of this rank alone, perhaps: the others are told, and need its forward pass
             missed, batch = error, read_in_turn(rows, sum(map(len, rows)) + mine)
         answers, asking = ask_everywhere(asked_to_stop(), missed is not None)
-        loss, n_tokens, n_correct = model(*batch.to(world.device).inputs)
-        totals += torch.stack([loss.double(), n_tokens.double(), n_correct.double()])
+        batch = batch.to(world.device)
+        losses, n_tokens, n_correct = model(*batch.inputs, reduction="none")
+        losses = losses.double()
+        around = torch.where(torch.isin(batch.labels, markers), losses, 0.0)
+        totals += torch.stack([losses.sum(), around.sum(), n_tokens.double(), n_correct.double()])
         asking.wait()
         stopping, data_lost = map(bool, answers.tolist())
         if stopping or data_lost:
@@ -128,7 +178,13 @@ def evaluate(
     dist.all_reduce(totals)
     if data_lost:
         raise first_missed(missed)
-    return None if stopping else loss_metrics(*totals.tolist())
+    if stopping:
+        return None
+    loss_sum, around_sum, n_targets, n_correct = totals.tolist()
+    found = loss_metrics(loss_sum, n_targets, n_correct)
+    if text:
+        found["bits_per_byte"] = (loss_sum - around_sum) / math.log(2) / text.n_bytes
+    return found
 
 
 def perplexity_in_words(perplexity: float) -> str:

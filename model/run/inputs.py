@@ -17,7 +17,7 @@ from halny.model.run.evaluation import EvalSets, parse_named
 from halny.model.run.ranks import World, agreed, everywhere, on_main, say
 from halny.model.run.recipe import Recipe
 from halny.model.run.resolve import RunSpec, data_or_refused, weights_of
-from halny.model.tokenizer_files import pieces
+from halny.model.tokenizer_files import differing, pieces
 
 
 def open_one(path: Path | list[Path], spec: RunSpec, hashes: dict[str, str] | None = None) -> Dataset | RawDataset:
@@ -108,20 +108,18 @@ def check_tokenizers(start: Path | None, corpus: Corpus | None, sets: EvalSets) 
     A few may have another name, as special tokens do. Refused where a piece has moved, or where it is more than a few.
     """
     ours, said = pieces(start), []
-    named = set(ours.values())
     datasets = [("--data", source.dataset) for source in corpus.sources] if corpus else []
     for of, dataset in [*datasets, *(("--eval-data", dataset) for dataset in sets.datasets.values())]:
         theirs = pieces(dataset.tokenizer)
-        both = sorted(ours.keys() & theirs.keys())
-        if not (differing := [i for i in both if ours[i] != theirs[i]]):
+        ids, refused = differing(ours, theirs)
+        if not ids:
             continue
-        moved = [i for i in differing if theirs[i] in named]
-        i = (moved or differing)[0]
         found = (
-            f"{len(differing):,} of {len(both):,} ids mean something else in the tokenizer of {of} {dataset.path} than "
-            f"in that of --init-from {start}: {i} is {theirs[i]!r} there and {ours[i]!r} here"
+            f"{len(ids):,} of {len(ours.keys() & theirs.keys()):,} ids mean something else in the tokenizer of {of} "
+            f"{dataset.path} than in that of --init-from {start}: {ids[0]} is {theirs[ids[0]]!r} there and "
+            f"{ours[ids[0]]!r} here"
         )
-        if moved or len(differing) > len(both) / 100:
+        if refused:
             raise Refused(f"{found}; prepare the data with the model's tokenizer")
         said.append(f"tokenizer  {found}")
     return said

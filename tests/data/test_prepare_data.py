@@ -373,11 +373,78 @@ def test_of_too_few_documents_the_end_of_the_last_is_held_out(
         assert found == [b"\0" + text[begin:end].encode() + b"\1" for begin, end in expected]
     data, line = Dataset(tmp_path / "out"), capsys.readouterr().err
     n = data.split("train").n_documents + data.split("val").n_documents
-    assert data.manifest["sources"] == [{"name": "x.jsonl", "documents": n, "tokens": sum(lengths) + 2 * n}]
+    counts = {"documents": n, "tokens": sum(lengths) + 2 * n, "bytes": sum(lengths)}
+    assert data.manifest["sources"] == [{"name": "x.jsonl", **counts}]
+    for split, expected in (("train", train), ("val", val)):
+        assert data.n_bytes(split) == sum(end - begin for begin, end in expected)
     if n > len(lengths):
         assert f"--val-fraction {fraction}: the last {val[-1][1] - val[-1][0]} tokens of the last one are held" in line
     assert data.manifest["input"]["documents"] == len(lengths) == n - data.manifest["input"].get("cut", 0)
     assert prepare_data.main(["--check", str(tmp_path / "out")]) == 0
+
+
+def test_the_bytes_of_what_is_kept_are_counted(tmp_path, capsys):
+    """By split and by source, of the text as it is in UTF-8; duplicates, what --keep drops and faults are not in it."""
+    lines = [{"text": f"{POLISH} {i % 40}", "quality": "LOW" if i % 3 else "HIGH"} for i in range(120)]
+    one, two = jsonl(tmp_path / "one.jsonl", lines), jsonl(tmp_path / "two.jsonl", [{"text": t} for t in AWKWARD])
+    options = dict(dedup=True, val_fraction=0.3, progress=False)
+    prepare([one], tmp_path / "a", keep=["quality=HIGH"], **options)
+    prepare([one, two], tmp_path / "b", **options)
+    kept = {"a": [[line["text"] for line in lines if line["quality"] == "HIGH"]]}
+    kept["b"] = [[line["text"] for line in lines], AWKWARD]
+    for name, sources in kept.items():
+        data, seen = Dataset(tmp_path / name), set()
+        new = [[text for text in dict.fromkeys(texts) if not (text in seen or seen.add(text))] for texts in sources]
+        sizes = [sum(len(text.encode()) for text in texts) for texts in new]
+        assert [source["bytes"] for source in data.manifest["sources"]] == sizes and sizes[0] > 1000
+        for split, wanted in (("train", False), ("val", True)):
+            mine = [text for texts in new for text in texts if held_out(text, 0.3) is wanted]
+            assert data.n_bytes(split) == sum(len(text.encode()) for text in mine) > 0
+    assert prepare_data.main(["--merge", *(str(tmp_path / name) for name in "ab"), "--out", str(tmp_path / "c")]) == 0
+    both, parts = Dataset(tmp_path / "c"), [Dataset(tmp_path / name) for name in "ab"]
+    for split in ("train", "val"):
+        assert both.n_bytes(split) == sum(part.n_bytes(split) for part in parts)
+    capsys.readouterr()
+    assert prepare_data.main(["--check", str(tmp_path / "c")]) == 0
+    out, n = capsys.readouterr().out, both.n_bytes("train")
+    assert f"{n:,} bytes of text, {n / len(both.split('train')):.2f} per token" in out
+
+
+def test_a_cut_inside_a_character_is_counted_to_the_byte(tmp_path, mistral, encoder):
+    """One document, whose characters take several tokens each: the held-out bytes are those of the held-out tokens."""
+    text = "👩‍👩‍👧 zażółć 𓀀𓀁 " * 7
+    (tmp_path / "x.txt").write_text(text)
+    spelled, cuts = mistral.spelled(), set()
+    for fraction in (0.1, 0.2, 0.31, 0.42, 0.5, 0.63):
+        prepare([tmp_path / "x.txt"], tmp_path / f"{fraction}", val_fraction=fraction, progress=False)
+        data = Dataset(tmp_path / f"{fraction}")
+        (ids,) = documents(tmp_path / f"{fraction}", "val")
+        tail = b"".join(spelled[i] for i in ids[1:-1].tolist())
+        assert text.encode().endswith(tail) and data.n_bytes("val") == len(tail)
+        assert data.n_bytes("train") == len(text.encode()) - len(tail)
+        cuts.add(tail[0] & 0xC0 == 0x80)
+    assert cuts == {False, True}  # some between characters, some inside one
+
+
+def test_a_count_of_bytes_makes_no_other_data(tmp_path):
+    """A run goes on with the folder prepared anew, and an older folder, without the count, is read."""
+    write(tmp_path / "x.jsonl", [POLISH, "other"])
+    prepare([tmp_path / "x.jsonl"], tmp_path / "out", val_fraction=0.5, progress=False)
+    new, path = Dataset(tmp_path / "out"), tmp_path / "out/manifest.json"
+    manifest = json.loads(path.read_text())
+    for record in [*manifest["sources"], *manifest["splits"].values()]:
+        del record["bytes"]
+    path.write_text(json.dumps(manifest))
+    old = Dataset(tmp_path / "out")
+    assert old.fingerprint == new.fingerprint and old.n_bytes("train") is None and old.n_bytes("val") is None
+    assert prepare_data.main(["--check", str(tmp_path / "out")]) == 0
+    prepare([tmp_path / "x.jsonl"], tmp_path / "more", val_fraction=0.2, progress=False)
+    prepare_data.merge([tmp_path / "out", tmp_path / "more"], tmp_path / "both", progress=False)
+    assert Dataset(tmp_path / "both").n_bytes("train") is None
+    manifest["splits"]["val"]["bytes"] = -1
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(DataError, match="bytes is -1"):
+        Dataset(tmp_path / "out")
 
 
 # --- long texts -------------------------------------------------------------------------------------------------------

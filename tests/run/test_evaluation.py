@@ -15,8 +15,10 @@ from runs import SMALL, checkpoint, lines, metrics, ranks_run, saved_steps, snap
 from halny.model.convert import load_hf
 from halny.model.data.batches import Corpus
 from halny.model.data.dataset import DataError, Dataset
+from halny.model.data.encode import held_out
 from halny.model.data.writer import write_dataset
 from halny.model.exits import REFUSED
+from halny.model.prepare_data import prepare
 from halny.model.run.evaluation import EvalSets, parse_named, perplexity_in_words
 
 
@@ -190,3 +192,102 @@ def test_refused_before_anything_is_written(small, sets, trained, tmp_path):
             k: v for k, v in before.items() if k[:4] not in ("out-", "err-")
         }
     assert status(cwd / "r")["state"] == "finished"
+
+
+# --- bits per byte ----------------------------------------------------------------------------------------------------
+
+WORDS = "the wind from the mountains żółw źdźbło gęślą jaźń and ten more words 0123456789"
+VOCABULARY = ["<s>", "</s>", *map(chr, range(2, 127)), *"ąćęłńóśźż", "th", "the", "in", "ou", "an", "or", "źń"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> dict:
+    """One corpus, prepared with BOS and EOS, without BOS, and without both; and a tokenizer that has merges."""
+    from tokenizers import Tokenizer, models
+
+    folder, rng = tmp_path_factory.mktemp("prepared"), np.random.default_rng(5)
+    merges = [("t", "h"), ("th", "e"), ("i", "n"), ("o", "u"), ("a", "n"), ("o", "r"), ("ź", "ń")]
+    made = Tokenizer(models.BPE(vocab={piece: i for i, piece in enumerate(VOCABULARY)}, merges=merges))
+    made.add_special_tokens(["<s>", "</s>"])
+    (folder / "tokenizer").mkdir()
+    made.save(str(folder / "tokenizer/tokenizer.json"))
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer/tokenizer_config.json").write_text(json.dumps(named))
+    texts = [" ".join(rng.choice(WORDS.split(), n)) for n in rng.integers(1, 14, 60).tolist()]
+    (folder / "x.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = {"folder": folder, "texts": texts, "held out": [text for text in texts if held_out(text, 0.4)]}
+    for name, flags in {"both": {}, "no bos": {"bos": False}, "neither": {"bos": False, "eos": False}}.items():
+        found[name] = folder / name.replace(" ", "-")
+        options = dict(tokenizer=folder / "tokenizer", val_fraction=0.4, progress=False, **flags)
+        prepare([folder / "x.jsonl"], found[name], **options)
+    return found
+
+
+@pytest.mark.parametrize("name, documents", [("both", True), ("both", False), ("no bos", True), ("neither", False)])
+@torch.no_grad()
+def test_bits_per_byte_of_the_text_alone(prepared, tmp_path, name, documents):
+    """The bits of every token of text that is a target, by the bytes of those tokens, all counted here from scratch."""
+    command = [*SMALL, "--data", prepared[name], "--steps", 2, "--eval-every", 2, "--run-dir", "r", "--micro-batch", 1]
+    command += ["--documents"] * documents
+    out = ranks_run(*command, "--eval-data", f"all:{prepared[name]}", cwd=tmp_path).out
+    last = [line for line in lines(tmp_path / "r") if "val_loss" in line][-1]
+    model = load_hf(tmp_path / "r/export", dtype=torch.float32)
+    for key, splits in (("val", ["val"]), ("val_all", ["train", "val"])):
+        nats, n_bytes = 0.0, 0
+        for split in splits:
+            stream = Dataset(prepared[name]).split(split)
+            ids = stream.read(0, len(stream))
+            texts = np.split(ids, stream.shards[0].ends[:-1]) if documents else [ids]
+            for piece in (piece for text in texts for piece in windows([text])):
+                x = torch.from_numpy(piece)[None]
+                logits, labels = model(x[:, :-1])[0].double(), x[0, 1:]
+                losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+                nats += losses[labels > 1].sum().item()
+                n_bytes += sum(len(VOCABULARY[i].encode()) for i in labels.tolist() if i > 1)
+        assert last[f"{key}_bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-6), key
+        if name == "both":
+            chosen = prepared["texts" if key == "val_all" else "held out"]
+            assert n_bytes == sum(len(text.encode()) for text in chosen) > sum(map(len, chosen))
+    shown = f"{last['val_bits_per_byte']:.4f} bits/byte"
+    summary = json.loads((tmp_path / "r/summary.json").read_text())
+    assert shown in out and summary["best_evaluation"]["val_bits_per_byte"] == last["val_bits_per_byte"]
+    if name == "both" and documents:
+        for ranks in (2, 4):
+            ranks_run(*command, "--eval-only", "--eval-data", f"all:{prepared[name]}", ranks=ranks, cwd=tmp_path)
+            found = json.loads((tmp_path / "r/evaluation.json").read_text())
+            assert {key: found[key] for key in last} == last
+
+
+def test_data_without_a_count_of_bytes_say_so_and_work(prepared, sets, tmp_path):
+    shutil.copytree(prepared["both"], tmp_path / "old")
+    manifest = json.loads((tmp_path / "old/manifest.json").read_text())
+    for record in manifest["splits"].values():
+        del record["bytes"]
+    (tmp_path / "old/manifest.json").write_text(json.dumps(manifest))
+    command = [*SMALL, "--data", "old", "--steps", 1, "--eval-every", 1, "--run-dir", "r"]
+    out = ranks_run(*command, "--eval-data", f"new:{prepared['both']}", cwd=tmp_path).out
+    (last,) = (line for line in lines(tmp_path / "r") if "val_loss" in line)
+    assert "val_bits_per_byte" not in last and last["val_new_bits_per_byte"] > 0
+    assert "evaluated  val: no bits per byte, since the data do not say how many bytes their text has" in out
+
+
+def test_bits_per_byte_are_those_of_lm_evaluation_harness(prepared, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    harness = pytest.importorskip("lm_eval", reason="lm_eval is not installed")
+    from lm_eval.models.huggingface import HFLM
+
+    command = [*SMALL, "--data", prepared["both"], "--documents", "--seq-len", 128, "--steps", 6, "--lr", "1e-2"]
+    ranks_run(*command, "--run-dir", "r", "--eval-every", 6, cwd=tmp_path)
+    (ours,) = (line["val_bits_per_byte"] for line in lines(tmp_path / "r") if "val_loss" in line)
+    held = tmp_path / "held.jsonl"
+    held.write_text("".join(json.dumps({"text": text}) + "\n" for text in prepared["held out"]))
+    task = {
+        "task": "held_out", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(held)}},
+        "test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    }  # fmt: skip
+    lm = HFLM(pretrained=str(tmp_path / "r/export"), device="cpu", dtype="float32", batch_size=4)
+    found = harness.simple_evaluate(model=lm, tasks=[task], bootstrap_iters=0)["results"]["held_out"]
+    print(f"bits per byte: ours {ours:.7f}, lm_eval's {found['bits_per_byte,none']:.7f}")
+    assert found["bits_per_byte,none"] == pytest.approx(ours, rel=1e-5)
