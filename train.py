@@ -64,6 +64,7 @@ from halny.model.record.results import leave_curves, leave_export, leave_sample,
 from halny.model.record.run_folder import RunFolder
 from halny.model.record.summary import energy_joules, spent_on
 from halny.model.run import checkpoint, fsdp
+from halny.model.run.average import fill_with_mean
 from halny.model.run.evaluation import HELD_OUT, EvalSets, evaluate, perplexity_in_words
 from halny.model.run.inputs import (
     check_evaluations,
@@ -248,6 +249,7 @@ class Run:
     evaluation_s: float = 0.0  # how long it took
     spent: dict[str, float] = field(default_factory=dict)  # seconds of this start, by what they were spent on
     energy_j: float | None = None  # what this rank's GPU had drawn when the steps began
+    weights: str = ""  # where those come from that are evaluated
 
     @spent_on("checkpoints")
     def save(self) -> None:
@@ -439,13 +441,12 @@ def evaluate_only(run: Run) -> int:
         say(run.world, "stopped by a signal; nothing was written")
         return STOPPED
     if run.world.is_main:
-        source = f"step {run.step} of {run.folder.path}" if run.step else str(run.spec.recipe.init_from)
         path = scores_path(run.spec.recipe)
         if not can_be_written(path):  # somebody else's run: what it scored is said above
             say(run.world, f"evaluation not kept: {path} cannot be written; name a file with --out")
             return FINISHED
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"weights": source} | scores)
+        write_json(path, {"weights": run.weights} | scores)
         say(run.world, f"evaluation {path}")
     return FINISHED
 
@@ -498,7 +499,8 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     watch.at("testing the collectives", long=True)
     check_collectives(world)
     watch.at("verifying the checkpoint", long=True)
-    path = newest_checkpoint(recipe, folder, world)
+    averaged = checkpoint.newest_to_average(folder.checkpoints, world, recipe.average) if recipe.average else []
+    path = averaged[-1] if averaged else newest_checkpoint(recipe, folder, world)
     watch.done = checkpoint.step_of(path) if path else 0
     if watch.done > recipe.steps and not looking:
         raise Refused(f"--steps {recipe.steps}: {folder.path} has done {watch.done} steps already; name more, or "
@@ -525,11 +527,18 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     journal = Journal(spec, world, folder, watch, spent)
     run = Run(spec, world, folder, corpus, eval_sets, model, optimizer, guard, saver, interval, hook, watch, journal,
         process, config, began, spent=spent)  # fmt: skip
-    if path:
+    if averaged:
+        run.step = agreed(fill_with_mean, model, averaged)
+        steps = ", ".join(str(checkpoint.step_of(each)) for each in averaged)
+        run.weights = f"mean of steps {steps} of {folder.path}"
+        say(world, f"evaluating the {run.weights}")
+    elif path:
         run.restore(path)
+        run.weights = f"step {run.step} of {folder.path}"
         say(world, f"{'evaluating' if recipe.eval_only else 'resuming after'} step {run.step} from {path}")
     else:
         fill_model(model, spec, world)
+        run.weights = str(recipe.init_from)
     begin_computing(model, optimizer)
     spent["start-up"], run.energy_j = time.monotonic() - began, energy_joules(world.device)
     return run

@@ -1,81 +1,154 @@
-"""A checkpoint as a Hugging Face folder: python -m halny.model.export RUN_DIR OUT [--dtype bf16]
+"""Checkpoints as a Hugging Face folder, one or the mean of several: python -m halny.model.export RUN_DIR OUT
 
-While the run goes on or long after it, on a machine without a GPU. The checkpoint's checksums are verified first; then
-its master weights are put together parameter by parameter, whatever number of ranks wrote them, so that no more is
+While the run goes on or long after it, on a machine without a GPU. The checksums of checkpoints are verified first;
+then master weights are put together parameter by parameter, whatever number of ranks wrote them, so that no more is
 held than one file of the export. The folder is what train.py's own export would be, to the bit, and there whole or not
 at all.
+
+With --average N, or several models by name and weight, the weights are their mean (model/run/average.py). What was
+averaged is in the folder's README.md and in its config.json, under "halny".
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors import SafetensorError
 
-from halny.model.convert import pieces, write_hf
+from halny.model.convert import HfWeights, pieces, write_hf
 from halny.model.data.batches import parse_sources
 from halny.model.data.dataset import DataError
-from halny.model.durable import in_its_words, in_words
+from halny.model.durable import in_words
 from halny.model.estimate import sizes
 from halny.model.exits import Failed, Refused, exit_code
-from halny.model.hf_folder import check_out
+from halny.model.hf_folder import CONFIG, MADE, check_out, read_carried, weights_fingerprint
 from halny.model.hints import hint
-from halny.model.mistral import MistralConfig
 from halny.model.run import checkpoint
+from halny.model.run.average import Mean, Weights
+from halny.model.run.checkpoint import CheckpointWeights
 from halny.model.run.resolve import DTYPES
-from halny.model.tokenizer_files import TOKENIZERS, has_tokenizer
+from halny.model.tokenizer_files import TOKENIZERS, differing, has_tokenizer
+from halny.model.tokenizer_files import pieces as meanings
 
 
-def export(source: Path, out: Path, dtype: str | None = None, tokenizer: Path | None = None) -> None:
-    """Write the Hugging Face folder ``out`` from ``source``, a checkpoint or a run, of which the newest is taken.
+class Model(NamedTuple):
+    """One of those that are averaged, or the only one."""
 
-    dtype None is the run's --export-dtype; tokenizer None the one of the run's data or --init-from, if it is still
-    there. Raises Refused for what can be put right, a damaged checkpoint included, before anything is written.
+    weights: Weights
+    share: int  # of the sum of all shares
+    tokenizer: Path | None
+    carried: dict  # what an export of it says beside its sizes: hf_folder.read_carried
+
+    @property
+    def name(self) -> str:
+        """Which one it is, without the path of a machine."""
+        path = self.weights.path.resolve()
+        return path.name if isinstance(self.weights, HfWeights) else f"{path.parent.parent.name}/{path.name}"
+
+
+def export(
+    sources: Sequence[str], out: Path, average: int | None = None, dtype: str | None = None,
+    tokenizer: Path | None = None,
+) -> None:  # fmt: skip
+    """Write the Hugging Face folder ``out`` from ``sources``.
+
+    One is a checkpoint, or a run: its newest, or the mean of its newest ``average``. Several, as in a:0.5 b:0.5, are
+    checkpoints, runs or Hugging Face folders, of which the mean is taken. dtype None is the run's --export-dtype, or
+    that of the first folder; tokenizer None the one of the run's data or --init-from, if it is still there, or the
+    folder's. Raises Refused for what can be put right, a damaged checkpoint included, before anything is written.
     """
-    path = newest(source)
-    try:
-        manifest = checkpoint.read_manifest(path)
-        config, recipe = MistralConfig(**manifest["config"]["model"]), manifest["config"]["recipe"]
-        carried = manifest["config"].get("carried", {})
-        dtype = dtype or recipe["export_dtype"]
-        torch_dtype = DTYPES[dtype]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Refused(f"{path} is damaged ({error})") from None
-    except OSError as error:
-        raise Refused(f"{error.filename or path} cannot be read: {in_its_words(error)}") from None
-    tokenizer = tokenizer or find_tokenizer(path, recipe)
+    models = [open_model(path, share) for path, share in named_models(sources, average)]
+    mean, first = Mean([(model.weights, model.share) for model in models]), models[0]
+    tokenizer = tokenizer or next((model.tokenizer for model in models if model.tokenizer), None)
     if tokenizer is not None and not has_tokenizer(tokenizer):
         raise Refused(f"--tokenizer {tokenizer} is not a folder with a {' or a '.join(TOKENIZERS)}{hint(tokenizer)}")
-    needed = sizes.parameters(config) * torch_dtype.itemsize
+    check_one_tokenizer(models)
+    dtype = dtype or stored_dtype(first.weights)
+    needed = sizes.parameters(mean.config) * DTYPES[dtype].itemsize
     check_out(out, needed)
+    if inside := next((m.weights.path for m in models if m.weights.path.resolve().is_relative_to(out.resolve())), None):
+        raise Refused(f"{out} is, or holds, {inside}, which is to be read; choose another folder to write")
 
-    print(f"checkpoint {path}, step {manifest['step']}: verifying its checksums", flush=True)
-    if problem := checkpoint.damage(path):
-        raise Refused(f"{path} is damaged ({problem}); name an earlier checkpoint")
-    print(f"export     {out}: {sizes.parameters(config):,} parameters in {dtype}, {in_words(needed)}", flush=True)
+    for model in models:
+        if isinstance(model.weights, CheckpointWeights):
+            path, step = model.weights.path, model.weights.step
+            print(f"checkpoint {path}, step {step}: verifying its checksums", flush=True)
+            if problem := checkpoint.damage(path):
+                remedy = "move it away to average those that are left" if average else "name an earlier checkpoint"
+                raise Refused(f"{path} is damaged ({problem}); {remedy}")
+    carried, readme = first.carried, None
+    if len(models) > 1:
+        shares = said_of(models)
+        for row in shares:
+            print(f"average    {row['share']:.2%} of {row['model']}")
+        carried = first.carried | {"config": first.carried.get("config", {}) | {MADE: {"average": shares}}}
+        readme = in_markdown(shares, dtype)
+    print(f"export     {out}: {sizes.parameters(mean.config):,} parameters in {dtype}, {in_words(needed)}", flush=True)
     try:
-        write_hf(config, torch_dtype, parameters(path, config), out, tokenizer=tokenizer, carried=carried)
+        parameters = ((name, mean.rows(name)) for name, _ in pieces(mean.config))
+        write_hf(mean.config, DTYPES[dtype], parameters, out, tokenizer=tokenizer, carried=carried, readme=readme)
     except (OSError, ValueError, SafetensorError) as error:  # the run deletes a checkpoint when its turn comes
         raise Failed(f"{out} was not written: {' '.join(str(error).split())}") from None
     print(f"tokenizer  {tokenizer or 'none found: copy its files into the folder, or name it with --tokenizer'}")
 
 
-def newest(source: Path) -> Path:
-    """The checkpoint that ``source`` is, or the newest of the run that it is."""
+# ---- what is read
+
+
+def named_models(sources: Sequence[str], average: int | None) -> list[tuple[Path, int]]:
+    """The folders to read and their shares: checkpoints and Hugging Face folders, each run as those of its newest."""
+    try:
+        named = parse_sources(sources)
+    except DataError as error:
+        raise Refused(str(error)) from None
+    if average is None:
+        found = [(newest(path)[0], share) for path, share in named]
+    elif len(named) > 1:
+        raise Refused(f"--average {average} takes one run's newest checkpoints; leave it out, and {named[0][0]} and "
+            "the others are averaged by their weights")  # fmt: skip
+    elif average < 2:
+        raise Refused(f"--average {average} is no mean; give 2 or more, or leave it out")
+    else:
+        found = [(path, 1) for path in newest(named[0][0], average)]
+    if len({path.resolve() for path, _ in found}) < len(found):
+        raise Refused(f"{' '.join(sources)}: one model is named twice; name it once, with the sum of its weights")
+    return found
+
+
+def newest(source: Path, n: int | None = None) -> list[Path]:
+    """The newest n checkpoints of the run that ``source`` is, newest first; n None: its newest, or the model it is."""
+    if (source / "checkpoints").is_dir() or (source / "status.json").is_file():
+        found = checkpoint.complete(source / "checkpoints")
+        if len(found) < (n or 1):
+            kept = f"--average {n}: {source} has kept {len(found)} checkpoints; train.py keeps more with --keep {n}, or"
+            kept += " every so many with --keep-every"
+            raise Refused(kept if n and found else f"{source} has no checkpoint yet")
+        return found[: -(n or 1) - 1 : -1]
+    if n is not None:
+        raise Refused(f"--average {n}: {source} is no run, whose newest checkpoints it could take; name a folder with "
+            "checkpoints/, or several models with their weights, as in a:0.5 b:0.5")  # fmt: skip
     if (source / "manifest.json").exists():
-        return source.resolve()  # whose name tells the step, also for "."
-    if not (source / "checkpoints").is_dir():
-        raise Refused(f"{source} is neither a run nor a checkpoint; name a folder with checkpoints/ or manifest.json")
-    found = checkpoint.complete(source / "checkpoints")
-    if not found:
-        raise Refused(f"{source} has no checkpoint yet")
-    return found[-1]
+        return [source.resolve()]  # whose name tells the step, also for "."
+    if (source / CONFIG).exists():
+        return [source]
+    what = "checkpoints/, manifest.json or, of a Hugging Face model, config.json"
+    raise Refused(f"{source} is neither a run nor a checkpoint nor a model; name a folder with {what}{hint(source)}")
+
+
+def open_model(path: Path, share: int) -> Model:
+    if (path / "manifest.json").exists():
+        weights = CheckpointWeights(path)
+        if weights.recipe.get("export_dtype") not in DTYPES:
+            raise Refused(f"{path} is damaged (its recipe has no export_dtype)")
+        return Model(weights, share, find_tokenizer(path, weights.recipe), weights.carried)
+    try:
+        return Model(HfWeights(path), share, path if has_tokenizer(path) else None, read_carried(path)[0])
+    except ValueError as error:
+        raise Refused(str(error)) from None
 
 
 def find_tokenizer(path: Path, recipe: dict) -> Path | None:
@@ -91,57 +164,73 @@ def find_tokenizer(path: Path, recipe: dict) -> Path | None:
     return next(filter(has_tokenizer, places), None)
 
 
-def parameters(path: Path, config: MistralConfig) -> Iterator[tuple[str, Tensor]]:
-    """(our name, whole master weight) in the order of ``pieces``, put together from the shards of all ranks.
+def stored_dtype(weights: Weights) -> str:
+    """The dtype that an export of these is in, unless another is asked for."""
+    if isinstance(weights, CheckpointWeights):
+        return weights.recipe["export_dtype"]
+    return next((name for name, dtype in DTYPES.items() if dtype == weights.dtype), "fp32")
 
-    Each file's header says at which row of the whole its part of a tensor begins (DCP_SHARDING_INFO). Raises Refused
-    before the first is read if they do not make up exactly the parameters of ``config``.
-    """
-    parts: dict[str, list[tuple[int, int, Path]]] = {}  # name -> (first row, rows, file)
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            offsets = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
-            for name in opened.keys():  # noqa: SIM118  (not a dictionary)
-                if name.startswith("model."):
-                    (first, *rest), (rows, *_) = offsets[name]["saved_offsets"], opened.get_slice(name).get_shape()
-                    if any(rest):
-                        raise Refused(f"{file}: {name} is sharded along another dimension than the first")
-                    parts.setdefault(name.removeprefix("model."), []).append((first, rows, file))
-    shapes = {name: (sum(p.shape[0] for p in placed), *placed[0].shape[1:]) for name, placed in pieces(config)}
-    if strangers := sorted(parts.keys() ^ shapes.keys()):
-        raise Refused(f"{path} does not hold the model that its manifest describes: {strangers[0]}")
-    for name, (n_rows, *_) in shapes.items():
-        end = 0
-        for first, rows, _ in sorted(parts[name]):
-            if first != end:
-                raise Refused(f"{path}: {name} has a gap or an overlap at row {end}")
-            end += rows
-        if end != n_rows:
-            raise Refused(f"{path}: {name} has {end} rows and not {n_rows}")
 
-    def whole() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in shapes.items():
-            x = torch.empty(shape, dtype=torch.float32)
-            for first, rows, file in parts[name]:
-                with safe_open(file, "pt") as opened:
-                    x[first : first + rows] = opened.get_tensor(f"model.{name}")
-            yield name, x
+def check_one_tokenizer(models: Sequence[Model]) -> None:
+    """Refuse models whose tokens of a number mean different things, as far as their tokenizers are there."""
+    known = [(model, meanings(model.tokenizer)) for model in models if model.tokenizer]
+    for model, theirs in known[1:]:
+        first, ours = known[0]
+        ids, others = differing(ours, theirs)
+        if others:
+            i = ids[0]
+            raise Refused(
+                f"{model.weights.path} and {first.weights.path} have different tokenizers and so no mean: id {i} is "
+                f"{theirs[i]!r} and {ours[i]!r}; python -m halny.model.convert --tokenizer gives one the other's"
+            )
 
-    return whole()
+
+# ---- what is said
+
+
+def said_of(models: Sequence[Model]) -> list[dict]:
+    """For config.json: each model's share of the mean, and a checksum that tells it from any other."""
+    total = sum(model.share for model in models)
+    rows = []
+    for model in models:
+        row = {"model": model.name, "share": model.share / total}
+        if isinstance(model.weights, CheckpointWeights):
+            sha256 = (model.weights.path / "manifest.json.sha256").read_text().split()[0]
+            row |= {"step": model.weights.step, "sha256_of_manifest": sha256}
+        else:
+            row |= {"fingerprint": weights_fingerprint(model.weights.path)}
+        rows.append(row)
+    return rows
+
+
+def in_markdown(shares: list[dict], dtype: str) -> str:
+    rows = [
+        f"| {row['share']:.2%} | {row['model']} | {row.get('sha256_of_manifest') or row['fingerprint']} |"
+        for row in shares
+    ]
+    head = "| share | model | SHA-256 of a checkpoint's manifest.json, or fingerprint of a folder's weights |"
+    how = f"Each parameter is the weighted mean of theirs, summed in fp64 and rounded to fp32, then to {dtype}."
+    return "\n".join([f"# The mean of {len(shares)} models", "", how, "", head, "| --: | --- | --- |", *rows, ""])
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m halny.model.export",
-        description="Turn a checkpoint of train.py into a Hugging Face folder, without a GPU.",
+        description="Turn a checkpoint of train.py into a Hugging Face folder, without a GPU; or the mean of several.",
         epilog="Exit codes: 0 done, 2 refused, 1 failed, 130 interrupted, 143 terminated; but for 0, OUT is as it was.",
     )
-    parser.add_argument("source", type=Path, metavar="RUN_DIR|CHECKPOINT", help="a run (its newest checkpoint) or one")
+    source = "a run (its newest checkpoint) or a checkpoint; or several to average, Hugging Face folders too, each with"
+    source += " its share of the mean, as in a:0.5 b:0.5"
+    parser.add_argument("sources", nargs="+", metavar="RUN_DIR|CHECKPOINT|MODEL:WEIGHT", help=source)
     parser.add_argument("out", type=Path, metavar="OUT", help="the folder to write; an earlier export is replaced")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights [the run's --export-dtype]")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="folder with its files [that of the run's data]")
-    given = parser.parse_args(arguments)
-    return exit_code("export", lambda: export(given.source, given.out, given.dtype, given.tokenizer))
+    newest_n = "the mean of the run's newest N checkpoints that are kept (train.py --keep N, --keep-every)"
+    parser.add_argument("--average", type=int, metavar="N", help=newest_n)
+    of_weights = "of the weights [the run's --export-dtype, or that of the first folder]"
+    parser.add_argument("--dtype", choices=DTYPES, help=of_weights)
+    its_files = "folder with its files [that of the run's data, or the first folder's own]"
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help=its_files)
+    given = parser.parse_intermixed_args(arguments)  # else `a:1 b:1 --dtype fp32 OUT` would take b:1 for OUT
+    return exit_code("export", lambda: export(given.sources, given.out, given.average, given.dtype, given.tokenizer))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ refused, and everything stays as it is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -29,13 +30,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from halny.model.convert import pieces
 from halny.model.durable import MISSING, in_its_words, sha256
 from halny.model.exits import Failed, Refused
+from halny.model.mistral import MistralConfig
 from halny.model.run.ranks import World, agreed, everywhere, on_main
 
 FORMAT = 2
@@ -166,6 +170,16 @@ def newest_sound(folder: Path, world: World, say: Callable[[str], None], before:
     return None
 
 
+def newest_to_average(folder: Path, world: World, n: int) -> list[Path]:
+    """The newest n complete checkpoints, every byte verified; Refused if one is damaged. A collective."""
+    chosen = on_main(world, complete, folder)[-n:]
+    for checkpoint in chosen:
+        for problem in everywhere(agreed(damage, checkpoint, world.rank, world.size)):
+            if problem:
+                raise Refused(f"{checkpoint} is damaged ({problem}); move it away to average those that are left")
+    return chosen
+
+
 def _put_aside(damaged: list[Path]) -> None:
     for checkpoint in damaged:
         checkpoint.rename(free_name(checkpoint.parent, f"damaged-{checkpoint.name}"))
@@ -242,6 +256,71 @@ def load(checkpoint: Path, state: dict[str, Tensor], whole: bool = True) -> None
             if sum(chunk.sizes.numel() for chunk in theirs.chunks) != x.numel():
                 raise Refused(f"{checkpoint} holds only a part of {name}")
         dcp.load(state, storage_reader=reader)
+
+
+class CheckpointWeights:
+    """The master weights of a checkpoint by our names, some rows of one parameter at a time, whatever ranks wrote it.
+
+    path, config, recipe, carried  the checkpoint, the sizes of its model, and what else its manifest has of the run
+    Each file's header says at which row of the whole its part of a tensor begins (DCP_SHARDING_INFO). That the files
+    make up exactly the parameters of the config is checked when the first is asked for; ``damage`` checks their bytes.
+    Raises Refused for a checkpoint that is not whole.
+    """
+
+    dtype = torch.float32
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            manifest = read_manifest(path)
+            self.step, of_run = manifest["step"], manifest["config"]
+            self.config, self.recipe = MistralConfig(**of_run["model"]), of_run["recipe"]
+            self.carried = of_run.get("carried", {})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Refused(f"{path} is damaged ({error})") from None
+        except OSError as error:
+            raise Refused(f"{error.filename or path} cannot be read: {in_its_words(error)}") from None
+        self._shapes = {
+            name: (sum(piece.shape[0] for piece in placed), *placed[0].shape[1:])
+            for name, placed in pieces(self.config)
+        }
+
+    @functools.cached_property
+    def _parts(self) -> dict[str, list[tuple[int, int, Path]]]:
+        """Of each parameter its parts in order: first row, number of rows, file."""
+        parts: dict[str, list[tuple[int, int, Path]]] = {}
+        for file in sorted(self.path.glob("*.safetensors")):
+            with safe_open(file, "pt") as opened:
+                offsets = json.loads(opened.metadata()["DCP_SHARDING_INFO"])
+                for name in opened.keys():  # noqa: SIM118  (not a dictionary)
+                    if name.startswith("model."):
+                        (first, *rest), (rows, *_) = offsets[name]["saved_offsets"], opened.get_slice(name).get_shape()
+                        if any(rest):
+                            raise Refused(f"{file}: {name} is sharded along another dimension than the first")
+                        parts.setdefault(name.removeprefix("model."), []).append((first, rows, file))
+        if strangers := sorted(parts.keys() ^ self._shapes.keys()):
+            raise Refused(f"{self.path} does not hold the model that its manifest describes: {strangers[0]}")
+        for name, (n_rows, *_) in self._shapes.items():
+            end = 0
+            for first, rows, _ in sorted(parts[name]):
+                if first != end:
+                    raise Refused(f"{self.path}: {name} has a gap or an overlap at row {end}")
+                end += rows
+            if end != n_rows:
+                raise Refused(f"{self.path}: {name} has {end} rows and not {n_rows}")
+        return parts
+
+    def rows(self, name: str, low: int = 0, high: int | None = None) -> Tensor:
+        """Rows low to high of a parameter, fp32, on the CPU."""
+        n_rows, *rest = self._shapes[name]
+        high = n_rows if high is None else high
+        x = torch.empty(max(0, high - low), *rest, dtype=self.dtype)
+        for first, rows, file in self._parts[name]:
+            start, end = max(low, first), min(high, first + rows)
+            if start < end:
+                with safe_open(file, "pt") as opened:
+                    x[start - low : end - low] = opened.get_slice(f"model.{name}")[start - first : end - first]
+        return x
 
 
 @contextlib.contextmanager

@@ -123,6 +123,9 @@ class Recipe:
     eval_only: bool = setting("run", False,
         "evaluate the newest checkpoint, or if there is none --init-from, into --out; changes nothing else, so the run "
         "may be going on, or be one that only others may write")
+    average: int | None = setting("run", None,
+        "--eval-only evaluates the mean of the weights of so many newest checkpoints; python -m halny.model.export "
+        "writes it [the newest alone]", minimum=2)
     out: Path | None = setting("run", None, "file for what --eval-only finds [evaluation.json in --run-dir]",
         shown="FILE")
     export_dtype: str = setting("run", "bf16", "dtype of the final Hugging Face export",
@@ -179,7 +182,7 @@ FREE_TO_CHANGE = (
     *("run_dir", "resume", "data", "micro_batch", "kernels", "max_skips", "spike", "skip_spikes"),
     *("shard", "replicate", "reshard", "recompute", "numa", "allow_old_nccl"),
     *("save_every", "mtbf_hours", "keep", "keep_every", "eval_every", "export_dtype", "peak_tflops"),
-    *("max_hours", "deadline", "replay_step", "eval_data", "eval_only", "out", "profile", "profile_ranks"),
+    *("max_hours", "deadline", "replay_step", "eval_data", "eval_only", "average", "out", "profile", "profile_ranks"),
     *("plan", "gpus", "gpu", "nic_gbs", "gpus_per_node", "preflight"),
     *("tensorboard", "wandb", "on_checkpoint", "allow_change"),
 )

@@ -309,8 +309,12 @@ def check_looking(recipe: Recipe) -> None:
     if recipe.eval_only and (recipe.replay_step or recipe.resume is False):
         other = f"--replay-step {recipe.replay_step}" if recipe.replay_step else "--no-resume"
         raise Refused(f"--eval-only and {other} exclude each other; leave one out")
-    if recipe.out and not recipe.eval_only:
-        raise Refused(f"--out {recipe.out} belongs to --eval-only; add that or leave it out")
+    for name in ("out", "average"):
+        if (value := getattr(recipe, name)) and not recipe.eval_only:
+            raise Refused(f"{flag(name)} {value} belongs to --eval-only; add that or leave it out")
+    if recipe.average and len(kept := complete(recipe.run_dir / "checkpoints")) < recipe.average:
+        raise Refused(f"--average {recipe.average}: {recipe.run_dir} has kept {len(kept)} checkpoints; train.py keeps "
+            f"more with --keep {recipe.average}, or every so many with --keep-every")  # fmt: skip
     if recipe.out and not can_be_written(recipe.out):
         raise Refused(f"--out {recipe.out} cannot be written; name another file")
     if recipe.eval_only and not recipe.init_from and not complete(recipe.run_dir / "checkpoints"):
