@@ -129,6 +129,11 @@ class Dataset:
         ids = (i for i in self.manifest["document"].values() if i is not None)
         return () if _special_tokens(self.manifest["settings"]) else tuple(ids)
 
+    @property
+    def begins_with_marker(self) -> bool:
+        """Whether each document begins with BOS, and with none of its text."""
+        return self.manifest["document"]["bos_id"] in self.markers
+
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Reads every byte of every parts-th file: DataError where one is not what the manifest says."""
         for path in self.changed_files(part, parts):

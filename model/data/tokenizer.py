@@ -289,7 +289,8 @@ def bytes_before(tokenizer: Path) -> int:
     from tokenizers import Tokenizer as Backend
 
     ids, text = Backend.from_file(str(tokenizer / "tokenizer.json")).encode("a", add_special_tokens=False).ids, "a"
-    return sum(len(spelled(tokenizer)[i]) for i in ids) - len(text)
+    pieces = spelled(tokenizer)
+    return sum(len(pieces.get(i, text.encode())) for i in ids) - len(text)  # a piece that it lacks: unknown, for "a"
 
 
 def decode(tokenizer: Path, ids: list[int]) -> str:

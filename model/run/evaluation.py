@@ -42,10 +42,10 @@ class Text(NamedTuple):
 
 
 def text_of(sets: Sequence[tuple[Dataset | RawDataset, Rows]]) -> Text | None:
-    """Of the targets of these rows, of data with one tokenizer; None where the data do not say."""
+    """Of the targets of these rows, of data with one tokenizer; None where the data do not say, or there is none."""
     sets = [(dataset, rows) for dataset, rows in sets if len(rows)]
     counts = [_bytes_of_targets(dataset, rows) for dataset, rows in sets]
-    if None in counts:
+    if None in counts or not sum(counts):
         return None
     each = [set(dataset.markers) for dataset, _ in sets]
     return Text(sum(counts), tuple(sorted(set.union(*each))) if all(each) else ())
@@ -54,12 +54,14 @@ def text_of(sets: Sequence[tuple[Dataset | RawDataset, Rows]]) -> Text | None:
 def _bytes_of_targets(dataset: Dataset | RawDataset, rows: Rows) -> int | None:
     """The bytes of a split's text, without those of a first token that nothing predicts, where there is no BOS."""
     n_bytes = dataset.n_bytes(next(split for split in SPLITS if dataset.split(split) is rows.stream))
-    first = rows.unpredicted().tolist()
-    ids = [i for i in rows.stream.gather(first, [1] * len(first)).tolist() if i not in dataset.markers]
-    if n_bytes is None or not ids:
+    if n_bytes is None or dataset.begins_with_marker:
         return n_bytes
-    text, before = spelled(dataset.tokenizer), bytes_before(dataset.tokenizer)
-    return n_bytes - sum(len(text[i]) - before for i in ids) if text.keys() >= set(ids) else None
+    first, text = rows.unpredicted().tolist(), spelled(dataset.tokenizer)
+    ids = [i for i in rows.stream.gather(first, [1] * len(first)).tolist() if i not in dataset.markers]
+    if not text.keys() >= set(ids):
+        return None
+    before = bytes_before(dataset.tokenizer)
+    return n_bytes - sum(len(text[i]) - before for i in ids)
 
 
 def parse_named(texts: Sequence[str]) -> dict[str, Path]:

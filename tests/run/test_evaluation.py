@@ -258,6 +258,21 @@ def test_bits_per_byte_of_the_text_alone(prepared, tmp_path, name, documents):
             assert {key: found[key] for key in last} == last
 
 
+def test_the_space_before_a_text_is_no_byte_of_it(prepared, tmp_path):
+    """Mistral's tokenizer puts it there, so a first token that nothing predicts has a byte less than its piece."""
+    from tokenizers import Tokenizer
+
+    prepare([prepared["folder"] / "x.jsonl"], tmp_path / "data", bos=False, val_fraction=0.4, progress=False)
+    pieces = Tokenizer.from_file(str(tmp_path / "data/tokenizer/tokenizer.json"))
+    first = [pieces.encode(text, add_special_tokens=False).tokens[0] for text in prepared["held out"]]
+    assert all(piece.startswith("▁") for piece in first) and len({*first}) > 5
+    sizes = [len(text.encode()) for text in prepared["held out"]]
+    for documents, unpredicted in ((True, first), (False, first[:1])):
+        sets = EvalSets(Corpus([str(tmp_path / "data")], 64, documents), {}, 64, documents, Dataset)
+        without = sum(len(piece.removeprefix("▁").encode()) for piece in unpredicted)
+        assert sets.texts["val"] == (sum(sizes) - without, (2,))
+
+
 def test_data_without_a_count_of_bytes_say_so_and_work(prepared, sets, tmp_path):
     shutil.copytree(prepared["both"], tmp_path / "old")
     manifest = json.loads((tmp_path / "old/manifest.json").read_text())
