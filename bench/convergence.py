@@ -322,7 +322,7 @@ def plot_averages(result: dict, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 4.8), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12, 4.5), layout="constrained", facecolor="white")
     left, right = figure.subplots(1, 2)
     about, curves = result["setting"], [run["curves"] for run in result["runs"]]
     end = about["steps"]
