@@ -76,9 +76,9 @@ def rows_of(value: dict) -> Iterator[tuple[str, tuple, dict]]:
     elif kind == "trainer":
         for row in value["rows"]:
             yield "trainer", (row["name"],), row
-    elif kind == "convergence":
+    elif kind in ("convergence", "averaging"):
         row = {"setting": value["setting"], "summary": value["summary"]}
-        yield "convergence", (json.dumps(value["setting"], sort_keys=True),), row
+        yield kind, (json.dumps(value["setting"], sort_keys=True),), row
     elif kind == "pass":  # every visit is one of its own
         yield "pass", (value["machine"]["date"],), {"parts": value["parts"]}
 

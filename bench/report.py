@@ -443,9 +443,28 @@ def convergence_table(found: dict) -> str:
 def convergence_line(found: dict) -> str:
     s, machine = found["setting"], found["source"].machine
     return (
-        f"{s['weights']:,} weights in bf16, {s['steps']} steps of {s['samples_a_step']} x {s['seq_len']} tokens, beta2 "
-        f"{s['beta2']:g}, {s['seeds']} seeds; {machine['device']}, {machine['date'][:10]}, commit {machine['commit']}: "
-        f"`{machine['command']}`"
+        f"{s['weights']:,} weights in {s.get('dtype', 'bf16')}, {s['steps']} steps of {s['samples_a_step']} x "
+        f"{s['seq_len']} tokens, beta2 {s['beta2']:g}, {s['seeds']} seeds; {machine['device']}, "
+        f"{machine['date'][:10]}, commit {machine['commit']}: `{machine['command']}`"
+    )
+
+
+def averaging_table(found: dict) -> str:
+    rows = [
+        [f"{row['step']:,}", row["what"], f"{row['held_out_loss']:.3f}", f"{row['spread']:.3f}",
+         f"{row['difference']:+.3f}", f"{row['spread_of_difference']:.3f}"]
+        for row in found["summary"]
+    ]  # fmt: skip
+    head = ["at step", "model", "held-out loss", "between seeds", "less the last checkpoint's, same seed",
+            "between seeds"]  # fmt: skip
+    return table(head, rows, left=2)
+
+
+def averaging_line(found: dict) -> str:
+    s = found["setting"]
+    return (
+        f"fp32 AdamW at a constant rate, checkpoints {s['interval']} steps apart; decayed: the same run, from step "
+        f"{s['steps'] - s['decay_steps']:,} on with the decay of wsd."
     )
 
 
@@ -505,6 +524,8 @@ def sections_of(device: Device, short: bool) -> list[tuple[str, list[str]]]:
         found.append(("Visits" if not short else "Tests", pass_parts(rows, short)))
     for row in sorted(have.get("convergence", []), key=lambda row: row["setting"]["beta2"], reverse=True):
         found.append(("Convergence", [convergence_line(row), convergence_table(row)]))
+    for row in have.get("averaging", []):
+        found.append(("Averaging", [convergence_line(row), averaging_line(row), averaging_table(row)]))
     if (rows := have.get("aot")) and not short:
         found.append(("Machine code", [*origin(rows), "Nothing here is timed.", aot_table(rows)]))
     return [(title, parts) for title, parts in found if parts]

@@ -169,7 +169,11 @@ Part = row("Part", status=str, seconds=float, said=str,
     also="limit_s exit_code fingerprint date passed failed errors skipped failing")
 Setting = row("Setting", weights=int, steps=int, seeds=int, beta2=float, samples_a_step=int, seq_len=int,
     also="beta1 eps lr clip weight_decay model train_tokens held_out_tokens threads")
-Losses = row("Losses", optimizer=str, held_out_loss=float, spread=float, difference=float, spread_of_difference=float)
+OverSeeds = row("OverSeeds", held_out_loss=float, spread=float, difference=float, spread_of_difference=float)
+Losses = row("Losses", OverSeeds, optimizer=str)
+Averages = row("Averages", OverSeeds, what=str, step=int)
+SettingOfAverages = row("SettingOfAverages", Setting, decay_steps=int, interval=int, dtype=str,
+    also="schedule warmup_steps min_lr ks")
 
 File = row("File", format=int, kind=str, smoke=bool, machine=Machine, also="note")
 FILES = {
@@ -181,6 +185,7 @@ FILES = {
     "pass": row("Pass", File, parts=dict[str, Part]),
     "trainer": row("Trainer", File, rows=list[TrainerRow]),
     "convergence": row("Convergence", File, setting=Setting, summary=list[Losses], also="runs"),
+    "averaging": row("Averaging", File, setting=SettingOfAverages, summary=list[Averages], also="runs"),
 }
 # fmt: on
 

@@ -836,6 +836,28 @@ def test_the_report_shows_convergence(tmp_path):
         merge.read_folders([tmp_path])
 
 
+def test_the_report_shows_averaging(tmp_path):
+    """The file that is in the repository, beside the losses of convergence.py; and none that lacks a number."""
+    source = report.RESULTS / "2026-11-28-cpu" / "averaging.json"
+    result = json.loads(source.read_text())
+    text = report.markdown(merge.merge(merge.read_folders([source.parent, report.RESULTS / "2026-11-25-cpu"])))
+    assert text.index("### Convergence: CPU") < text.index("### Averaging: CPU")
+    setting, row = result["setting"], result["summary"][-1]
+    assert f"weights in {setting['dtype']}, {setting['steps']} steps" in text and "weights in bf16, 400 steps" in text
+    figures = f"{row['held_out_loss']:.3f} | {row['spread']:.3f} | {row['difference']:+.3f} |"
+    assert row["what"] == "decayed" and f"| {row['step']} | decayed | {figures}" in text
+    for change, message in (
+        (lambda v: v["summary"][3].pop("difference"), r"averaging.json.summary\[3\].difference is missing"),
+        (lambda v: v["summary"][0].update(step="last"), r"averaging.json.summary\[0\].step must be int, got 'last'"),
+        (lambda v: v["setting"].pop("dtype"), r"averaging.json.setting.dtype is missing"),
+    ):
+        damaged = json.loads(source.read_text())
+        change(damaged)
+        (tmp_path / "averaging.json").write_text(json.dumps(damaged))
+        with pytest.raises(BadResult, match=message):
+            merge.read_folders([tmp_path])
+
+
 # ------------------------------------------------------------------------------------------------------ several visits
 
 H100 = "NVIDIA H100 80GB HBM3"
