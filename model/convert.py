@@ -12,11 +12,14 @@ one file's tensors at a time; parameters are gathered one by one, and the other 
 fails it goes on gathering, because the others would wait for it forever, and all raise together at the end.
 
 A save is whole or absent (durable.py), and replaces nothing but an earlier export.
+
+python -m halny.model.convert HF_DIR OUT gives a folder another tokenizer or other layers: reshape.py, on what is here.
 """
 
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -35,6 +38,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
+from halny.model import reshape
 from halny.model.durable import move_into_place, partial_folder, sync, write_json
 from halny.model.hf_folder import (
     CONFIG,
@@ -518,3 +522,15 @@ def _check_dtype(dtype: torch.dtype | None) -> None:
 def _check_shard_bytes(n: int) -> None:
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f"max_shard_bytes must be a positive integer, got {n!r}")
+
+
+# ---- the command
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """python -m halny.model.convert"""
+    return reshape.main(arguments, HfWeights=HfWeights, write_hf=write_hf, pieces_of=pieces)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
