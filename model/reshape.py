@@ -8,8 +8,7 @@ its embedding. model/vocabulary.py says which rows make a row; layers are copied
 import argparse
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from halny.model.exits import Failed, Refused, exit_code
 from halny.model.hf_folder import MADE, check_out, few, read_carried
 from halny.model.mistral import MistralConfig
 from halny.model.tokenizer_files import SpecialIds, has_tokenizer, listed, pieces, read_chat_template
-from halny.model.vocabulary import Moved, Vocabulary, new_rows, sources
+from halny.model.vocabulary import Vocabulary, moved_ids, new_rows, sources
 
 HELP = """
 examples:
@@ -78,23 +77,21 @@ def reshape(
         config = replace(config, n_layers=len(order))
         said.append(f"layers     {layers}: {len(order)} where there were {before.n_layers}")
     if tokenizer is not None:
-        config, rows, left = for_tokenizer(config, carried, source, tokenizer, pad_to)
-        said = [*rows.lines(), *left, *said]
+        config, found, tokens, lines = for_tokenizer(config, carried, source, tokenizer, pad_to)
     else:
-        rows = Rows.padded(pieces(source), before.vocab_size, pad_to or 1)
-        config = replace(config, vocab_size=len(rows.found))
-        said = (rows.lines() if pad_to is not None else []) + said
+        n_rows = before.vocab_size
+        found = [(i,) for i in range(n_rows)] + [()] * (-n_rows % (pad_to or 1))
+        tokens = [i for i in sorted(pieces(source)) if i < n_rows] or list(range(n_rows))
+        config, lines = replace(config, vocab_size=len(found)), report(n_rows, found)
     if tokenizer is not None or pad_to is not None:
-        made["vocabulary"] = rows.counts()
+        made["vocabulary"], said = counts(found), lines + said
     carried["config"][MADE] = made
 
     n_parameters = sum(prod(piece.shape) for _, placed in pieces_of(config) for piece in placed)
     n_bytes, dtype = n_parameters * weights.dtype.itemsize, str(weights.dtype).removeprefix("torch.")
     check_out(out, n_bytes)
     dtype = dtype.replace("bfloat", "bf").replace("float", "fp")
-    print(
-        "\n".join([*said, f"export     {out}: {n_parameters:,} parameters in {dtype}, {in_words(n_bytes)}"]), flush=True
-    )
+    print(*said, f"export     {out}: {n_parameters:,} parameters in {dtype}, {in_words(n_bytes)}", sep="\n", flush=True)
 
     def parameters() -> Iterator[tuple[str, Tensor]]:
         for name, _ in pieces_of(config):
@@ -102,7 +99,7 @@ def reshape(
                 _, i, rest = name.split(".", 2)
                 yield name, weights.rows(f"layers.{order[int(i)]}.{rest}")
             elif name in ("embed.weight", "head.weight"):
-                yield name, new_rows(weights.rows(name), rows.found, rows.tokens)
+                yield name, new_rows(weights.rows(name), found, tokens)
             else:
                 yield name, weights.rows(name)
 
@@ -150,101 +147,76 @@ def layer_order(text: str, n_layers: int) -> list[int]:
 # ---- vocabulary
 
 
-@dataclass
-class Rows:
-    """What the rows of the embedding and the head are to be."""
-
-    n_before: int
-    found: list[tuple[int, ...]]  # as ``sources`` gives it
-    tokens: list[int]  # the old ids, the mean of whose rows is a made one
-    old: dict[int, str]  # pieces, for the report
-    new: dict[int, str]
-
-    @classmethod
-    def padded(cls, held: dict[int, str], n: int, multiple: int) -> "Rows":
-        """n rows as they are, and made ones up to a multiple."""
-        tokens = [i for i in sorted(held) if i < n] or list(range(n))
-        return cls(n, [(i,) for i in range(n)] + [()] * (-n % multiple), tokens, held, held)
-
-    def counts(self) -> dict[str, int]:
-        lengths = [len(ids) for ids in self.found]
-        return {"kept": lengths.count(1), "composed": sum(n > 1 for n in lengths), "made": lengths.count(0)}
-
-    def lines(self) -> list[str]:
-        composed = {i: ids for i, ids in enumerate(self.found) if len(ids) > 1}
-        moved = sum(len(ids) == 1 and ids != (i,) for i, ids in enumerate(self.found))
-        made = [i for i, ids in enumerate(self.found) if not ids]
-        parts = [f"{len(self.found) - len(composed) - len(made):,} rows kept" + f" (moved {moved:,})" * bool(moved)]
-        if composed:
-            mean = sum(map(len, composed.values())) / len(composed)
-            parts.append(f"{len(composed):,} composed of {mean:.1f} old pieces on average")
-        if made:
-            parts.append(f"{len(made):,} made (the mean of all)")
-        lines = [f"vocabulary {self.n_before:,} -> {len(self.found):,} ids: {', '.join(parts)}"]
-        if composed:
-            spelt = (f"{shown(self.new[i])} = {' + '.join(shown(self.old[k]) for k in composed[i])}" for i in composed)
-            lines.append(f"composed   {', '.join(islice(spelt, 3))}" + ", ..." * (len(composed) > 3))
-        if made:
-            names = {shown(self.new[i]) for i in made if i in self.new}
-            nameless = f"{len(made) - len(names):,} ids that no token has" if len(made) > len(names) else ""
-            lines.append(f"made       {', '.join(filter(None, (few(names), nameless)))}")
-        return lines
-
-
-def shown(piece: str) -> str:
-    return f'"{piece}"' if piece.isprintable() else ascii(piece)
-
-
 def for_tokenizer(
     config: MistralConfig, carried: dict, source: Path, tokenizer: Path, pad_to: int | None
-) -> tuple[MistralConfig, Rows, list[str]]:
-    """(config, rows, lines on what is left out) of a model for another tokenizer; ``carried`` follows, in place."""
-    n, name = config.vocab_size, tokenizer.resolve().name
-    old = Vocabulary(source, str(source), n, SpecialIds(config.bos_id, config.eos_id))
+) -> tuple[MistralConfig, list[tuple[int, ...]], list[int], list[str]]:
+    """What follows from another tokenizer: (config, ``sources``, the old ids of tokens, lines for the report).
+
+    ``carried`` follows in place. Of a tokenizer onto itself the rows that no token has stay too, unless padding asks
+    for another number of them.
+    """
+    n_rows, name = config.vocab_size, tokenizer.resolve().name
+    ends = SpecialIds(config.bos_id, config.eos_id, carried["config"].get("pad_token_id"))
+    old = Vocabulary(source, str(source), n_rows, ends)
     new = Vocabulary(tokenizer, f"--tokenizer {tokenizer}")
     found, same = sources(old, new), new.pieces == old.pieces
-    if same and pad_to is None:  # onto itself: the rows of no token stay too
-        found = [found[i] if i in new.pieces else (i,) for i in range(n)]
+    if same and pad_to is None:
+        found = [found[i] if i in new.pieces else (i,) for i in range(n_rows)]
     found += [()] * (-len(found) % (pad_to or 1))
 
-    moved = Moved(old, new, found)
-    keys, left = move_ids({"bos_token_id": config.bos_id, "eos_token_id": config.eos_id} | carried["config"], moved)
-    for role in ("bos", "eos", "pad"):
-        if keys.get(f"{role}_token_id") is None and role in new.roles:
-            keys[f"{role}_token_id"] = new.roles[role]
-    bos, ends = keys.pop("bos_token_id", None), keys.get("eos_token_id")
-    if not isinstance(ends, list):  # of several carried["config"] has all
+    def moved(keys: dict) -> dict:
+        now, gone = moved_ids(keys, old, new, found)
+        left.extend(f"{one}: {name} has no such token" for one in gone)
+        left.extend(f"{key}: its ids are the old tokenizer's" for key in OF_IDS if now.get(key) and not same)
+        return {key: value for key, value in now.items() if same or key not in OF_IDS}
+
+    left: list[str] = []
+    keys = moved({"bos_token_id": config.bos_id, "eos_token_id": config.eos_id} | carried["config"])
+    keys |= {f"{role}_token_id": new.roles[role] for role in ("bos", "eos", "pad")
+        if role in new.roles and keys.get(f"{role}_token_id") is None}  # fmt: skip
+    config = replace(config, vocab_size=len(found), bos_id=keys.pop("bos_token_id", None),
+        eos_id=next(iter(listed(keys.get("eos_token_id"))), None))  # fmt: skip
+    if not isinstance(keys.get("eos_token_id"), list):  # several are in carried, one is in config
         keys.pop("eos_token_id", None)
-    config = replace(config, vocab_size=len(found), bos_id=bos, eos_id=[*listed(ends), None][0])
     carried["config"] = keys
     if "generation_config" in carried:
-        carried["generation_config"], more = move_ids(carried["generation_config"], moved)
-        left = list(dict.fromkeys(left + more))
-
-    lines = [f"left out   {one}: {name} has no such token" for one in left]
-    for key in OF_IDS if not same else ():
-        if carried.get("generation_config", {}).pop(key, None):
-            lines.append(f"left out   {key}: its ids are the old tokenizer's")
-    lost = {shown(old.pieces[i]) for i in old.pieces.keys() - old.text.keys()} - set(map(shown, new.pieces.values()))
+        carried["generation_config"] = moved(carried["generation_config"])
+    pieces_now = set(new.pieces.values())
+    lost = {old.name(i) for i, piece in old.pieces.items() if i not in old.text and piece not in pieces_now}
     if lost and carried.pop("chat_template", None) is not None and read_chat_template(tokenizer) is None:
-        lines.append(f"left out   the chat template: {name} has no {few(lost)}")
-    return config, Rows(n, found, sorted(old.pieces), old.pieces, new.pieces), lines
+        left.append(f"the chat template: {name} has no {few(lost)}")
+    lines = [*report(n_rows, found, old, new), *(f"left out   {one}" for one in dict.fromkeys(left))]
+    return config, found, sorted(old.pieces), lines
 
 
-def move_ids(keys: dict, moved: Moved) -> tuple[dict, list[str]]:
-    """The keys of a config with the ids of tokens moved, and those of them left out whose token is gone."""
-    now, gone = dict(keys), []
-    for key, value in keys.items():
-        if not key.endswith("_token_id") or value is None:
-            continue
-        ids = {i: moved(key, i) for i in listed(value)}
-        gone += [f"{key} {i} ({shown(moved.old.pieces.get(i, ''))})" for i, at in ids.items() if at is None]
-        there = list(dict.fromkeys(at for at in ids.values() if at is not None))
-        there = there or listed(moved.new.roles.get(key.removesuffix("_token_id")))
-        now[key] = there if isinstance(value, list) else [*there, None][0]
-        if not there:
-            del now[key]
-    return now, gone
+def counts(found: list[tuple[int, ...]]) -> dict[str, int]:
+    """How many rows are kept, composed and made."""
+    lengths = [len(ids) for ids in found]
+    return {"kept": lengths.count(1), "composed": sum(n > 1 for n in lengths), "made": lengths.count(0)}
+
+
+def report(
+    n_before: int, found: list[tuple[int, ...]], old: Vocabulary | None = None, new: Vocabulary | None = None
+) -> list[str]:
+    """Lines on the new rows: how many of each kind, three that are composed, which are made."""
+    n_kept, n_composed, n_made = counts(found).values()
+    moved = sum(len(ids) == 1 and ids != (i,) for i, ids in enumerate(found))
+    composed = [i for i, ids in enumerate(found) if len(ids) > 1]
+    parts = [f"{n_kept:,} rows kept" + f" (moved {moved:,})" * bool(moved)]
+    if composed:
+        mean = sum(len(found[i]) for i in composed) / n_composed
+        parts.append(f"{n_composed:,} composed of {mean:.1f} old pieces on average")
+    if n_made:
+        parts.append(f"{n_made:,} made (the mean of all)")
+    lines = [f"vocabulary {n_before:,} -> {len(found):,} ids: {', '.join(parts)}"]
+    if composed:
+        examples = [f"{new.name(i)} = {' + '.join(map(old.name, found[i]))}" for i in composed[:3]]
+        lines.append(f"composed   {', '.join(examples)}{', ...' * (n_composed > 3)}")
+    if n_made:
+        names = [new.name(i) for i, ids in enumerate(found) if not ids and new and i in new.pieces]
+        of_no_token = f"{n_made - len(names):,} ids of no token" * (n_made > len(names))
+        lines.append(f"made       {', '.join(filter(None, (few(set(names)), of_no_token)))}")
+    return lines
 
 
 # ---- the command line

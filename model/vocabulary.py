@@ -27,6 +27,7 @@ from halny.model.tokenizer_files import (
     SPACE,
     SpecialIds,
     is_byte_level,
+    listed,
     pieces,
     special_ids,
     spelled,
@@ -78,6 +79,11 @@ class Vocabulary:
         self.added = {i for i in backend.get_added_tokens_decoder() if i in self.pieces}
         self.byte_level, self._model = is_byte_level(folder), backend.model
         self._byte_tokens = {spells: i for i, spells in self.text.items() if self.is_byte_token(i)}
+
+    def name(self, i: int) -> str:
+        """For a report: in quotes what an id stands for in running text, and for a special token its piece."""
+        text = self.text[i].decode("utf-8", "backslashreplace") if i in self.text else self.pieces[i]
+        return f'"{text}"' if text.isprintable() else ascii(text)
 
     def is_byte_token(self, i: int) -> bool:
         """Whether an ordinary id is SentencePiece's "<0x0A>": no other piece is longer than what it spells."""
@@ -141,18 +147,27 @@ def new_rows(x_vd: Tensor, found: list[tuple[int, ...]], tokens: list[int]) -> T
     return out
 
 
-class Moved:
-    """Where the tokens of old ids are now."""
+def moved_ids(keys: dict, old: Vocabulary, new: Vocabulary, found: list[tuple[int, ...]]) -> tuple[dict, list[str]]:
+    """A config's keys with the ids under eos_token_id and the like moved, and in words those whose token is gone.
 
-    def __init__(self, old: Vocabulary, new: Vocabulary, found: list[tuple[int, ...]]):
-        self.old, self.new, self._now = old, new, {}
-        for i, ids in enumerate(found):
-            if len(ids) == 1 and (ids[0] not in self._now or new.pieces.get(i) == old.pieces.get(ids[0])):
-                self._now[ids[0]] = i
-
-    def __call__(self, key: str, i: int) -> int | None:
-        """The new id for an old one under a key of a config such as eos_token_id; None for a token that is gone."""
-        role = key.removesuffix("_token_id")
-        if role in self.new.roles and self.old.roles.get(role) == i:
-            return self.new.roles[role]
-        return self._now.get(i)
+    An id goes to the token with its role, if the key names that role, else to the token that its row went to, of
+    several to the one of the same name.
+    """
+    at: dict[int, int] = {}
+    for i, ids in enumerate(found):
+        if len(ids) == 1 and (ids[0] not in at or new.pieces.get(i) == old.pieces.get(ids[0])):
+            at[ids[0]] = i
+    now, gone = dict(keys), []
+    for key, value in keys.items():
+        if key.endswith("_token_id") and value is not None:
+            role = key.removesuffix("_token_id")
+            own = {old.roles[role]: new.roles[role]} if role in old.roles and role in new.roles else {}
+            places = {i: own.get(i, at.get(i)) for i in listed(value)}
+            lost = [i for i in places if places[i] is None]
+            gone += [f"{key} {i}" + (f" ({old.name(i)})" if i in old.pieces else "") for i in lost]
+            there = list(dict.fromkeys(place for place in places.values() if place is not None))
+            if not there:
+                del now[key]
+            else:
+                now[key] = there if isinstance(value, list) else there[0]
+    return now, gone

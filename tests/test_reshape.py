@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from clients import sizes_folder
 from runs import REPO, ranks_run, snapshot
 from test_tokenizer_files import POLISH, byte_level, saved
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from halny.model import convert
 from halny.model.convert import load_hf, save_hf
@@ -555,42 +555,30 @@ def bits_per_byte(folder: Path, text: str) -> float:
     return nats / math.log(2) / n_bytes
 
 
-def test_a_trained_model_keeps_most_of_what_it_learnt(tmp_path):
-    texts = [topics[name] for name in sorted(topics)[:40]]
-
-    def trained(n: int) -> Tokenizer:
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer, tokenizer.decoder = (
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-            decoders.ByteLevel(),
-        )
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(
-            vocab_size=n, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        return tokenizer
-
-    small = trained(400)
-    old = saved(small, tmp_path / "small", bos_token="<s>", eos_token="</s>")
-    large = saved(trained(460), tmp_path / "large", bos_token="<s>", eos_token="</s>")
-    new = in_raw(large, tmp_path / "grown", shuffled)
+def test_a_trained_model_keeps_much_of_what_it_learnt(tmp_path):
+    """Bits per byte of its corpus with 20 pieces more; the same with random rows for them, as large as the others."""
+    texts = [topics[name] for name in sorted(topics)[:2]]
+    ends = dict(bos_token="<s>", eos_token="</s>")
+    small = byte_level(n=300, texts=texts)
+    old, large = (
+        saved(small, tmp_path / "old", **ends),
+        saved(byte_level(n=320, texts=texts), tmp_path / "large", **ends),
+    )
+    new = in_raw(large, tmp_path / "new", shuffled)
+    added = [i for piece, i in by_name(new).items() if piece not in by_name(old)]
+    assert len(added) == 20
     documents = [np.array(small.encode(text).ids) for text in texts]
-    write_dataset(documents, tmp_path / "data", vocab_size=400, val_documents=documents[:1], tokenizer=old)
+    write_dataset(documents, tmp_path / "data", vocab_size=300, val_documents=documents[:1], tokenizer=old)
     recipe = ["--seq-len", 128, "--batch-tokens", 2048, "--dtype", "fp32", "--export-dtype", "fp32", "--eval-every", 0]
-    recipe += ["--model", sizes_folder(tmp_path, 400), "--steps", 120, "--lr", "1e-2", "--run-dir", "run"]
+    recipe += ["--model", sizes_folder(tmp_path, 300), "--steps", 110, "--lr", "2e-2", "--run-dir", "run"]
     ranks_run(*recipe, "--data", "data", cwd=tmp_path)
 
-    source = tmp_path / "run/export"
-    out = converted(source, tmp_path / "out", "--tokenizer", new)
-    text = "".join(texts[:4])
-    before, after = bits_per_byte(source, text), bits_per_byte(out, text)
-    model = load_hf(out)  # the same with random rows for new pieces, of the size of the others
-    added = [i for piece, i in by_name(new).items() if piece not in by_name(old)]
+    out = converted(tmp_path / "run/export", tmp_path / "out", "--tokenizer", new)
+    before, after = (bits_per_byte(folder, "".join(texts)) for folder in (tmp_path / "run/export", out))
+    model = load_hf(out)
     for parameter in (model.embed.weight, model.head.weight):
         parameter.data[added] = torch.randn(len(added), parameter.shape[1]) * parameter.data.std()
     save_hf(model, tmp_path / "random", tokenizer=new)
-    by_chance = bits_per_byte(tmp_path / "random", text)
+    by_chance = bits_per_byte(tmp_path / "random", "".join(texts))
     print(f"bits per byte: {before:.3f} before, {after:.3f} after, {by_chance:.3f} with random rows for new pieces")
-    assert len(added) == 60
-    assert before < 3 and after < by_chance
+    assert before < 3 and after < by_chance - 0.12 and after < before + 1.2

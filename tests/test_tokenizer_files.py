@@ -23,7 +23,7 @@ def saved(tokenizer: Tokenizer, folder: Path, **named: str) -> Path:
     return folder
 
 
-def byte_level(nested: bool = False) -> Tokenizer:
+def byte_level(nested: bool = False, n: int = 300, texts: list[str] | None = None) -> Tokenizer:
     """Trained on the spot; few merges, so that most Polish letters are two pieces. nested: inside Sequences only."""
     tokenizer = Tokenizer(models.BPE())
     split, level = pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -31,9 +31,9 @@ def byte_level(nested: bool = False) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel()]) if nested else decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=300, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
+        vocab_size=n, initial_alphabet=alphabet, special_tokens=["<s>", "</s>"], show_progress=False
     )
-    tokenizer.train_from_iterator([POLISH] * 8, trainer)
+    tokenizer.train_from_iterator(texts or [POLISH] * 8, trainer)
     return tokenizer
 
 
