@@ -186,7 +186,7 @@ def for_tokenizer(
     if lost and carried.pop("chat_template", None) is not None and read_chat_template(tokenizer) is None:
         left.append(f"the chat template: {name} has no {few(lost)}")
     lines = [*report(n_rows, found, old, new), *(f"left out   {one}" for one in dict.fromkeys(left))]
-    return config, found, sorted(old.pieces), lines
+    return config, found, sorted(old.pieces) or list(range(n_rows)), lines
 
 
 def counts(found: list[tuple[int, ...]]) -> dict[str, int]:

@@ -79,6 +79,16 @@ def pieces(folder: Path | None) -> dict[int, str]:
         return {}
 
 
+def named_beside(folder: Path) -> dict[int, str]:
+    """The tokens by id that the files beside tokenizer.json name; transformers adds those that it lacks."""
+    try:
+        older = {i: piece for piece, i in _read(folder / "added_tokens.json").items()}
+        newer = _read(folder / CONFIG).get("added_tokens_decoder") or {}
+        return older | {int(i): token["content"] for i, token in newer.items()}
+    except (OSError, *ODD):
+        return {}
+
+
 def spelled(folder: Path | None) -> dict[int, bytes]:
     """What each ordinary id stands for in running text, in UTF-8; a part of a character for some, as "<0xC5>".
 

@@ -28,6 +28,7 @@ from halny.model.tokenizer_files import (
     SpecialIds,
     is_byte_level,
     listed,
+    named_beside,
     pieces,
     special_ids,
     spelled,
@@ -42,12 +43,14 @@ RUNS = re.compile("[\udc80-\udcff]|[^\udc80-\udcff]+")  # a byte that is no UTF-
 
 
 class Vocabulary:
-    """The tokens of a folder's tokenizer.json, less those at or beyond ``n_rows``, for which a model has no row.
+    """The tokens of a tokenizer folder, less those at or beyond ``n_rows``, for which a model has no row.
 
-    pieces  id -> piece, as written there           text    id -> the bytes that it stands for, of the ordinary ones
-    roles   eos, bos, unk, pad -> id, where known   added   ids of added tokens, which the model itself does not make
-    ``ends`` are what begins and ends a text where the folder names nothing. Refused, ``said`` naming the folder, if it
-    has no tokenizer.json, or one whose pieces are of a kind not known.
+    pieces  id -> piece, as the files have it
+    text    id -> the bytes that it stands for, of the ordinary ones
+    roles   eos, bos, unk, pad -> id, where known
+    added   ids of added tokens, which the tokenizer's model itself does not make
+    ``ends`` are what begins, ends and pads a text where the folder names nothing. Refused, ``said`` naming the folder,
+    if it has no tokenizer.json, or one whose pieces are of a kind not known.
     """
 
     def __init__(self, folder: Path, said: str, n_rows: int | None = None, ends: SpecialIds | None = None):
@@ -70,7 +73,8 @@ class Vocabulary:
                 f"{said}: its tokenizer.json is no byte-level BPE and none of SentencePiece's kinds (BPE, Unigram); "
                 "what its pieces spell is not known, so name another"
             )
-        self.pieces = {i: piece for i, piece in pieces(folder).items() if n_rows is None or i < n_rows}
+        known = named_beside(folder) | pieces(folder)
+        self.pieces = {i: piece for i, piece in known.items() if n_rows is None or i < n_rows}
         self.text = {i: spells for i, spells in text.items() if i in self.pieces}
         named, unknown = special_ids(folder), unknown_id(folder)
         bos, eos, pad = (own if own is not None else end for own, end in zip(named, ends or SpecialIds(), strict=True))

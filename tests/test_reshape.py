@@ -353,6 +353,18 @@ def test_special_tokens_without_a_role_follow_their_name(tmp_path):
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (3, 3, 5)
 
 
+def test_tokens_that_only_the_files_beside_tokenizer_json_name(tmp_path):
+    """As folders of transformers up to 4.33 have them; transformers adds them when it reads the folder."""
+    old, new = tiny(tmp_path / "old", ["a", "b"]), tiny(tmp_path / "new", ["b"], special=["<x>"])
+    (old / "added_tokens.json").write_text('{"<x>": 2, "<y>": 3}')
+    (new / "tokenizer_config.json").write_text('{"added_tokens_decoder": {"3": {"content": "<y>"}}}')
+    source = model_folder(tmp_path / "hf", old, 4)
+    x, y = (
+        weights(folder)["head.weight"] for folder in (source, converted(source, tmp_path / "out", "--tokenizer", new))
+    )
+    assert torch.equal(y, torch.stack([x[1], x[2], mean(x, 0, 1, 2, 3), x[3]]))
+
+
 def test_ids_that_the_new_tokenizer_does_not_name_are_those_of_the_same_tokens(tmp_path):
     old = tiny(tmp_path / "old", ["a"], special=["<s>", "</s>"])
     new = tiny(tmp_path / "new", ["b", "a"], special=["</s>"])
@@ -536,8 +548,6 @@ def test_as_a_command(folders, tmp_path):
     assert "--layers 0-23,8-31" in done.stdout and "Exit codes" in done.stdout and done.stderr == ""
     done = subprocess.run([*command, folders / "SMALL", tmp_path / "out", "--layers", "1,1"], check=True, **run)
     assert done.stderr == "" and load_hf(tmp_path / "out").config.n_layers == 2
-    done = subprocess.run([*command, folders / "SMALL", tmp_path / "out", "--layers", "2"], **run)
-    assert done.returncode == REFUSED and done.stderr.count("\n") == 1
 
 
 # ---- what it is for
@@ -555,6 +565,7 @@ def bits_per_byte(folder: Path, text: str) -> float:
     return nats / math.log(2) / n_bytes
 
 
+@pytest.mark.slow
 def test_a_trained_model_keeps_much_of_what_it_learnt(tmp_path):
     """Bits per byte of its corpus with 20 pieces more; the same with random rows for them, as large as the others."""
     texts = [topics[name] for name in sorted(topics)[:2]]
