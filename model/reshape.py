@@ -214,8 +214,9 @@ def report(
         lines.append(f"composed   {', '.join(examples)}{', ...' * (n_composed > 3)}")
     if n_made:
         names = [new.name(i) for i, ids in enumerate(found) if not ids and new and i in new.pieces]
-        of_no_token = f"{n_made - len(names):,} ids of no token" * (n_made > len(names))
-        lines.append(f"made       {', '.join(filter(None, (few(set(names)), of_no_token)))}")
+        n_others = n_made - len(names)
+        others = f"{n_others:,} {'id' if n_others == 1 else 'ids'} of no token" if n_others else ""
+        lines.append(f"made       {', '.join(filter(None, (few(set(names)), others)))}")
     return lines
 
 

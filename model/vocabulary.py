@@ -155,7 +155,7 @@ def moved_ids(keys: dict, old: Vocabulary, new: Vocabulary, found: list[tuple[in
     """A config's keys with the ids under eos_token_id and the like moved, and in words those whose token is gone.
 
     An id goes to the token with its role, if the key names that role, else to the token that its row went to, of
-    several to the one of the same name.
+    several to the one of the same name. A role's key under which none is left names the new token of that role.
     """
     at: dict[int, int] = {}
     for i, ids in enumerate(found):
@@ -170,8 +170,8 @@ def moved_ids(keys: dict, old: Vocabulary, new: Vocabulary, found: list[tuple[in
             lost = [i for i in places if places[i] is None]
             gone += [f"{key} {i}" + (f" ({old.name(i)})" if i in old.pieces else "") for i in lost]
             there = list(dict.fromkeys(place for place in places.values() if place is not None))
-            if not there:
-                del now[key]
-            else:
+            if there := there or listed(new.roles.get(role)):
                 now[key] = there if isinstance(value, list) else there[0]
+            else:
+                del now[key]
     return now, gone

@@ -346,11 +346,14 @@ def test_special_tokens_without_a_role_follow_their_name(tmp_path):
     (tmp_path / "old/tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
     named = dict(bos_token="<|both|>", eos_token="<|both|>", pad_token="<x>")
     new = tiny(tmp_path / "new", ["<", "a", ">"], special=["<|both|>", "<y>"], added=["<x>"], **named)
-    x, y, out = rows_of(tmp_path, old, new, bos_id=3, eos_id=4)
+    carried = {"generation_config": {"eos_token_id": [99], "forced_eos_token_id": 98, "bos_token_id": None}}
+    x, y, out = rows_of(tmp_path, old, new, bos_id=3, eos_id=4, carried=carried)
     expected = {"<|both|>": x[4], "<y>": x[6], "<x>": x[5], "<": x[1], "a": x[0], ">": x[2]}
     assert all(torch.equal(y[piece], row) for piece, row in expected.items())
     config = config_of(out)
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (3, 3, 5)
+    generation = json.loads((out / "generation_config.json").read_text())
+    assert generation == {"eos_token_id": [3], "bos_token_id": None}  # an end that is gone is replaced, the rest not
 
 
 def test_tokens_that_only_the_files_beside_tokenizer_json_name(tmp_path):
