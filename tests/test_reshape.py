@@ -271,9 +271,16 @@ def mean(x: torch.Tensor, *ids: int) -> torch.Tensor:
 def test_each_byte_takes_a_row_of_its_own_kind_first(tmp_path):
     old = tiny(tmp_path / "old", ["<0x41>", "A", "<0x42>", "B", "<0x43>", "D"], sp=True)
     new = tiny(tmp_path / "new", ["D", "C", "<0x44>", "A", "<0x41>", "<0x45>"], sp=True)
-    x, y, _ = rows_of(tmp_path, old, new)
+    x, y, _ = rows_of(tmp_path, old, new, n=9)  # three rows are of no token, and count in no mean
     expected = {"A": x[1], "<0x41>": x[0], "C": x[4], "<0x44>": x[5], "D": x[5], "<0x45>": mean(x, *range(6))}
     assert all(torch.equal(y[piece], row) for piece, row in expected.items())
+
+
+def test_of_two_pieces_that_stand_for_one_text_each_keeps_its_own_row(tmp_path):
+    old = tiny(tmp_path / "old", ["▁", " ", "a"], sp=True)
+    new = tiny(tmp_path / "new", ["a", "▁", " "], sp=True)
+    x, y, _ = rows_of(tmp_path, old, new)
+    assert torch.equal(torch.stack([y["▁"], y[" "], y["a"]]), x)
 
 
 def test_half_a_character_is_spelled_by_bytes(tmp_path):
