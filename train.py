@@ -15,8 +15,9 @@ The file is the story of a run, and reads from top to bottom:
 What it stands on: model/run/ (recipe: every setting; resolve: what follows from them; inputs: what is read; token_ids:
 what exports say of texts; ranks: what ranks agree on; watch: who ends a run that hangs; fsdp: who holds what of the
 model; optimizer: AdamW, which updates are skipped; checkpoint, saver and save_interval: how and when a run is saved,
-and found again; evaluation; rank_process: signals and exit codes; host: drivers, caches, cores), model/data/ (samples
-and how they reach the device), model/record/ (what a run says and leaves), model/mistral.py.
+and found again; average: the mean of checkpoints; evaluation; rank_process: signals and exit codes; host: drivers,
+caches, cores), model/data/ (samples and how they reach the device), model/record/ (what a run says and leaves),
+model/mistral.py.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ from halny.model.data.dataset import DataError
 from halny.model.durable import in_words
 from halny.model.estimate import sizes
 from halny.model.exits import Failed, Refused, exit_code
-from halny.model.hf_folder import CONFIG, MADE, check_out, read_carried, weights_fingerprint
+from halny.model.hf_folder import CONFIG, MADE, check_out, name_of, read_carried, weights_fingerprint
 from halny.model.hints import hint
 from halny.model.run import checkpoint
 from halny.model.run.average import Mean, Weights
@@ -47,7 +47,7 @@ class Model(NamedTuple):
     def name(self) -> str:
         """Which one it is, without the path of a machine."""
         path = self.weights.path.resolve()
-        return path.name if isinstance(self.weights, HfWeights) else f"{path.parent.parent.name}/{path.name}"
+        return name_of(path) if isinstance(self.weights, HfWeights) else f"{path.parent.parent.name}/{path.name}"
 
 
 def export(

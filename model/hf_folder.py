@@ -68,6 +68,12 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def name_of(folder: Path) -> str:
+    """What to call a folder without the path of a machine: its name, before it the run's if it is a run's export."""
+    path = folder.resolve()
+    return f"{path.parent.name}/{path.name}" if path.name == "export" else path.name
+
+
 def read_hf_config(path: str | Path) -> MistralConfig:
     """``transformers.MistralConfig.from_pretrained(path)`` as a MistralConfig, without transformers.
 

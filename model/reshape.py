@@ -17,7 +17,7 @@ from torch import Tensor
 
 from halny.model.durable import in_its_words, in_words
 from halny.model.exits import Failed, Refused, exit_code
-from halny.model.hf_folder import MADE, check_out, few, read_carried
+from halny.model.hf_folder import MADE, check_out, few, name_of, read_carried
 from halny.model.mistral import MistralConfig
 from halny.model.tokenizer_files import SpecialIds, has_tokenizer, listed, pieces, read_chat_template
 from halny.model.vocabulary import Vocabulary, moved_ids, new_rows, sources
@@ -120,7 +120,7 @@ def in_a_readme(source: Path, tokenizer: Path | None, said: list[str]) -> str:
     """What OUT says of itself; folders by their names, since where they lay is nobody's business."""
     for_it = "" if tokenizer is None else f", for the tokenizer {tokenizer.resolve().name}"
     block = "".join(f"    {line}\n" for line in said)
-    return f"Made from the model {source.resolve().name}{for_it} by halny (python -m halny.model.convert):\n\n{block}"
+    return f"Made from the model {name_of(source)}{for_it} by halny (python -m halny.model.convert):\n\n{block}"
 
 
 # ---- layers

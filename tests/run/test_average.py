@@ -47,9 +47,10 @@ def weights_at(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     return {k.removeprefix("model."): x.double() for k, x in checkpoint(run_dir, step).items() if k[:6] == "model."}
 
 
-def mean_of(*models: tuple[dict, float]) -> dict[str, torch.Tensor]:
-    """In fp64, on whole tensors."""
-    return {name: sum(x[name] * share for x, share in models) for name in models[0][0]}
+def mean_of(*models: tuple[dict, int]) -> dict[str, torch.Tensor]:
+    """In fp64, on whole tensors; by whole weights, as a third has no fp64 and turns ties of fp32 the other way."""
+    total = sum(weight for _, weight in models)
+    return {name: sum(x[name] * weight for x, weight in models) / total for name in models[0][0]}
 
 
 def assert_is(folder: Path, expected: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
@@ -65,7 +66,7 @@ def test_the_newest_are_averaged_in_fp64_and_rounded_once(run_dir, tmp_path, cap
     for n in (2, 4):
         out = tmp_path / f"{n}"
         assert run_export(run_dir, out, "--average", n, "--dtype", dtype) == FINISHED
-        assert_is(out, mean_of(*((weights_at(run_dir, step), 1 / n) for step in STEPS[-n:])), torch_dtype)
+        assert_is(out, mean_of(*((weights_at(run_dir, step), 1) for step in STEPS[-n:])), torch_dtype)
         said = json.loads((out / "config.json").read_text())["halny"]["average"]
         assert [row["step"] for row in said] == list(STEPS[::-1][:n]) and {row["share"] for row in said} == {1 / n}
         for row in said:
@@ -76,22 +77,33 @@ def test_the_newest_are_averaged_in_fp64_and_rounded_once(run_dir, tmp_path, cap
     assert capsys.readouterr().out.count("verifying its checksums") == 6
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_whatever_number_of_ranks_wrote_them(small, tmp_path, ranks):
+    command = [*SMALL, "--data", small, "--steps", 4, "--save-every", 1, "--keep", 3, "--run-dir", "r"]
+    ranks_run(*command, "--lr", "1e-2", "--eval-every", 0, ranks=ranks, cwd=tmp_path)
+    assert run_export(tmp_path / "r", tmp_path / "out", "--average", 3, "--dtype", "fp32") == FINISHED
+    assert_is(tmp_path / "out", mean_of(*((weights_at(tmp_path / "r", step), 1) for step in (2, 3, 4))))
+
+
 def test_models_by_name_and_weight(run_dir, folders, tmp_path):
     """Checkpoints, a run and Hugging Face folders together; weights count by their ratio."""
     at = {step: weights_at(run_dir, step) for step in STEPS}
     first, last = run_dir / "checkpoints/step-00000002", run_dir
     assert run_export(f"{first}:1.5", f"{last}:0.5", tmp_path / "one", "--dtype", "fp32") == FINISHED
-    assert_is(tmp_path / "one", mean_of((at[2], 0.75), (at[8], 0.25)))
+    assert_is(tmp_path / "one", mean_of((at[2], 3), (at[8], 1)))
     a, b = ({name: x.double() for name, x in load_hf(folders[name]).weights().items()} for name in "ab")
     assert run_export(f"{folders['a']}:0.5", f"{folders['b']}:0.5", "--dtype", "fp32", tmp_path / "two") == FINISHED
-    assert_is(tmp_path / "two", mean_of((a, 0.5), (b, 0.5)))
+    assert_is(tmp_path / "two", mean_of((a, 1), (b, 1)))
     assert run_export(f"{folders['b']}:1", f"{folders['a']}:3", tmp_path / "three") == FINISHED
-    assert_is(tmp_path / "three", mean_of((b, 0.25), (a, 0.75)), torch.bfloat16)
+    assert_is(tmp_path / "three", mean_of((b, 1), (a, 3)), torch.bfloat16)
     mixed = [f"{folders['b']}:1", f"{run_dir / 'checkpoints/step-00000004'}:1", tmp_path / "four", "--dtype", "fp32"]
     assert run_export(*mixed) == FINISHED
-    assert_is(tmp_path / "four", mean_of((b, 0.5), (at[4], 0.5)))
+    assert_is(tmp_path / "four", mean_of((b, 1), (at[4], 1)))
     names = [row["model"] for row in json.loads((tmp_path / "four/config.json").read_text())["halny"]["average"]]
     assert names == ["b", "r/step-00000004"]
+    assert run_export(f"{folders['b']}:1", f"{run_dir / 'export'}:1", tmp_path / "five") == FINISHED
+    names = [row["model"] for row in json.loads((tmp_path / "five/config.json").read_text())["halny"]["average"]]
+    assert names == ["b", "r/export"]
 
 
 def test_the_mean_of_one_is_itself_and_rows_are_those_of_the_whole(run_dir):
