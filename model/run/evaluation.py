@@ -7,7 +7,7 @@ All of them are means over targets, so a long document weighs more than a short 
 Losses of different tokenizers do not compare, since their targets are different pieces of text. val_bits_per_byte does:
 the bits that the model needs for the set's text, by the bytes of that text in UTF-8, which prepare_data has counted.
 BOS and EOS around documents are no text, so what they cost is left out, as lm-evaluation-harness leaves it out of its
-bits_per_byte.
+bits_per_byte. (With add_bos_token=False: else it puts a BOS of its own before the tokenizer's, and counts that one.)
 """
 
 from __future__ import annotations
