@@ -85,6 +85,10 @@ def export(
         shares = said_of(models)
         for row in shares:
             print(f"average    {row['share']:.2%} of {row['model']}")
+        ids = {model.name: (model.weights.config.bos_id, model.weights.config.eos_id) for model in models}
+        if len(set(ids.values())) > 1:
+            others = ", ".join(f"{bos} and {eos} in {name}" for name, (bos, eos) in list(ids.items())[1:])
+            print("token ids  BOS {} and EOS {} of {}; {}".format(*ids[first.name], first.name, others))
         carried = first.carried | {"config": first.carried.get("config", {}) | {MADE: {"average": shares}}}
         readme = in_markdown(shares, dtype)
     print(f"export     {out}: {sizes.parameters(mean.config):,} parameters in {dtype}, {in_words(needed)}", flush=True)

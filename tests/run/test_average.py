@@ -129,6 +129,17 @@ def test_transformers_reads_it_and_a_run_starts_from_it(run_dir, small, tmp_path
     assert "halny" not in json.loads((tmp_path / "next/export/config.json").read_text())
 
 
+def test_models_that_differ_in_their_ends_of_texts_are_averaged_and_it_is_said(run_dir, tmp_path, capsys):
+    chat = load_hf(run_dir / "export")
+    chat.config = replace(chat.config, eos_id=7)
+    save_hf(chat, tmp_path / "chat")
+    assert run_export(f"{tmp_path / 'chat'}:1", f"{run_dir}:1", tmp_path / "out") == FINISHED
+    assert json.loads((tmp_path / "out/config.json").read_text())["eos_token_id"] == 7
+    bos, eos = load_hf(run_dir / "export").config.bos_id, load_hf(run_dir / "export").config.eos_id
+    words = f"token ids  BOS {bos} and EOS 7 of chat; {bos} and {eos} in r/step-00000008\n"
+    assert words in capsys.readouterr().out
+
+
 def test_only_our_readme_is_replaced(run_dir, tmp_path):
     assert run_export(run_dir, tmp_path / "out", "--average", 2) == FINISHED
     assert run_export(run_dir, tmp_path / "out") == FINISHED
