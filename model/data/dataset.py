@@ -127,12 +127,16 @@ class Dataset:
     def markers(self) -> tuple[int, ...]:
         """The ids around documents, which stand for no byte of their texts; none where texts may spell them out."""
         ids = (i for i in self.manifest["document"].values() if i is not None)
-        return () if _special_tokens(self.manifest["settings"]) else tuple(ids)
+        return () if self.special_tokens else tuple(ids)
 
     @property
-    def begins_with_marker(self) -> bool:
-        """Whether each document begins with BOS, and with none of its text."""
-        return self.manifest["document"]["bos_id"] in self.markers
+    def special_tokens(self) -> bool:
+        """Whether --special-tokens prepared the folder, or one of those that it was merged from."""
+
+        def asked(settings: dict) -> bool:
+            return bool(settings.get("special_tokens")) or any(map(asked, settings.get("merged", ())))
+
+        return asked(self.manifest["settings"])
 
     def verify(self, part: int = 0, parts: int = 1) -> None:
         """Reads every byte of every parts-th file: DataError where one is not what the manifest says."""
@@ -212,11 +216,6 @@ class Dataset:
         if (size := path.stat().st_size) != record["bytes"]:
             remedy = hint(path) or f" (cut short?); {AGAIN}"
             raise DataError(f"{path}: {size} bytes, the manifest says {record['bytes']}{remedy}")
-
-
-def _special_tokens(settings: dict) -> bool:
-    """Whether --special-tokens prepared the folder, or one of those that it was merged from."""
-    return bool(settings.get("special_tokens")) or any(map(_special_tokens, settings.get("merged", ())))
 
 
 # llm.c's dev/data/data_common.py: (magic number, version) -> dtype

@@ -8,6 +8,7 @@ Losses of different tokenizers do not compare, since their targets are different
 the bits that the model needs for the set's text, by the bytes of that text in UTF-8, which prepare_data has counted.
 BOS and EOS around documents are no text, so what they cost is left out, as lm-evaluation-harness leaves it out of its
 bits_per_byte. (With add_bos_token=False: else it puts a BOS of its own before the tokenizer's, and counts that one.)
+Where --special-tokens lets texts spell them out, they are text like any other.
 """
 
 from __future__ import annotations
@@ -47,14 +48,15 @@ def text_of(sets: Sequence[tuple[Dataset | RawDataset, Rows]]) -> Text | None:
     counts = [_bytes_of_targets(dataset, rows) for dataset, rows in sets]
     if None in counts or not sum(counts):
         return None
-    each = [set(dataset.markers) for dataset, _ in sets]
-    return Text(sum(counts), tuple(sorted(set.union(*each))) if all(each) else ())
+    spelled_out = any(dataset.special_tokens for dataset, _ in sets)
+    markers = {i for dataset, _ in sets for i in dataset.markers if not spelled_out}
+    return Text(sum(counts), tuple(sorted(markers)))
 
 
 def _bytes_of_targets(dataset: Dataset | RawDataset, rows: Rows) -> int | None:
     """The bytes of a split's text, without those of a first token that nothing predicts, where there is no BOS."""
     n_bytes = dataset.n_bytes(next(split for split in SPLITS if dataset.split(split) is rows.stream))
-    if n_bytes is None or dataset.begins_with_marker:
+    if n_bytes is None or dataset.special_tokens or dataset.manifest["document"]["bos_id"] is not None:
         return n_bytes
     first, text = rows.unpredicted().tolist(), spelled(dataset.tokenizer)
     ids = [i for i in rows.stream.gather(first, [1] * len(first)).tolist() if i not in dataset.markers]

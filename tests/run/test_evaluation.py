@@ -16,6 +16,7 @@ from halny.model.convert import load_hf
 from halny.model.data.batches import Corpus
 from halny.model.data.dataset import DataError, Dataset
 from halny.model.data.encode import held_out
+from halny.model.data.merge import merge
 from halny.model.data.writer import write_dataset
 from halny.model.exits import REFUSED
 from halny.model.prepare_data import prepare
@@ -272,6 +273,24 @@ def test_the_space_before_a_text_is_no_byte_of_it(prepared, tmp_path):
         sets = EvalSets(Corpus([str(tmp_path / "data")], 64, documents), {}, 64, documents, Dataset)
         without = sum(len(piece.removeprefix("▁").encode()) for piece in unpredicted)
         assert sets.texts["val"] == (sum(sizes) - without, (2,))
+
+
+def test_special_tokens_that_texts_spell_out_are_text(prepared, tmp_path):
+    path, chats = tmp_path / "x.jsonl", ["<s>one</s><s>two</s>", "plain ź", "more</s>"] * 9
+    path.write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i, text in enumerate(chats)))
+    options = dict(tokenizer=prepared["folder"] / "tokenizer", val_fraction=0.4, progress=False)
+    prepare([path], tmp_path / "spelled", special_tokens=True, **options)
+    prepare([path], tmp_path / "text", **options)
+    for name, markers in (("spelled", ()), ("text", (0, 1))):
+        data = Dataset(tmp_path / name)
+        sets = EvalSets(Corpus([str(data.path)], 64, True), {}, 64, True, Dataset)
+        assert sets.texts["val"] == (data.n_bytes("val"), markers) and data.n_bytes("val") > 100
+    merge([tmp_path / "spelled", prepared["both"]], tmp_path / "merged", progress=False)
+    assert Dataset(tmp_path / "merged").markers == ()
+    for names, markers in ((["both", "neither"], (0, 1)), (["both"], ())):
+        sources = [f"{prepared[name]}:1" for name in names] + [f"{tmp_path / 'spelled'}:1"] * (not markers)
+        sets = EvalSets(Corpus(sources, 64), {}, 64, False, Dataset)
+        assert sets.texts["val"].markers == markers
 
 
 def test_data_without_a_count_of_bytes_say_so_and_work(prepared, sets, tmp_path):
