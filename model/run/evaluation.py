@@ -27,6 +27,7 @@ from halny.model.data.batches import Corpus, check_one_tokenizer, read_in_turn
 from halny.model.data.dataset import SPLITS, DataError, Dataset, RawDataset
 from halny.model.data.rows import Packing, Rows, Windows
 from halny.model.data.tokenizer import bytes_before
+from halny.model.hf_folder import few
 from halny.model.mistral import Mistral
 from halny.model.run import fsdp
 from halny.model.run.ranks import World, ask_everywhere, first_missed
@@ -127,17 +128,18 @@ class EvalSets:
             dataset.verify(part, parts)
 
     def describe(self) -> list[str]:
-        """A line a named set, and one of those whose bits per byte are not known."""
-        lines = [
+        """A line a named set."""
+        return [
             f"{name}: {dataset.path}, {sum(rows.n_targets for rows in self.rows[f'{HELD_OUT}_{name}']):,} targets"
             + "; the run trains on them, so they say nothing about other text" * (name in self.trained_on)
             for name, dataset in self.datasets.items()
         ]
-        unknown = [key for key, text in self.texts.items() if text is None]
-        if unknown:
-            lines.append(f"{', '.join(unknown)}: no bits per byte, since the data do not say how many bytes their text "
-                "has; preparing them again counts these")  # fmt: skip
-        return lines
+
+    def without_bytes(self) -> list[str]:
+        """A line on the sets whose bits per byte are not known, if there are any."""
+        unknown = {key for key, text in self.texts.items() if text is None}
+        why = "the data do not say how many bytes their text has; preparing them again counts these"
+        return [f"{few(unknown)}: no bits per byte, since {why}"] if unknown else []
 
 
 @torch.no_grad()

@@ -349,7 +349,7 @@ def describe(spec: RunSpec, world: World, corpus: Corpus | None, eval_sets: Eval
         + (f"; frozen: {r.freeze} (memory and MFU as if not)" if r.freeze else ""),
         *(f"data       {line}" for line in shortened(sources)),
         *(f"vocabulary {line}" for line in vocabulary_line(corpus, spec)),
-        *(f"evaluated  {line}" for line in shortened(eval_sets.describe())),
+        *(f"evaluated  {line}" for line in [*shortened(eval_sets.describe()), *eval_sets.without_bytes()]),
         f"batch      {r.batch_tokens:,} tokens a step = {world.size} rank(s) x {spec.accumulation} accumulated x "
         f"{r.micro_batch} x {r.seq_len}",
         f"length     {r.steps:,} steps = {r.steps * r.batch_tokens:,} tokens",
