@@ -500,7 +500,7 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     watch.at("testing the collectives", long=True)
     check_collectives(world)
     watch.at("verifying the checkpoint", long=True)
-    averaged = checkpoint.newest_to_average(folder.checkpoints, world, recipe.average) if recipe.average else []
+    averaged = checkpoint.newest_to_average(folder.path, world, recipe.average) if recipe.average else []
     path = averaged[-1] if averaged else newest_checkpoint(recipe, folder, world)
     watch.done = checkpoint.step_of(path) if path else 0
     if watch.done > recipe.steps and not looking:
@@ -529,7 +529,8 @@ def set_up(recipe: Recipe, process: RankProcess) -> Run:
     run = Run(spec, world, folder, corpus, eval_sets, model, optimizer, guard, saver, interval, hook, watch, journal,
         process, config, began, spent=spent)  # fmt: skip
     if averaged:
-        run.step = agreed(fill_with_mean, model, averaged)
+        agreed(fill_with_mean, model, averaged)
+        run.step = watch.done
         steps = ", ".join(str(checkpoint.step_of(each)) for each in averaged)
         run.weights = f"mean of steps {steps} of {folder.path}"
         say(world, f"evaluating the {run.weights}")

@@ -127,11 +127,9 @@ def newest(source: Path, n: int | None = None) -> list[Path]:
     """The newest n checkpoints of the run that ``source`` is, newest first; n None: its newest, or the model it is."""
     if (source / "checkpoints").is_dir() or (source / "status.json").is_file():
         found = checkpoint.complete(source / "checkpoints")
-        if len(found) < (n or 1):
-            kept = f"--average {n}: {source} has kept {len(found)} checkpoints; train.py keeps more with --keep {n}, or"
-            kept += " every so many with --keep-every"
-            raise Refused(kept if n and found else f"{source} has no checkpoint yet")
-        return found[: -(n or 1) - 1 : -1]
+        if not found:
+            raise Refused(f"{source} has no checkpoint yet")
+        return checkpoint.newest_kept(source, n)[::-1] if n else found[-1:]
     if n is not None:
         raise Refused(f"--average {n}: {source} is no run, whose newest checkpoints it could take; name a folder with "
             "checkpoints/, or several models with their weights, as in a:0.5 b:0.5")  # fmt: skip

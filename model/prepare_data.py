@@ -210,7 +210,7 @@ def _prepare(
         n_documents, n_val = writer.total("documents"), writer.documents["val"]
         policy = {"bos_id": job.bos_id, "eos_id": job.eos_id}
         counts, special = tally.record(sources), tokenizer.special_ids
-        writer.finish(tokenizer.name, tokenizer.files, policy, settings, counts, special, tally.split_bytes)
+        writer.finish(tokenizer.name, tokenizer.files, policy, settings, counts, special, tally.split_bytes())
         journal.remove()
     if total_bytes is not None:
         print(

@@ -121,11 +121,8 @@ def unknown_id(folder: Path) -> int | None:
     """The id for what a folder's tokenizer.json cannot spell; None where it has none, or bytes stand in."""
     try:
         raw = _read(folder / "tokenizer.json")
-        named = _read(folder / NAMING[0]) | _read(folder / NAMING[1])
-        token = named.get("unk_token")
-        ids = {piece: i for i, piece in _pieces(raw).items()}
         unknown = _unknown(raw)
-        return ids.get(token["content"] if isinstance(token, dict) else token) if unknown is None else unknown
+        return _named(folder, raw, "unk")[0] if unknown is None else unknown
     except (OSError, *ODD):
         return None
 
@@ -147,9 +144,7 @@ def special_ids(folder: Path) -> SpecialIds:
         raw = _read(folder / "tokenizer.json")
         ids = {piece: i for i, piece in _pieces(raw).items()}
         if any((folder / name).is_file() for name in NAMING):
-            named = _read(folder / NAMING[0]) | _read(folder / NAMING[1])
-            tokens = [named.get(f"{name}_token") for name in ("bos", "eos", "pad")]
-            return SpecialIds(*(ids.get(token["content"] if isinstance(token, dict) else token) for token in tokens))
+            return SpecialIds(*_named(folder, raw, "bos", "eos", "pad"))
         around, config, known = _around(raw.get("post_processor")), _read(folder / "config.json"), set(ids.values())
         firsts = [[*listed(config.get(f"{name}_token_id")), None][0] for name in ("bos", "eos", "pad")]
         found = [ids.get(piece, first) for piece, first in zip((*around, None), firsts, strict=True)]
@@ -263,6 +258,14 @@ def _unknown(raw: dict) -> int | None:
     if "unk_id" in model:  # Unigram's
         return model["unk_id"]
     return {piece: i for i, piece in _pieces(raw).items()}.get(model.get("unk_token"))
+
+
+def _named(folder: Path, raw: dict, *roles: str) -> list[int | None]:
+    """The ids of the tokens that the files of NAMING give these roles."""
+    ids = {piece: i for i, piece in _pieces(raw).items()}
+    named = _read(folder / NAMING[0]) | _read(folder / NAMING[1])
+    tokens = [named.get(f"{role}_token") for role in roles]
+    return [ids.get(token["content"] if isinstance(token, dict) else token) for token in tokens]
 
 
 def _around(post_processor: dict | None) -> tuple[str | None, str | None]:

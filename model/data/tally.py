@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 
-from halny.model.data.dataset import SPLITS, DataError
+from halny.model.data.dataset import DataError
 from halny.model.data.documents import Outcome
 from halny.model.data.encode import Encoded
 
@@ -15,13 +15,13 @@ HOPELESS = 10_000  # faults before the first document, after which the flags are
 class Tally:
     """What became of the documents of the input, by reason and by source.
 
-    bytes  of the documents' texts in UTF-8, by source; split_bytes: by split, None where a cut document does not tell
+    bytes  of the documents' texts in UTF-8, by source; val_bytes: of those held out, None where a cut one does not tell
     """
 
     def __init__(self, n_sources: int, dedup: bool):
         self.n_read, self.dropped, self.faults, self.first_faults = 0, Counter(), Counter(), {}
         self.documents, self.tokens, self.bytes = (np.zeros(n_sources, np.int64) for _ in ARRAYS)
-        self.split_bytes: dict[str, int] | None = dict.fromkeys(SPLITS, 0)
+        self.val_bytes: int | None = 0
         self.last_bytes = 0  # of the last document
         self.seen = DigestSet() if dedup else None
         self.parts, self.message = 0, None  # documents made by cutting another
@@ -36,8 +36,7 @@ class Tally:
         self.documents[block.source] += keep.sum()
         self.tokens[block.source] += block.lengths[keep].sum()
         self.bytes[block.source] += block.n_bytes[keep].sum()
-        for split, chosen in (("train", keep & ~block.val), ("val", keep & block.val)):
-            self.split_bytes[split] += int(block.n_bytes[chosen].sum())
+        self.val_bytes += int(block.n_bytes[keep & block.val].sum())
         if keep.any():
             self.last_bytes = int(block.n_bytes[keep][-1])
         return keep
@@ -63,14 +62,14 @@ class Tally:
     def state(self) -> dict:
         """All but what was seen, for JSON; `restore` takes it back."""
         counts = {"n_read": self.n_read, "dropped": self.dropped, "faults": self.faults}
-        counts |= {"split_bytes": self.split_bytes, "last_bytes": self.last_bytes}
+        counts |= {"val_bytes": self.val_bytes, "last_bytes": self.last_bytes}
         return {**counts, "first_faults": self.first_faults, **{name: getattr(self, name).tolist() for name in ARRAYS}}
 
     def restore(self, state: dict) -> None:
         self.n_read, self.first_faults = state["n_read"], state["first_faults"]
         self.dropped, self.faults = Counter(state["dropped"]), Counter(state["faults"])
         self.documents, self.tokens, self.bytes = (np.array(state[name], np.int64) for name in ARRAYS)
-        self.split_bytes, self.last_bytes = state["split_bytes"], state["last_bytes"]
+        self.val_bytes, self.last_bytes = state["val_bytes"], state["last_bytes"]
 
     def cut(self, message: str | None, documents: int, tokens: int, split: str, held_out_bytes: int | None) -> None:
         """The last document, of that split, became two: what that adds, markers included, to its source.
@@ -82,11 +81,15 @@ class Tally:
         self.documents[source] += documents
         self.tokens[source] += tokens
         if held_out_bytes is None or held_out_bytes > self.last_bytes:
-            self.split_bytes = None
-            return
-        self.split_bytes[split] -= self.last_bytes
-        self.split_bytes["train"] += self.last_bytes - held_out_bytes
-        self.split_bytes["val"] += held_out_bytes
+            self.val_bytes = None
+        else:
+            self.val_bytes += held_out_bytes - (self.last_bytes if split == "val" else 0)
+
+    def split_bytes(self) -> dict[str, int] | None:
+        """The bytes of the texts of each split, where that is known."""
+        if self.val_bytes is None:
+            return None
+        return {"train": int(self.bytes.sum()) - self.val_bytes, "val": self.val_bytes}
 
     def record(self, sources: list[str]) -> dict:
         """For the manifest."""

@@ -55,17 +55,15 @@ class Mean:
 
 
 @torch.no_grad()
-def fill_with_mean(model: Mistral, checkpoints: Sequence[Path]) -> int:
-    """Give a model the mean of checkpoints, each rank the rows that it owns; returns the step of the last one.
+def fill_with_mean(model: Mistral, checkpoints: Sequence[Path]) -> None:
+    """Give a model the mean of checkpoints, each rank the rows that it owns.
 
     Raises Refused, as Mean and where a checkpoint cannot be read any more.
     """
-    weights = [CheckpointWeights(path) for path in checkpoints]
-    mean = Mean([(each, 1) for each in weights])
+    mean = Mean([(CheckpointWeights(path), 1) for path in checkpoints])
     try:
         for name, parameter in model.weights().items():
             local, start = local_rows(parameter)
             local.copy_(mean.rows(name, start, start + local.shape[0]))
     except SafetensorError as error:  # a run that goes on deletes its oldest
         raise Refused(f"{checkpoints[0]} and those after it: {error}; give the command again") from None
-    return weights[-1].step

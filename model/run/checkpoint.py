@@ -170,9 +170,18 @@ def newest_sound(folder: Path, world: World, say: Callable[[str], None], before:
     return None
 
 
-def newest_to_average(folder: Path, world: World, n: int) -> list[Path]:
-    """The newest n complete checkpoints, every byte verified; Refused if one is damaged. A collective."""
-    chosen = on_main(world, complete, folder)[-n:]
+def newest_kept(run_dir: Path, n: int) -> list[Path]:
+    """The newest n complete checkpoints of a run, oldest first; Refused if it has kept fewer."""
+    found = complete(run_dir / "checkpoints")
+    if len(found) < n:
+        raise Refused(f"--average {n}: {run_dir} has kept {len(found)} checkpoints; train.py keeps more with --keep {n}"
+            ", or every so many with --keep-every")  # fmt: skip
+    return found[-n:]
+
+
+def newest_to_average(run_dir: Path, world: World, n: int) -> list[Path]:
+    """``newest_kept``, every byte verified; Refused if one is damaged. A collective."""
+    chosen = on_main(world, newest_kept, run_dir, n)
     for checkpoint in chosen:
         for problem in everywhere(agreed(damage, checkpoint, world.rank, world.size)):
             if problem:

@@ -43,20 +43,20 @@ class Text(NamedTuple):
     markers: tuple[int, ...]
 
 
-def text_of(sets: Sequence[tuple[Dataset | RawDataset, Rows]]) -> Text | None:
-    """Of the targets of these rows, of data with one tokenizer; None where the data do not say, or there is none."""
-    sets = [(dataset, rows) for dataset, rows in sets if len(rows)]
-    counts = [_bytes_of_targets(dataset, rows) for dataset, rows in sets]
+def text_of(sets: Sequence[tuple[Dataset | RawDataset, str, Rows]]) -> Text | None:
+    """Of the targets of these splits, cut into rows, of data with one tokenizer; None where the data do not say."""
+    sets = [each for each in sets if len(each[-1])]
+    counts = [_bytes_of_targets(*each) for each in sets]
     if None in counts or not sum(counts):
         return None
-    spelled_out = any(dataset.special_tokens for dataset, _ in sets)
-    markers = {i for dataset, _ in sets for i in dataset.markers if not spelled_out}
+    spelled_out = any(dataset.special_tokens for dataset, *_ in sets)
+    markers = {i for dataset, *_ in sets for i in dataset.markers if not spelled_out}
     return Text(sum(counts), tuple(sorted(markers)))
 
 
-def _bytes_of_targets(dataset: Dataset | RawDataset, rows: Rows) -> int | None:
+def _bytes_of_targets(dataset: Dataset | RawDataset, split: str, rows: Rows) -> int | None:
     """The bytes of a split's text, without those of a first token that nothing predicts, where there is no BOS."""
-    n_bytes = dataset.n_bytes(next(split for split in SPLITS if dataset.split(split) is rows.stream))
+    n_bytes = dataset.n_bytes(split)
     if n_bytes is None or dataset.special_tokens or dataset.manifest["document"]["bos_id"] is not None:
         return n_bytes
     first, text = rows.unpredicted().tolist(), spelled(dataset.tokenizer)
@@ -100,7 +100,7 @@ class EvalSets:
         self.texts: dict[str, Text | None] = {}
         if corpus is not None and any(map(len, corpus.held_out)):
             self.rows[HELD_OUT] = corpus.held_out
-            self.texts[HELD_OUT] = text_of([(source.dataset, source.held_out) for source in corpus.sources])
+            self.texts[HELD_OUT] = text_of([(source.dataset, "val", source.held_out) for source in corpus.sources])
         self.datasets = {name: open_dataset(folder) for name, folder in named.items()}
         read = {source.dataset.fingerprint for source in corpus.sources} if corpus is not None else set()
         self.trained_on = {name for name, dataset in self.datasets.items() if dataset.fingerprint in read}
@@ -110,11 +110,11 @@ class EvalSets:
                 raise DataError(f"{dataset.path}: a raw file does not say where documents end; leave --documents out")
             for source in corpus.sources if corpus is not None else ():
                 check_one_tokenizer(dataset, source.dataset)
-            rows = [cut(dataset.split(split), seq_len) for split in ("train", "val")]
+            rows = [cut(dataset.split(split), seq_len) for split in SPLITS]
             if not any(map(len, rows)):
                 raise DataError(f"{dataset.path} has no token to predict")
             self.rows[f"{HELD_OUT}_{name}"] = rows
-            self.texts[f"{HELD_OUT}_{name}"] = text_of([(dataset, of_split) for of_split in rows])
+            self.texts[f"{HELD_OUT}_{name}"] = text_of([(dataset, *each) for each in zip(SPLITS, rows, strict=True)])
 
     @property
     def decides(self) -> str | None:

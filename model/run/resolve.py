@@ -31,7 +31,7 @@ from halny.model.hf_folder import read_carried, read_hf_config, weights_fingerpr
 from halny.model.hints import hint
 from halny.model.mistral import PRESETS as MODELS
 from halny.model.mistral import MistralConfig
-from halny.model.run.checkpoint import complete, config_of
+from halny.model.run.checkpoint import complete, config_of, newest_kept
 from halny.model.run.evaluation import EvalSets, parse_named
 from halny.model.run.ranks import World
 from halny.model.run.recipe import AUTO, CHANGE_WHEN_ASKED, Recipe, ranks_to_profile, steps_to_profile
@@ -312,9 +312,8 @@ def check_looking(recipe: Recipe) -> None:
     for name in ("out", "average"):
         if (value := getattr(recipe, name)) and not recipe.eval_only:
             raise Refused(f"{flag(name)} {value} belongs to --eval-only; add that or leave it out")
-    if recipe.average and len(kept := complete(recipe.run_dir / "checkpoints")) < recipe.average:
-        raise Refused(f"--average {recipe.average}: {recipe.run_dir} has kept {len(kept)} checkpoints; train.py keeps "
-            f"more with --keep {recipe.average}, or every so many with --keep-every")  # fmt: skip
+    if recipe.average:
+        newest_kept(recipe.run_dir, recipe.average)
     if recipe.out and not can_be_written(recipe.out):
         raise Refused(f"--out {recipe.out} cannot be written; name another file")
     if recipe.eval_only and not recipe.init_from and not complete(recipe.run_dir / "checkpoints"):
