@@ -1111,7 +1111,7 @@ def test_idle_workers_do_not_outlive_their_parent():
 
 def test_ordered_map():
     """Results in order, items taken only a few ahead, exceptions of a worker raised here."""
-    taken, before = [], children(os.getpid())  # other tests' fork server may be among them
+    taken, before = [], set(children(os.getpid()))  # of other tests: they may end at any time
 
     def items():
         for i in range(50):
@@ -1123,7 +1123,7 @@ def test_ordered_map():
     assert list(results) == [i.bit_length() for i in range(1, 50)]
     with pytest.raises(AttributeError, match="no_such"):
         list(ordered_map(operator.methodcaller, "no_such", range(3), 1))
-    assert children(os.getpid()) == before
+    assert set(children(os.getpid())) <= before
 
 
 def test_links_are_followed_once_and_broken_ones_refused(tmp_path):
