@@ -142,10 +142,10 @@ def special_ids(folder: Path) -> SpecialIds:
     post-processor puts around a text, and what config.json beside it says of the rest."""
     try:
         raw = _read(folder / "tokenizer.json")
-        ids = {piece: i for i, piece in _pieces(raw).items()}
         if any((folder / name).is_file() for name in NAMING):
             return SpecialIds(*_named(folder, raw, "bos", "eos", "pad"))
-        around, config, known = _around(raw.get("post_processor")), _read(folder / "config.json"), set(ids.values())
+        ids, config = _ids(raw), _read(folder / "config.json")
+        around, known = _around(raw.get("post_processor")), set(ids.values())
         firsts = [[*listed(config.get(f"{name}_token_id")), None][0] for name in ("bos", "eos", "pad")]
         found = [ids.get(piece, first) for piece, first in zip((*around, None), firsts, strict=True)]
         return SpecialIds(*(i if i in known else None for i in found))
@@ -216,6 +216,11 @@ def _pieces(raw: dict) -> dict[int, str]:
     return {i: piece for piece, i in vocabulary.items()} | added
 
 
+def _ids(raw: dict) -> dict[str, int]:
+    """The id of each piece: the inverse of ``_pieces``."""
+    return {piece: i for i, piece in _pieces(raw).items()}
+
+
 def _spelled(raw: dict) -> dict[int, bytes]:
     model = raw["model"]
     marked = model.get("continuing_subword_prefix") or model.get("end_of_word_suffix")
@@ -257,12 +262,12 @@ def _unknown(raw: dict) -> int | None:
     model = raw["model"]
     if "unk_id" in model:  # Unigram's
         return model["unk_id"]
-    return {piece: i for i, piece in _pieces(raw).items()}.get(model.get("unk_token"))
+    return _ids(raw).get(model.get("unk_token"))
 
 
 def _named(folder: Path, raw: dict, *roles: str) -> list[int | None]:
     """The ids of the tokens that the files of NAMING give these roles."""
-    ids = {piece: i for i, piece in _pieces(raw).items()}
+    ids = _ids(raw)
     named = _read(folder / NAMING[0]) | _read(folder / NAMING[1])
     tokens = [named.get(f"{role}_token") for role in roles]
     return [ids.get(token["content"] if isinstance(token, dict) else token) for token in tokens]

@@ -15,7 +15,8 @@ HOPELESS = 10_000  # faults before the first document, after which the flags are
 class Tally:
     """What became of the documents of the input, by reason and by source.
 
-    bytes  of the documents' texts in UTF-8, by source; val_bytes: of those held out, None where a cut one does not tell
+    bytes      UTF-8 bytes of the documents' texts, by source
+    val_bytes  those of the documents held out; None if a document was cut where its bytes could not be counted
     """
 
     def __init__(self, n_sources: int, dedup: bool):
@@ -74,7 +75,7 @@ class Tally:
     def cut(self, message: str | None, documents: int, tokens: int, split: str, held_out_bytes: int | None) -> None:
         """The last document, of that split, became two: what that adds, markers included, to its source.
 
-        held_out_bytes  of its text are in the second part, the one that is held out; None where nothing tells
+        held_out_bytes  of its text are in the second part, which is held out; None where they could not be counted
         """
         self.parts, self.message = documents, message
         source = np.flatnonzero(self.documents)[-1]

@@ -180,7 +180,7 @@ def newest_kept(run_dir: Path, n: int) -> list[Path]:
 
 
 def newest_to_average(run_dir: Path, world: World, n: int) -> list[Path]:
-    """``newest_kept``, every byte verified; Refused if one is damaged. A collective."""
+    """What ``newest_kept`` finds, every byte of it verified; Refused if one is damaged. A collective."""
     chosen = on_main(world, newest_kept, run_dir, n)
     for checkpoint in chosen:
         for problem in everywhere(agreed(damage, checkpoint, world.rank, world.size)):

@@ -44,7 +44,7 @@ class Text(NamedTuple):
 
 
 def text_of(sets: Sequence[tuple[Dataset | RawDataset, str, Rows]]) -> Text | None:
-    """Of the targets of these splits, cut into rows, of data with one tokenizer; None where the data do not say."""
+    """The text of the targets of these splits' rows, all of one tokenizer; None where its bytes are not known."""
     sets = [each for each in sets if len(each[-1])]
     counts = [_bytes_of_targets(*each) for each in sets]
     if None in counts or not sum(counts):
@@ -128,7 +128,7 @@ class EvalSets:
             dataset.verify(part, parts)
 
     def describe(self) -> list[str]:
-        """A line a named set."""
+        """One line per named set."""
         return [
             f"{name}: {dataset.path}, {sum(rows.n_targets for rows in self.rows[f'{HELD_OUT}_{name}']):,} targets"
             + "; the run trains on them, so they say nothing about other text" * (name in self.trained_on)
@@ -136,7 +136,7 @@ class EvalSets:
         ]
 
     def without_bytes(self) -> list[str]:
-        """A line on the sets whose bits per byte are not known, if there are any."""
+        """One line that names the sets whose bits per byte are not known; none where there are no such sets."""
         unknown = {key for key, text in self.texts.items() if text is None}
         why = "the data do not say how many bytes their text has; preparing them again counts these"
         return [f"{few(unknown)}: no bits per byte, since {why}"] if unknown else []

@@ -1111,7 +1111,7 @@ def test_idle_workers_do_not_outlive_their_parent():
 
 def test_ordered_map():
     """Results in order, items taken only a few ahead, exceptions of a worker raised here."""
-    taken, before = [], set(children(os.getpid()))  # of other tests: they may end at any time
+    taken, before = [], set(children(os.getpid()))  # children of other tests, which may end at any time
 
     def items():
         for i in range(50):
